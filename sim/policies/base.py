@@ -1,0 +1,209 @@
+"""What a policy sees and what it may decide: the one interface of simulator and hardware.
+
+A driver (the simulator's fleet, or the replay harness) owns one `InstanceState` per serving
+instance, keeps its fields true, and hands it to the policies. A policy reads, decides and returns;
+it never reads a clock, sleeps, does I/O or touches the driver. Randomness comes in as a seeded
+generator. A controller may remember what it saw (an integrator, a window): one object serves one
+instance for one run.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Literal, Protocol
+
+import numpy as np
+
+Phase = Literal["prefill", "decode"]
+PREFILL: Final = "prefill"
+DECODE: Final = "decode"
+
+UNLOCKED_MHZ: Final = 0
+"""Decision "release the lock": the driver boosts to its top clock when busy and sinks when idle."""
+
+
+class Predictor(Protocol):
+    """Predicts how long one iteration takes. Implemented by EcoPred and by the table itself."""
+
+    def predict_s(
+        self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int
+    ) -> float: ...
+
+
+class PowerModel(Protocol):
+    """Board power of one instance (all its GPUs together) in one iteration, and at rest."""
+
+    def power_w(
+        self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int
+    ) -> float: ...
+
+    def idle_power_w(self, frequency_mhz: int) -> float: ...
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WaitingRequest:
+    """A request in an instance's queue."""
+
+    request_id: int
+    arrival_s: float
+    input_tokens: int
+    """Tokens still to be prefilled (prefill), or of context to be loaded (decode)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunningRequest:
+    """A request in the running batch."""
+
+    request_id: int
+    arrival_s: float
+    input_tokens: int
+    generated_tokens: int
+    output_tokens: int | None
+    """The length it will reach: known to an oracle driver only, None where it is not."""
+    first_token_s: float | None
+
+
+def _none_waiting() -> Sequence[WaitingRequest]:
+    return ()
+
+
+def _none_running() -> Sequence[RunningRequest]:
+    return ()
+
+
+@dataclass(slots=True, kw_only=True)
+class InstanceState:
+    """Live state of one instance, as its engine's metrics and its router's own count show it.
+
+    `last_*` describe one iteration. In decode it is the iteration that has just ended (its record
+    leaves the engine after the launch of the batch, so a decision acts on a later iteration). In
+    prefill it is the batch about to run (its record is sent before the batch), whose duration is
+    not known yet: `last_duration_s` then is that of the batch before it.
+    """
+
+    instance_id: int
+    """Index within its phase, from 0."""
+    phase: Phase
+    now_s: float = 0.0
+    clock_mhz: int = 0
+    """Clock lock in force; `UNLOCKED_MHZ` when there is none."""
+    is_busy: bool = False
+    last_batch_size: int = 0
+    last_tokens: int = 0
+    """Decode: context tokens of the batch (sum). Prefill: new tokens of the batch."""
+    last_duration_s: float = 0.0
+    """Zero before the first iteration has ended."""
+    last_queue_delay_s: float = 0.0
+    """Prefill: longest time from arrival to scheduling within the batch. Decode: 0."""
+    num_running: int = 0
+    num_waiting: int = 0
+    """Requests queued at this instance, not in its batch."""
+    waiting_tokens: int = 0
+    """Prompt (or context) tokens of the queued requests."""
+    open_requests: int = 0
+    """Requests the router has assigned here that are not finished; those of a decode instance
+    count from arrival, while they are still in prefill."""
+    kv_tokens: int = 0
+    """KV-cache tokens in use on this instance."""
+    kv_capacity_tokens: int = 0
+    energy_j: float = 0.0
+    """Energy counter of the instance's GPUs, from 0 at the start of the run."""
+    is_healthy: bool = True
+    list_waiting: Callable[[], Sequence[WaitingRequest]] = field(default=_none_waiting, repr=False)
+    """Costs time in proportion to the queue: call it only if the rule needs it."""
+    list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
+
+    @property
+    def kv_load_tokens(self) -> int:
+        """KV tokens in use or spoken for by the queue: what EcoRoute calls the load."""
+        return self.kv_tokens + self.waiting_tokens
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class IdlePlan:
+    """What to do with an instance that has run out of work: after a wait, lock this clock."""
+
+    after_s: float
+    clock_mhz: int
+
+
+class Controller(ABC):
+    """Sets one instance's clock. Called by the driver; see the module docstring for purity."""
+
+    @abstractmethod
+    def decide(self, state: InstanceState) -> int:
+        """Clock in MHz to lock from now on, one of the profile's, or `UNLOCKED_MHZ`.
+
+        Called once an iteration, when the batch is about to run.
+        """
+
+    def initial_clock_mhz(self) -> int:
+        """Clock before the first decision; the safe state (no lock) unless a policy says else."""
+        return UNLOCKED_MHZ
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:  # noqa: ARG002
+        """Called when the instance runs out of work. None keeps the clock."""
+        return None
+
+    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:  # noqa: ARG002
+        """How many further calls of `decide` are sure to return what the last one returned.
+
+        The premise: the batch stays as it is, the queue stays empty and `last_tokens` grows by
+        `tokens_per_iteration` each iteration. 0, the default, asks to be called every iteration
+        and is right for every controller that looks at time, latency or energy.
+        """
+        return 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RequestView:
+    """A request as the router sees it on arrival."""
+
+    request_id: int
+    arrival_s: float
+    input_tokens: int
+    output_tokens: int | None
+    """None unless the driver offers a length oracle."""
+
+
+class Router(ABC):
+    """Picks a prefill and a decode instance for each request, once, at its arrival."""
+
+    @abstractmethod
+    def route(
+        self,
+        request: RequestView,
+        prefill: Sequence[InstanceState],
+        decode: Sequence[InstanceState],
+    ) -> tuple[int, int]:
+        """Indices into `prefill` and `decode` of the chosen pair.
+
+        The drivers pass healthy instances only, never none; an index is a position in the
+        sequence, which differs from `instance_id` once an instance has been taken out.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyContext:
+    """What a policy may know when it is made: the models, the promises and its own seed."""
+
+    predictor: Predictor
+    power: PowerModel
+    clocks_mhz: tuple[int, ...]
+    """Supported clocks, ascending."""
+    default_levels_mhz: tuple[int, ...]
+    """The profile's short list for controllers that use few levels, ascending."""
+    slo_ttft_s: float
+    slo_itl_s: float
+    profile_hash: str
+    kv_capacity_tokens: int
+    rng: np.random.Generator
+    instance_id: int = 0
+    phase: Phase = "decode"
+    """For a controller: which instance it serves. A router ignores both."""
+    actuation_s: float = 0.0
+    """Expected time from a decision to the clock's change."""
+    num_prefill: int = 1
+    num_decode: int = 1
