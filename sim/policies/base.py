@@ -157,7 +157,7 @@ class Controller(ABC):
         return 0
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(slots=True)
 class RequestView:
     """A request as the router sees it on arrival."""
 

@@ -1,0 +1,199 @@
+"""The configuration of one simulated run: one flat, typed, checked record.
+
+Every key can be set in a TOML file, on the command line (`--set key=value`) and in a sweep's grid;
+an unknown key is an error. The resolved record is written beside every result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from profiles.errors import VoltanaError, nearest
+
+
+def _key(default: Any, description: str) -> Any:  # noqa: ANN401 (dataclasses.field is untyped too)
+    return field(default=default, metadata={"help": description})
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimConfig:
+    """One run: hardware, workload, fleet, policies, promises and engine model. See each `help`."""
+
+    profile: str = _key("a100-80g-sxm/llama-3.1-8b", "profile name or directory")
+    workload: str = _key("sharegpt", "length distribution of generated requests")
+    trace: str | None = _key(None, "trace file or named trace, in place of a generated workload")
+    rate_rps: float = _key(60.0, "mean arrival rate of a generated workload, requests/s")
+    duration_s: float = _key(120.0, "length of a generated workload; a trace is cut to it if set")
+    seed: int = _key(13, "seed of arrivals, lengths and policies")
+    arrivals: str = _key("poisson", "arrival process: poisson, or gamma:cv=2")
+    time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
+    num_prefill: int = _key(2, "prefill instances")
+    num_decode: int = _key(2, "decode instances")
+    controller: str = _key("ecofreq", "frequency controller of both phases")
+    prefill_controller: str | None = _key(None, "overrides controller in prefill")
+    decode_controller: str | None = _key(None, "overrides controller in decode")
+    router: str = _key("ecoroute", "router")
+    slo_ttft_s: float = _key(0.6, "promise: time to first token")
+    slo_itl_s: float = _key(0.06, "promise: time between tokens")
+    actuation_latency_s: float = _key(0.003, "from a clock decision to the changed clock")
+    predictor: Literal["ecopred", "table"] = _key(
+        "ecopred", "latency model of the policies: ecopred (fitted), or table (the simulated truth)"
+    )
+    predictor_scale: float = _key(1.0, "multiplies predicted times: a deliberately wrong model")
+    first_token: Literal["decode", "prefill"] = _key(
+        "decode",
+        "who makes the first token: decode (TTFT ends with the first decode step, as the"
+        " reference counts it) or prefill (TTFT ends when decode takes the request up)",
+    )
+    prefill_metrics: Literal["before", "after"] = _key(
+        "before", "controllers see the prefill batch about to run, or the last one that ended"
+    )
+    decode_metrics: Literal["before", "after"] = _key(
+        "after", "controllers see the last decode iteration that ended, or the one about to run"
+    )
+    kv_transfer_bytes_per_s: float | None = _key(None, "KV transfer bandwidth; none = instant")
+    kv_transfer_latency_s: float = _key(0.0, "fixed part of a KV transfer")
+    max_prefill_tokens: int | None = _key(None, "token budget of a prefill batch; none = profile's")
+    max_prefill_requests: int = _key(512, "requests in a prefill batch (reference: 512)")
+    max_running_requests: int | None = _key(None, "decode batch limit; none = profile's")
+    kv_capacity_tokens: int | None = _key(None, "KV tokens of a decode instance; none = profile's")
+    kv_reserve_tokens: int = _key(
+        512, "KV tokens kept free per running request at admission (SGLang's default)"
+    )
+    extrapolate: bool = _key(False, "allow iteration times outside the profiled grid")
+    length_oracle: bool = _key(False, "let policies see true output lengths")
+    run_limit_s: float | None = _key(None, "stop the run at this time, requests in flight or not")
+    timeline_interval_s: float | None = _key(
+        None, "sample queue, batch, clock and power this often"
+    )
+    timeline_max_samples: int = _key(
+        4096, "bound on timeline samples; the interval doubles past it"
+    )
+    record_iterations: bool = _key(False, "keep one row per iteration (memory grows with the run)")
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if value is not None and not (value > 0 and math.isfinite(value)):
+                raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
+        for name in _NOT_NEGATIVE:
+            value = getattr(self, name)
+            if not (value >= 0 and math.isfinite(value)):
+                raise VoltanaError(f"{name} must be >= 0 and finite, got {value}")
+        for name, allowed in _CHOICES.items():
+            value = getattr(self, name)
+            if value not in allowed:
+                raise VoltanaError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    @property
+    def prefill_controller_spec(self) -> str:
+        """The controller that prefill instances run."""
+        return self.prefill_controller or self.controller
+
+    @property
+    def decode_controller_spec(self) -> str:
+        """The controller that decode instances run."""
+        return self.decode_controller or self.controller
+
+    def as_dict(self) -> dict[str, Any]:
+        """Every key that has a value, in declaration order."""
+        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+
+    def content_hash(self) -> str:
+        """Name of this configuration: first 16 hex digits of a SHA-256 over its sorted JSON."""
+        text = json.dumps(self.as_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+_POSITIVE = (
+    "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "slo_ttft_s", "slo_itl_s",
+    "predictor_scale", "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
+    "max_running_requests", "kv_capacity_tokens", "run_limit_s", "timeline_interval_s",
+    "timeline_max_samples",
+)  # fmt: skip
+_NOT_NEGATIVE = ("seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens")
+_CHOICES = {
+    "predictor": ("ecopred", "table"),
+    "first_token": ("decode", "prefill"),
+    "prefill_metrics": ("before", "after"),
+    "decode_metrics": ("before", "after"),
+}
+_HINTS = typing.get_type_hints(SimConfig)
+KEYS: dict[str, str] = {f.name: f.metadata["help"] for f in dataclasses.fields(SimConfig)}
+"""Every key with its help text."""
+
+
+def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> SimConfig:
+    """Build a configuration from plain values, converting text to each key's type.
+
+    Raises:
+        VoltanaError: An unknown key (with the nearest one) or a value of the wrong type or range.
+    """
+    converted: dict[str, Any] = {}
+    for key, value in values.items():
+        if key not in _HINTS:
+            raise VoltanaError(f"unknown key {key!r} ({where}){nearest(key, _HINTS)}")
+        converted[key] = _convert(key, value, where)
+    return SimConfig(**converted)
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """Split `key=value` texts of the command line."""
+    pairs: dict[str, str] = {}
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise VoltanaError(f"--set takes key=value, got {text!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or say in one line why it can't be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VoltanaError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+
+
+def _convert(key: str, value: Any, where: str) -> Any:  # noqa: ANN401 (TOML and text values)
+    hint = _HINTS[key]
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if type(None) in options and (value is None or value == "none"):
+        return None
+    kind = next(o for o in options if o is not type(None))
+    try:
+        return _convert_to(kind, value)
+    except (TypeError, ValueError, KeyError, OverflowError):
+        name = getattr(kind, "__name__", str(kind))
+        raise VoltanaError(f"{key} must be {name}, got {value!r} ({where})") from None
+
+
+def _convert_to(kind: Any, value: Any) -> Any:  # noqa: ANN401 (TOML and text values)
+    if kind is bool:
+        words = {"true": True, "false": False, True: True, False: False}
+        return words[value.lower() if isinstance(value, str) else value]
+    if isinstance(value, bool):
+        return _refuse()
+    if kind is int:
+        number = float(value)
+        return int(value) if number == int(number) else _refuse()
+    if kind is float:
+        return float(value)
+    return value if isinstance(value, str) else _refuse()
+
+
+def _refuse() -> typing.NoReturn:
+    raise TypeError

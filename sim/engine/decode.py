@@ -1,0 +1,215 @@
+"""Decode instance: continuous batching under a KV-cache capacity."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import simpy
+
+from profiles.step_model import StepModel
+from sim.config import SimConfig
+from sim.engine.instance import Instance
+from sim.engine.request import RunLog, SimRequest
+from sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
+
+
+class DecodeInstance(Instance):
+    """Every iteration adds one token to every running request.
+
+    Work per iteration is independent of the batch size: requests are filed under the iteration
+    they finish in, the batch's context is one sum, and one (duration, count) pair stands for the
+    token gaps of all. A joiner needs `kv_reserve_tokens` of room for every running request beside
+    its own context. When the next iteration would overflow the cache, the latest joiners are
+    retracted: they keep their tokens (the cache is backed up, as SGLang's decode does), wait at
+    the head of the queue and go on where they stopped.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        config: SimConfig,
+        log: RunLog,
+        state: InstanceState,
+        controller: Controller,
+        truth: StepModel,
+        *,
+        max_running: int,
+    ) -> None:
+        super().__init__(env, config, log, state, controller, truth)
+        self._waiting: deque[SimRequest] = deque()
+        self._iteration = 0
+        self._finishing: dict[int, list[SimRequest]] = {}
+        self._join_order: list[SimRequest] = []
+        """Running requests, latest joiner last; those that have finished are skipped lazily."""
+        self._joiners: list[SimRequest] = []
+        """Joined with the running iteration and still waiting for a token from it."""
+        self._max_running = max_running
+        self._reserve_tokens = config.kv_reserve_tokens
+        self._first_token_here = config.first_token == "decode"
+        self._length_oracle = config.length_oracle
+        self._sees_next_batch = config.decode_metrics == "before"
+        self._has_record = False
+        state.list_waiting = self._list_waiting
+        state.list_running = self._list_running
+
+    def submit(self, request: SimRequest) -> None:
+        """A request's KV cache has arrived."""
+        self._waiting.append(request)
+        self.state.num_waiting += 1
+        self.state.waiting_tokens += request.input_tokens + request.generated_tokens
+        self.wake()
+
+    def _has_work(self) -> bool:
+        return self.state.num_running > 0 or bool(self._waiting)
+
+    def _forget_last_iteration(self) -> None:
+        self._has_record = False
+
+    def _begin(self, now_s: float) -> float:
+        state = self.state
+        self._make_room()
+        if self._waiting:
+            self._admit(now_s)
+        if self._sees_next_batch:
+            state.last_batch_size = state.num_running
+            state.last_tokens = state.kv_tokens
+            self._ask_controller(now_s)
+        elif self._has_record:
+            self._ask_controller(now_s)
+        self._iteration += 1
+        return self.track.begin_iteration(now_s, state.num_running, state.kv_tokens)
+
+    def _complete(self, start_s: float, now_s: float) -> None:
+        state, log = self.state, self.log
+        batch_size = state.num_running
+        tokens = state.kv_tokens
+        duration_s = now_s - start_s
+        gaps = batch_size
+        if self._joiners:
+            gaps -= len(self._joiners)
+            self._first_tokens(now_s)
+        if gaps:
+            log.gap_s.append(duration_s)
+            log.gap_weight.append(gaps)
+        state.kv_tokens = tokens + batch_size
+        state.last_batch_size = batch_size
+        state.last_tokens = tokens
+        state.last_duration_s = duration_s
+        self._has_record = True
+        finished = self._finishing.pop(self._iteration, None)
+        if finished is not None:
+            self._leave(finished, now_s)
+
+    def _first_tokens(self, now_s: float) -> None:
+        """Joiners' first token of this stay: their very first, or one after a long gap."""
+        log = self.log
+        for request in self._joiners:
+            if request.last_token_s == request.last_token_s:  # not NaN: it was retracted before
+                log.gap_s.append(now_s - request.last_token_s)
+                log.gap_weight.append(1)
+            else:
+                log.first_token_s[request.request_id] = now_s
+        self._joiners.clear()
+
+    def _leave(self, finished: list[SimRequest], now_s: float) -> None:
+        state = self.state
+        for request in finished:
+            request.is_running = False
+            state.num_running -= 1
+            state.open_requests -= 1
+            # its own steps here wrote one token each, on top of the context it joined with
+            state.kv_tokens -= self._context_at_end(request)
+            self.log.finish(request.request_id, now_s)
+
+    def _context_at_end(self, request: SimRequest) -> int:
+        return request.input_tokens + request.output_tokens - (0 if self._first_token_here else 1)
+
+    def _make_room(self) -> None:
+        state = self.state
+        while (
+            state.kv_tokens + state.num_running > state.kv_capacity_tokens and state.num_running > 1
+        ):
+            self._retract(self._latest_joiner())
+
+    def _latest_joiner(self) -> SimRequest:
+        order = self._join_order
+        while not order[-1].is_running:
+            order.pop()
+        return order.pop()
+
+    def _retract(self, request: SimRequest) -> None:
+        state = self.state
+        steps_left = request.finish_iteration - self._iteration
+        request.is_running = False
+        request.generated_tokens = self._context_at_end(request) - request.input_tokens - steps_left
+        request.last_token_s = self.env.now
+        context = request.input_tokens + request.generated_tokens
+        self._finishing[request.finish_iteration].remove(request)
+        self._waiting.appendleft(request)
+        state.num_running -= 1
+        state.kv_tokens -= context
+        state.num_waiting += 1
+        state.waiting_tokens += context
+        self.num_retractions += 1
+        self.log.retractions[request.request_id] += 1
+
+    def _admit(self, now_s: float) -> None:
+        state, waiting = self.state, self._waiting
+        while waiting and state.num_running < self._max_running:
+            request = waiting[0]
+            context = request.input_tokens + request.generated_tokens
+            reserve = self._reserve_tokens * state.num_running
+            if state.num_running and (
+                state.kv_tokens + context + reserve + state.num_running + 1
+                > state.kv_capacity_tokens
+            ):
+                return
+            waiting.popleft()
+            state.num_waiting -= 1
+            state.waiting_tokens -= context
+            self._join(request, context, now_s)
+
+    def _join(self, request: SimRequest, context: int, now_s: float) -> None:
+        state = self.state
+        steps = self._context_at_end(request) - context
+        request.finish_iteration = self._iteration + steps
+        self._finishing.setdefault(request.finish_iteration, []).append(request)
+        request.is_running = True
+        self._join_order.append(request)
+        if len(self._join_order) > 2 * state.num_running + 64:
+            self._join_order = [r for r in self._join_order if r.is_running]
+        state.num_running += 1
+        state.kv_tokens += context
+        if self._first_token_here or request.last_token_s == request.last_token_s:
+            self._joiners.append(request)
+        else:
+            self.log.first_token_s[request.request_id] = now_s
+
+    def _current_batch(self) -> tuple[int, int]:
+        return self.state.num_running, self.state.kv_tokens
+
+    def _list_waiting(self) -> list[WaitingRequest]:
+        return [
+            WaitingRequest(
+                request_id=r.request_id,
+                arrival_s=r.arrival_s,
+                input_tokens=r.input_tokens + r.generated_tokens,
+            )
+            for r in self._waiting
+        ]
+
+    def _list_running(self) -> list[RunningRequest]:
+        first = self.log.first_token_s
+        return [
+            RunningRequest(
+                request_id=r.request_id,
+                arrival_s=r.arrival_s,
+                input_tokens=r.input_tokens,
+                generated_tokens=r.output_tokens - max(r.finish_iteration - self._iteration, 0),
+                output_tokens=r.output_tokens if self._length_oracle else None,
+                first_token_s=None if first[r.request_id] != first[r.request_id]
+                else first[r.request_id],
+            )
+            for r in self._join_order
+            if r.is_running
+        ]  # fmt: skip

@@ -1,0 +1,140 @@
+"""What prefill and decode instances have in common: the loop of iterations and idleness."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Generator
+
+import simpy
+
+from profiles.step_model import StepModel
+from sim.config import SimConfig
+from sim.engine.request import RunLog
+from sim.engine.track import GpuTrack
+from sim.policies.base import Controller, InstanceState
+from sim.records import InstanceRecord
+
+IterationRow = tuple[str, int, float, float, int, int, int, float]
+"""phase, instance_id, start_s, duration_s, batch_size, tokens, clock_mhz, energy_j"""
+
+
+class Instance(ABC):
+    """One engine server: a SimPy process that runs iterations while it has work.
+
+    Iterations follow one another without a gap. Requests join and leave at their boundaries. The
+    controller is asked at the start of an iteration; its decision takes effect after the
+    actuation latency, inside that iteration if it lasts long enough.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        config: SimConfig,
+        log: RunLog,
+        state: InstanceState,
+        controller: Controller,
+        truth: StepModel,
+    ) -> None:
+        self.env = env
+        self.state = state
+        self.log = log
+        self.controller = controller
+        self.track = GpuTrack(
+            truth,
+            state.phase,
+            clock_mhz=controller.initial_clock_mhz(),
+            actuation_s=config.actuation_latency_s,
+        )
+        self.num_retractions = 0
+        self.iteration_rows: list[IterationRow] | None = [] if config.record_iterations else None
+        self._has_idle_changes = False
+        self._wake: simpy.Event | None = None
+        state.clock_mhz = self.track.clock_mhz
+
+    def process(self) -> Generator[simpy.Event, None, None]:
+        """The SimPy process: runs for as long as the environment does."""
+        env = self.env
+        while True:
+            if not self._has_work():
+                self._go_idle()
+                self._wake = env.event()
+                yield self._wake
+                self.settle(env.now)
+                self.state.is_busy = True
+                self._forget_last_iteration()
+            start_s = env.now
+            end_s = self._begin(start_s)
+            yield env.timeout(end_s - start_s)
+            self._settle_iteration(start_s, env.now)
+            self._complete(start_s, env.now)
+
+    def wake(self) -> None:
+        """Work has arrived."""
+        if self._wake is not None:
+            self._wake.succeed()
+            self._wake = None
+
+    def sync(self, now_s: float) -> None:
+        """Bring an idle instance's clock up to date before somebody looks at it."""
+        if self._has_idle_changes and self._wake is not None:
+            self._has_idle_changes = self.track.settle_idle(now_s)
+            self.state.clock_mhz = self.track.clock_mhz
+            self.state.energy_j = self.track.energy_j
+
+    def settle(self, now_s: float) -> None:
+        """Book time and energy up to `now_s`, at the end of idleness or of the run."""
+        if self.state.is_busy:
+            self.track.settle_iteration(now_s)
+        else:
+            self.track.settle_idle(now_s)
+        self._has_idle_changes = False
+        self.state.clock_mhz = self.track.clock_mhz
+        self.state.energy_j = self.track.energy_j
+
+    def record(self) -> InstanceRecord:
+        """Totals of this instance."""
+        return self.track.record(self.state.phase, self.state.instance_id, self.num_retractions)
+
+    def _go_idle(self) -> None:
+        state = self.state
+        state.is_busy = False
+        state.now_s = self.env.now
+        self.track.enter_idle(self.env.now, self.controller.on_idle(state))
+        self._has_idle_changes = True
+
+    def _ask_controller(self, now_s: float) -> None:
+        state = self.state
+        state.now_s = now_s
+        self.track.request_clock(now_s, self.controller.decide(state))
+
+    def _settle_iteration(self, start_s: float, end_s: float) -> None:
+        state, track = self.state, self.track
+        before_j = track.energy_j
+        track.settle_iteration(end_s)
+        state.energy_j = track.energy_j
+        if self.iteration_rows is not None:
+            batch_size, tokens = self._current_batch()
+            self.iteration_rows.append(
+                (state.phase, state.instance_id, start_s, end_s - start_s, batch_size, tokens,
+                 state.clock_mhz, track.energy_j - before_j)
+            )  # fmt: skip
+        state.clock_mhz = track.clock_mhz
+
+    @abstractmethod
+    def _has_work(self) -> bool: ...
+
+    @abstractmethod
+    def _forget_last_iteration(self) -> None:
+        """Work resumes after idleness: there is no iteration whose metrics could still come."""
+
+    @abstractmethod
+    def _begin(self, now_s: float) -> float:
+        """Form the batch, ask the controller, lay out the iteration; returns when it ends."""
+
+    @abstractmethod
+    def _complete(self, start_s: float, now_s: float) -> None:
+        """The iteration has ended: hand tokens and finished requests on."""
+
+    @abstractmethod
+    def _current_batch(self) -> tuple[int, int]:
+        """Batch size and tokens of the iteration that is running."""

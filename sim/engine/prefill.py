@@ -1,0 +1,126 @@
+"""Prefill instance: a first-come-first-served queue, batched up to a token budget."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+import simpy
+
+from profiles.step_model import StepModel
+from sim.config import SimConfig
+from sim.engine.instance import Instance
+from sim.engine.request import RunLog, SimRequest
+from sim.policies.base import Controller, InstanceState, WaitingRequest
+
+
+class PrefillInstance(Instance):
+    """Runs prompts in arrival order; a prompt that overruns the budget is cut into chunks.
+
+    A batch of unequal prompts is looked up at its effective batch size T² / Σ c·(c + 2p), with T
+    the new tokens of the batch, c those of one request and p the part of its prompt done before:
+    attention work is quadratic, so this is the number of equal prompts with the same work.
+    """
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        config: SimConfig,
+        log: RunLog,
+        state: InstanceState,
+        controller: Controller,
+        truth: StepModel,
+        *,
+        max_tokens: int,
+        hand_over: Callable[[SimRequest], None],
+    ) -> None:
+        super().__init__(env, config, log, state, controller, truth)
+        self._queue: deque[SimRequest] = deque()
+        self._batch: list[SimRequest] = []
+        """Requests whose prompts end with the running iteration."""
+        self._batch_size = 0
+        self._batch_tokens = 0
+        self._max_tokens = max_tokens
+        self._max_requests = config.max_prefill_requests
+        self._sees_next_batch = config.prefill_metrics == "before"
+        self._has_record = False
+        self._hand_over = hand_over
+        state.list_waiting = self._list_waiting
+
+    def submit(self, request: SimRequest) -> None:
+        """A request has arrived."""
+        self._queue.append(request)
+        self.state.num_waiting += 1
+        self.state.waiting_tokens += request.input_tokens
+        self.wake()
+
+    def _has_work(self) -> bool:
+        return bool(self._queue)
+
+    def _forget_last_iteration(self) -> None:
+        self._has_record = False
+
+    def _begin(self, now_s: float) -> float:
+        oldest_s, attention = self._form_batch(now_s)
+        state = self.state
+        if not self._sees_next_batch and self._has_record:
+            self._ask_controller(now_s)
+        state.last_batch_size = self._batch_size
+        state.last_tokens = self._batch_tokens
+        state.last_queue_delay_s = now_s - oldest_s
+        if self._sees_next_batch:
+            self._ask_controller(now_s)
+        effective_batch = self._batch_tokens * self._batch_tokens / attention
+        return self.track.begin_iteration(now_s, effective_batch, self._batch_tokens)
+
+    def _form_batch(self, now_s: float) -> tuple[float, float]:
+        """Take requests off the queue; returns the earliest arrival and Σ c·(c + 2p)."""
+        budget = self._max_tokens
+        self._batch = []
+        self._batch_size = 0
+        attention = 0.0
+        oldest_s = now_s
+        while self._queue and budget > 0 and self._batch_size < self._max_requests:
+            request = self._queue[0]
+            prefix = request.prefilled_tokens
+            chunk = min(request.input_tokens - prefix, budget)
+            attention += chunk * (chunk + 2 * prefix)
+            budget -= chunk
+            request.prefilled_tokens = prefix + chunk
+            oldest_s = min(oldest_s, request.arrival_s)
+            self._batch_size += 1
+            if request.prefilled_tokens < request.input_tokens:
+                break
+            self._batch.append(self._queue.popleft())
+        tokens = self._max_tokens - budget
+        self._batch_tokens = tokens
+        state = self.state
+        state.num_waiting -= len(self._batch)
+        state.num_running = self._batch_size
+        state.waiting_tokens -= tokens
+        state.kv_tokens = tokens
+        return oldest_s, attention
+
+    def _complete(self, start_s: float, now_s: float) -> None:
+        state = self.state
+        state.last_duration_s = now_s - start_s
+        state.num_running = 0
+        state.kv_tokens = 0
+        self._has_record = True
+        for request in self._batch:
+            state.open_requests -= 1
+            self._hand_over(request)
+        self._batch = []
+
+    def _current_batch(self) -> tuple[int, int]:
+        return self._batch_size, self._batch_tokens
+
+    def _list_waiting(self) -> list[WaitingRequest]:
+        return [
+            WaitingRequest(
+                request_id=r.request_id,
+                arrival_s=r.arrival_s,
+                input_tokens=r.input_tokens - r.prefilled_tokens,
+            )
+            for r in self._queue
+        ]

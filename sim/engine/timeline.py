@@ -1,0 +1,79 @@
+"""Time series of every instance, sampled at a fixed interval in bounded memory."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import simpy
+
+from sim.config import SimConfig
+from sim.engine.instance import Instance
+
+_COLUMNS = (
+    "time_s", "phase", "instance_id", "clock_mhz", "batch_size", "num_waiting", "kv_tokens",
+    "power_w",
+)  # fmt: skip
+
+
+class Timeline:
+    """Samples all instances; when full, drops every other sample and doubles its interval."""
+
+    def __init__(
+        self,
+        env: simpy.Environment,
+        instances: Sequence[Instance],
+        *,
+        interval_s: float,
+        max_samples: int,
+    ) -> None:
+        self._env = env
+        self._instances = instances
+        self._interval_s = interval_s
+        self._max_samples = max(2, max_samples)
+        self._samples: list[list[tuple[float | int | str, ...]]] = []
+        env.process(self._sample())
+
+    @classmethod
+    def start(
+        cls, config: SimConfig, env: simpy.Environment, instances: Sequence[Instance]
+    ) -> Timeline | None:
+        """A running timeline if the configuration asks for one."""
+        if config.timeline_interval_s is None:
+            return None
+        return cls(
+            env,
+            instances,
+            interval_s=config.timeline_interval_s,
+            max_samples=config.timeline_max_samples,
+        )
+
+    def columns(self) -> dict[str, npt.NDArray[Any]]:
+        """All samples as columns, in time order."""
+        rows = [row for sample in self._samples for row in sample]
+        if not rows:
+            return {name: np.array([]) for name in _COLUMNS}
+        return {
+            name: np.array(column)
+            for name, column in zip(_COLUMNS, zip(*rows, strict=True), strict=True)
+        }
+
+    def _sample(self) -> Generator[simpy.Event, None, None]:
+        while True:
+            now_s = self._env.now
+            self._samples.append([self._row(i, now_s) for i in self._instances])
+            if len(self._samples) >= self._max_samples:
+                del self._samples[1::2]
+                self._interval_s *= 2
+            yield self._env.timeout(self._interval_s)
+
+    @staticmethod
+    def _row(instance: Instance, now_s: float) -> tuple[float | int | str, ...]:
+        instance.sync(now_s)
+        state = instance.state
+        return (
+            now_s, state.phase, state.instance_id, state.clock_mhz, state.num_running,
+            state.num_waiting, state.kv_tokens, instance.track.power_w,
+        )  # fmt: skip

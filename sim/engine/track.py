@@ -1,0 +1,150 @@
+"""Clock, energy and time of one instance's GPUs: the physics under both phases.
+
+A decision reaches the card `actuation_s` after it was taken; a change that lands inside an
+iteration splits it: the part of the work still to be done runs at the new clock. Energy is the
+exact integral of a piecewise constant power.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from profiles.step_model import StepModel
+from sim.policies.base import IdlePlan, Phase
+from sim.records import InstanceRecord
+
+
+class GpuTrack:
+    """Runs iterations and idle time of one instance against the profile's truth."""
+
+    __slots__ = (
+        "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
+        "_idle_s", "_idle_since_s", "_last_busy_j", "_model", "_pending", "_phase", "_plan",
+        "_plan_due_s", "_segments", "_target_mhz", "actuation_s", "clock_mhz", "num_clock_changes", "num_iterations", "power_w",
+    )  # fmt: skip
+
+    def __init__(
+        self, model: StepModel, phase: Phase, *, clock_mhz: int, actuation_s: float
+    ) -> None:
+        self._model = model
+        self._phase = phase
+        self.actuation_s = actuation_s
+        self.clock_mhz = clock_mhz
+        self.power_w = 0.0
+        """Power of the segment entered last; for timelines."""
+        self.num_clock_changes = 0
+        self.num_iterations = 0
+        self._target_mhz = clock_mhz
+        self._pending: deque[tuple[float, int]] = deque()
+        self._segments: list[tuple[float, float, float, int]] = []
+        self._busy_j = self._idle_j = self._busy_s = self._idle_s = 0.0
+        self._first_busy_j = self._last_busy_j = -1.0
+        self._idle_since_s = 0.0
+        self._plan: IdlePlan | None = None
+        self._plan_due_s = math.inf
+        self._clock_busy_s: dict[int, float] = {}
+        self._clock_idle_s: dict[int, float] = {}
+
+    @property
+    def energy_j(self) -> float:
+        """Energy counter: all settled time since the start of the run."""
+        return self._busy_j + self._idle_j
+
+    def request_clock(self, now_s: float, clock_mhz: int) -> None:
+        """Take a decision into the delay line, unless it is what was asked for last."""
+        if clock_mhz != self._target_mhz:
+            self._target_mhz = clock_mhz
+            self._pending.append((now_s + self.actuation_s, clock_mhz))
+
+    def begin_iteration(self, start_s: float, batch_size: float, tokens: int) -> float:
+        """Lay out one iteration from `start_s`; returns the instant it ends."""
+        if self._first_busy_j < 0:
+            self._first_busy_j = self.energy_j
+        self._apply_due(start_s)
+        segments = self._segments
+        remaining = 1.0
+        at_s = start_s
+        while True:
+            clock = self.clock_mhz
+            time_s, self.power_w = self._model.time_and_power(
+                self._phase, clock, batch_size, tokens
+            )
+            end_s = at_s + remaining * time_s
+            if not self._pending or self._pending[0][0] >= end_s:
+                segments.append((at_s, end_s, self.power_w, clock))
+                return end_s
+            change_s, next_clock = self._pending.popleft()
+            segments.append((at_s, change_s, self.power_w, clock))
+            remaining -= (change_s - at_s) / time_s
+            at_s = change_s
+            self._set_clock(next_clock)
+
+    def settle_iteration(self, until_s: float) -> None:
+        """Book the laid-out iteration's time and energy, up to `until_s` at most."""
+        for start_s, end_s, power_w, clock in self._segments:
+            elapsed_s = min(end_s, until_s) - start_s
+            if elapsed_s > 0:
+                self._busy_s += elapsed_s
+                self._busy_j += power_w * elapsed_s
+                self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
+        self._segments.clear()
+        self._last_busy_j = self._busy_j + self._idle_j
+        self.num_iterations += 1
+
+    def enter_idle(self, now_s: float, plan: IdlePlan | None) -> None:
+        """The instance has run out of work; `plan` is decided later, if it stays so."""
+        self._idle_since_s = now_s
+        self._plan = plan
+        self._plan_due_s = now_s + plan.after_s if plan else math.inf
+        self.power_w = self._model.idle_power_w(self.clock_mhz)
+
+    def settle_idle(self, now_s: float) -> bool:
+        """Book idle time up to `now_s`; true while a clock change is still to come."""
+        if self._plan is not None and self._plan_due_s <= now_s:
+            self.request_clock(self._plan_due_s, self._plan.clock_mhz)
+            self._plan = None
+        while self._pending and self._pending[0][0] <= now_s:
+            change_s, clock = self._pending.popleft()
+            self._book_idle(change_s)
+            self._set_clock(clock)
+        self._book_idle(now_s)
+        return self._plan is not None or bool(self._pending)
+
+    def record(self, phase: Phase, instance_id: int, num_retractions: int) -> InstanceRecord:
+        """Freeze the totals."""
+        window_j = self._last_busy_j - self._first_busy_j if self._first_busy_j >= 0 else 0.0
+        return InstanceRecord(
+            phase=phase,
+            instance_id=instance_id,
+            busy_s=self._busy_s,
+            idle_s=self._idle_s,
+            busy_energy_j=self._busy_j,
+            idle_energy_j=self._idle_j,
+            busy_window_energy_j=window_j,
+            num_iterations=self.num_iterations,
+            clock_busy_s=dict(self._clock_busy_s),
+            clock_idle_s=dict(self._clock_idle_s),
+            num_clock_changes=self.num_clock_changes,
+            num_retractions=num_retractions,
+        )
+
+    def _book_idle(self, until_s: float) -> None:
+        elapsed_s = until_s - self._idle_since_s
+        if elapsed_s <= 0:
+            return
+        self._idle_since_s = until_s
+        clock = self.clock_mhz
+        self.power_w = self._model.idle_power_w(clock)
+        self._idle_s += elapsed_s
+        self._idle_j += self.power_w * elapsed_s
+        self._clock_idle_s[clock] = self._clock_idle_s.get(clock, 0.0) + elapsed_s
+
+    def _apply_due(self, now_s: float) -> None:
+        while self._pending and self._pending[0][0] <= now_s:
+            self._set_clock(self._pending.popleft()[1])
+
+    def _set_clock(self, clock_mhz: int) -> None:
+        if clock_mhz != self.clock_mhz:
+            self.clock_mhz = clock_mhz
+            self.num_clock_changes += 1

@@ -1,0 +1,154 @@
+"""The one definition of every number this project reports, for simulated and real runs alike.
+
+Token gaps come as a weighted sample: in a decode iteration every request of the batch waits the
+same time for its next token, so one (length, count) pair stands for all of them, exactly.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from sim.records import COMPLETED, FAILED, IN_FLIGHT, REJECTED, FloatArray, IntArray, RunRecord
+
+QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
+
+
+def weighted_quantile(values: FloatArray, weights: IntArray, fraction: float) -> float:
+    """Smallest value with at least `fraction` of the weight at or below it (nearest rank).
+
+    Args:
+        values: Sample, shape (n,).
+        weights: Counts >= 0, shape (n,).
+        fraction: In (0, 1].
+
+    Returns:
+        NaN for an empty sample, as there is no such value.
+
+    Example:
+        >>> weighted_quantile(np.array([3.0, 1.0, 2.0]), np.array([1, 1, 2]), 0.75)
+        2.0
+    """
+    return _quantiles(values, weights, (fraction,))[0]
+
+
+def _quantiles(
+    values: FloatArray, weights: IntArray, fractions: tuple[float, ...]
+) -> tuple[float, ...]:
+    total = int(weights.sum()) if len(weights) else 0
+    if total == 0:
+        return tuple(float("nan") for _ in fractions)
+    order = np.argsort(values, kind="stable")
+    cumulative = np.cumsum(weights[order])
+    # ceil in exact integers: rank k of N covers fraction k/N
+    ranks = [max(1, int(np.ceil(fraction * total - 1e-9))) for fraction in fractions]
+    positions = np.searchsorted(cumulative, ranks, side="left")
+    return tuple(float(values[order[p]]) for p in positions)
+
+
+def describe(values: FloatArray, weights: IntArray | None = None) -> dict[str, float]:
+    """Mean and quantiles of a (weighted) sample; NaN throughout when it is empty."""
+    counts = np.ones(len(values), dtype=np.int64) if weights is None else weights
+    total = counts.sum()
+    mean = float(np.dot(values, counts) / total) if total else float("nan")
+    levels = _quantiles(values, counts, tuple(QUANTILES.values()))
+    return {"mean": mean} | dict(zip(QUANTILES, levels, strict=True))
+
+
+def ttft_s(record: RunRecord) -> FloatArray:
+    """Arrival to first token, NaN for a request that had none. Shape (n,)."""
+    return record.requests.first_token_s - record.requests.arrival_s
+
+
+def tpot_s(record: RunRecord) -> FloatArray:
+    """Mean gap between a finished request's tokens; NaN if unfinished, 0 for a single token."""
+    requests = record.requests
+    gaps = np.maximum(requests.output_tokens - 1, 1)
+    return (requests.finish_s - requests.first_token_s) / gaps
+
+
+def attained(record: RunRecord) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Requests that kept both promises: TTFT <= its SLO and TPOT <= the ITL SLO. Shape (n,)."""
+    with np.errstate(invalid="ignore"):
+        kept = (ttft_s(record) <= record.slo_ttft_s) & (tpot_s(record) <= record.slo_itl_s)
+    return kept & (record.requests.status == COMPLETED)
+
+
+def summarise(record: RunRecord) -> dict[str, Any]:
+    """Reduce a run to the reported numbers; NOMENCLATURE.md defines each key.
+
+    Attainment counts every request: one that was rejected, failed or never finished has broken
+    its promise. An ITL attainment exists only if at least one gap does; without any it is 1.
+    """
+    requests = record.requests
+    status = requests.status
+    done = status == COMPLETED
+    num_requests = len(requests)
+    num_attained = int(attained(record).sum())
+    tokens_out = int(requests.output_tokens[done].sum())
+    energy = _energy(record)
+    with np.errstate(invalid="ignore"):
+        ttft_ok = int((ttft_s(record) <= record.slo_ttft_s).sum())
+    gaps = int(record.itl_weight.sum())
+    gaps_ok = int(record.itl_weight[record.itl_s <= record.slo_itl_s].sum())
+    first = ttft_s(record)
+    return {
+        "requests_total": num_requests,
+        "requests_completed": int(done.sum()),
+        "requests_rejected": int((status == REJECTED).sum()),
+        "requests_failed": int((status >= FAILED).sum()),
+        "requests_in_flight": int((status == IN_FLIGHT).sum()),
+        "makespan_s": record.makespan_s,
+        **energy,
+        "ttft_s": describe(first[~np.isnan(first)]),
+        "itl_s": describe(record.itl_s, record.itl_weight),
+        "tpot_s": describe(tpot_s(record)[done & (requests.output_tokens > 1)]),
+        "e2e_s": describe((requests.finish_s - requests.arrival_s)[done]),
+        "ttft_attainment": ttft_ok / num_requests,
+        "itl_attainment": gaps_ok / gaps if gaps else 1.0,
+        "attainment": num_attained / num_requests,
+        "goodput_rps": num_attained / record.makespan_s,
+        "goodput_per_j": num_attained / energy["energy_j"] if energy["energy_j"] else 0.0,
+        "throughput_tokens_per_s": tokens_out / record.makespan_s,
+        "energy_per_request_j": _ratio(energy["energy_j"], int(done.sum())),
+        "energy_per_output_token_j": _ratio(energy["energy_j"], tokens_out),
+        "clock_changes": sum(i.num_clock_changes for i in record.instances),
+        "retractions": sum(i.num_retractions for i in record.instances),
+        "iterations": sum(i.num_iterations for i in record.instances),
+        "clock_residency": clock_residency(record),
+        "wall_s": record.wall_s,
+    }
+
+
+def _ratio(energy_j: float, count: int) -> float:
+    return energy_j / count if count else float("nan")
+
+
+def _energy(record: RunRecord) -> dict[str, float]:
+    """Energy by part: busy prefill + busy decode + idle = total, exactly these instances' sums."""
+    busy = {"prefill": 0.0, "decode": 0.0}
+    for instance in record.instances:
+        busy[instance.phase] += instance.busy_energy_j
+    idle = sum(i.idle_energy_j for i in record.instances)
+    return {
+        "energy_j": busy["prefill"] + busy["decode"] + idle,
+        "energy_busy_window_j": sum(i.busy_window_energy_j for i in record.instances),
+        "prefill_energy_j": busy["prefill"],
+        "decode_energy_j": busy["decode"],
+        "idle_energy_j": idle,
+    }
+
+
+def clock_residency(record: RunRecord) -> dict[str, dict[str, float]]:
+    """Share of busy time at each clock, by phase: {"decode": {"1005": 0.8, …}}; sums to 1."""
+    shares: dict[str, dict[str, float]] = {}
+    for phase in ("prefill", "decode"):
+        seconds: dict[int, float] = {}
+        for instance in record.instances:
+            if instance.phase == phase:
+                for clock, busy_s in instance.clock_busy_s.items():
+                    seconds[clock] = seconds.get(clock, 0.0) + busy_s
+        total = sum(seconds.values())
+        shares[phase] = {str(c): s / total for c, s in sorted(seconds.items()) if total > 0}
+    return shares

@@ -1,0 +1,68 @@
+"""Controllers that never look: a clock lock for the whole run, and the driver's own governor."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sim.policies.base import UNLOCKED_MHZ, Controller, InstanceState, PolicyContext
+from sim.policies.clocks import require_clock
+from sim.policies.spec import parameter
+
+FOREVER: Final = 2**62
+"""`steady_iterations` of a controller that will not change its mind."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaticParameters:
+    """Parameters of `static`."""
+
+    f_mhz: int | None = parameter(None, "clock to lock; the profile's top clock if not given")
+
+
+class Static(Controller):
+    """Lock one clock before the run and leave it there, busy or idle.
+
+    `static` alone locks the top clock: the "static-max" every saving is counted against.
+
+    Source: RIVALS C0, the baseline of every paper named there.
+    """
+
+    __slots__ = ("_clock_mhz",)
+
+    def __init__(self, parameters: StaticParameters, context: PolicyContext) -> None:
+        clocks_mhz = context.clocks_mhz
+        wanted_mhz = clocks_mhz[-1] if parameters.f_mhz is None else parameters.f_mhz
+        self._clock_mhz = require_clock(clocks_mhz, wanted_mhz, "static: f")
+
+    def decide(self, state: InstanceState) -> int:  # noqa: ARG002
+        return self._clock_mhz
+
+    def initial_clock_mhz(self) -> int:
+        return self._clock_mhz
+
+    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:  # noqa: ARG002
+        return FOREVER
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class NoParameters:
+    """Of a policy that takes none."""
+
+
+class Boost(Controller):
+    """Never lock: the driver runs its top clock when busy and sinks to its idle clock when not.
+
+    Source: RIVALS C0 `boost`; what a GPU does out of the box.
+    """
+
+    __slots__ = ()
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
+        pass
+
+    def decide(self, state: InstanceState) -> int:  # noqa: ARG002
+        return UNLOCKED_MHZ
+
+    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:  # noqa: ARG002
+        return FOREVER

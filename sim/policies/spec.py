@@ -1,0 +1,225 @@
+"""A policy as one word on the command line: `name:key=value,key=value`.
+
+Each policy declares its parameters as a frozen dataclass whose fields end in their unit
+(`margin_frac`, `dwell_s`). The command line takes the field's name with or without the unit
+(`margin=0.1`, `margin_frac=0.1`). Lists are joined by `+`, since `,` parts the parameters:
+`ecofreq:margin=0.0,frequencies=1005+1410`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
+
+from profiles.errors import VoltanaError
+
+T = TypeVar("T")
+
+UNIT_SUFFIXES: Final = (
+    "_frac", "_mhz", "_s", "_j", "_w", "_tokens", "_per_s", "_mhz_per_s", "_ratio", "_requests",
+)  # fmt: skip
+"""Endings that the command line lets the user leave out, as the parameter's help names the unit."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicySpec:
+    """A policy's name and the text of its arguments, not yet checked against the policy."""
+
+    name: str
+    arguments: Mapping[str, str]
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ParameterInfo:
+    """One parameter as `voltana list` shows it."""
+
+    key: str
+    """Name on the command line, without the unit."""
+    name: str
+    """Field of the parameter dataclass; its last word is the unit."""
+    kind: str
+    default: str
+    meaning: str
+
+
+def parameter(
+    default: T,
+    meaning: str,
+    *,
+    low: float | None = None,
+    high: float | None = None,
+    choices: tuple[str, ...] = (),
+) -> T:
+    """Declare a policy parameter: default, one line of meaning, inclusive range or choices."""
+    made: Any = field(
+        default=default,
+        metadata={"meaning": meaning, "low": low, "high": high, "choices": choices},
+    )
+    return made  # type: ignore[no-any-return]
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """End of an error message: the nearest known word, or all of them.
+
+    Example:
+        >>> suggest("ecofrek", ["static", "ecofreq"])
+        "did you mean 'ecofreq'?"
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
+    return f"did you mean {near[0]!r}?" if near else "one of: " + (", ".join(names) or "(none)")
+
+
+def parse_spec(text: str) -> PolicySpec:
+    """Split `name:key=value,key=value`.
+
+    Raises:
+        VoltanaError: The name is empty, a part is not `key=value`, or a key comes twice.
+
+    Example:
+        >>> parse_spec("static:f=1005").arguments
+        {'f': '1005'}
+    """
+    name, _, rest = text.strip().partition(":")
+    if not name.strip():
+        raise VoltanaError(
+            f"a policy must be name or name:key=value,key=value, got {text!r}: give its name first"
+        )
+    arguments: dict[str, str] = {}
+    for part in rest.split(",") if rest.strip() else ():
+        key, equals, value = (piece.strip() for piece in part.partition("="))
+        if not (key and equals and value):
+            raise VoltanaError(
+                f"a policy argument must be key=value, got {part!r} (in {text!r}): "
+                "join list elements with '+', as in frequencies=1005+1410"
+            )
+        if key in arguments:
+            raise VoltanaError(f"a policy argument must come once, got {key!r} twice (in {text!r})")
+        arguments[key] = value
+    return PolicySpec(name=name.strip(), arguments=arguments, text=text.strip())
+
+
+def short_key(name: str) -> str:
+    """Field name without its unit.
+
+    Example:
+        >>> short_key("dwell_s"), short_key("frequencies_mhz"), short_key("tile")
+        ('dwell', 'frequencies', 'tile')
+    """
+    for suffix in sorted(UNIT_SUFFIXES, key=len, reverse=True):
+        if name.endswith(suffix) and len(name) > len(suffix):
+            return name[: -len(suffix)]
+    return name
+
+
+def bind_parameters(spec: PolicySpec, parameters: type[T]) -> T:
+    """Make the policy's parameter dataclass from the text of a spec.
+
+    Raises:
+        VoltanaError: A key is unknown, or a value has the wrong type or lies out of range.
+    """
+    hints = get_type_hints(parameters)
+    declared: dict[str, Field[Any]] = {}
+    for item in fields(parameters):  # type: ignore[arg-type]
+        declared[short_key(item.name)] = declared[item.name] = item
+    values: dict[str, object] = {}
+    for key, text in spec.arguments.items():
+        if key not in declared:
+            known = [short_key(item.name) for item in declared.values()]
+            raise VoltanaError(
+                f"{spec.name} has no parameter {key!r} (in {spec.text!r}): "
+                + (suggest(key, known) if known else "it takes none")
+            )
+        item = declared[key]
+        if item.name in values:
+            raise VoltanaError(
+                f"a policy argument must come once, got {key!r} twice (in {spec.text!r})"
+            )
+        where = f"{spec.name}: {key}"
+        value = _convert(text, hints[item.name], where)
+        _check_range(value, item, where)
+        values[item.name] = value
+    return parameters(**values)
+
+
+def describe_parameters(parameters: type[object]) -> tuple[ParameterInfo, ...]:
+    """What a policy's parameter dataclass declares, in order."""
+    hints = get_type_hints(parameters)
+    return tuple(
+        ParameterInfo(
+            key=short_key(item.name),
+            name=item.name,
+            kind=_kind(hints[item.name]),
+            default="required" if item.default is MISSING else _show(item.default),
+            meaning=str(item.metadata.get("meaning", "")),
+        )
+        for item in fields(parameters)  # type: ignore[arg-type]
+    )
+
+
+def _show(value: object) -> str:
+    if value is None or value == ():
+        return "profile"
+    if isinstance(value, tuple):
+        return "+".join(str(part) for part in value)
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _kind(hint: Any) -> str:
+    if get_origin(hint) is tuple:
+        return f"list of {_kind(get_args(hint)[0])}"
+    options = [option for option in get_args(hint) if option is not type(None)]
+    if options:
+        return _kind(options[0])
+    return {int: "integer", float: "number", bool: "true/false", str: "word"}[hint]
+
+
+def _convert(text: str, hint: Any, where: str) -> object:
+    if get_origin(hint) is tuple:
+        return tuple(_convert(part, get_args(hint)[0], where) for part in text.split("+"))
+    if get_origin(hint) is types.UnionType:
+        inner = next(option for option in get_args(hint) if option is not type(None))
+        return None if text.lower() == "profile" else _convert(text, inner, where)
+    if hint is bool:
+        return _convert_bool(text, where)
+    if hint is str:
+        return text
+    try:
+        number = float(text)
+        if hint is int:
+            return int(text)
+    except ValueError:
+        raise VoltanaError(f"{where} must be {_article(_kind(hint))}, got {text!r}") from None
+    if not math.isfinite(number):
+        raise VoltanaError(f"{where} must be finite, got {text!r}")
+    return number
+
+
+def _convert_bool(text: str, where: str) -> bool:
+    known = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+    if text.lower() not in known:
+        raise VoltanaError(f"{where} must be true or false, got {text!r}")
+    return known[text.lower()]
+
+
+def _article(kind: str) -> str:
+    return ("an " if kind[0] in "aeiou" else "a ") + kind
+
+
+def _check_range(value: object, item: Field[Any], where: str) -> None:
+    low, high = item.metadata.get("low"), item.metadata.get("high")
+    choices = item.metadata.get("choices")
+    for part in value if isinstance(value, tuple) else (value,):
+        if choices and part not in choices:
+            raise VoltanaError(f"{where}: unknown choice {part!r}: {suggest(str(part), choices)}")
+        if not isinstance(part, (int, float)) or isinstance(part, bool):
+            continue
+        if low is not None and part < low:
+            raise VoltanaError(f"{where} must be >= {low:g}, got {part:g}")
+        if high is not None and part > high:
+            raise VoltanaError(f"{where} must be <= {high:g}, got {part:g}")

@@ -1,0 +1,139 @@
+"""The one reader and writer of a run directory, for simulated and real runs alike.
+
+A run directory holds `summary.json` (the reported numbers), `settings.json` (resolved
+configuration), `requests.parquet` (one row a request), `itl.parquet` (token gaps with counts),
+`instances.json`, and, where the run kept them, `iterations.parquet` and `timeline.parquet`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from profiles.errors import VoltanaError
+from sim.metrics import summarise
+from sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
+
+SCHEMA_VERSION = 1
+"""Raised whenever a file or column changes its meaning or goes."""
+
+
+def write_run(record: RunRecord, directory: Path) -> dict[str, Any]:
+    """Write a run directory and return its summary. Each file appears whole or not at all."""
+    directory.mkdir(parents=True, exist_ok=True)
+    summary = {"schema_version": SCHEMA_VERSION, **summarise(record)}
+    _write_frame(pd.DataFrame(_columns(record.requests)), directory / "requests.parquet")
+    gaps = pd.DataFrame({"gap_s": record.itl_s, "count": record.itl_weight})
+    _write_frame(gaps, directory / "itl.parquet")
+    if record.iterations is not None:
+        frame = pd.DataFrame(_columns(record.iterations))
+        _write_frame(frame, directory / "iterations.parquet")
+    if record.timeline is not None:
+        _write_frame(pd.DataFrame(dict(record.timeline)), directory / "timeline.parquet")
+    instances = [dataclasses.asdict(i) for i in record.instances]
+    write_json(instances, directory / "instances.json")
+    write_json(dict(record.settings), directory / "settings.json")
+    write_json(summary, directory / "summary.json")
+    return summary
+
+
+def read_run(directory: Path) -> RunRecord:
+    """Read a run directory back.
+
+    Raises:
+        VoltanaError: A file is missing or was written by another schema version.
+    """
+    summary = read_json(directory / "summary.json")
+    if summary.get("schema_version") != SCHEMA_VERSION:
+        raise VoltanaError(
+            f"{directory} has schema version {summary.get('schema_version')}, "
+            f"this program reads {SCHEMA_VERSION}: write the run again"
+        )
+    settings = read_json(directory / "settings.json")
+    gaps = _read_frame(directory / "itl.parquet")
+    requests = _read_frame(directory / "requests.parquet")
+    return RunRecord(
+        requests=RequestTable(**_arrays(requests)),
+        itl_s=gaps["gap_s"].to_numpy(dtype=np.float64),
+        itl_weight=gaps["count"].to_numpy(dtype=np.int64),
+        instances=[_instance(i) for i in read_json(directory / "instances.json")],
+        makespan_s=summary["makespan_s"],
+        slo_ttft_s=settings["slo_ttft_s"],
+        slo_itl_s=settings["slo_itl_s"],
+        wall_s=summary["wall_s"],
+        settings=settings,
+        iterations=_optional_iterations(directory / "iterations.parquet"),
+        timeline=_optional_timeline(directory / "timeline.parquet"),
+    )
+
+
+def write_json(value: Any, path: Path) -> None:  # noqa: ANN401 (any JSON value)
+    """Write strict JSON (NaN becomes null) under a temporary name, then move it into place."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
+    """Read one JSON file of a run directory."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VoltanaError(f"no {path.name} in {path.parent}: is it a run directory?") from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+
+
+def _finite(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(k): _finite(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(v) for v in value]
+    return value
+
+
+def _columns(table: RequestTable | IterationTable) -> dict[str, Any]:
+    return {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+
+
+def _arrays(frame: pd.DataFrame) -> dict[str, Any]:
+    return {str(name): frame[name].to_numpy() for name in frame.columns}
+
+
+def _write_frame(frame: pd.DataFrame, path: Path) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    frame.to_parquet(partial, index=False)
+    partial.replace(path)
+
+
+def _read_frame(path: Path) -> pd.DataFrame:
+    try:
+        return pd.read_parquet(path)
+    except FileNotFoundError:
+        raise VoltanaError(f"no {path.name} in {path.parent}: is it a run directory?") from None
+    except OSError as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+
+
+def _instance(values: dict[str, Any]) -> InstanceRecord:
+    for key in ("clock_busy_s", "clock_idle_s"):
+        values[key] = {int(clock): seconds for clock, seconds in values[key].items()}
+    return InstanceRecord(**values)
+
+
+def _optional_iterations(path: Path) -> IterationTable | None:
+    return IterationTable(**_arrays(_read_frame(path))) if path.exists() else None
+
+
+def _optional_timeline(path: Path) -> dict[str, Any] | None:
+    return _arrays(_read_frame(path)) if path.exists() else None
