@@ -1,0 +1,166 @@
+"""Puts the clocks back when their owner is killed in a way no handler can see (SIGKILL, OOM).
+
+A small process of its own holds the other end of a pipe. The owner writes one byte when it locks
+a clock (`ARMED`) and one when it has put it back (`DISARMED`). The owner's end closes when it dies,
+however it dies; the watchdog then unlocks if the last byte was ARMED. A forked child of the owner
+may keep the pipe open, so the parent's id is looked at every half second as well. Nothing is
+deserialised: single bytes in, nothing out but one hello.
+
+    owner    spawn ── hello? ── ARMED ── lock … ── unlock ── DISARMED ── close
+    watchdog         hello ──── read ──────────────── (end of file while armed: unlock)
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from types import FrameType
+from typing import Final
+
+from profiles.device.gpu import DeviceError
+
+ARMED: Final = b"A"
+DISARMED: Final = b"D"
+HELLO: Final = b"H"
+PARENT_POLL_S: Final = 0.5
+NUM_RESTORE_TRIES: Final = 5
+RESTORE_RETRY_S: Final = 0.5
+HELLO_TIMEOUT_S: Final = 20.0
+
+
+class Watchdog:
+    """The owner's handle on its watchdog process."""
+
+    def __init__(
+        self, gpu_indices: Sequence[int], *, previous_clock_mhz: int | None = None
+    ) -> None:
+        """Start the process and wait for its hello, so that it stands before the first lock.
+
+        Raises:
+            DeviceError: It did not come up, for instance because NVML refused it.
+        """
+        self._process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "profiles.device.watchdog"),
+                str(previous_clock_mhz or 0),
+                *map(str, gpu_indices),
+            ],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            start_new_session=True,
+            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        )
+        self._await_hello()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def arm(self) -> None:
+        """From now on death means: unlock. Call before the lock."""
+        self._send(ARMED)
+
+    def disarm(self) -> None:
+        """The clocks are the driver's again."""
+        self._send(DISARMED)
+
+    def close(self) -> None:
+        """End the process; it restores first if it is still armed."""
+        stdin, stdout = self._process.stdin, self._process.stdout
+        assert stdin is not None
+        assert stdout is not None
+        stdin.close()
+        stdout.close()
+        self._process.wait()
+
+    def _await_hello(self) -> None:
+        stdout = self._process.stdout
+        assert stdout is not None
+        ready, _, _ = select.select([stdout], [], [], HELLO_TIMEOUT_S)
+        if ready and os.read(stdout.fileno(), 1) == HELLO:
+            return
+        self._process.kill()
+        self.close()
+        raise DeviceError(
+            f"the clock watchdog must start within {HELLO_TIMEOUT_S:.0f} s, it did not "
+            f"(exit status {self._process.returncode}): no clock was touched; see its message above"
+        )
+
+    def _send(self, byte: bytes) -> None:
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            os.write(stdin.fileno(), byte)
+        except BrokenPipeError as error:
+            raise DeviceError(
+                "the clock watchdog must outlive the clock lock, it has died "
+                f"(pid {self.pid}): start again; `nvidia-smi -rgc` unlocks by hand"
+            ) from error
+
+
+def _restore(gpu_indices: Sequence[int], previous_clock_mhz: int) -> bool:
+    """Put every GPU back (0: unlock), trying each a few times. True if all did."""
+    from profiles.device.nvml import NvmlGpu
+
+    pending = list(gpu_indices)
+    for _ in range(NUM_RESTORE_TRIES):
+        for index in list(pending):
+            try:
+                with NvmlGpu(index) as gpu:
+                    if previous_clock_mhz:
+                        gpu.lock_clock(previous_clock_mhz)
+                    else:
+                        gpu.unlock_clock()
+                pending.remove(index)
+            except DeviceError as error:
+                sys.stderr.write(f"voltana watchdog: GPU {index}: {error}\n")
+        if not pending:
+            return True
+        time.sleep(RESTORE_RETRY_S)
+    return False
+
+
+def _watch(parent_pid: int) -> bytes:
+    """Wait for the owner to go. Returns the last state byte."""
+    state = DISARMED
+    while True:
+        ready, _, _ = select.select([sys.stdin.buffer], [], [], PARENT_POLL_S)
+        if ready:
+            received = os.read(sys.stdin.fileno(), 64)
+            if not received:
+                return state
+            state = received[-1:]
+        elif os.getppid() != parent_pid:
+            return state
+
+
+def _on_terminate(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run the watchdog. Arguments: the clock to return to (0: unlock), then GPU indices."""
+    parent_pid = os.getppid()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _on_terminate)
+    previous_clock_mhz, *gpu_indices = (int(argument) for argument in arguments)
+    from profiles.device.nvml import NvmlGpu
+
+    for index in gpu_indices:
+        NvmlGpu(index).close()
+    os.write(sys.stdout.fileno(), HELLO)
+    state = ARMED
+    try:
+        state = _watch(parent_pid)
+    finally:  # told to terminate: restore rather than leave a lock without a guard
+        is_restored = state != ARMED or _restore(gpu_indices, previous_clock_mhz)
+    return 0 if is_restored else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,1 @@
+"""Engines the profiler can measure, behind one small interface (`base.Engine`)."""

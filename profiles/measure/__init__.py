@@ -1,0 +1,1 @@
+"""How a grid of (clock, batch, tokens) becomes measured time and power."""
