@@ -1,0 +1,1 @@
+"""Replay of a policy on a fleet of real engines."""

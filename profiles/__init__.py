@@ -1,0 +1,1 @@
+"""Everything that touches one GPU or one engine, and the tables measured on it."""

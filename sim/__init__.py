@@ -1,0 +1,1 @@
+"""Simulator, and every decision that simulator and hardware share."""

@@ -21,7 +21,8 @@ class GpuTrack:
     __slots__ = (
         "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
         "_idle_s", "_idle_since_s", "_last_busy_j", "_model", "_pending", "_phase", "_plan",
-        "_plan_due_s", "_segments", "_target_mhz", "actuation_s", "clock_mhz", "num_clock_changes", "num_iterations", "power_w",
+        "_plan_due_s", "_segments", "_target_mhz", "actuation_s", "clock_mhz", "num_clock_changes",
+        "num_iterations", "power_w",
     )  # fmt: skip
 
     def __init__(

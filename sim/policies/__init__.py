@@ -1,0 +1,1 @@
+"""Frequency controllers and routers: state in, decision out."""

@@ -1,0 +1,1 @@
+"""Requests: readers of published traces, generators, length histograms."""

@@ -1,0 +1,1 @@
+"""Frequency controllers, one rule a file."""

@@ -1,0 +1,248 @@
+"""EcoPred: the latency predictor the policies use, fitted to the tables as the reference fits it.
+
+Decode, per clock and batch-size range: time = a·batch + b·tokens + c with a, b >= 0, robust.
+Prefill, per clock: time = a·tokens + c, fitted on 2,000 < tokens < 20,000 only. Its error against
+the tables is real, and the simulator keeps both: the tables are the truth, EcoPred the belief.
+
+RANSAC over non-negative least squares (SciPy) is some thirty lines here; scikit-learn, which the
+reference uses for it, would be the heaviest dependency of the project.
+
+Source: VoltanaLLM v0.1, run_profile.py, draw.ipynb and lookup_table.py.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+from scipy.optimize import nnls
+
+from profiles.errors import VoltanaError
+from profiles.tables import POINT, FloatArray
+
+BATCH_RANGE_ENDS: Final = (4, 8, *range(16, 129, 8), *range(256, 2049, 128))
+"""The reference's hard-coded ranges: each ends with, and includes, one of these sizes."""
+DECODE_TIME_S: Final = (0.003, 0.300)
+"""Decode samples outside are left out of the fit, as in the reference."""
+PREFILL_TOKENS: Final = (2_000, 20_000)
+PREFILL_PROMPT_TOKENS: Final = (128, 1_024)
+"""Mean prompt lengths of the rows fitted: the reference profiles prefill with ShareGPT prompts."""
+FALLBACK_S: Final = 0.020
+"""The reference's answer where a prediction is not positive."""
+COLUMNS: Final = (
+    "phase", "frequency_mhz", "batch_size_min", "batch_size_max", "per_request_s", "per_token_s",
+    "constant_s", "r2", "mae_s", "mape", "num_points",
+)  # fmt: skip
+_TRIALS: Final = 100
+_ALL_BATCHES: Final = 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Coefficients:
+    """time_s = per_request_s·batch + per_token_s·tokens + constant_s."""
+
+    per_request_s: float
+    per_token_s: float
+    constant_s: float
+
+
+class EcoPred:
+    """Predicts iteration times from fitted coefficients; scalar and fast.
+
+    Args:
+        table: Rows of `ecopred.csv`.
+        top_mhz: Clock of an unlocked card.
+
+    A clock between fitted ones is interpolated linearly, one outside extrapolated from the two
+    nearest; a batch size above the last range uses the last range.
+    """
+
+    __slots__ = ("_by_clock", "_decode", "_ends", "_prefill", "_top_mhz")
+
+    def __init__(self, table: pd.DataFrame, top_mhz: int) -> None:
+        self._top_mhz = top_mhz
+        self._ends: list[int] = []
+        self._decode: dict[int, list[Coefficients]] = {}
+        self._prefill: dict[int, list[Coefficients]] = {}
+        self._by_clock: dict[tuple[str, int], list[Coefficients]] = {}
+        ordered = table.sort_values(["phase", "frequency_mhz", "batch_size_max"])
+        for row in ordered.itertuples(index=False):
+            kept = self._decode if row.phase == "decode" else self._prefill
+            kept.setdefault(int(str(row.frequency_mhz)), []).append(
+                Coefficients(*(float(str(getattr(row, c))) for c in COLUMNS[4:7]))
+            )
+        decode = ordered[ordered["phase"] == "decode"]
+        self._ends = sorted({int(e) for e in decode["batch_size_max"]})
+        if any(len(c) != len(self._ends) for c in self._decode.values()):
+            raise VoltanaError("ecopred.csv: every clock needs the same batch ranges")
+        if not self._decode or not self._prefill:
+            raise VoltanaError("ecopred.csv: needs rows of both phases")
+
+    def predict_s(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        """Predicted duration of one iteration in seconds, always > 0."""
+        c = self._coefficients(phase, frequency_mhz, batch_size)
+        time_s = c.per_request_s * batch_size + c.per_token_s * tokens + c.constant_s
+        return time_s if time_s > 0 else FALLBACK_S
+
+    def predict_line(self, phase: str, frequency_mhz: int, batch_size: int) -> tuple[float, float]:
+        """The prediction as (constant in s, slope in s/token) at a fixed batch size."""
+        c = self._coefficients(phase, frequency_mhz, batch_size)
+        return c.per_request_s * batch_size + c.constant_s, c.per_token_s
+
+    def _coefficients(self, phase: str, frequency_mhz: int, batch_size: int) -> Coefficients:
+        ranges = self._by_clock.get((phase, frequency_mhz))
+        if ranges is None:
+            ranges = self._at_clock(phase, frequency_mhz)
+        if len(ranges) == 1:
+            return ranges[0]
+        i = bisect_left(self._ends, batch_size)
+        return ranges[i] if i < len(ranges) else ranges[-1]
+
+    def _at_clock(self, phase: str, frequency_mhz: int) -> list[Coefficients]:
+        fitted = self._decode if phase == "decode" else self._prefill
+        clock = frequency_mhz or self._top_mhz
+        if clock in fitted or len(fitted) == 1:
+            ranges = fitted.get(clock) or next(iter(fitted.values()))
+        else:
+            clocks = sorted(fitted)
+            at = min(max(bisect_left(clocks, clock) - 1, 0), len(clocks) - 2)
+            low, high = clocks[at], clocks[at + 1]
+            weight = (clock - low) / (high - low)
+            ranges = [_blend(a, b, weight) for a, b in zip(fitted[low], fitted[high], strict=True)]
+        self._by_clock[phase, frequency_mhz] = ranges
+        return ranges
+
+
+def _blend(a: Coefficients, b: Coefficients, weight: float) -> Coefficients:
+    return Coefficients(
+        a.per_request_s + weight * (b.per_request_s - a.per_request_s),
+        a.per_token_s + weight * (b.per_token_s - a.per_token_s),
+        a.constant_s + weight * (b.constant_s - a.constant_s),
+    )
+
+
+def fit(prefill: pd.DataFrame, decode: pd.DataFrame, *, seed: int = 1) -> pd.DataFrame:
+    """Fit EcoPred to the two tables; deterministic in `seed` (the reference's is 1).
+
+    Args:
+        prefill: Rows of the prefill table (frequency_mhz, batch_size, tokens, time_s).
+        decode: Rows of the decode table, the same columns.
+        seed: Of the random subsets RANSAC tries.
+
+    Returns:
+        Rows of `ecopred.csv`: coefficients with R², mean absolute error (s), mean absolute
+        percentage error (a fraction) and the number of points, per clock and batch range.
+    """
+    rng = np.random.default_rng(seed)
+    rows = [*_fit_prefill(prefill, rng), *_fit_decode(decode, rng)]
+    return pd.DataFrame(rows, columns=list(COLUMNS))
+
+
+def fit_report(fitted: pd.DataFrame) -> pd.DataFrame:
+    """R² (weighted by points), MAE in ms and MAPE in % per phase and clock."""
+    rows = []
+    for (phase, clock), part in fitted.groupby(["phase", "frequency_mhz"], sort=True):
+        mean = {c: float(np.average(part[c], weights=part["num_points"]))
+                for c in ("r2", "mae_s", "mape")}  # fmt: skip
+        rows.append((phase, clock, mean["r2"], 1e3 * mean["mae_s"], 100 * mean["mape"]))
+    return pd.DataFrame(rows, columns=["phase", "frequency_mhz", "r2", "mae_ms", "mape_pct"])
+
+
+def read_ecopred(path: Path, top_mhz: int) -> tuple[pd.DataFrame, EcoPred]:
+    """Read `ecopred.csv`."""
+    try:
+        table = pd.read_csv(path)
+    except FileNotFoundError:
+        raise VoltanaError(f"no {path.name} in {path.parent}: the profile is incomplete") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+    if list(table.columns) != list(COLUMNS):
+        raise VoltanaError(f"{path}:1: columns must be {', '.join(COLUMNS)}")
+    coefficients = table[["per_request_s", "per_token_s", "constant_s"]].to_numpy(dtype=float)
+    if not np.isfinite(coefficients).all():
+        raise VoltanaError(f"{path}: coefficients must be finite")
+    return table, EcoPred(table, top_mhz)
+
+
+def _fit_prefill(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[object, ...]]:
+    prompt = table["tokens"] / table["batch_size"]
+    wanted = table["tokens"].between(*PREFILL_TOKENS, inclusive="neither") & prompt.between(
+        *PREFILL_PROMPT_TOKENS
+    )
+    for clock, part in table.groupby("frequency_mhz", sort=True):
+        chosen = part[wanted.loc[part.index]]
+        used = chosen if chosen["tokens"].nunique() >= 3 else part
+        x = np.column_stack([np.zeros(len(used)), used["tokens"].to_numpy(float)])
+        y = used["time_s"].to_numpy(float)
+        coefficients = _ransac(x, y, rng)
+        yield ("prefill", clock, 1, _ALL_BATCHES, *coefficients, *_errors(x, y, coefficients))
+
+
+def _fit_decode(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[object, ...]]:
+    bounds = _ranges_with_points(table)
+    for clock, part in table.groupby("frequency_mhz", sort=True):
+        for low, high in bounds:
+            chosen = part[part["batch_size"].between(low, high)]
+            kept = chosen[chosen["time_s"].between(*DECODE_TIME_S, inclusive="neither")]
+            used = kept if len(kept) >= 3 else chosen
+            x = used[list(POINT[1:])].to_numpy(dtype=float)
+            y = used["time_s"].to_numpy(dtype=float)
+            coefficients = _ransac(x, y, rng)
+            yield ("decode", clock, low, high, *coefficients, *_errors(x, y, coefficients))
+
+
+def _ranges_with_points(table: pd.DataFrame) -> list[tuple[int, int]]:
+    """The reference's ranges, an empty one merged with the next that holds grid points."""
+    per_clock = [set(p["batch_size"]) for _, p in table.groupby("frequency_mhz")]
+    common = set.intersection(*per_clock)
+    bounds: list[tuple[int, int]] = []
+    low = 1
+    for end in BATCH_RANGE_ENDS:
+        if any(low <= b <= end for b in common):
+            bounds.append((low, end))
+            low = end + 1
+    if not bounds:
+        raise VoltanaError("decode table: no batch size is profiled at every clock")
+    return bounds
+
+
+def _ransac(x: FloatArray, y: FloatArray, rng: np.random.Generator) -> tuple[float, float, float]:
+    best = _least_squares(x, y)
+    if len(y) <= 4:
+        return best
+    threshold = max(float(np.median(np.abs(y - np.median(y)))) * 0.1, 1e-6)
+    best_count = int((np.abs(_apply(x, best) - y) <= threshold).sum())
+    for _ in range(_TRIALS):
+        subset = rng.choice(len(y), size=4, replace=False)
+        tried = _least_squares(x[subset], y[subset])
+        count = int((np.abs(_apply(x, tried) - y) <= threshold).sum())
+        if count > best_count:
+            best, best_count = tried, count
+    inliers = np.abs(_apply(x, best) - y) <= threshold
+    return _least_squares(x[inliers], y[inliers]) if inliers.sum() >= 4 else best
+
+
+def _least_squares(x: FloatArray, y: FloatArray) -> tuple[float, float, float]:
+    """Slopes >= 0 and a free constant: centring takes the constant out of the constraint."""
+    centre, level = x.mean(axis=0), float(y.mean())
+    scale = np.maximum(np.abs(x - centre).max(axis=0), 1.0)
+    slopes = nnls((x - centre) / scale, y - level)[0] / scale
+    return float(slopes[0]), float(slopes[1]), level - float(slopes @ centre)
+
+
+def _apply(x: FloatArray, coefficients: tuple[float, float, float]) -> FloatArray:
+    return np.asarray(x @ np.array(coefficients[:2]) + coefficients[2])
+
+
+def _errors(
+    x: FloatArray, y: FloatArray, coefficients: tuple[float, float, float]
+) -> tuple[float, float, float, int]:
+    error = _apply(x, coefficients) - y
+    spread = float(((y - y.mean()) ** 2).sum())
+    r2 = 1.0 - float((error**2).sum()) / spread if spread > 0 else 1.0
+    return r2, float(np.abs(error).mean()), float(np.abs(error / y).mean()), len(y)

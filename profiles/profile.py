@@ -1,0 +1,176 @@
+"""A profile: one GPU, model and engine, loaded, checked and ready to be asked."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from profiles import ecopred
+from profiles.errors import VoltanaError, nearest
+from profiles.schema import ProfileMeta, meta_toml, read_meta
+from profiles.step_model import StepModel
+from profiles.tables import grid_of, idle_power_of, read_idle_table, read_phase_table
+
+DATA = Path(__file__).parent / "data"
+"""Shipped profiles, `<gpu>/<model>`."""
+FILES = ("profile.toml", "prefill.csv", "decode.csv", "idle.csv", "ecopred.csv")
+
+ArrayLike = npt.ArrayLike
+FloatOrArray = float | npt.NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Profile:
+    """Tables, metadata and the fitted predictor of one profile directory."""
+
+    name: str
+    meta: ProfileMeta
+    prefill: pd.DataFrame
+    decode: pd.DataFrame
+    idle: pd.DataFrame
+    fitted: pd.DataFrame
+    content_hash: str
+    """SHA-256 over the files, in hex."""
+
+    @property
+    def clocks_mhz(self) -> tuple[int, ...]:
+        """Supported clocks, ascending."""
+        return self.meta.clocks.supported_mhz
+
+    def truth(self, *, extrapolate: bool = False) -> StepModel:
+        """The tables as a scalar function: what happens, in simulation."""
+        return StepModel(
+            grid_of(self.prefill),
+            grid_of(self.decode),
+            idle_power_of(self.idle),
+            self.clocks_mhz,
+            extrapolate=extrapolate,
+        )
+
+    def predictor(self) -> ecopred.EcoPred:
+        """The fitted predictor: what policies believe."""
+        return ecopred.EcoPred(self.fitted, self.clocks_mhz[-1])
+
+    def iteration_time_s(
+        self,
+        phase: str,
+        frequency_mhz: ArrayLike,
+        batch_size: ArrayLike,
+        tokens: ArrayLike,
+        *,
+        extrapolate: bool = False,
+    ) -> FloatOrArray:
+        """Duration of an iteration in seconds; arguments broadcast, scalars give a float.
+
+        Args:
+            phase: "prefill" or "decode".
+            frequency_mhz: Clock within the profiled range; 0 is unlocked (the top clock).
+            batch_size: Requests of the batch (prefill: of equal length).
+            tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+            extrapolate: Allow points outside the profiled grid.
+
+        Raises:
+            VoltanaError: A point lies outside the grid and `extrapolate` is false.
+        """
+        model = self.truth(extrapolate=extrapolate)
+        return _broadcast(lambda f, b, t: model.predict_s(phase, int(f), b, t),
+                          frequency_mhz, batch_size, tokens)  # fmt: skip
+
+    def power_w(
+        self,
+        phase: str,
+        frequency_mhz: ArrayLike,
+        batch_size: ArrayLike,
+        tokens: ArrayLike,
+        *,
+        extrapolate: bool = False,
+    ) -> FloatOrArray:
+        """Power of the instance (all its GPUs) in watts; arguments as in `iteration_time_s`."""
+        model = self.truth(extrapolate=extrapolate)
+        return _broadcast(lambda f, b, t: model.power_w(phase, int(f), b, t),
+                          frequency_mhz, batch_size, tokens)  # fmt: skip
+
+    def idle_power_w(self, frequency_mhz: ArrayLike) -> FloatOrArray:
+        """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
+        model = self.truth()
+        return _broadcast(lambda f: model.idle_power_w(int(f)), frequency_mhz)
+
+
+def load_profile(name_or_path: str | Path) -> Profile:
+    """Load a shipped profile by name, or any profile directory by path.
+
+    Raises:
+        VoltanaError: No such profile (the nearest name is suggested), or a file breaks a rule.
+    """
+    shipped = DATA / name_or_path
+    directory = shipped if (shipped / "profile.toml").is_file() else Path(name_or_path)
+    if not directory.is_dir():
+        raise VoltanaError(
+            f"unknown profile {str(name_or_path)!r}{nearest(str(name_or_path), list_profiles())}"
+        )
+    meta = read_meta(directory / "profile.toml")
+    clocks = meta.clocks.supported_mhz
+    prefill = read_phase_table(directory / "prefill.csv", clocks)
+    decode = read_phase_table(directory / "decode.csv", clocks)
+    idle = read_idle_table(directory / "idle.csv", clocks)
+    _require_idle_range(idle, clocks, directory)
+    fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks[-1])
+    name = str(name_or_path) if directory == shipped else directory.name
+    return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,
+                   content_hash=_hash(directory))  # fmt: skip
+
+
+def list_profiles() -> list[str]:
+    """Names of the shipped profiles."""
+    found = DATA.glob("*/*/profile.toml")
+    return sorted(path.parent.relative_to(DATA).as_posix() for path in found)
+
+
+def write_profile(
+    directory: Path,
+    meta: ProfileMeta,
+    prefill: pd.DataFrame,
+    decode: pd.DataFrame,
+    idle: pd.DataFrame,
+) -> Profile:
+    """Fit EcoPred, write a complete profile directory and load it back; deterministic bytes."""
+    directory.mkdir(parents=True, exist_ok=True)
+    fitted = ecopred.fit(prefill, decode)
+    frames = {"prefill": prefill, "decode": decode, "idle": idle, "ecopred": fitted}
+    texts = {
+        f"{name}.csv": f.to_csv(index=False, float_format="%.6g") for name, f in frames.items()
+    }
+    texts["profile.toml"] = meta_toml(meta)
+    for name, text in texts.items():
+        partial = directory / f".{name}.partial"
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(directory / name)
+    return load_profile(directory)
+
+
+def _require_idle_range(idle: pd.DataFrame, clocks: tuple[int, ...], directory: Path) -> None:
+    known = idle.loc[idle["frequency_mhz"] > 0, "frequency_mhz"]
+    if known.empty or known.min() > clocks[0] or known.max() < clocks[-1]:
+        raise VoltanaError(
+            f"{directory / 'idle.csv'}: needs rows at {clocks[0]} and {clocks[-1]} MHz, "
+            "the lowest and the highest supported clock"
+        )
+
+
+def _hash(directory: Path) -> str:
+    digest = hashlib.sha256()
+    for name in FILES:
+        digest.update(name.encode() + b"\0" + (directory / name).read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _broadcast(function: object, *arguments: ArrayLike) -> FloatOrArray:
+    applied = np.frompyfunc(function, len(arguments), 1)(*arguments)  # type: ignore[call-overload]
+    return (
+        np.asarray(applied, dtype=np.float64) if isinstance(applied, np.ndarray) else float(applied)
+    )

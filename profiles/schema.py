@@ -1,0 +1,186 @@
+"""`profile.toml`: what was profiled, at which clocks, and where every number comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, TypeVar, get_type_hints
+
+import tomli_w
+
+from profiles.errors import VoltanaError, nearest
+
+SCHEMA_VERSION: Final = 1
+STATUSES: Final = ("measured", "calibrated", "modelled")
+QUANTITIES: Final = (
+    "clocks", "prefill_time", "prefill_power", "decode_time", "decode_power", "idle_power",
+    "kv_capacity",
+)  # fmt: skip
+"""Every profile states where these come from; further ones may be added."""
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMeta:
+    """The card."""
+
+    name: str
+    power_limit_w: float
+    """Per GPU."""
+    memory_gib: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelMeta:
+    """The model on one instance."""
+
+    name: str
+    tensor_parallel: int
+    """GPUs of one instance. Power in the tables is the sum over them."""
+    kv_bytes_per_token: int
+    """Whole model, all GPUs of the instance together."""
+    max_context_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineMeta:
+    """The serving engine and its limits."""
+
+    name: str
+    version: str
+    max_prefill_tokens: int
+    max_running_requests: int
+    kv_capacity_tokens: int
+    """Of one decode instance."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClocksMeta:
+    """SM clocks a policy may lock, ascending."""
+
+    supported_mhz: tuple[int, ...]
+    default_levels_mhz: tuple[int, ...]
+    """Short list for controllers that use few levels."""
+
+    def __post_init__(self) -> None:
+        clocks = self.supported_mhz
+        if not clocks or list(clocks) != sorted(set(clocks)) or clocks[0] <= 0:
+            raise VoltanaError(f"clocks.supported_mhz must ascend and be > 0, got {list(clocks)}")
+        odd = [c for c in self.default_levels_mhz if c not in clocks]
+        if odd or not self.default_levels_mhz:
+            raise VoltanaError(
+                f"clocks.default_levels_mhz must name supported clocks, got {odd or 'none'}"
+            )
+        if list(self.default_levels_mhz) != sorted(set(self.default_levels_mhz)):
+            raise VoltanaError("clocks.default_levels_mhz must ascend")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Provenance:
+    """Where a number comes from."""
+
+    status: str
+    source: str
+    uncertainty: str = ""
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise VoltanaError(
+                f"provenance status must be one of {', '.join(STATUSES)}, got {self.status!r}"
+            )
+        if not self.source:
+            raise VoltanaError("provenance source must not be empty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileMeta:
+    """Everything in `profile.toml`."""
+
+    gpu: GpuMeta
+    model: ModelMeta
+    engine: EngineMeta
+    clocks: ClocksMeta
+    provenance: Mapping[str, Provenance]
+
+    def __post_init__(self) -> None:
+        missing = [q for q in QUANTITIES if q not in self.provenance]
+        if missing:
+            raise VoltanaError(f"provenance must be stated for {', '.join(missing)}")
+
+
+def read_meta(path: Path) -> ProfileMeta:
+    """Read and check `profile.toml`.
+
+    Raises:
+        VoltanaError: The file is missing or not TOML, a key is missing, unknown or of the wrong
+            type, or a value breaks its rule; the message names file and key.
+    """
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VoltanaError(f"no {path.name} in {path.parent}: is it a profile directory?") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+    version = data.pop("schema_version", None)
+    if version != SCHEMA_VERSION:
+        raise VoltanaError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
+    _check_keys(data, {f.name for f in dataclasses.fields(ProfileMeta)}, str(path))
+    try:
+        return ProfileMeta(
+            gpu=_section(GpuMeta, data, "gpu"),
+            model=_section(ModelMeta, data, "model"),
+            engine=_section(EngineMeta, data, "engine"),
+            clocks=_section(ClocksMeta, data, "clocks"),
+            provenance={
+                key: _section(Provenance, data["provenance"], key) for key in data["provenance"]
+            },
+        )
+    except VoltanaError as error:
+        raise VoltanaError(f"{path}: {error}") from None
+
+
+def meta_toml(meta: ProfileMeta) -> str:
+    """The text of `profile.toml`."""
+    return tomli_w.dumps({"schema_version": SCHEMA_VERSION, **_plain(dataclasses.asdict(meta))})
+
+
+def _plain(value: Any) -> Any:  # noqa: ANN401 (any TOML value)
+    if isinstance(value, Mapping):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _check_keys(data: Mapping[str, Any], known: set[str], where: str) -> None:
+    for key in data:
+        if key not in known:
+            raise VoltanaError(f"{where}: unknown key {key!r}{nearest(key, known)}")
+    for key in sorted(known):
+        if key not in data:
+            raise VoltanaError(f"{where}: missing key {key!r}")
+
+
+def _section(kind: type[T], data: Mapping[str, Any], name: str) -> T:
+    section = data.get(name)
+    if not isinstance(section, dict):
+        raise VoltanaError(f"missing table [{name}]")
+    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
+    optional = {k for k, f in fields.items() if f.default is not dataclasses.MISSING}
+    _check_keys({k: 0 for k in optional} | section, set(fields), f"[{name}]")
+    hints = get_type_hints(kind)
+    return kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in section.items()})
+
+
+def _typed(value: Any, hint: Any, where: str) -> Any:  # noqa: ANN401 (any TOML value)
+    if hint is str and isinstance(value, str):
+        return value
+    if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
+        if value > 0 and (hint is float or value == int(value)):
+            return hint(value)
+        raise VoltanaError(f"{where} must be {hint.__name__} and > 0, got {value}")
+    if hint == tuple[int, ...] and isinstance(value, list):
+        return tuple(_typed(v, int, where) for v in value)
+    raise VoltanaError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")

@@ -1,0 +1,131 @@
+"""The measured tables of a profile: strict reading, and the grid of medians behind them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from profiles.errors import VoltanaError
+
+FloatArray = npt.NDArray[np.float64]
+
+POINT: Final = ("frequency_mhz", "batch_size", "tokens")
+PHASE_COLUMNS: Final = (*POINT, "trial", "time_s", "power_w")
+OPTIONAL_COLUMNS: Final = ("flags",)
+IDLE_COLUMNS: Final = ("frequency_mhz", "trial", "power_w")
+_HEADER_LINES: Final = 2
+"""Line number of the first data row."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GridRow:
+    """Medians at one clock and batch size, against tokens (ascending)."""
+
+    tokens: tuple[float, ...]
+    time_s: tuple[float, ...]
+    power_w: tuple[float, ...]
+
+
+Grid = Mapping[int, Mapping[int, GridRow]]
+"""clock in MHz -> batch size -> row; both ascending."""
+
+
+def read_phase_table(path: Path, clocks_mhz: tuple[int, ...]) -> pd.DataFrame:
+    """Read `prefill.csv` or `decode.csv`.
+
+    Raises:
+        VoltanaError: A wrong or missing column, a value that is no number, not finite or not
+            positive, an unsupported clock, or a repeated (point, trial); with file and line.
+    """
+    frame = _read_csv(path, PHASE_COLUMNS)
+    _require(frame, path, "time_s", frame["time_s"] > 0, "must be > 0")
+    _require(frame, path, "power_w", frame["power_w"] > 0, "must be > 0")
+    _require(frame, path, "batch_size", frame["batch_size"] >= 1, "must be >= 1")
+    _require(frame, path, "tokens", frame["tokens"] >= 1, "must be >= 1")
+    _require_clocks(frame, path, clocks_mhz)
+    _require_unique(frame, path, [*POINT, "trial"])
+    return frame
+
+
+def read_idle_table(path: Path, clocks_mhz: tuple[int, ...]) -> pd.DataFrame:
+    """Read `idle.csv`; clock 0 is the unlocked card. Raises as `read_phase_table` does."""
+    frame = _read_csv(path, IDLE_COLUMNS)
+    _require(frame, path, "power_w", frame["power_w"] > 0, "must be > 0")
+    _require_clocks(frame, path, (0, *clocks_mhz))
+    _require_unique(frame, path, ["frequency_mhz", "trial"])
+    if 0 not in set(frame["frequency_mhz"]):
+        raise VoltanaError(f"{path}: needs a row with frequency_mhz 0, the unlocked card")
+    return frame
+
+
+def grid_of(frame: pd.DataFrame) -> dict[int, dict[int, GridRow]]:
+    """Median over trials of every grid point."""
+    medians = frame.groupby(list(POINT), sort=True)[["time_s", "power_w"]].median().reset_index()
+    grid: dict[int, dict[int, GridRow]] = {}
+    for key, row in medians.groupby(["frequency_mhz", "batch_size"], sort=True):
+        clock, batch = (int(part) for part in key)  # type: ignore[union-attr]
+        grid.setdefault(clock, {})[batch] = GridRow(
+            tokens=tuple(row["tokens"].astype(float)),
+            time_s=tuple(row["time_s"]),
+            power_w=tuple(row["power_w"]),
+        )
+    return grid
+
+
+def idle_power_of(frame: pd.DataFrame) -> dict[int, float]:
+    """Median idle power in W by clock, ascending."""
+    medians = frame.groupby("frequency_mhz", sort=True)["power_w"].median()
+    return {int(clock): float(power) for clock, power in medians.items()}  # type: ignore[call-overload]
+
+
+def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+    try:
+        frame = pd.read_csv(path)
+    except FileNotFoundError:
+        raise VoltanaError(f"no {path.name} in {path.parent}: the profile is incomplete") from None
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+    missing = [c for c in columns if c not in frame.columns]
+    unknown = [str(c) for c in frame.columns if c not in (*columns, *OPTIONAL_COLUMNS)]
+    if missing or unknown:
+        raise VoltanaError(
+            f"{path}:1: columns must be {', '.join(columns)}; "
+            f"missing {', '.join(missing) or 'none'}, unknown {', '.join(unknown) or 'none'}"
+        )
+    if frame.empty:
+        raise VoltanaError(f"{path}: has no rows")
+    for column in columns:
+        numbers = pd.to_numeric(frame[column], errors="coerce")
+        _require(frame, path, column, pd.Series(np.isfinite(numbers)), "must be a finite number")
+        frame[column] = numbers
+        if column in (*POINT, "trial"):
+            _require(frame, path, column, numbers == numbers.round(), "must be a whole number")
+            frame[column] = numbers.astype(np.int64)
+    return frame
+
+
+def _require(
+    frame: pd.DataFrame, path: Path, column: str, holds: pd.Series[bool], rule: str
+) -> None:
+    if not holds.all():
+        row = int(np.argmin(holds.to_numpy()))
+        raise VoltanaError(
+            f"{column} {rule}, got {frame[column].iloc[row]} ({path}:{row + _HEADER_LINES})"
+        )
+
+
+def _require_clocks(frame: pd.DataFrame, path: Path, clocks_mhz: tuple[int, ...]) -> None:
+    holds = frame["frequency_mhz"].isin(clocks_mhz)
+    _require(frame, path, "frequency_mhz", holds, "must be one of clocks.supported_mhz")
+
+
+def _require_unique(frame: pd.DataFrame, path: Path, key: list[str]) -> None:
+    repeated = frame.duplicated(key)
+    rule = f"must not repeat with the same {', '.join(key)}"
+    _require(frame, path, "trial", ~repeated, rule)
