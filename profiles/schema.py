@@ -169,7 +169,7 @@ def _section(kind: type[T], data: Mapping[str, Any], name: str) -> T:
         raise VoltanaError(f"missing table [{name}]")
     fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
     optional = {k for k, f in fields.items() if f.default is not dataclasses.MISSING}
-    _check_keys({k: 0 for k in optional} | section, set(fields), f"[{name}]")
+    _check_keys(dict.fromkeys(optional, 0) | section, set(fields), f"[{name}]")
     hints = get_type_hints(kind)
     return kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in section.items()})
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections.abc import Mapping
+from itertools import pairwise
 
 from profiles.errors import VoltanaError
 from profiles.tables import Grid, GridRow
@@ -218,8 +219,8 @@ def _mix(first: GridRow, second: GridRow, time_weight: float, power_weight: floa
     end = min(first.tokens[-1], second.tokens[-1])
     if start > end:
         raise VoltanaError(
-            f"neighbouring grid rows share no range of tokens: {first.tokens[0]:g}–"
-            f"{first.tokens[-1]:g} and {second.tokens[0]:g}–{second.tokens[-1]:g}"
+            f"neighbouring grid rows share no range of tokens: {first.tokens[0]:g}-"
+            f"{first.tokens[-1]:g} and {second.tokens[0]:g}-{second.tokens[-1]:g}"
         )
     inner = {t for t in (*first.tokens, *second.tokens) if start <= t <= end}
     knots = tuple(sorted(inner | {start, end}))
@@ -249,7 +250,7 @@ def _beyond(row: Row, tokens: float) -> tuple[float, float]:
 
 def _with_slopes(row: GridRow) -> Row:
     knots, times, powers = list(row.tokens), list(row.time_s), list(row.power_w)
-    widths = [b - a for a, b in zip(knots, knots[1:], strict=False)]
+    widths = [b - a for a, b in pairwise(knots)]
     time_slopes = [(b - a) / w for a, b, w in zip(times, times[1:], widths, strict=False)]
     power_slopes = [(b - a) / w for a, b, w in zip(powers, powers[1:], widths, strict=False)]
     return knots, times, [*time_slopes, 0.0], powers, [*power_slopes, 0.0]

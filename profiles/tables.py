@@ -68,20 +68,21 @@ def grid_of(frame: pd.DataFrame) -> dict[int, dict[int, GridRow]]:
     """Median over trials of every grid point."""
     medians = frame.groupby(list(POINT), sort=True)[["time_s", "power_w"]].median().reset_index()
     grid: dict[int, dict[int, GridRow]] = {}
-    for key, row in medians.groupby(["frequency_mhz", "batch_size"], sort=True):
-        clock, batch = (int(part) for part in key)  # type: ignore[union-attr]
-        grid.setdefault(clock, {})[batch] = GridRow(
-            tokens=tuple(row["tokens"].astype(float)),
-            time_s=tuple(row["time_s"]),
-            power_w=tuple(row["power_w"]),
-        )
+    for clock, at_clock in medians.groupby("frequency_mhz", sort=True):
+        rows = grid.setdefault(int(str(clock)), {})
+        for batch, row in at_clock.groupby("batch_size", sort=True):
+            rows[int(str(batch))] = GridRow(
+                tokens=tuple(row["tokens"].astype(float)),
+                time_s=tuple(row["time_s"]),
+                power_w=tuple(row["power_w"]),
+            )
     return grid
 
 
 def idle_power_of(frame: pd.DataFrame) -> dict[int, float]:
     """Median idle power in W by clock, ascending."""
     medians = frame.groupby("frequency_mhz", sort=True)["power_w"].median()
-    return {int(clock): float(power) for clock, power in medians.items()}  # type: ignore[call-overload]
+    return {int(str(clock)): float(power) for clock, power in medians.items()}
 
 
 def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:

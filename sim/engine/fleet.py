@@ -9,7 +9,7 @@ import numpy as np
 import simpy
 
 from profiles.errors import VoltanaError
-from profiles.profile import Profile
+from profiles.catalog import Profile
 from sim.config import SimConfig
 from sim.engine.decode import DecodeInstance
 from sim.engine.instance import Instance

@@ -35,9 +35,7 @@ class Predictor(Protocol):
 class PowerModel(Protocol):
     """Board power of one instance (all its GPUs together) in one iteration, and at rest."""
 
-    def power_w(
-        self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int
-    ) -> float: ...
+    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float: ...
 
     def idle_power_w(self, frequency_mhz: int) -> float: ...
 

@@ -69,9 +69,7 @@ class EcoFreq(Controller):
         self._limit_s = slo_s * (1.0 + parameters.margin_frac)
         self._predict_s = context.predictor.predict_s
         self._line: Callable[..., tuple[float, float]] | None = (
-            context.predictor.predict_line
-            if isinstance(context.predictor, LinePredictor)
-            else None
+            context.predictor.predict_line if isinstance(context.predictor, LinePredictor) else None
         )
         self._idle = IdlePlan(after_s=parameters.idle_s, clock_mhz=levels_mhz[0])
         self._decision_mhz = UNLOCKED_MHZ
