@@ -8,8 +8,8 @@ from collections.abc import Generator
 import numpy as np
 import simpy
 
-from profiles.errors import VoltanaError
 from profiles.catalog import Profile
+from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.engine.decode import DecodeInstance
 from sim.engine.instance import Instance

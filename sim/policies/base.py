@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol
+from typing import Final, Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -30,6 +30,17 @@ class Predictor(Protocol):
     def predict_s(
         self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int
     ) -> float: ...
+
+
+@runtime_checkable
+class LinePredictor(Predictor, Protocol):
+    """A predictor that is a line in tokens at a fixed clock and batch size."""
+
+    def predict_line(
+        self, phase: Phase, frequency_mhz: int, batch_size: int
+    ) -> tuple[float, float]:
+        """Constant in s and slope in s/token."""
+        ...
 
 
 class PowerModel(Protocol):

@@ -1,0 +1,76 @@
+"""Policies by name: what `voltana list` shows and what a configuration may name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Generic, TypeVar
+
+from profiles.errors import VoltanaError
+from sim.policies.base import Controller, PolicyContext, Router
+from sim.policies.controllers import ecofreq, fixed
+from sim.policies.routers import ecoroute, simple
+from sim.policies.spec import (
+    ParameterInfo,
+    bind_parameters,
+    describe_parameters,
+    parse_spec,
+    suggest,
+)
+
+P = TypeVar("P", Controller, Router)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry(Generic[P]):
+    """One policy: how to make it, and its rule in one line."""
+
+    make: Callable[[Any, PolicyContext], P]
+    parameters: type[object]
+
+    @property
+    def rule(self) -> str:
+        """First line of the class's docstring."""
+        return (self.make.__doc__ or "").strip().splitlines()[0]
+
+    @property
+    def parameter_infos(self) -> tuple[ParameterInfo, ...]:
+        """Parameters with default and meaning."""
+        return describe_parameters(self.parameters)
+
+
+CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
+    "static": Entry(make=fixed.Static, parameters=fixed.StaticParameters),
+    "boost": Entry(make=fixed.Boost, parameters=fixed.NoParameters),
+    "ecofreq": Entry(make=ecofreq.EcoFreq, parameters=ecofreq.EcoFreqParameters),
+}
+ROUTERS: Final[Mapping[str, Entry[Router]]] = {
+    "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters),
+    "round-robin": Entry(make=simple.RoundRobin, parameters=fixed.NoParameters),
+    "least-requests": Entry(make=simple.LeastRequests, parameters=fixed.NoParameters),
+    "least-kv": Entry(make=simple.LeastKv, parameters=fixed.NoParameters),
+    "ecoroute": Entry(make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters),
+    "ecoroute-tile": Entry(make=ecoroute.EcoRouteTile, parameters=ecoroute.EcoRouteTileParameters),
+}
+
+
+def make_controller(spec: str, context: PolicyContext) -> Controller:
+    """Make one instance's controller from `name:key=value,…`.
+
+    Raises:
+        VoltanaError: Unknown name or parameter (with the nearest), or a bad value.
+    """
+    return _make(spec, context, CONTROLLERS, "controller")
+
+
+def make_router(spec: str, context: PolicyContext) -> Router:
+    """Make the fleet's router from `name:key=value,…`. Raises as `make_controller` does."""
+    return _make(spec, context, ROUTERS, "router")
+
+
+def _make(text: str, context: PolicyContext, known: Mapping[str, Entry[P]], kind: str) -> P:
+    spec = parse_spec(text)
+    entry = known.get(spec.name)
+    if entry is None:
+        raise VoltanaError(f"unknown {kind} {spec.name!r}: {suggest(spec.name, known)}")
+    return entry.make(bind_parameters(spec, entry.parameters), context)

@@ -1,0 +1,168 @@
+"""EcoRoute, the decode routers of VoltanaLLM v0.1: the what-if rule and the tile rule.
+
+Both pick the prefill instance at random and the decode instance at arrival, before prefill.
+Below n = the router's open requests towards an instance, load = its KV tokens in use and queued.
+Source: VOLTANALLM §5 (reference code echo_lb.py, policies `fadr` and `tile_aware`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+
+from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
+from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.spec import parameter
+
+REFERENCE_LEVELS_MHZ: Final = (1005, 1095, 1200, 1305, 1410)
+
+States = Sequence[InstanceState]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcoRouteParameters:
+    """Parameters of `ecoroute`."""
+
+    tile_requests: int = parameter(128, "requests of a full decode tile", low=1)
+    look_ahead_tokens: int = parameter(
+        50, "decode steps that the what-if case looks ahead, tokens per open request", low=0
+    )
+    look_now_tokens: int = parameter(
+        2, "decode steps that the present case looks ahead, tokens per open request", low=0
+    )
+    margin_frac: float = parameter(
+        0.0, "judge by SLO x (1 + margin); the reference's router uses none", low=-0.95
+    )
+    frequencies_mhz: tuple[int, ...] = parameter(
+        (), "clock levels of the what-if; by default the reference's five, or five of the profile"
+    )
+
+
+class EcoRoute(Router):
+    """Send a request where it would not force a higher clock; among those, where it fits best.
+
+    While every instance has fewer requests than a tile: the lowest clock, then the fewest
+    requests. Else, for each instance, cur = lowest level that keeps the ITL promise now and
+    nxt = lowest that keeps it with this request added; its tag is +nxt if the request would raise
+    the level (or the top level is needed anyway), else -cur. If the levels of the tags lie more
+    than one apart, take the slow end; otherwise the smallest tag (unraised first, of those the
+    highest clock), then the fewest tiles, then the most requests: fill what is partly filled.
+    """
+
+    __slots__ = (
+        "_level", "_levels_mhz", "_look_ahead", "_look_now", "_predict_s", "_rng", "_slo_s",
+        "_tile", "_top_mhz",
+    )  # fmt: skip
+
+    def __init__(self, parameters: EcoRouteParameters, context: PolicyContext) -> None:
+        self._levels_mhz = clock_list(
+            context.clocks_mhz,
+            parameters.frequencies_mhz,
+            _default_levels(context),
+            "ecoroute: frequencies",
+        )
+        self._top_mhz = self._levels_mhz[-1]
+        self._level = {clock: i for i, clock in enumerate(self._levels_mhz)}
+        self._predict_s = context.predictor.predict_s
+        self._slo_s = context.slo_itl_s * (1.0 + parameters.margin_frac)
+        self._tile = parameters.tile_requests
+        self._look_ahead = parameters.look_ahead_tokens
+        self._look_now = parameters.look_now_tokens
+        self._rng = context.rng
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+        return (
+            random_instance(prefill, self._rng),
+            self.route_decode(request.input_tokens, decode),
+        )
+
+    def route_decode(self, input_tokens: int, decode: States) -> int:
+        """Position of the decode instance for a prompt of that many tokens."""
+        if len(decode) == 1:
+            return 0
+        if max([s.open_requests for s in decode]) < self._tile:
+            return slowest_emptiest(decode, self._top_mhz)
+        tags = [self._tag(s, input_tokens) for s in decode]
+        sizes = [abs(tag) for tag in tags]
+        tile = self._tile
+        # of each key: ceil(n / tile) tiles, and -n
+        fill = [(-(-s.open_requests // tile), -s.open_requests) for s in decode]
+        if self._level[max(sizes)] - self._level[min(sizes)] > 1:
+            return min(range(len(decode)), key=lambda i: (sizes[i], tags[i], fill[i]))
+        return min(range(len(decode)), key=lambda i: (tags[i], fill[i]))
+
+    def _tag(self, state: InstanceState, input_tokens: int) -> int:
+        requests, load = state.open_requests, state.kv_load_tokens
+        now_mhz = self._lowest_fitting_mhz(requests, load + self._look_now * requests)
+        next_mhz = self._lowest_fitting_mhz(
+            requests + 1, load + input_tokens + self._look_ahead * requests
+        )
+        if next_mhz > now_mhz or next_mhz == self._top_mhz:
+            return next_mhz
+        return -now_mhz
+
+    def _lowest_fitting_mhz(self, batch_size: int, tokens: int) -> int:
+        predict_s, slo_s = self._predict_s, self._slo_s
+        for clock_mhz in self._levels_mhz:
+            if predict_s(DECODE, clock_mhz, batch_size, tokens) <= slo_s:
+                return clock_mhz
+        return self._top_mhz
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcoRouteTileParameters:
+    """Parameters of `ecoroute-tile`."""
+
+    tile_requests: int = parameter(128, "requests of a full decode tile", low=1)
+
+
+class EcoRouteTile(Router):
+    """Fill the partly filled tile; needs no predictor.
+
+    While every instance has fewer requests than a tile: the lowest clock, then the fewest
+    requests. Else, ordered by (tiles, most requests first), the first that is empty or whose last
+    tile is not full; if all are full, the first. The reference's demo labels this rule EchoRoute.
+    """
+
+    __slots__ = ("_rng", "_tile", "_top_mhz")
+
+    def __init__(self, parameters: EcoRouteTileParameters, context: PolicyContext) -> None:
+        self._tile = parameters.tile_requests
+        self._rng = context.rng
+        self._top_mhz = context.clocks_mhz[-1]
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+        return random_instance(prefill, self._rng), self._fill(decode)
+
+    def _fill(self, decode: States) -> int:
+        tile = self._tile
+        counts = [s.open_requests for s in decode]
+        if max(counts) < tile:
+            return slowest_emptiest(decode, self._top_mhz)
+        order = sorted(range(len(decode)), key=lambda i: (-(-counts[i] // tile), -counts[i]))
+        for i in order:
+            if counts[i] == 0 or counts[i] % tile > 0:
+                return i
+        return order[0]
+
+
+def random_instance(states: States, rng: np.random.Generator) -> int:
+    """Uniformly random position."""
+    return int(rng.integers(len(states))) if len(states) > 1 else 0
+
+
+def slowest_emptiest(states: States, top_mhz: int) -> int:
+    """Lowest clock (an unlocked card counts as the top one), then fewest open requests."""
+    return min(
+        range(len(states)),
+        key=lambda i: (states[i].clock_mhz or top_mhz, states[i].open_requests),
+    )
+
+
+def _default_levels(context: PolicyContext) -> tuple[int, ...]:
+    if set(REFERENCE_LEVELS_MHZ) <= set(context.clocks_mhz):
+        return REFERENCE_LEVELS_MHZ
+    return spread_clocks_mhz(context.clocks_mhz, context.default_levels_mhz[0], 5)

@@ -1,0 +1,75 @@
+"""Routers that need no model: random, round-robin, least requests, least KV tokens.
+
+Each picks the prefill and the decode instance by the same rule, independently.
+Source: RIVALS R0-R3; every serving system ships some of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from sim.policies.base import InstanceState, PolicyContext, RequestView, Router
+from sim.policies.controllers.fixed import NoParameters
+
+States = Sequence[InstanceState]
+
+
+def least(states: States, key: Callable[[InstanceState], float | tuple[float, ...]]) -> int:
+    """Position of the smallest key; the first of equals."""
+    return min(range(len(states)), key=lambda i: key(states[i]))
+
+
+class RandomRouter(Router):
+    """Uniformly random instances, from the router's own seed."""
+
+    __slots__ = ("_rng",)
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:  # noqa: ARG002
+        self._rng = context.rng
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+        return int(self._rng.integers(len(prefill))), int(self._rng.integers(len(decode)))
+
+
+class RoundRobin(Router):
+    """Instances in turn; prefill and decode turn separately."""
+
+    __slots__ = ("_next",)
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:  # noqa: ARG002
+        self._next = 0
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+        turn = self._next
+        self._next += 1
+        return turn % len(prefill), turn % len(decode)
+
+
+class LeastRequests(Router):
+    """The instance with the fewest open requests."""
+
+    __slots__ = ()
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
+        pass
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+        return (
+            least(prefill, lambda s: s.open_requests),
+            least(decode, lambda s: s.open_requests),
+        )
+
+
+class LeastKv(Router):
+    """The decode instance with the fewest KV tokens in use or queued; prefill by queued tokens."""
+
+    __slots__ = ()
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
+        pass
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+        return (
+            least(prefill, lambda s: (s.kv_load_tokens, s.open_requests)),
+            least(decode, lambda s: (s.kv_load_tokens, s.open_requests)),
+        )
