@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -24,9 +25,12 @@ ArrayLike = npt.ArrayLike
 FloatOrArray = float | npt.NDArray[np.float64]
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Profile:
-    """Tables, metadata and the fitted predictor of one profile directory."""
+    """Tables, metadata and the fitted predictor of one profile directory.
+
+    Compared and hashed by identity: two loads are two profiles, `content_hash` tells if equal.
+    """
 
     name: str
     meta: ProfileMeta
@@ -44,13 +48,7 @@ class Profile:
 
     def truth(self, *, extrapolate: bool = False) -> StepModel:
         """The tables as a scalar function: what happens, in simulation."""
-        return StepModel(
-            grid_of(self.prefill),
-            grid_of(self.decode),
-            idle_power_of(self.idle),
-            self.clocks_mhz,
-            extrapolate=extrapolate,
-        )
+        return _step_model(self, extrapolate)
 
     def predictor(self) -> ecopred.EcoPred:
         """The fitted predictor: what policies believe."""
@@ -99,6 +97,18 @@ class Profile:
         """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
         model = self.truth()
         return _broadcast(lambda f: model.idle_power_w(int(f)), frequency_mhz)
+
+
+@lru_cache(maxsize=16)
+def _step_model(profile: Profile, extrapolate: bool) -> StepModel:
+    """Built once: its rows are costly to make and never change."""
+    return StepModel(
+        grid_of(profile.prefill),
+        grid_of(profile.decode),
+        idle_power_of(profile.idle),
+        profile.clocks_mhz,
+        extrapolate=extrapolate,
+    )
 
 
 def load_profile(name_or_path: str | Path) -> Profile:

@@ -33,7 +33,9 @@ class SimConfig:
     workload: str = _key("sharegpt", "length distribution of generated requests")
     trace: str | None = _key(None, "trace file or named trace, in place of a generated workload")
     rate_rps: float = _key(60.0, "mean arrival rate of a generated workload, requests/s")
-    duration_s: float = _key(120.0, "length of a generated workload; a trace is cut to it if set")
+    duration_s: float | None = _key(
+        None, "length of the workload; none = 120 s generated, or the whole trace"
+    )
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key("poisson", "arrival process: poisson, or gamma:cv=2")
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, REJECTED, FloatArray, IntArray, RunRecord
 
@@ -68,11 +69,11 @@ def tpot_s(record: RunRecord) -> FloatArray:
     return (requests.finish_s - requests.first_token_s) / gaps
 
 
-def attained(record: RunRecord) -> np.ndarray[Any, np.dtype[np.bool_]]:
+def attained(record: RunRecord) -> npt.NDArray[np.bool_]:
     """Requests that kept both promises: TTFT <= its SLO and TPOT <= the ITL SLO. Shape (n,)."""
     with np.errstate(invalid="ignore"):
         kept = (ttft_s(record) <= record.slo_ttft_s) & (tpot_s(record) <= record.slo_itl_s)
-    return kept & (record.requests.status == COMPLETED)
+    return np.asarray(kept & (record.requests.status == COMPLETED))
 
 
 def summarise(record: RunRecord) -> dict[str, Any]:

@@ -45,6 +45,12 @@ def write_run(record: RunRecord, directory: Path) -> dict[str, Any]:
     return summary
 
 
+def refuse_existing(directory: Path) -> None:
+    """Raise VoltanaError if there is a run already: results are never overwritten."""
+    if (directory / "summary.json").exists():
+        raise VoltanaError(f"{directory} already holds a run: name another directory")
+
+
 def read_run(directory: Path) -> RunRecord:
     """Read a run directory back.
 
@@ -78,7 +84,7 @@ def read_run(directory: Path) -> RunRecord:
 def write_json(value: Any, path: Path) -> None:  # noqa: ANN401 (any JSON value)
     """Write strict JSON (NaN becomes null) under a temporary name, then move it into place."""
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(_finite(value), indent=1) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
     partial.replace(path)
 
 
@@ -92,13 +98,14 @@ def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
         raise VoltanaError(f"cannot read {path}: {error}") from None
 
 
-def _finite(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+def finite(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
+    """A JSON value with NaN and infinity replaced by null."""
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     if isinstance(value, Mapping):
-        return {str(k): _finite(v) for k, v in value.items()}
+        return {str(k): finite(v) for k, v in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(v) for v in value]
+        return [finite(v) for v in value]
     return value
 
 

@@ -152,11 +152,11 @@ class Controller(ABC):
         """Clock before the first decision; the safe state (no lock) unless a policy says else."""
         return UNLOCKED_MHZ
 
-    def on_idle(self, state: InstanceState) -> IdlePlan | None:  # noqa: ARG002
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
         """Called when the instance runs out of work. None keeps the clock."""
         return None
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:  # noqa: ARG002
+    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
         """How many further calls of `decide` are sure to return what the last one returned.
 
         The premise: the batch stays as it is, the queue stays empty and `last_tokens` grows by

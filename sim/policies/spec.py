@@ -170,7 +170,7 @@ def _show(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _kind(hint: Any) -> str:
+def _kind(hint: Any) -> str:  # noqa: ANN401 (a type expression)
     if get_origin(hint) is tuple:
         return f"list of {_kind(get_args(hint)[0])}"
     options = [option for option in get_args(hint) if option is not type(None)]
@@ -179,7 +179,7 @@ def _kind(hint: Any) -> str:
     return {int: "integer", float: "number", bool: "true/false", str: "word"}[hint]
 
 
-def _convert(text: str, hint: Any, where: str) -> object:
+def _convert(text: str, hint: Any, where: str) -> object:  # noqa: ANN401 (a type expression)
     if get_origin(hint) is tuple:
         return tuple(_convert(part, get_args(hint)[0], where) for part in text.split("+"))
     if get_origin(hint) is types.UnionType:

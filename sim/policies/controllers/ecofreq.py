@@ -95,7 +95,7 @@ class EcoFreq(Controller):
                 return clock_mhz
         return self._top_mhz
 
-    def on_idle(self, state: InstanceState) -> IdlePlan | None:  # noqa: ARG002
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return self._idle
 
     def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:

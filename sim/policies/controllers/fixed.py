@@ -35,13 +35,13 @@ class Static(Controller):
         wanted_mhz = clocks_mhz[-1] if parameters.f_mhz is None else parameters.f_mhz
         self._clock_mhz = require_clock(clocks_mhz, wanted_mhz, "static: f")
 
-    def decide(self, state: InstanceState) -> int:  # noqa: ARG002
+    def decide(self, state: InstanceState) -> int:
         return self._clock_mhz
 
     def initial_clock_mhz(self) -> int:
         return self._clock_mhz
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:  # noqa: ARG002
+    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
         return FOREVER
 
 
@@ -61,8 +61,8 @@ class Boost(Controller):
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         pass
 
-    def decide(self, state: InstanceState) -> int:  # noqa: ARG002
+    def decide(self, state: InstanceState) -> int:
         return UNLOCKED_MHZ
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:  # noqa: ARG002
+    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
         return FOREVER

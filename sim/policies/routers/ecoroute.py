@@ -134,7 +134,7 @@ class EcoRouteTile(Router):
         self._rng = context.rng
         self._top_mhz = context.clocks_mhz[-1]
 
-    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         return random_instance(prefill, self._rng), self._fill(decode)
 
     def _fill(self, decode: States) -> int:

@@ -24,10 +24,10 @@ class RandomRouter(Router):
 
     __slots__ = ("_rng",)
 
-    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:  # noqa: ARG002
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._rng = context.rng
 
-    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         return int(self._rng.integers(len(prefill))), int(self._rng.integers(len(decode)))
 
 
@@ -36,10 +36,10 @@ class RoundRobin(Router):
 
     __slots__ = ("_next",)
 
-    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:  # noqa: ARG002
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._next = 0
 
-    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         turn = self._next
         self._next += 1
         return turn % len(prefill), turn % len(decode)
@@ -53,7 +53,7 @@ class LeastRequests(Router):
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         pass
 
-    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         return (
             least(prefill, lambda s: s.open_requests),
             least(decode, lambda s: s.open_requests),
@@ -68,7 +68,7 @@ class LeastKv(Router):
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         pass
 
-    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:  # noqa: ARG002
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         return (
             least(prefill, lambda s: (s.kv_load_tokens, s.open_requests)),
             least(decode, lambda s: (s.kv_load_tokens, s.open_requests)),

@@ -1,0 +1,50 @@
+"""The `voltana` command. Each verb is a module of `experiments.commands`, imported when run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+import typer
+
+from profiles.errors import VoltanaError
+
+VERBS = ("simulate", "sweep", "demo", "plot", "list")
+"""In the order of `voltana --help`."""
+
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+
+
+def make_app() -> typer.Typer:
+    """Build the command line with all its verbs."""
+    app = typer.Typer(
+        name="voltana",
+        help="Energy-efficient LLM serving under latency promises: profile a GPU, simulate "
+        "frequency controllers and routers, replay the chosen policy on real engines.",
+        no_args_is_help=True,
+        add_completion=False,
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    for verb in VERBS:
+        importlib.import_module(f"experiments.commands.{verb}").register(app)
+    return app
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one line and exit code 2, never a traceback."""
+    try:
+        make_app()()
+    except VoltanaError as error:
+        sys.stderr.write(f"voltana: {error}\n")
+        raise SystemExit(EXIT_USAGE) from None
+    except KeyboardInterrupt:
+        sys.stderr.write("voltana: interrupted; what had finished is kept\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        raise SystemExit(EXIT_FAILED) from None
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""`voltana simulate`: one run of one policy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
+
+_SET_HELP = "Set any configuration key, repeatable: " + ", ".join(KEYS)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("simulate")(simulate)
+
+
+def simulate(  # noqa: PLR0913 (one parameter an option)
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of configuration keys; options override it")
+    ] = None,
+    profile: Annotated[str | None, typer.Option(help="Profile name or directory")] = None,
+    workload: Annotated[str | None, typer.Option(help="Length distribution by name")] = None,
+    trace: Annotated[
+        str | None, typer.Option(help="Trace file or named trace, in place of a workload")
+    ] = None,
+    rate: Annotated[float | None, typer.Option(help="Mean arrival rate, requests/s")] = None,
+    duration: Annotated[float | None, typer.Option(help="Seconds of arrivals")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of arrivals, lengths, policies")] = None,
+    prefill: Annotated[int | None, typer.Option(help="Prefill instances")] = None,
+    decode: Annotated[int | None, typer.Option(help="Decode instances")] = None,
+    controller: Annotated[
+        str | None, typer.Option(help="Frequency controller, e.g. ecofreq:margin=0.1")
+    ] = None,
+    prefill_controller: Annotated[str | None, typer.Option(help="Of prefill only")] = None,
+    decode_controller: Annotated[str | None, typer.Option(help="Of decode only")] = None,
+    router: Annotated[str | None, typer.Option(help="Router, e.g. ecoroute:tile=64")] = None,
+    slo_ttft_ms: Annotated[float | None, typer.Option(help="Promised TTFT, ms")] = None,
+    slo_itl_ms: Annotated[float | None, typer.Option(help="Promised ITL, ms")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help=_SET_HELP)] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the run directory here")] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+) -> None:
+    """Simulate one configuration and print its energy, latency and attainment.
+
+    Example: voltana simulate --workload sharegpt --rate 60 --controller ecofreq --router ecoroute
+    """
+    options: dict[str, Any] = {
+        "profile": profile, "workload": workload, "trace": trace, "rate_rps": rate,
+        "duration_s": duration, "seed": seed, "num_prefill": prefill, "num_decode": decode,
+        "controller": controller, "prefill_controller": prefill_controller,
+        "decode_controller": decode_controller, "router": router,
+        "slo_ttft_s": None if slo_ttft_ms is None else slo_ttft_ms * 1e-3,
+        "slo_itl_s": None if slo_itl_ms is None else slo_itl_ms * 1e-3,
+    }  # fmt: skip
+    values = read_toml(config) if config else {}
+    values |= {key: value for key, value in options.items() if value is not None}
+    values |= parse_settings(settings or [])
+    _run(make_config(values, where=str(config) if config else "command line"), out, as_json=json)
+
+
+def _run(config: SimConfig, out: Path | None, *, as_json: bool) -> None:
+    from experiments.runs import run
+    from experiments.show import summary_json, summary_table
+    from sim.metrics import summarise
+    from sim.results import refuse_existing, write_run
+
+    if out is not None:
+        refuse_existing(out)
+    record = run(config)
+    summary = summarise(record) if out is None else write_run(record, out)
+    typer.echo(summary_json(summary) if as_json else summary_table(config, summary))

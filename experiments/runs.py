@@ -1,0 +1,47 @@
+"""From a configuration to a finished run."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+from profiles.catalog import Profile, load_profile
+from sim.config import SimConfig
+from sim.engine.fleet import simulate
+from sim.records import RunRecord
+from sim.workload.generate import make_workload
+from sim.workload.traces import open_trace
+from sim.workload.workload import Workload
+
+DEFAULT_DURATION_S = 120.0
+"""The reference's benchmark sends 120 s × rate requests."""
+
+cached_profile = lru_cache(maxsize=8)(load_profile)
+
+
+def workload_of(config: SimConfig) -> Workload:
+    """The requests that a configuration asks for: a trace, or a generated workload."""
+    if config.trace is None:
+        made = make_workload(
+            config.workload,
+            rate_rps=config.rate_rps,
+            duration_s=config.duration_s or DEFAULT_DURATION_S,
+            seed=config.seed,
+            arrivals=config.arrivals,
+        )
+    else:
+        made = _cached_trace(str(Path(config.trace)))
+        if config.duration_s is not None:
+            made = made.sliced(0.0, config.duration_s)
+    return made if config.time_scale == 1.0 else made.scaled(config.time_scale)
+
+
+def run(config: SimConfig) -> RunRecord:
+    """Load what the configuration names and simulate it."""
+    profile: Profile = cached_profile(config.profile)
+    return simulate(config, profile, workload_of(config))
+
+
+@lru_cache(maxsize=4)
+def _cached_trace(name: str) -> Workload:
+    return open_trace(name)

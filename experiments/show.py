@@ -1,0 +1,89 @@
+"""What the commands print: ms where people read, SI in JSON."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import pandas as pd
+from rich.console import Console
+from rich.table import Table
+
+from sim.config import SimConfig
+from sim.results import finite
+
+_WIDTH = 118
+
+
+def summary_json(summary: Mapping[str, Any]) -> str:
+    """The summary as strict JSON (a value that does not exist is null)."""
+    return json.dumps(finite(summary), indent=1)
+
+
+def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:
+    """One run as a short table."""
+    table = Table(title=f"{config.profile}  {config.trace or config.workload}", show_header=False)
+    table.add_column("quantity")
+    table.add_column("value", justify="right")
+    rows = [
+        ("prefill controller", config.prefill_controller_spec),
+        ("decode controller", config.decode_controller_spec),
+        ("router", config.router),
+        ("requests completed / total",
+         f"{summary['requests_completed']} / {summary['requests_total']}"),
+        ("energy", f"{summary['energy_j']:,.0f} J over {summary['makespan_s']:.1f} s"),
+        ("  prefill + decode + idle",
+         " + ".join(f"{summary[f'{part}_energy_j']:,.0f}" for part in
+                    ("prefill", "decode", "idle")) + " J"),
+        ("energy per output token", f"{summary['energy_per_output_token_j']:.3f} J"),
+        ("TTFT p50 / p90 / p99", _quantiles(summary["ttft_s"])),
+        ("ITL p50 / p90 / p99", _quantiles(summary["itl_s"])),
+        (f"TTFT attainment ({config.slo_ttft_s * 1e3:g} ms)",
+         f"{100 * summary['ttft_attainment']:.2f} %"),
+        (f"ITL attainment ({config.slo_itl_s * 1e3:g} ms)",
+         f"{100 * summary['itl_attainment']:.2f} %"),
+        ("both, per request", f"{100 * summary['attainment']:.2f} %"),
+        ("goodput", f"{summary['goodput_rps']:.2f} requests/s"),
+    ]  # fmt: skip
+    for row in rows:
+        table.add_row(*row)
+    return render(table)
+
+
+def policy_table(frame: pd.DataFrame, title: str) -> str:
+    """Policies of one load point: energy, saving against static-max, attainments.
+
+    Args:
+        frame: Columns policy, energy_j, saving_pct, ttft_attainment, itl_attainment,
+            energy_per_output_token_j, keeps_slo.
+        title: Printed above.
+    """
+    table = Table(title=title)
+    table.add_column("policy")
+    for name in ("energy J", "saving vs static-max %", "TTFT attainment", "ITL attainment",
+                 "J per output token", "keeps SLO"):  # fmt: skip
+        table.add_column(name, justify="right")
+    for row in frame.to_dict("records"):
+        table.add_row(
+            str(row["policy"]),
+            f"{row['energy_j']:,.0f}",
+            f"{row['saving_pct']:.1f}",
+            f"{100 * row['ttft_attainment']:.2f} %",
+            f"{100 * row['itl_attainment']:.2f} %",
+            f"{row['energy_per_output_token_j']:.3f}",
+            "yes" if row["keeps_slo"] else "no",
+        )
+    return render(table)
+
+
+def render(table: Table) -> str:
+    """A rich table as plain text."""
+    stream = io.StringIO()
+    Console(file=stream, width=_WIDTH).print(table)
+    return stream.getvalue().rstrip("\n")
+
+
+def _quantiles(values: Mapping[str, float]) -> str:
+    return " / ".join(f"{1e3 * values[q]:.1f}" for q in ("p50", "p90", "p99")) + " ms"
