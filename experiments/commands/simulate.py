@@ -17,7 +17,7 @@ def register(app: typer.Typer) -> None:
     app.command("simulate")(simulate)
 
 
-def simulate(  # noqa: PLR0913 (one parameter an option)
+def simulate(
     config: Annotated[
         Path | None, typer.Option(help="TOML file of configuration keys; options override it")
     ] = None,

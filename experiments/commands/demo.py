@@ -1,0 +1,54 @@
+"""`voltana demo`: the default comparison, start to end."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("demo")(demo)
+
+
+def demo(
+    out: Annotated[Path, typer.Option(help="Directory of the results")] = Path("results/demo"),
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+) -> None:
+    """Compare the shipped policies on Llama-3.1-8B, A100, ShareGPT; about a minute on two cores.
+
+    Writes results.csv, energy_vs_slo.png and .svg and the resolved config.toml, and prints one
+    table per request rate. The profile is calibrated, not measured: see its profile.toml.
+    """
+    from experiments.compare import TARGET, compare
+    from experiments.grid import read_sweep
+    from experiments.plots import energy_vs_slo, save
+    from experiments.show import policy_table
+    from experiments.sweep import run_sweep
+
+    config = Path(__file__).parent.parent / "configs" / "demo.toml"
+    frame = compare(run_sweep(read_sweep(config), out, jobs=jobs))
+    for rate, rows in frame.groupby("rate_rps", sort=True):
+        title = (
+            f"{rows['profile'].iloc[0]}, {rows['workload'].iloc[0]}, {rate:g} requests/s, TTFT "
+            f"{1e3 * rows['slo_ttft_s'].iloc[0]:g} ms, ITL {1e3 * rows['slo_itl_s'].iloc[0]:g} ms"
+        )
+        typer.echo(policy_table(_with_clocks(rows), title))
+    typer.echo(
+        f"keeps SLO: at least {TARGET:.0%} TTFT and ITL attainment. A saving counts only there."
+    )
+    typer.echo(f"{_paths(save(energy_vs_slo(frame), out, 'energy_vs_slo'))} {out / 'results.csv'}")
+
+
+def _with_clocks(rows: pd.DataFrame) -> pd.DataFrame:
+    names = rows["policy"].where(rows["clocks"].isna(), rows["policy"] + " " + rows["clocks"])
+    return rows.assign(policy=names)
+
+
+def _paths(paths: list[Path]) -> str:
+    return " ".join(str(p) for p in paths)

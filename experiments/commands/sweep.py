@@ -1,0 +1,32 @@
+"""`voltana sweep`: a grid of configurations."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("sweep")(sweep)
+
+
+def sweep(
+    config: Annotated[Path, typer.Argument(help="Sweep file, see below", metavar="CONFIG.toml")],
+    out: Annotated[Path, typer.Option(help="Directory of the results")],
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+) -> None:
+    """Run every point of a grid and write one tidy table, DIR/results.csv.
+
+    The file has [base] with any configuration key, and [grid] with lists of values; a free axis
+    such as [[grid.policy]] holds tables with a name. [static_pairs] clocks_mhz = [...] adds all
+    pairs of fixed clocks. Finished points are kept by the hash of their configuration: run the
+    command again to go on after an interruption.
+    """
+    from experiments.grid import read_sweep
+    from experiments.sweep import RESULTS, run_sweep
+
+    table = run_sweep(read_sweep(config), out, jobs=jobs)
+    typer.echo(f"{len(table)} points in {out / RESULTS}")
