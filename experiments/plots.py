@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import matplotlib as mpl
+import numpy.typing as npt
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from experiments.compare import TARGET
@@ -17,7 +17,7 @@ COLOURS: Final = (
 )  # fmt: skip
 """Okabe and Ito's palette, distinguishable with every common colour-vision deficiency."""
 MARKERS: Final = "osD^vPX*"
-_STYLE: Final = {
+_STYLE: Final[dict[Any, Any]] = {
     "font.size": 9,
     "axes.grid": True,
     "grid.alpha": 0.3,
@@ -38,7 +38,7 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
         figure = Figure(figsize=(9.6, 6.8), layout="constrained")
         axes = figure.subplots(2, 2)
         for i, (policy, rows) in enumerate(frame.groupby("policy", sort=False)):
-            style = {
+            style: dict[str, Any] = {
                 "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
                 "markersize": 5, "linewidth": 1.4, "label": str(policy),
             }  # fmt: skip
@@ -59,18 +59,16 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     return paths
 
 
-def _draw_policy(axes: object, rows: pd.DataFrame, style: dict[str, object]) -> None:
-    grid: dict[tuple[int, int], Axes] = axes  # type: ignore[assignment]
+def _draw_policy(grid: npt.NDArray[Any], rows: pd.DataFrame, style: dict[str, Any]) -> None:
     rate = rows["rate_rps"]
     worse = 100 * rows[["ttft_attainment", "itl_attainment"]].min(axis=1)
-    grid[0, 0].plot(rate, rows["energy_j"] / 1e3, **style)  # type: ignore[arg-type]
-    grid[0, 1].plot(worse, rows["energy_per_output_token_j"], **style)  # type: ignore[arg-type]
-    grid[1, 0].plot(rate, 100 * rows["ttft_attainment"], **style)  # type: ignore[arg-type]
-    grid[1, 1].plot(rate, 100 * rows["itl_attainment"], **style)  # type: ignore[arg-type]
+    grid[0, 0].plot(rate, rows["energy_j"] / 1e3, **style)
+    grid[0, 1].plot(worse, rows["energy_per_output_token_j"], **style)
+    grid[1, 0].plot(rate, 100 * rows["ttft_attainment"], **style)
+    grid[1, 1].plot(rate, 100 * rows["itl_attainment"], **style)
 
 
-def _finish(axes: object, target: float) -> None:
-    grid: dict[tuple[int, int], Axes] = axes  # type: ignore[assignment]
+def _finish(grid: npt.NDArray[Any], target: float) -> None:
     for place, x_label, y_label in (
         ((0, 0), "request rate (requests/s)", "energy of the run (kJ)"),
         ((0, 1), "worse of TTFT and ITL attainment (%)", "energy per output token (J)"),

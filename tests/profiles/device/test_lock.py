@@ -183,7 +183,8 @@ def test_own_children_do_not_count_as_foreign(standin: Standin) -> None:
         "from tests.profiles.device.standin import FIELDS\n"
         "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
         "f = open(os.environ['VOLTANA_NVML_STATE'], 'r+b')\n"
-        "f.seek(4 * FIELDS.index('foreign_pid')); f.write(struct.pack('<I', child.pid))\nf.flush()\n"
+        "f.seek(4 * FIELDS.index('foreign_pid'))\n"
+        "f.write(struct.pack('<I', child.pid))\nf.flush()\n"
         "with ClockSession([gpu]):\n    print(gpu.process_ids() == {child.pid})\n"
         "child.communicate(b'x')"
     )
