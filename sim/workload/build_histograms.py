@@ -1,0 +1,66 @@
+"""Compute the shipped length histograms: `python -m sim.workload.build_histograms --traces DIR`.
+
+DIR holds CSV files with input_tokens and output_tokens. Bins are about 9 % wide, so that drawing
+uniformly within one keeps the means within 2 % and the percentiles within 5 % of the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+import pandas as pd
+
+from sim.workload.lengths import DATA
+
+SOURCES: Final = {
+    "sharegpt": ("sharegpt_v3_4k_lengths.csv.gz", 3000),
+    "sharegpt-8k": ("sharegpt_8k_lengths.csv.gz", None),
+    "azure-conv": ("azure_llm_2023_conv.csv.gz", None),
+    "azure-code": ("azure_llm_2023_code.csv.gz", None),
+    "arxiv-summarization": ("arxiv_summarization_4k_lengths.csv.gz", None),
+}
+"""Name -> source file and the largest sum of prompt and output that is kept."""
+BIN_RATIO: Final = 1.09
+
+
+def histogram(frame: pd.DataFrame, max_total_tokens: int | None) -> pd.DataFrame:
+    """Counts of joint bins of a table of length pairs; pairs with a zero length are left out."""
+    kept = frame[(frame["input_tokens"] >= 1) & (frame["output_tokens"] >= 1)]
+    if max_total_tokens is not None:
+        kept = kept[kept["input_tokens"] + kept["output_tokens"] <= max_total_tokens]
+    columns = {}
+    for side in ("input", "output"):
+        tokens = kept[f"{side}_tokens"].to_numpy()
+        edges = _edges(int(tokens.max()))
+        at = np.searchsorted(edges, tokens, side="right") - 1
+        columns[f"{side}_min"] = edges[at]
+        columns[f"{side}_max"] = edges[at + 1] - 1
+    keys = ["input_min", "input_max", "output_min", "output_max"]
+    counts = pd.DataFrame(columns).groupby(keys, sort=True).size()
+    return counts.rename("count").reset_index()
+
+
+def _edges(largest: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
+    edges = [1]
+    while edges[-1] <= largest:
+        edges.append(max(edges[-1] + 1, int(edges[-1] * BIN_RATIO)))
+    return np.array(edges, dtype=np.int64)
+
+
+def main() -> None:
+    """Write every histogram whose source is in the folder."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--traces", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=DATA)
+    options = parser.parse_args()
+    for name, (file, limit) in SOURCES.items():
+        made = histogram(pd.read_csv(options.traces / file), limit)
+        path = options.out / f"{name}.csv.gz"
+        made.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,155 @@
+"""Readers of published request traces. Foreign columns and units end here.
+
+Nothing is dropped or repaired silently: a row that cannot be a request is an error with file,
+line, column, rule and value.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from profiles.errors import VoltanaError, nearest
+from sim.workload.fetch import named_trace, named_traces
+from sim.workload.workload import FloatArray, IntArray, Workload
+
+Arrivals = Callable[[Any, Path, IntArray], FloatArray]
+_FIRST_LINE: Final = 2
+"""Line of the first data row of a CSV; of JSON lines it is 1."""
+
+
+def open_trace(name_or_path: str) -> Workload:
+    """A trace file, or a published trace by name (`sim.workload.fetch` says which there are)."""
+    if name_or_path in named_traces():
+        return read_trace(named_trace(name_or_path))
+    path = Path(name_or_path)
+    if not path.is_file():
+        hint = "" if path.suffix else nearest(name_or_path, named_traces())
+        raise VoltanaError(f"no such trace file: {name_or_path}{hint}")
+    return read_trace(path)
+
+
+def read_trace(path: Path, fmt: str | None = None, *, drop_failed: bool = False) -> Workload:
+    """Read a trace, telling its format by its columns unless it is named.
+
+    Args:
+        path: CSV (also .gz), JSON lines or parquet.
+        fmt: `azure`, `burstgpt`, `mooncake` or `plain`; by default the one whose columns match.
+        drop_failed: Leave out requests without output, which BurstGPT logs for failed calls.
+
+    Raises:
+        VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
+    """
+    frame = _read_frame(path)
+    format_name = fmt or _detect(frame, path)
+    if format_name not in _FORMATS:
+        raise VoltanaError(f"unknown trace format {format_name!r}{nearest(format_name, _FORMATS)}")
+    columns, arrivals = _FORMATS[format_name]
+    _require_columns(frame, columns, path)
+    if drop_failed:
+        frame = frame[pd.to_numeric(frame[columns[2]], errors="coerce") != 0]
+    first_line = 1 if format_name == "mooncake" else _FIRST_LINE
+    lines = frame.index.to_numpy() + first_line
+    arrival_s = arrivals(frame[columns[0]], path, lines)
+    _require_sorted(arrival_s, frame[columns[0]], path, lines)
+    tokens = [_tokens(frame[column], path, lines) for column in columns[1:]]
+    return Workload(
+        arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=path.name
+    )
+
+
+def _read_frame(path: Path) -> pd.DataFrame:
+    try:
+        if path.suffix == ".parquet":
+            frame = pd.read_parquet(path)
+        elif path.suffix == ".jsonl":
+            frame = pd.read_json(path, lines=True)
+        else:
+            frame = pd.read_csv(path, skip_blank_lines=False)
+    except FileNotFoundError:
+        raise VoltanaError(f"no such trace file: {path}") from None
+    except (OSError, EOFError, zlib.error, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise VoltanaError(f"cannot read {path}: {reason}") from None
+    if frame.empty:
+        raise VoltanaError(f"{path}: holds no requests")
+    return frame
+
+
+def _seconds(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    _require(np.isfinite(numbers), column, path, lines, "must be a finite number of seconds")
+    _require(numbers >= 0, column, path, lines, "must be >= 0")
+    return numbers
+
+
+def _milliseconds(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
+    return _seconds(column, path, lines) * 1e-3
+
+
+def _from_first(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
+    seconds = _seconds(column, path, lines)
+    return seconds - seconds[0]
+
+
+def _timestamps(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
+    moments = pd.to_datetime(column, errors="coerce", utc=True, format="ISO8601")
+    _require(moments.notna().to_numpy(), column, path, lines, "must be a date and time")
+    elapsed = (moments - moments.iloc[0]).dt.total_seconds().to_numpy(dtype=np.float64)
+    rising = np.diff(elapsed, prepend=0.0) >= 0
+    _require(rising, column, path, lines, "must not be earlier than the row before")
+    return np.asarray(elapsed)
+
+
+_FORMATS: Final[dict[str, tuple[tuple[str, str, str], Arrivals]]] = {
+    "azure": (("TIMESTAMP", "ContextTokens", "GeneratedTokens"), _timestamps),
+    "burstgpt": (("Timestamp", "Request tokens", "Response tokens"), _from_first),
+    "mooncake": (("timestamp", "input_length", "output_length"), _milliseconds),
+    "plain": (("arrival_s", "input_tokens", "output_tokens"), _seconds),
+}
+"""Format -> columns of arrival, input and output, and how arrival becomes seconds from 0."""
+
+
+def _detect(frame: pd.DataFrame, path: Path) -> str:
+    for name, (columns, _) in _FORMATS.items():
+        if set(columns) <= set(frame.columns):
+            return name
+    expected = "; ".join(f"{n}: {', '.join(c)}" for n, (c, _) in _FORMATS.items())
+    found = ", ".join(str(c) for c in frame.columns)
+    raise VoltanaError(f"{path}:1: columns {found} are of no known format ({expected})")
+
+
+def _require_columns(frame: pd.DataFrame, columns: tuple[str, ...], path: Path) -> None:
+    missing = [c for c in columns if c not in frame.columns]
+    if missing:
+        raise VoltanaError(f"{path}:1: missing column {', '.join(missing)}")
+
+
+def _tokens(column: pd.Series[Any], path: Path, lines: IntArray) -> IntArray:
+    numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
+    _require(np.isfinite(numbers), column, path, lines, "must be a whole number")
+    _require(numbers == np.floor(numbers), column, path, lines, "must be a whole number")
+    remedy = " (drop_failed leaves out requests without output)" if (numbers == 0).any() else ""
+    _require(numbers >= 1, column, path, lines, f"must be >= 1{remedy}")
+    return numbers.astype(np.int64)
+
+
+def _require_sorted(
+    arrival_s: FloatArray, column: pd.Series[Any], path: Path, lines: IntArray
+) -> None:
+    rising = np.diff(arrival_s, prepend=0.0) >= 0
+    _require(rising, column, path, lines, "must not fall from one row to the next: sort the file")
+
+
+def _require(
+    holds: npt.NDArray[np.bool_], column: pd.Series[Any], path: Path, lines: IntArray, rule: str
+) -> None:
+    if not holds.all():
+        row = int(np.argmin(holds))
+        raise VoltanaError(f"{column.name} {rule}, got {column.iloc[row]} ({path}:{lines[row]})")

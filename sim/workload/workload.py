@@ -1,0 +1,119 @@
+"""A workload: when requests arrive and how long they are."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+
+from profiles.errors import VoltanaError
+
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Workload:
+    """Requests in order of arrival; all arrays of shape (n,), checked when made."""
+
+    arrival_s: FloatArray
+    """Not negative, never falling; time 0 is the start of the run."""
+    input_tokens: IntArray
+    output_tokens: IntArray
+    name: str = "workload"
+
+    def __post_init__(self) -> None:
+        shapes = {len(self.arrival_s), len(self.input_tokens), len(self.output_tokens)}
+        if len(shapes) != 1:
+            raise VoltanaError(f"arrays of {self.name} must have one length, got {sorted(shapes)}")
+        _require(self, "arrival_s", np.isfinite(self.arrival_s), "must be finite")
+        _require(self, "arrival_s", self.arrival_s >= 0, "must be >= 0")
+        rising = np.diff(self.arrival_s, prepend=0.0) >= 0
+        _require(self, "arrival_s", rising, "must not fall from one request to the next")
+        _require(self, "input_tokens", self.input_tokens >= 1, "must be >= 1")
+        _require(self, "output_tokens", self.output_tokens >= 1, "must be >= 1")
+
+    def __len__(self) -> int:
+        return len(self.arrival_s)
+
+    @property
+    def duration_s(self) -> float:
+        """Time of the last arrival; 0 when empty."""
+        return float(self.arrival_s[-1]) if len(self) else 0.0
+
+    @property
+    def mean_rate_rps(self) -> float:
+        """Requests per second up to the last arrival; 0 when that is at time 0."""
+        return len(self) / self.duration_s if self.duration_s > 0 else 0.0
+
+    @property
+    def content_hash(self) -> str:
+        """SHA-256 over the three arrays, in hex; the name does not count."""
+        digest = hashlib.sha256()
+        for array in (self.arrival_s, self.input_tokens, self.output_tokens):
+            digest.update(np.ascontiguousarray(array).tobytes())
+        return digest.hexdigest()
+
+    def scaled(self, factor: float) -> Workload:
+        """Play `factor` times as fast: arrival times are divided by it, lengths stay."""
+        if not (factor > 0 and np.isfinite(factor)):
+            raise VoltanaError(f"time scale must be > 0 and finite, got {factor}")
+        return self._with(self.arrival_s / factor, f"{self.name}, {factor:g} times as fast")
+
+    def sliced(self, start_s: float, end_s: float) -> Workload:
+        """Requests that arrive in [start_s, end_s), with start_s as the new time 0."""
+        if not end_s > start_s >= 0:
+            raise VoltanaError(f"a slice needs 0 <= start < end, got {start_s} and {end_s}")
+        inside = (self.arrival_s >= start_s) & (self.arrival_s < end_s)
+        return Workload(
+            arrival_s=self.arrival_s[inside] - start_s,
+            input_tokens=self.input_tokens[inside],
+            output_tokens=self.output_tokens[inside],
+            name=self.name,
+        )
+
+    def superposed(self, *others: Workload) -> Workload:
+        """All requests of all workloads on one time axis; equal times keep the argument order."""
+        parts = (self, *others)
+        order = np.argsort(np.concatenate([p.arrival_s for p in parts]), kind="stable")
+        return Workload(
+            arrival_s=np.concatenate([p.arrival_s for p in parts])[order],
+            input_tokens=np.concatenate([p.input_tokens for p in parts])[order],
+            output_tokens=np.concatenate([p.output_tokens for p in parts])[order],
+            name=" + ".join(p.name for p in parts),
+        )
+
+    def write(self, path: Path) -> None:
+        """Write as plain CSV (gzip if the name ends in .gz) or parquet."""
+        frame = pd.DataFrame(
+            {
+                "arrival_s": self.arrival_s,
+                "input_tokens": self.input_tokens,
+                "output_tokens": self.output_tokens,
+            }
+        )
+        if path.suffix == ".parquet":
+            frame.to_parquet(path, index=False)
+        elif path.suffix == ".gz":
+            frame.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+        else:
+            frame.to_csv(path, index=False)
+
+    def _with(self, arrival_s: FloatArray, name: str) -> Workload:
+        return Workload(
+            arrival_s=arrival_s,
+            input_tokens=self.input_tokens,
+            output_tokens=self.output_tokens,
+            name=name,
+        )
+
+
+def _require(workload: Workload, column: str, holds: npt.NDArray[np.bool_], rule: str) -> None:
+    if not holds.all():
+        row = int(np.argmin(holds))
+        value = getattr(workload, column)[row]
+        raise VoltanaError(f"{column} {rule}, got {value} (request {row} of {workload.name})")
