@@ -1,0 +1,70 @@
+"""Simulated requests per CPU second, and the same machine's raw SimPy rate beside it.
+
+python benchmarks/requests_per_second.py
+The Azure trace is read from the folder VOLTANA_DATA names, or left out with a note.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Generator
+
+import simpy
+
+from experiments.runs import cached_profile, workload_of
+from profiles.errors import VoltanaError
+from sim.config import SimConfig, make_config
+from sim.engine.fleet import simulate
+
+REPEATS = 5
+RAW_EVENTS = 500_000
+
+
+def main() -> None:
+    """Print one line a case."""
+    raw = raw_simpy_rate()
+    print(f"raw SimPy: {raw:,.0f} timeouts per CPU second")
+    report("ShareGPT, 60 requests/s, 2P2D, ecofreq + ecoroute", SimConfig(), raw)
+    try:
+        report(
+            "Azure conversation trace, 2P2D, ecofreq + ecoroute",
+            make_config({"trace": "azure-conv-2023"}),
+            raw,
+        )
+    except VoltanaError as error:
+        print(f"Azure conversation trace: left out ({error})")
+
+
+def report(title: str, config: SimConfig, raw: float) -> None:
+    """Run a configuration several times and print its best rate (least disturbed)."""
+    profile, workload = cached_profile(config.profile), workload_of(config)
+    best_s, iterations = float("inf"), 0
+    for _ in range(REPEATS):
+        start_s = time.process_time()
+        record = simulate(config, profile, workload)
+        best_s = min(best_s, time.process_time() - start_s)
+        iterations = sum(i.num_iterations for i in record.instances)
+    rate = len(workload) / best_s
+    print(
+        f"{title}: {rate:,.0f} requests per CPU second ({len(workload):,} requests, "
+        f"{iterations:,} iterations, {record.makespan_s:,.0f} simulated s in {best_s:.2f} s, "
+        f"1 request per {raw / rate:.0f} raw timeouts)"
+    )
+
+
+def raw_simpy_rate() -> float:
+    """Timeouts per CPU second of a bare SimPy process."""
+    env = simpy.Environment()
+
+    def tick() -> Generator[simpy.Event, None, None]:
+        for _ in range(RAW_EVENTS):
+            yield env.timeout(1.0)
+
+    env.process(tick())
+    start_s = time.process_time()
+    env.run()
+    return RAW_EVENTS / (time.process_time() - start_s)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Short ways to a run on a synthetic profile."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from profiles.catalog import Profile
+from sim.config import make_config
+from sim.engine.fleet import simulate
+from sim.metrics import summarise
+from sim.records import RunRecord
+from sim.workload.workload import Workload
+
+
+def make_requests(*rows: tuple[float, int, int]) -> Workload:
+    """Requests from (arrival_s, input_tokens, output_tokens)."""
+    columns = list(zip(*rows, strict=True))
+    return Workload(
+        arrival_s=np.array(columns[0], dtype=np.float64),
+        input_tokens=np.array(columns[1], dtype=np.int64),
+        output_tokens=np.array(columns[2], dtype=np.int64),
+    )
+
+
+def run(profile: Profile, workload: Workload, **settings: Any) -> tuple[RunRecord, dict[str, Any]]:  # noqa: ANN401
+    """Simulate with one instance a phase, static clocks and no actuation lag unless told."""
+    values = {
+        "num_prefill": 1,
+        "num_decode": 1,
+        "controller": "static",
+        "router": "round-robin",
+        "actuation_latency_s": 0.0,
+        "kv_reserve_tokens": 0,
+        "profile": "synthetic",
+        **settings,
+    }
+    record = simulate(make_config(values), profile, workload)
+    return record, summarise(record)

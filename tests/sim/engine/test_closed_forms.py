@@ -1,0 +1,179 @@
+"""The simulator against hand-computed schedules and queueing theory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from profiles.catalog import Profile
+from sim.workload.workload import Workload
+from tests.profiles.synthetic import Surface, write_synthetic_profile
+from tests.sim.engine.fixtures import make_requests, run
+
+
+@pytest.fixture
+def halves(tmp_path: Path) -> Profile:
+    """Every iteration takes 0.5 s at 256 W busy and 64 W idle: sums are exact in binary."""
+    return write_synthetic_profile(
+        tmp_path,
+        time_s=lambda phase, f, b, t: 0.5,
+        power_w=lambda phase, f, b, t: 256.0,
+        idle_w=lambda f: 64.0,
+    )
+
+
+def test_hand_computed_schedule(halves: Profile) -> None:
+    """Two requests, three tokens each, one prefill and one decode instance.
+
+    prefill: A 0.0-0.5, B (arrives 0.25, waits) 0.5-1.0
+    decode:  A's tokens at 1.0 1.5 2.0; B joins at 1.0: tokens at 1.5 2.0 2.5
+    """
+    record, summary = run(halves, make_requests((0.0, 4, 3), (0.25, 4, 3)))
+    assert record.requests.first_token_s.tolist() == [1.0, 1.5]
+    assert record.requests.finish_s.tolist() == [2.0, 2.5]
+    assert record.makespan_s == 2.5
+    # gaps: iterations ending 1.5 (A), 2.0 (A and B), 2.5 (B)
+    assert sorted(record.itl_weight.tolist()) == [1, 1, 2]
+    assert set(record.itl_s.tolist()) == {0.5}
+    # prefill busy 1.0 s of 2.5, decode busy from 0.5 to 2.5
+    assert summary["prefill_energy_j"] == 256.0 * 1.0
+    assert summary["decode_energy_j"] == 256.0 * 2.0
+    assert summary["idle_energy_j"] == 64.0 * (1.5 + 0.5)
+    assert summary["energy_j"] == 256.0 + 512.0 + 128.0
+    assert summary["energy_busy_window_j"] == 256.0 + 512.0
+    assert summary["energy_per_output_token_j"] == 896.0 / 6
+
+
+def test_first_token_from_prefill_ends_ttft_when_decode_takes_over(halves: Profile) -> None:
+    """Prefill makes token 1, so decode makes two steps; one token needs no decode at all."""
+    record, summary = run(halves, make_requests((0.0, 4, 3), (4.0, 4, 1)), first_token="prefill")
+    assert record.requests.first_token_s.tolist() == [0.5, 4.5]
+    assert record.requests.finish_s.tolist() == [1.5, 4.5]
+    assert summary["itl_s"]["mean"] == 0.5
+    assert record.itl_weight.sum() == 2
+    assert summary["decode_energy_j"] == 256.0
+
+
+def test_kv_transfer_delays_decode_by_latency_and_size(halves: Profile) -> None:
+    """8 tokens of 1,024 B over 16,384 B/s take 0.5 s, plus 0.25 s latency."""
+    record, _ = run(
+        halves,
+        make_requests((0.0, 8, 1)),
+        kv_transfer_bytes_per_s=16_384,
+        kv_transfer_latency_s=0.25,
+    )
+    assert record.requests.first_token_s.tolist() == [0.5 + 0.5 + 0.25 + 0.5]
+
+
+def test_long_prompts_are_chunked(halves: Profile) -> None:
+    """1,500 tokens at a budget of 1,024 are two iterations; the second has room for B."""
+    record, _ = run(halves, make_requests((0.0, 1500, 1), (0.0, 100, 1)), max_prefill_tokens=1024)
+    assert record.requests.first_token_s.tolist() == [1.5, 1.5]
+    assert record.instances[0].num_iterations == 2
+
+
+def test_clock_change_splits_an_iteration(tmp_path: Path) -> None:
+    """An iteration of 1 s at 1000 MHz is half done when 2000 MHz halves the rest: 0.75 s.
+
+    The window: unlocked (2000 MHz) at the start, the first decision (1000) lands at once in
+    prefill; here decode asks for 1000 at the start of its second iteration, 0.25 s late.
+    """
+    profile = write_synthetic_profile(
+        tmp_path,
+        time_s=lambda p, f, b, t: 1000.0 / f,
+        power_w=lambda p, f, b, t: float(f),
+        clocks_mhz=(1000, 2000),
+    )
+    record, summary = run(
+        profile,
+        make_requests((0.0, 4, 2)),
+        prefill_controller="static:f=2000",
+        decode_controller="ecofreq:frequencies=1000+2000",
+        actuation_latency_s=0.25,
+        slo_itl_s=10.0,
+    )
+    # prefill 0.5 s; decode step 1 unlocked 0.5 s; step 2 begins at 1.0 at 2000 MHz, half done at
+    # 1.25 when 1000 MHz takes over: 0.5 of 1 s left, ends at 1.75
+    assert record.requests.finish_s.tolist() == [1.75]
+    assert summary["decode_energy_j"] == 0.75 * 2000 + 0.5 * 1000
+    assert record.instances[1].num_clock_changes == 1
+
+
+def test_retraction_keeps_tokens_and_finishes(halves: Profile) -> None:
+    """KV room for 16 tokens: two requests of 4 + 8 grow to 24, so the later one steps aside."""
+    record, summary = run(halves, make_requests((0.0, 4, 8), (0.0, 4, 8)), kv_capacity_tokens=16)
+    assert summary["retractions"] == 1
+    assert record.requests.retractions.tolist() == [0, 1]
+    # both join at 0.5; before step k the cache holds 2·(4 + k - 1) and needs 2 more: steps 1-4
+    # fit (8…14 + 2), step 5 does not. A runs steps 5-8 alone to 4.5, then B its last four.
+    assert record.requests.finish_s.tolist() == [4.5, 6.5]
+    assert summary["itl_s"]["p99"] == 2.5  # B's gap: retracted at 2.5, next token at 5.0
+    assert record.itl_weight.sum() == 14
+
+
+def test_a_request_that_can_never_fit_is_rejected(halves: Profile) -> None:
+    _, summary = run(halves, make_requests((0.0, 4, 4), (0.0, 10, 10)), kv_capacity_tokens=16)
+    assert summary["requests_rejected"] == 1
+    assert summary["requests_completed"] == 1
+    assert summary["ttft_attainment"] <= 0.5
+
+
+def test_idle_plan_lowers_the_clock_after_its_wait(tmp_path: Path) -> None:
+    """EcoFreq's 5 s: idle at the unlocked 90 W, then at 1000 MHz and 60 W, to the next arrival."""
+    profile = write_synthetic_profile(
+        tmp_path,
+        time_s=lambda p, f, b, t: 0.5,
+        power_w=lambda p, f, b, t: 100.0,
+        idle_w=lambda f: {0: 90.0, 1000: 60.0, 2000: 80.0}[f],
+        clocks_mhz=(1000, 2000),
+    )
+    record, summary = run(
+        profile,
+        make_requests((8.0, 4, 1)),
+        prefill_controller="static:f=2000",
+        decode_controller="ecofreq",
+        actuation_latency_s=0.25,
+    )
+    decode = record.instances[1]
+    assert decode.clock_idle_s == {0: 5.25, 1000: 3.25}
+    assert decode.idle_energy_j == 5.25 * 90.0 + 3.25 * 60.0
+    assert summary["makespan_s"] == 9.0
+
+
+@pytest.mark.parametrize("load", [0.3, 0.6, 0.9])
+def test_prefill_queue_is_m_d_1(tmp_path: Path, load: float) -> None:
+    """One request a batch and constant service D: mean wait = ρ·D / (2·(1 - ρ)), within 2 %.
+
+    400,000 arrivals at ρ = .9 keep the standard error of the mean (batch means) under 1 %.
+    """
+    service_s = 0.5
+    profile = write_synthetic_profile(tmp_path, time_s=_instant_decode(service_s))
+    rng = np.random.default_rng(7)
+    count = 400_000
+    workload = Workload(
+        arrival_s=np.cumsum(rng.standard_exponential(count)) * service_s / load,
+        input_tokens=np.ones(count, dtype=np.int64),
+        output_tokens=np.ones(count, dtype=np.int64),
+    )
+    record, _ = run(
+        profile, workload, max_prefill_requests=1, first_token="prefill", slo_ttft_s=1e6
+    )
+    wait_s = record.requests.first_token_s - record.requests.arrival_s - service_s
+    expected_s = load * service_s / (2 * (1 - load))
+    assert wait_s.mean() == pytest.approx(expected_s, rel=0.02)
+
+
+def _instant_decode(service_s: float) -> Surface:
+    return lambda phase, f, b, t: service_s if phase == "prefill" else 1e-6
+
+
+def test_a_lone_request_is_never_slower_at_a_higher_clock(tmp_path: Path) -> None:
+    profile = write_synthetic_profile(tmp_path)
+    times = []
+    for clock in (700, 1000, 1400):
+        record, _ = run(profile, make_requests((0.0, 500, 50)), controller=f"static:f={clock}")
+        times.append(record.requests.finish_s[0])
+    assert times == sorted(times, reverse=True)
+    assert times[0] > times[-1]
