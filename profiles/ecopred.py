@@ -215,7 +215,7 @@ def _ransac(x: FloatArray, y: FloatArray, rng: np.random.Generator) -> tuple[flo
     best = _least_squares(x, y)
     if len(y) <= 4:
         return best
-    threshold = max(float(np.median(np.abs(y - np.median(y)))) * 0.1, 1e-6)
+    threshold = max(float(np.median(np.abs(y - np.median(y)))), 1e-6)  # as scikit-learn does
     best_count = int((np.abs(_apply(x, best) - y) <= threshold).sum())
     for _ in range(_TRIALS):
         subset = rng.choice(len(y), size=4, replace=False)

@@ -1,0 +1,1 @@
+"""Builders of the profiles that are calibrated from published measurements."""

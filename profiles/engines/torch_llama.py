@@ -1,0 +1,193 @@
+"""The `torch` engine: a Llama-shaped decoder run at held operating points, no server needed."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Any, Final, Self
+
+import torch
+
+from profiles.engines.base import EngineFacts, OutOfMemoryError, Point, Window, Workload
+from profiles.engines.llama import KvCache, Llama
+from profiles.engines.llama_config import LlamaConfig
+from profiles.errors import VoltanaError
+
+MEMORY_FRACTION: Final = 0.9
+CPU_KV_BYTES: Final = 64 * 2**20
+MAX_PREFILL_TOKENS: Final = 16384
+MAX_RUNNING_REQUESTS: Final = 1024
+NUM_GRAPH_WARM_UP: Final = 3
+
+
+class TorchEngine:
+    """A model in this process."""
+
+    def __init__(
+        self,
+        config: LlamaConfig,
+        *,
+        device: str = "cuda",
+        dtype: str = "bfloat16",
+        has_graphs: bool = True,
+    ) -> None:
+        """Remember what to load; `__enter__` loads.
+
+        Args:
+            config: Shape of the model.
+            device: "cuda", "cuda:N" or "cpu".
+            dtype: Name of a torch floating type.
+            has_graphs: Replay decode from a CUDA graph (cuda only).
+        """
+        if device.startswith("cuda") and not torch.cuda.is_available():
+            raise VoltanaError(
+                f"--device must exist here, got {device!r} and torch sees no CUDA: "
+                "use --device cpu, or install a CUDA build of torch"
+            )
+        self._config = config
+        self._device = torch.device(device)
+        self._dtype: torch.dtype = getattr(torch, dtype)
+        self._has_graphs = has_graphs and self._device.type == "cuda"
+        self._model: Llama | None = None
+
+    def __enter__(self) -> Self:
+        self._model = Llama(self._config, device=str(self._device), dtype=self._dtype)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._model = None
+        if self._device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    @property
+    def process_ids(self) -> frozenset[int]:
+        return frozenset()
+
+    @property
+    def facts(self) -> EngineFacts:
+        config = self._config
+        per_token = config.kv_bytes_per_token(self._dtype.itemsize)
+        capacity = self._kv_budget_bytes() // per_token
+        return EngineFacts(
+            engine_name="torch",
+            engine_version=str(torch.__version__),
+            model_name=config.name,
+            tensor_parallel=1,
+            kv_bytes_per_token=per_token,
+            max_context_tokens=config.max_context_tokens,
+            max_prefill_tokens=min(MAX_PREFILL_TOKENS, capacity),
+            max_running_requests=min(MAX_RUNNING_REQUESTS, capacity),
+            kv_capacity_tokens=capacity,
+            graph_batch_sizes=(),
+            notes={
+                "dtype": str(self._dtype),
+                "weights": "random",
+                "kv cache": "contiguous",
+                "attention": "torch scaled_dot_product_attention",
+                "decode": "CUDA graph" if self._has_graphs else "eager",
+                "device": str(self._device),
+            },
+        )
+
+    @contextmanager
+    def open(self, point: Point) -> Iterator[Workload]:
+        """Allocate and warm the point up; free it afterwards."""
+        if point.tokens % point.batch_size:
+            raise VoltanaError(
+                f"tokens must be a multiple of batch_size, got {point.tokens} and "
+                f"{point.batch_size}: the torch engine runs equal sequences"
+            )
+        try:
+            yield _Loop(self._iteration(point), point.tokens, self._device)
+        except torch.OutOfMemoryError as error:
+            raise OutOfMemoryError(
+                f"a point must fit the memory, got batch {point.batch_size} with {point.tokens} "
+                f"tokens ({point.phase}): {str(error).splitlines()[0]}"
+            ) from None
+        finally:
+            if self._device.type == "cuda":
+                torch.cuda.empty_cache()
+
+    def _kv_budget_bytes(self) -> int:
+        if self._device.type != "cuda":
+            return CPU_KV_BYTES
+        total = torch.cuda.get_device_properties(self._device).total_memory
+        weights = self._config.num_parameters * self._dtype.itemsize
+        logits = MAX_RUNNING_REQUESTS * self._config.vocab_size * self._dtype.itemsize
+        activations = 8 * MAX_PREFILL_TOKENS * self._config.intermediate_size * self._dtype.itemsize
+        return max(int(total * MEMORY_FRACTION) - weights - logits - activations, 0)
+
+    def _iteration(self, point: Point) -> Callable[[], object]:
+        """One iteration of the point, ready to be called again and again."""
+        assert self._model is not None, "enter the engine first"
+        model, length = self._model, point.tokens // point.batch_size
+        new = length if point.phase == "prefill" else 1
+        start = length - new  # decode: the newest token sees length - 1 cached ones and itself
+        ids = torch.randint(self._config.vocab_size, (point.batch_size, new), device=self._device)
+        cache = KvCache.zeros(self._config, point.batch_size, length, model.embedding)
+
+        def step() -> torch.Tensor:
+            return model.forward(ids, start, cache).argmax(dim=-1)
+
+        if self._has_graphs and point.phase == "decode":
+            return _captured(step)
+        return step
+
+
+class _Loop:
+    """Runs a callable back to back and times each round, the device's work included."""
+
+    def __init__(self, iteration: Callable[[], object], tokens: int, device: torch.device) -> None:
+        self._iteration = iteration
+        self._tokens = tokens
+        self._is_cuda = device.type == "cuda"
+        self._device = device
+
+    def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
+        self._synchronize()
+        boundaries_ns = [time.monotonic_ns()]
+        end_ns = boundaries_ns[0] + int(min_duration_s * 1e9)
+        while len(boundaries_ns) <= min_iterations or boundaries_ns[-1] < end_ns:
+            self._iteration()
+            self._synchronize()
+            boundaries_ns.append(time.monotonic_ns())
+        steps = itertools.pairwise(boundaries_ns)
+        return Window(
+            iteration_s=tuple((after - before) * 1e-9 for before, after in steps),
+            elapsed_s=(boundaries_ns[-1] - boundaries_ns[0]) * 1e-9,
+            tokens=float(self._tokens),
+            start_ns=boundaries_ns[0],
+            end_ns=boundaries_ns[-1],
+        )
+
+    def _synchronize(self) -> None:
+        if self._is_cuda:
+            torch.cuda.synchronize(self._device)
+
+
+def _captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
+    """Capture `step` into a CUDA graph; returns its replay."""
+    cuda: Any = torch.cuda
+    stream = cuda.Stream()
+    stream.wait_stream(cuda.current_stream())
+    with cuda.stream(stream):
+        for _ in range(NUM_GRAPH_WARM_UP):
+            step()
+    cuda.current_stream().wait_stream(stream)
+    graph = cuda.CUDAGraph()
+    with cuda.graph(graph):
+        output = step()
+
+    def replay() -> object:
+        graph.replay()
+        return output, step  # keeps alive the tensors that the graph reads and writes
+
+    return replay
