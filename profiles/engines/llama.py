@@ -121,7 +121,7 @@ class Llama:
             self.config.num_kv_heads,
             self.config.head_dim,
         )
-        split = (heads * dim, kv_heads * dim, kv_heads * dim)
+        split = [heads * dim, kv_heads * dim, kv_heads * dim]
         q, k, v = torch.split(F.linear(x, layer.qkv), split, dim=-1)
         q = _rotate(q.view(batch, new, heads, dim).transpose(1, 2), *rope)
         keys[:, :, start:] = _rotate(k.view(batch, new, kv_heads, dim).transpose(1, 2), *rope)

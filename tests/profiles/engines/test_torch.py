@@ -1,0 +1,158 @@
+"""The torch engine at toy size on the CPU. Skipped where torch is not installed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+
+from profiles.engines.base import Point  # noqa: E402
+from profiles.engines.llama import KvCache, Llama  # noqa: E402
+from profiles.engines.llama_config import BUILT_IN, load_config  # noqa: E402
+from profiles.engines.torch_llama import TorchEngine  # noqa: E402
+from profiles.errors import VoltanaError  # noqa: E402
+
+TOY = BUILT_IN["toy"]
+
+
+@pytest.mark.parametrize("prompt_tokens", [1, 5, 11])
+def test_decode_with_the_cache_equals_the_full_forward(prompt_tokens: int) -> None:
+    """Prefill some tokens, then decode the rest one by one: the same logits at every position.
+
+    float64, so that the two orders of summation differ by rounding alone.
+    """
+    model = Llama(TOY, dtype=torch.float64, weight_std=0.25)
+    ids = torch.randint(TOY.vocab_size, (3, 12), generator=torch.Generator().manual_seed(1))
+    full_cache = KvCache.zeros(TOY, 3, 12, model.embedding)
+    full = torch.nn.functional.linear(model.hidden(ids, 0, full_cache), model.head)
+    cache = KvCache.zeros(TOY, 3, 12, model.embedding)
+    first = model.forward(ids[:, :prompt_tokens], 0, cache)
+    torch.testing.assert_close(first, full[:, prompt_tokens - 1], rtol=1e-9, atol=1e-9)
+    for position in range(prompt_tokens, 12):
+        step = model.forward(ids[:, position : position + 1], position, cache)
+        torch.testing.assert_close(step, full[:, position], rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(cache.keys, full_cache.keys, rtol=1e-9, atol=1e-9)
+
+
+def test_a_chunk_behind_a_prefix_equals_the_full_forward() -> None:
+    model = Llama(TOY, dtype=torch.float64, weight_std=0.25)
+    ids = torch.randint(TOY.vocab_size, (2, 9), generator=torch.Generator().manual_seed(2))
+    full = model.forward(ids, 0, KvCache.zeros(TOY, 2, 9, model.embedding))
+    cache = KvCache.zeros(TOY, 2, 9, model.embedding)
+    model.forward(ids[:, :4], 0, cache)
+    torch.testing.assert_close(model.forward(ids[:, 4:], 4, cache), full, rtol=1e-9, atol=1e-9)
+
+
+def test_the_logits_depend_on_every_cached_token() -> None:
+    """Else the tests above would pass for a model that ignores its cache."""
+    model = Llama(TOY, dtype=torch.float64, weight_std=0.25)
+    ids = torch.zeros((1, 6), dtype=torch.long)
+    base = model.forward(ids, 0, KvCache.zeros(TOY, 1, 6, model.embedding))
+    for position in range(5):
+        other = ids.clone()
+        other[0, position] = 7
+        changed = model.forward(other, 0, KvCache.zeros(TOY, 1, 6, model.embedding))
+        assert float((changed - base).abs().max()) > 1e-3
+
+
+def test_equals_the_transformers_library() -> None:
+    transformers = pytest.importorskip("transformers")
+    model = Llama(TOY, dtype=torch.float64, weight_std=0.25)
+    reference = transformers.LlamaForCausalLM(
+        transformers.LlamaConfig(
+            hidden_size=TOY.hidden_size,
+            intermediate_size=TOY.intermediate_size,
+            num_hidden_layers=TOY.num_layers,
+            num_attention_heads=TOY.num_heads,
+            num_key_value_heads=TOY.num_kv_heads,
+            head_dim=TOY.head_dim,
+            vocab_size=TOY.vocab_size,
+            rms_norm_eps=TOY.rms_norm_eps,
+            rope_theta=TOY.rope_theta,
+            tie_word_embeddings=False,
+        )
+    ).to(torch.float64)
+    state = {
+        "model.embed_tokens.weight": model.embedding,
+        "lm_head.weight": model.head,
+        "model.norm.weight": model.norm,
+    }
+    q, kv = TOY.num_heads * TOY.head_dim, TOY.num_kv_heads * TOY.head_dim
+    for index, layer in enumerate(model.layers):
+        stem = f"model.layers.{index}."
+        query, key, value = torch.split(layer.qkv, (q, kv, kv))
+        gate, up = torch.split(layer.gate_up, TOY.intermediate_size)
+        state |= {
+            stem + "self_attn.q_proj.weight": query,
+            stem + "self_attn.k_proj.weight": key,
+            stem + "self_attn.v_proj.weight": value,
+            stem + "self_attn.o_proj.weight": layer.out,
+            stem + "mlp.gate_proj.weight": gate,
+            stem + "mlp.up_proj.weight": up,
+            stem + "mlp.down_proj.weight": layer.down,
+            stem + "input_layernorm.weight": layer.norm_attention,
+            stem + "post_attention_layernorm.weight": layer.norm_mlp,
+        }
+    reference.load_state_dict(state)
+    ids = torch.randint(TOY.vocab_size, (2, 10))
+    with torch.inference_mode():
+        expected = reference(ids).logits[:, -1]
+    got = model.forward(ids, 0, KvCache.zeros(TOY, 2, 10, model.embedding))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)  # rope tables are float32
+
+
+@pytest.mark.parametrize(("phase", "tokens"), [("prefill", 32), ("decode", 64)])
+def test_a_window_reaches_both_minima(phase: str, tokens: int) -> None:
+    with TorchEngine(TOY, device="cpu", dtype="float32") as engine:
+        point = Point(phase=phase, batch_size=4, tokens=tokens)  # type: ignore[arg-type]
+        with engine.open(point) as workload:
+            window = workload.run(min_duration_s=0.0, min_iterations=5)
+            longer = workload.run(min_duration_s=0.05, min_iterations=1)
+    assert len(window.iteration_s) == 5
+    assert window.elapsed_s == pytest.approx(sum(window.iteration_s), rel=1e-9)
+    assert window.tokens == tokens
+    assert longer.elapsed_s >= 0.05
+
+
+def test_parameter_count_of_the_8b_shape() -> None:
+    """8.03 billion, as the model card says."""
+    assert BUILT_IN["llama-3.1-8b"].num_parameters == 8_030_261_248
+    assert BUILT_IN["llama-3.1-8b"].kv_bytes_per_token(2) == 131_072
+
+
+def test_config_json_is_read_and_others_refused(tmp_path: Path) -> None:
+    data = {
+        "model_type": "llama",
+        "num_hidden_layers": 3,
+        "hidden_size": 96,
+        "vocab_size": 300,
+        "intermediate_size": 200,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 500000.0,
+    }
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(data))
+    config = load_config(str(tmp_path))
+    assert (config.head_dim, config.rope_theta, config.num_layers) == (16, 500000.0, 3)
+    path.write_text(json.dumps(data | {"model_type": "mamba"}))
+    with pytest.raises(VoltanaError, match="mamba"):
+        load_config(str(path))
+    del data["vocab_size"]
+    path.write_text(json.dumps(data))
+    with pytest.raises(VoltanaError, match="vocab_size"):
+        load_config(str(path))
+    with pytest.raises(VoltanaError, match=r"llama-3\.1-8b"):
+        load_config("llama-3.1-8")
+
+
+def test_cuda_without_cuda_is_one_clear_message() -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has CUDA")
+    with pytest.raises(VoltanaError, match="--device cpu"):
+        TorchEngine(TOY, device="cuda")
