@@ -1,0 +1,116 @@
+"""The journal of a profiling run: every finished point, appended at once; a re-run resumes."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from profiles.engines.base import Point
+from profiles.errors import VoltanaError
+from profiles.measure.trial import Trial
+
+Key = tuple[int, Point]
+"""Clock in MHz, point."""
+
+
+@dataclass(slots=True)
+class Journal:
+    """One JSON object a line; the first is the run's description."""
+
+    path: Path
+    points: dict[Key, list[Trial]] = field(default_factory=dict)
+    failures: dict[Key, str] = field(default_factory=dict)
+    idle_w: dict[tuple[int, bool], list[float]] = field(default_factory=dict)
+    """(clock in MHz, 0 unlocked; model loaded?) -> power of each trial."""
+
+    @staticmethod
+    def open(path: Path, run: Mapping[str, Any]) -> Journal:
+        """Open or resume.
+
+        Args:
+            path: The file.
+            run: What the run measures (GPU, engine, model, protocol); must equal the file's.
+
+        Raises:
+            VoltanaError: The file belongs to another run, or is damaged before its last line.
+        """
+        journal = Journal(path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not path.exists():
+            journal._append({"kind": "run", **run})
+            return journal
+        journal._read(json.loads(json.dumps(run)))
+        return journal
+
+    def add_point(self, clock_mhz: int, point: Point, trials: list[Trial]) -> None:
+        """Record a finished point."""
+        self.points[clock_mhz, point] = trials
+        rows = [dataclasses.asdict(trial) for trial in trials]
+        self._append({"kind": "point", **_key_json(clock_mhz, point), "trials": rows})
+
+    def add_failure(self, clock_mhz: int, point: Point, reason: str) -> None:
+        """Record a point that crashed or did not fit; it is not tried again."""
+        self.failures[clock_mhz, point] = reason
+        self._append({"kind": "failure", **_key_json(clock_mhz, point), "reason": reason})
+
+    def add_idle(self, clock_mhz: int, *, is_loaded: bool, power_w: list[float]) -> None:
+        """Record idle power."""
+        self.idle_w[clock_mhz, is_loaded] = power_w
+        entry = {"clock_mhz": clock_mhz, "is_loaded": is_loaded, "power_w": power_w}
+        self._append({"kind": "idle", **entry})
+
+    def is_done(self, clock_mhz: int, point: Point) -> bool:
+        """Whether the point is measured or known to fail."""
+        return (clock_mhz, point) in self.points or (clock_mhz, point) in self.failures
+
+    def _append(self, entry: Mapping[str, Any]) -> None:
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def _read(self, run: Mapping[str, Any]) -> None:
+        text = self.path.read_text(encoding="utf-8")
+        complete = text[: text.rfind("\n") + 1]
+        if complete != text:  # the last line was being written when the run died
+            self.path.write_text(complete, encoding="utf-8")
+        for number, line in enumerate(complete.splitlines(), start=1):
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                raise VoltanaError(
+                    f"every line must be JSON, got {line[:40]!r} ({self.path}:{number}): "
+                    "remove that line, or start with a new --out"
+                ) from None
+            self._take(entry, run)
+
+    def _take(self, entry: dict[str, Any], run: Mapping[str, Any]) -> None:
+        kind = entry.pop("kind")
+        if kind == "run":
+            changed = sorted(k for k in entry.keys() | run.keys() if entry.get(k) != run.get(k))
+            if changed:
+                raise VoltanaError(
+                    f"a resumed run must repeat its settings, got another {', '.join(changed)} "
+                    f"({self.path}): use the same, or a new --out"
+                )
+        elif kind == "idle":
+            self.idle_w[entry["clock_mhz"], entry["is_loaded"]] = entry["power_w"]
+        elif kind == "failure":
+            self.failures[_key(entry)] = entry["reason"]
+        else:
+            rows = [Trial(**row | {"flags": tuple(row["flags"])}) for row in entry["trials"]]
+            self.points[_key(entry)] = rows
+
+
+def _key_json(clock_mhz: int, point: Point) -> dict[str, Any]:
+    return {"clock_mhz": clock_mhz, **dataclasses.asdict(point)}
+
+
+def _key(entry: Mapping[str, Any]) -> Key:
+    point = Point(phase=entry["phase"], batch_size=entry["batch_size"], tokens=entry["tokens"])
+    return entry["clock_mhz"], point

@@ -1,0 +1,112 @@
+"""Measuring one operating point, and the idle card, by repeated phase-shifted windows."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from profiles.device.gpu import Gpu
+from profiles.engines.base import Engine, Point, Workload
+from profiles.errors import VoltanaError
+from profiles.measure.power import PowerMeter, Reading
+
+NVML_PERIOD_S: Final = 0.1
+"""Power readings are published every 100 ms; trials start at different phases of it."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Protocol:
+    """How long and how often to measure. The defaults keep NVML's error under 5 %."""
+
+    window_s: float = 2.0
+    min_iterations: int = 32
+    num_trials: int = 3
+    warm_up_iterations: int = 5
+    cooling_s: float = 10.0
+    num_retries: int = 2
+    """Of a trial that ran into thermal or power throttling."""
+
+    def __post_init__(self) -> None:
+        if self.window_s <= 0 or min(self.min_iterations, self.num_trials) < 1:
+            raise VoltanaError(
+                f"window_s must be > 0, min_iterations and num_trials >= 1, got {self.window_s}, "
+                f"{self.min_iterations}, {self.num_trials}: see --window, --iterations, --trials"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Trial:
+    """One measured window of a point."""
+
+    tokens: float
+    time_s: float
+    """Median iteration time."""
+    spread_s: float
+    """Half the distance between the quartiles of the iteration times."""
+    power_w: float
+    energy_source: str
+    temperature_c: float
+    clock_mhz: int
+    num_iterations: int
+    flags: tuple[str, ...]
+
+
+def measure_point(
+    engine: Engine, gpus: Sequence[Gpu], point: Point, protocol: Protocol
+) -> list[Trial]:
+    """Prepare the point, warm up, and measure `num_trials` phase-shifted windows.
+
+    A window under thermal or power throttling is run again after cooling; if it keeps throttling,
+    the last one is kept and flagged.
+    """
+    trials = []
+    with engine.open(point) as workload:
+        workload.run(min_duration_s=0.0, min_iterations=protocol.warm_up_iterations)
+        for number in range(protocol.num_trials):
+            trial = _run_trial(workload, gpus, protocol, number)
+            for _ in range(protocol.num_retries if trial.flags else 0):
+                time.sleep(protocol.cooling_s)
+                trial = _run_trial(workload, gpus, protocol, number)
+                if not trial.flags:
+                    break
+            trials.append(trial)
+    return trials
+
+
+def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:
+    """Mean power of the resting cards, one value a trial."""
+    powers_w = []
+    for number in range(protocol.num_trials):
+        time.sleep(NVML_PERIOD_S * number / protocol.num_trials)
+        with PowerMeter(gpus) as meter:
+            time.sleep(protocol.window_s)
+        powers_w.append(meter.reading.power_w)
+    return powers_w
+
+
+def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, number: int) -> Trial:
+    time.sleep(NVML_PERIOD_S * number / protocol.num_trials)
+    with PowerMeter(gpus) as meter:
+        window = workload.run(
+            min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations
+        )
+    return _trial(window.iteration_s, window.tokens, meter.reading)
+
+
+def _trial(iteration_s: Sequence[float], tokens: float, reading: Reading) -> Trial:
+    ordered = sorted(iteration_s)
+    quarter = len(ordered) // 4
+    return Trial(
+        tokens=tokens,
+        time_s=statistics.median(ordered),
+        spread_s=(ordered[-1 - quarter] - ordered[quarter]) / 2,
+        power_w=reading.power_w,
+        energy_source=reading.source,
+        temperature_c=reading.highest_temperature_c,
+        clock_mhz=reading.lowest_clock_mhz,
+        num_iterations=len(ordered),
+        flags=tuple(f"throttle-{reason}" for reason in sorted(reading.throttle)),
+    )
