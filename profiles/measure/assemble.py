@@ -1,0 +1,153 @@
+"""From a journal to a profile directory that `load_profile` accepts."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+import pandas as pd
+
+from profiles.catalog import Profile, write_profile
+from profiles.device.gpu import GpuIdentity
+from profiles.engines.base import EngineFacts, Phase
+from profiles.errors import VoltanaError
+from profiles.measure.journal import Journal
+from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
+
+MIN_POINTS: Final = 2
+
+
+def assemble(
+    directory: Path, log: Journal, identities: Sequence[GpuIdentity], facts: EngineFacts
+) -> Profile:
+    """Write and load back the profile of a journal.
+
+    Points measured with the clock left alone (clock 0 in the journal) go under the one clock that
+    was read most often while they ran.
+    """
+    alone_mhz = _observed_clock_mhz(log)
+    frames = {phase: _phase_frame(log, phase, alone_mhz) for phase in ("prefill", "decode")}
+    idle = _idle_frame(log, alone_mhz)
+    clocks_mhz = tuple(sorted({clock or alone_mhz for clock, _ in log.points}))
+    meta = ProfileMeta(
+        gpu=_gpu_meta(identities[0]),
+        model=ModelMeta(
+            name=facts.model_name,
+            tensor_parallel=facts.tensor_parallel,
+            kv_bytes_per_token=facts.kv_bytes_per_token,
+            max_context_tokens=facts.max_context_tokens,
+        ),
+        engine=EngineMeta(
+            name=facts.engine_name,
+            version=facts.engine_version,
+            max_prefill_tokens=facts.max_prefill_tokens,
+            max_running_requests=facts.max_running_requests,
+            kv_capacity_tokens=facts.kv_capacity_tokens,
+        ),
+        clocks=ClocksMeta(supported_mhz=clocks_mhz, default_levels_mhz=clocks_mhz),
+        provenance=_provenance(log, identities[0], facts, has_control=alone_mhz == 0),
+    )
+    return write_profile(directory, meta, frames["prefill"], frames["decode"], idle)
+
+
+def _observed_clock_mhz(log: Journal) -> int:
+    """The clock of a run that left it alone; 0 if the run locked its clocks."""
+    seen = [t.clock_mhz for (clock, _), trials in log.points.items() if clock == 0 for t in trials]
+    return statistics.mode(seen) if seen else 0
+
+
+def _phase_frame(log: Journal, phase: Phase, alone_mhz: int) -> pd.DataFrame:
+    rows = [
+        {
+            "frequency_mhz": clock or alone_mhz,
+            "batch_size": point.batch_size,
+            "tokens": round(statistics.median(trial.tokens for trial in trials)),
+            "trial": number,
+            "time_s": trial.time_s,
+            "power_w": trial.power_w,
+            "flags": ";".join(trial.flags),
+        }
+        for (clock, point), trials in log.points.items()
+        if point.phase == phase
+        for number, trial in enumerate(trials)
+    ]
+    if len(rows) < MIN_POINTS:
+        raise VoltanaError(
+            f"a profile needs >= {MIN_POINTS} {phase} points, got {len(rows)} ({log.path}): "
+            "raise --budget, add the phase to --phases, or re-run with the same --out to go on"
+        )
+    frame = pd.DataFrame(rows)
+    return frame.sort_values(["frequency_mhz", "batch_size", "tokens", "trial"], ignore_index=True)
+
+
+def _idle_frame(log: Journal, alone_mhz: int) -> pd.DataFrame:
+    rows = [
+        {"frequency_mhz": clock, "trial": trial, "power_w": power_w}
+        for (clock, is_loaded), powers_w in log.idle_w.items()
+        if is_loaded
+        for trial, power_w in enumerate(powers_w)
+    ]
+    if alone_mhz:  # the one clock left alone idles as the driver has it
+        rows += [row | {"frequency_mhz": alone_mhz} for row in rows if row["frequency_mhz"] == 0]
+    return pd.DataFrame(rows).sort_values(["frequency_mhz", "trial"], ignore_index=True)
+
+
+def _gpu_meta(identity: GpuIdentity) -> GpuMeta:
+    memory_gib = identity.memory_bytes / 2**30
+    return GpuMeta(
+        name=identity.name, power_limit_w=identity.power_limit_w, memory_gib=memory_gib or 1.0
+    )
+
+
+def _provenance(
+    log: Journal, identity: GpuIdentity, facts: EngineFacts, *, has_control: bool
+) -> dict[str, Provenance]:
+    notes = ", ".join(f"{key} {value}" for key, value in facts.notes.items())
+    engine = f"{facts.engine_name} {facts.engine_version} ({notes})"
+    timed = Provenance(
+        status="measured",
+        source=f"voltana profile on {identity.name}, driver {identity.driver_version}; {engine}",
+        uncertainty=f"iteration times spread by {_time_spread(log):.1%} (median half "
+        "interquartile range); trials kept in the tables",
+    )
+    power = _power_provenance(log, identity)
+    clocks = (
+        "locked and read back"
+        if has_control
+        else "left alone: one clock, the most frequent reading; no clock was ever touched"
+    )
+    return {
+        "prefill_time": timed,
+        "decode_time": timed,
+        "prefill_power": power,
+        "decode_power": power,
+        "idle_power": power,
+        "kv_capacity": Provenance(
+            status="modelled", source=f"memory left by the weights, as {facts.engine_name} has it"
+        ),
+        "clocks": Provenance(
+            status="measured" if identity.is_power_measured else "modelled", source=clocks
+        ),
+    }
+
+
+def _power_provenance(log: Journal, identity: GpuIdentity) -> Provenance:
+    if not identity.is_power_measured:
+        return Provenance(
+            status="modelled",
+            source=f"a stated constant of {identity.power_limit_w:g} W; not a measurement",
+            uncertainty="unknown",
+        )
+    sources = sorted({t.energy_source for trials in log.points.values() for t in trials})
+    return Provenance(
+        status="measured",
+        source=f"NVML energy by {' and '.join(sources)}, board power of all GPUs of the instance",
+        uncertainty="trials kept in the tables; NVML itself about 5 %",
+    )
+
+
+def _time_spread(log: Journal) -> float:
+    spreads = [t.spread_s / t.time_s for trials in log.points.values() for t in trials]
+    return statistics.median(spreads) if spreads else 0.0
