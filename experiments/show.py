@@ -61,7 +61,7 @@ def policy_table(frame: pd.DataFrame, title: str) -> str:
         title: Printed above.
     """
     table = Table(title=title)
-    table.add_column("policy")
+    table.add_column("policy", no_wrap=True)
     for name in ("energy J", "saving vs static-max %", "TTFT attainment", "ITL attainment",
                  "J per output token", "keeps SLO"):  # fmt: skip
         table.add_column(name, justify="right")

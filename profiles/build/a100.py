@@ -58,7 +58,7 @@ class Builder:
 
     def decode(self) -> pd.DataFrame:
         """Rows of decode.csv."""
-        rows = []
+        rows: list[tuple[float, ...]] = []
         for batch in decode_batches():
             for tokens in self._decode_tokens(batch):
                 top_s = self._cost.decode_s(batch, tokens)
@@ -75,7 +75,7 @@ class Builder:
 
     def prefill(self) -> pd.DataFrame:
         """Rows of prefill.csv."""
-        rows = []
+        rows: list[tuple[float, ...]] = []
         for batch in PREFILL_BATCHES:
             for tokens in PREFILL_TOKENS:
                 top_s = self._cost.prefill_s(batch, tokens)
@@ -94,7 +94,7 @@ class Builder:
     def _at_clocks(
         self, batch: int, tokens: float, top_s: float, host_s: float, share: float, active_w: float
     ) -> list[tuple[float, ...]]:
-        rows = []
+        rows: list[tuple[float, ...]] = []
         for clock in GRID_MHZ:
             real = self._clocks.clock_under_cap(active_w, clock, CAP_W)
             time_s = top_s * self._clocks.time_factor(share, real)

@@ -30,9 +30,10 @@ class Gemm:
     def __init__(self, data: Path) -> None:
         table = pd.read_csv(data / _FOLDER / f"gemm_bf16_{_SUFFIX}")
         self._curves: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
-        for (n, k), part in table.groupby(["n", "k"]):  # type: ignore[misc]
+        for key, part in table.groupby(["n", "k"]):
+            n, k = (int(str(side)) for side in key)
             median = part.groupby("m")["latency"].median()
-            self._curves[int(n), int(k)] = (
+            self._curves[n, k] = (
                 median.index.to_numpy(dtype=float), median.to_numpy(dtype=float) * 1e-3,
             )  # fmt: skip
         self._n = sorted({n for n, _ in self._curves})

@@ -1,0 +1,82 @@
+"""Predictors and contexts small enough to work decisions out by hand."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+
+from sim.policies.base import InstanceState, Phase, PolicyContext
+
+CLOCKS = (1000, 1200, 1400)
+
+
+class Formula:
+    """A predictor that is the given function of (phase, clock, batch, tokens)."""
+
+    def __init__(self, function: Callable[[str, int, int, int], float]) -> None:
+        self._function = function
+
+    def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        return self._function(phase, frequency_mhz, batch_size, tokens)
+
+
+class LineFormula(Formula):
+    """1 ms a request and 1 µs a token at 1000 MHz, in proportion to 1/f; a line in tokens."""
+
+    def __init__(self) -> None:
+        super().__init__(lambda p, f, b, t: (1e-3 * b + 1e-6 * t) * 1000 / f)
+
+    def predict_line(
+        self, phase: Phase, frequency_mhz: int, batch_size: int
+    ) -> tuple[float, float]:
+        return 1e-3 * batch_size * 1000 / frequency_mhz, 1e-6 * 1000 / frequency_mhz
+
+
+class FlatPower:
+    """100 W busy, 50 W idle."""
+
+    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        return 100.0
+
+    def idle_power_w(self, frequency_mhz: int) -> float:
+        return 50.0
+
+
+def make_context(
+    predictor: Formula | None = None,
+    *,
+    phase: Phase = "decode",
+    slo_itl_s: float = 0.05,
+    slo_ttft_s: float = 0.5,
+    clocks_mhz: tuple[int, ...] = CLOCKS,
+    levels_mhz: tuple[int, ...] = (1000, 1400),
+) -> PolicyContext:
+    return PolicyContext(
+        predictor=predictor or LineFormula(),
+        power=FlatPower(),
+        clocks_mhz=clocks_mhz,
+        default_levels_mhz=levels_mhz,
+        slo_ttft_s=slo_ttft_s,
+        slo_itl_s=slo_itl_s,
+        profile_hash="0",
+        kv_capacity_tokens=100_000,
+        rng=np.random.default_rng(0),
+        phase=phase,
+    )
+
+
+def decode_state(
+    *, batch: int = 0, tokens: int = 0, waiting: int = 0, opened: int = 0, kv: int = 0,
+    clock: int = 1400, index: int = 0,
+) -> InstanceState:  # fmt: skip
+    return InstanceState(
+        instance_id=index,
+        phase="decode",
+        last_batch_size=batch,
+        last_tokens=tokens,
+        num_waiting=waiting,
+        open_requests=opened,
+        kv_tokens=kv,
+        clock_mhz=clock,
+    )
