@@ -18,5 +18,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
         ": did you mean 'ecofreq'?"
     """
     names = sorted(known)
-    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    close = [n for n in names if name and n.startswith(name)]
+    close = close or difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     return f": did you mean {close[0]!r}?" if close else f": known are {', '.join(names)}"

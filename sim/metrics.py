@@ -109,9 +109,9 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "ttft_attainment": ttft_ok / num_requests,
         "itl_attainment": gaps_ok / gaps if gaps else 1.0,
         "attainment": num_attained / num_requests,
-        "goodput_rps": num_attained / record.makespan_s,
-        "goodput_per_j": num_attained / energy["energy_j"] if energy["energy_j"] else 0.0,
-        "throughput_tokens_per_s": tokens_out / record.makespan_s,
+        "goodput_rps": _ratio(num_attained, record.makespan_s),
+        "goodput_per_j": _ratio(num_attained, energy["energy_j"]),
+        "throughput_tokens_per_s": _ratio(tokens_out, record.makespan_s),
         "energy_per_request_j": _ratio(energy["energy_j"], int(done.sum())),
         "energy_per_output_token_j": _ratio(energy["energy_j"], tokens_out),
         "clock_changes": sum(i.num_clock_changes for i in record.instances),
@@ -122,8 +122,8 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     }
 
 
-def _ratio(energy_j: float, count: int) -> float:
-    return energy_j / count if count else float("nan")
+def _ratio(amount: float, per: float) -> float:
+    return amount / per if per else float("nan")
 
 
 def _energy(record: RunRecord) -> dict[str, float]:

@@ -89,6 +89,7 @@ def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
     local = _in_folder(trace)
     if local is not None:
         return local
+    pooch.get_logger().setLevel("WARNING")
     try:
         return Path(
             pooch.retrieve(

@@ -95,7 +95,7 @@ def _milliseconds(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatA
 
 def _from_first(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
     seconds = _seconds(column, path, lines)
-    return seconds - seconds[0]
+    return np.asarray(seconds - seconds[0])
 
 
 def _timestamps(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:

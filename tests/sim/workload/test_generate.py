@@ -1,0 +1,172 @@
+"""Generators against the distributions that they name, and the laws of combining workloads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from scipy import stats
+
+from profiles.errors import VoltanaError
+from sim.workload.build_histograms import SOURCES, histogram
+from sim.workload.generate import diurnal_rate, list_workloads, make_workload, stream_diurnal
+from sim.workload.lengths import DATA, LMSYS_MEAN_TOKENS, draw_lengths
+from sim.workload.workload import Workload
+
+
+def test_poisson_gaps_are_exponential() -> None:
+    """Kolmogorov-Smirnov on 20,000 gaps at rate 50; one fixed seed, not rejected at 1 %."""
+    made = make_workload("sharegpt", rate_rps=50, duration_s=400, seed=5)
+    gaps = np.diff(made.arrival_s, prepend=0.0)
+    assert stats.kstest(gaps, "expon", args=(0, 1 / 50)).pvalue > 0.01
+    assert len(made) == 20_000
+    # a test with power: the same gaps are no exponential of a 10 % higher rate
+    assert stats.kstest(gaps, "expon", args=(0, 1 / 55)).pvalue < 1e-6
+
+
+@pytest.mark.parametrize("cv", [0.5, 2.0, 4.0])
+def test_gamma_gaps_have_the_given_variation(cv: float) -> None:
+    """100,000 gaps: the CV's standard error is below 2.5 % even at CV 4."""
+    made = make_workload("lmsys", rate_rps=10, duration_s=10_000, seed=1, arrivals=f"gamma:cv={cv}")
+    gaps = np.diff(made.arrival_s, prepend=0.0)
+    assert gaps.std() / gaps.mean() == pytest.approx(cv, rel=0.08)
+    assert made.mean_rate_rps == pytest.approx(10, rel=0.06)
+
+
+def test_arrivals_and_lengths_are_separate_streams() -> None:
+    plain = make_workload("sharegpt", rate_rps=20, duration_s=50, seed=9)
+    bursty = make_workload("sharegpt", rate_rps=20, duration_s=50, seed=9, arrivals="gamma:cv=3")
+    assert (plain.input_tokens == bursty.input_tokens).all()
+    assert (
+        plain.content_hash
+        == make_workload("sharegpt", rate_rps=20, duration_s=50, seed=9).content_hash
+    )
+    assert (
+        plain.content_hash
+        != make_workload("sharegpt", rate_rps=20, duration_s=50, seed=10).content_hash
+    )
+
+
+def test_diurnal_counts_follow_the_rate() -> None:
+    """Counts per hour against the integral of the rate: chi-square, 24 cells, not rejected."""
+    parts = list(stream_diurnal("lmsys", mean_rps=3, duration_s=86_400, seed=2))
+    arrival_s = np.concatenate([p.arrival_s for p in parts])
+    assert (np.diff(arrival_s) >= 0).all()
+    edges = np.linspace(0, 86_400, 25)
+    observed = np.histogram(arrival_s, edges)[0]
+    expected = np.diff(diurnal_rate(3)(edges))
+    assert stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), 24) > 0.01
+    assert observed.max() > 3 * observed.min()  # the day does swing: (1 + .6) / (1 - .6) = 4
+
+
+@pytest.mark.parametrize("chunk", [1000, 65_536])
+def test_streamed_requests_do_not_depend_on_the_chunk(chunk: int) -> None:
+    def joined(size: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+        parts = stream_diurnal(
+            "azure-code", mean_rps=2, duration_s=40_000, seed=4, chunk_requests=size
+        )
+        arrays = [np.stack([p.arrival_s, p.input_tokens, p.output_tokens]) for p in parts]
+        assert all(a.shape[1] <= size for a in arrays)
+        return np.concatenate(arrays, axis=1)
+
+    assert (joined(chunk) == joined(7_777)).all()
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_histograms_keep_the_moments_of_their_source(name: str, shared_data: Path) -> None:
+    """Means within 2 %, median and p90 within 5 % (or 2 tokens), correlation within .03."""
+    file, limit = SOURCES[name]
+    source = pd.read_csv(shared_data / "traces" / file)
+    source = source[(source["input_tokens"] >= 1) & (source["output_tokens"] >= 1)]
+    if limit is not None:
+        source = source[source["input_tokens"] + source["output_tokens"] <= limit]
+    drawn = draw_lengths(name, 200_000, np.random.default_rng(0))
+    for real, made in zip((source["input_tokens"], source["output_tokens"]), drawn, strict=True):
+        assert made.mean() == pytest.approx(real.mean(), rel=0.02)
+        for level in (50, 90):
+            wanted = np.percentile(real, level)
+            assert np.percentile(made, level) == pytest.approx(wanted, rel=0.05, abs=2)
+    real_r = np.corrcoef(source["input_tokens"], source["output_tokens"])[0, 1]
+    assert np.corrcoef(*drawn)[0, 1] == pytest.approx(real_r, abs=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_shipped_histograms_are_what_the_builder_makes(name: str, shared_data: Path) -> None:
+    file, limit = SOURCES[name]
+    made = histogram(pd.read_csv(shared_data / "traces" / file), limit)
+    pd.testing.assert_frame_equal(pd.read_csv(DATA / f"{name}.csv.gz"), made)
+
+
+def test_lmsys_has_the_published_means() -> None:
+    """400,000 draws; the standard errors are 0.3 and 0.6 tokens, allowed are four of them."""
+    inputs, outputs = draw_lengths("lmsys", 400_000, np.random.default_rng(8))
+    assert inputs.mean() == pytest.approx(LMSYS_MEAN_TOKENS[0], abs=1.2)
+    assert outputs.mean() == pytest.approx(LMSYS_MEAN_TOKENS[1], abs=2.4)
+    assert np.corrcoef(np.log(inputs), np.log(outputs))[0, 1] > 0.1
+
+
+REQUESTS = st.lists(
+    st.tuples(st.floats(0, 100), st.integers(1, 50), st.integers(1, 50)), min_size=1, max_size=30
+)
+
+
+def workload(rows: list[tuple[float, int, int]]) -> Workload:
+    rows = sorted(rows)
+    arrays = list(zip(*rows, strict=True))
+    return Workload(
+        arrival_s=np.array(arrays[0]),
+        input_tokens=np.array(arrays[1], dtype=np.int64),
+        output_tokens=np.array(arrays[2], dtype=np.int64),
+    )
+
+
+@given(rows=REQUESTS, factor=st.floats(0.1, 10))
+def test_scaling_keeps_requests_and_divides_time(
+    rows: list[tuple[float, int, int]], factor: float
+) -> None:
+    made = workload(rows)
+    scaled = made.scaled(factor)
+    assert scaled.arrival_s == pytest.approx(made.arrival_s / factor)
+    assert (scaled.input_tokens == made.input_tokens).all()
+
+
+@given(rows=REQUESTS, cut=st.floats(0.01, 99.99))
+def test_slices_part_the_workload(rows: list[tuple[float, int, int]], cut: float) -> None:
+    made = workload(rows)
+    left, right = made.sliced(0, cut), made.sliced(cut, 101)
+    assert len(left) + len(right) == len(made)
+    assert np.concatenate([left.arrival_s, right.arrival_s + cut]) == pytest.approx(made.arrival_s)
+
+
+@given(a=REQUESTS, b=REQUESTS)
+def test_superposing_loses_nothing(
+    a: list[tuple[float, int, int]], b: list[tuple[float, int, int]]
+) -> None:
+    both = workload(a).superposed(workload(b))
+    rows = zip(both.arrival_s, both.input_tokens, both.output_tokens, strict=True)
+    assert sorted((float(t), int(i), int(o)) for t, i, o in rows) == sorted([*a, *b])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"name": "sharegp"}, "unknown workload 'sharegp'.*did you mean 'sharegpt'"),
+        ({"rate_rps": 0}, "rate_rps must be > 0 and finite, got 0"),
+        ({"duration_s": float("inf")}, "duration_s must be > 0 and finite"),
+        ({"arrivals": "gamma"}, "arrivals must be poisson or gamma:cv=NUMBER > 0, got 'gamma'"),
+        ({"arrivals": "gamma:cv=-1"}, "arrivals must be"),
+    ],
+)
+def test_bad_arguments(arguments: dict[str, object], words: str) -> None:
+    values = {"name": "sharegpt", "rate_rps": 1.0, "duration_s": 1.0, "seed": 1} | arguments
+    with pytest.raises(VoltanaError, match=words):
+        make_workload(**values)  # type: ignore[arg-type]
+
+
+def test_every_listed_workload_can_be_made() -> None:
+    for name in list_workloads():
+        assert len(make_workload(name, rate_rps=10, duration_s=1, seed=0)) == 10
