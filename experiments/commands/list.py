@@ -20,7 +20,12 @@ def register(app: typer.Typer) -> None:
 def list_names(
     kind: Annotated[str, typer.Argument(help=" or ".join(KINDS), metavar="KIND")],
 ) -> None:
-    """List profiles, controllers, routers or workloads, each with a line of explanation."""
+    """List profiles, controllers, routers or workloads, each with a line of explanation.
+
+    Controllers and routers come with their parameters, defaults and meaning; they are given on the
+    command line as name:key=value,key=value, lists joined by +, as in
+    ecofreq:margin=0.1,frequencies=1005+1410.
+    """
     from profiles.errors import VoltanaError, nearest
 
     printers = {

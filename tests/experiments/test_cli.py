@@ -1,0 +1,185 @@
+"""The command line as its users call it, in processes of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from tests.conftest import ROOT
+
+QUICK = ["--rate", "20", "--duration", "5"]
+JSON_KEYS = {
+    "requests_total", "requests_completed", "requests_rejected", "makespan_s", "energy_j",
+    "energy_busy_window_j", "prefill_energy_j", "decode_energy_j", "idle_energy_j", "ttft_s",
+    "itl_s", "tpot_s", "e2e_s", "ttft_attainment", "itl_attainment", "attainment", "goodput_rps",
+    "energy_per_output_token_j", "wall_s",
+}  # fmt: skip
+
+
+def voltana(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.cli", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+    )  # fmt: skip
+
+
+def test_simulate_prints_the_promised_json() -> None:
+    done = voltana(
+        "simulate", "--profile", "a100-80g-sxm/llama-3.1-8b", "--workload", "sharegpt", *QUICK,
+        "--seed", "13", "--prefill", "2", "--decode", "2", "--controller", "ecofreq",
+        "--router", "ecoroute", "--slo-ttft-ms", "600", "--slo-itl-ms", "60",
+        "--set", "actuation_latency_s=0.05", "--json",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    summary = json.loads(done.stdout)
+    assert set(summary) >= JSON_KEYS
+    for name in ("ttft_s", "itl_s", "tpot_s", "e2e_s"):
+        assert set(summary[name]) == {"mean", "p50", "p90", "p99"}
+    assert summary["requests_completed"] == summary["requests_total"] == 100
+
+
+def test_simulate_reads_a_trace_and_writes_a_run(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0.0,100,5\n0.5,200,9\n")
+    out = tmp_path / "run"
+    done = voltana("simulate", "--trace", str(trace), "--out", str(out), "--json",
+                   "--prefill-controller", "static:f=1200",
+                   "--decode-controller", "static:f=1005")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert json.loads((out / "summary.json").read_text())["requests_total"] == 2
+    assert list(json.loads(done.stdout)["clock_residency"]["prefill"]) == ["1200"]
+    again = voltana("simulate", "--trace", str(trace), "--out", str(out))
+    assert again.returncode == 2
+    assert "already holds a run" in again.stderr
+
+
+MISTAKES = [
+    (["simulate", "--profile", "a100-80g-sxm/llama"], "did you mean 'a100-80g-sxm/llama-3.1-8b'"),
+    (["simulate", "--controller", "ecofrek"], "did you mean 'ecofreq'"),
+    (["simulate", "--router", "eco-route"], "did you mean 'ecoroute'"),
+    (["simulate", "--workload", "share"], "did you mean 'sharegpt'"),
+    (["simulate", "--set", "num_decoders=3"], "did you mean 'num_decode'"),
+    (["simulate", "--set", "num_decode"], "--set takes key=value"),
+    (["simulate", "--rate", "-4"], "rate_rps must be > 0"),
+    (["simulate", "--trace", "nowhere.csv"], "no such trace file: nowhere.csv"),
+    (["simulate", "--config", "nowhere.toml"], "no such configuration file"),
+    (["sweep", "nowhere.toml", "--out", "x"], "no such configuration file"),
+    (["list", "profile"], "did you mean 'profiles'"),
+    (["plot", "nowhere"], "no results.csv in nowhere"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "words"), MISTAKES)
+def test_a_mistake_is_one_line_and_exit_code_two(arguments: list[str], words: str) -> None:
+    done = voltana(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert not done.stdout
+
+
+@pytest.mark.parametrize("verb", ["simulate", "sweep", "demo", "plot", "list"])
+def test_help_exists(verb: str) -> None:
+    done = voltana(verb, "--help")
+    assert done.returncode == 0
+    assert len(done.stdout) > 300
+
+
+@pytest.mark.parametrize("kind", ["profiles", "controllers", "routers", "workloads"])
+def test_list_names_and_explains(kind: str) -> None:
+    done = voltana("list", kind)
+    assert done.returncode == 0, done.stderr
+    assert all(": " in line or line.startswith("    ") for line in done.stdout.splitlines())
+    assert len(done.stdout.splitlines()) >= 3
+
+
+SWEEP = """
+[base]
+duration_s = {duration}
+[grid]
+rate_rps = [5, 10]
+[[grid.policy]]
+name = "static-max"
+controller = "static"
+router = "round-robin"
+[[grid.policy]]
+name = "ecofreq"
+controller = "{controller}"
+[static_pairs]
+clocks_mhz = [1005, 1410]
+"""
+
+
+def write_sweep(tmp_path: Path, *, duration: int = 4, controller: str = "ecofreq") -> Path:
+    path = tmp_path / "sweep.toml"
+    path.write_text(SWEEP.format(duration=duration, controller=controller))
+    return path
+
+
+def test_sweep_then_plot(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    done = voltana("sweep", str(write_sweep(tmp_path)), "--out", str(out), "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    table = pd.read_csv(out / "results.csv")
+    assert len(table) == 2 * (2 + 4)
+    assert {"policy", "rate_rps", "energy_j", "ttft_p99_s", "hash"} <= set(table.columns)
+    # static-max and the pair 1410/1410 name the same clocks and give the same energy
+    energy = table[table["rate_rps"] == 5].set_index("policy")["energy_j"]
+    assert energy["static-max"] == energy["static pair 1410/1410"]
+    drawn = voltana("plot", str(out))
+    assert drawn.returncode == 0, drawn.stderr
+    assert (out / "energy_vs_slo.png").stat().st_size > 10_000
+    assert (out / "energy_vs_slo.svg").read_text().startswith("<?xml")
+
+
+def test_a_finished_sweep_is_not_run_again(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep = str(write_sweep(tmp_path))
+    assert voltana("sweep", sweep, "--out", str(out)).returncode == 0
+    before = {p.name: p.stat().st_mtime_ns for p in (out / "points").iterdir()}
+    first = (out / "results.csv").read_bytes()
+    assert voltana("sweep", sweep, "--out", str(out)).returncode == 0
+    assert {p.name: p.stat().st_mtime_ns for p in (out / "points").iterdir()} == before
+    assert (out / "results.csv").read_bytes() == first
+
+
+def test_a_killed_sweep_keeps_what_had_finished(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep = str(write_sweep(tmp_path, duration=60))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", "sweep", sweep, "--out", str(out)],
+        cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not list(out.glob("points/*.json")):
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    kept = {p.name: p.stat().st_mtime_ns for p in out.glob("points/*.json")}
+    done = voltana("sweep", sweep, "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    after = {p.name: p.stat().st_mtime_ns for p in out.glob("points/*.json")}
+    assert kept.items() <= after.items()
+    assert len(pd.read_csv(out / "results.csv")) == 12
+
+
+def test_one_bad_point_does_not_lose_the_others(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    sweep = write_sweep(tmp_path, controller="static:f=1007")
+    done = voltana("sweep", str(sweep), "--out", str(out))
+    assert done.returncode == 2
+    assert "2 of 12 points failed" in done.stderr
+    assert "1007 MHz: nearest" in done.stderr
+    assert len(pd.read_csv(out / "results.csv")) == 10
+    failures = json.loads((out / "failures.json").read_text())
+    assert [f["config"]["controller"] for f in failures.values()] == ["static:f=1007"] * 2

@@ -1,0 +1,109 @@
+"""`voltana profile` end to end: torch on the CPU, the card a constant or the NVML stand-in."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from profiles.catalog import load_profile
+from tests.profiles.device.standin import ROOT, Standin
+
+pytest.importorskip("torch")
+
+SMALL = (
+    *("--model", "toy", "--device", "cpu", "--dtype", "float32", "--budget", "300s"),
+    *("--window", "0.02", "--iterations", "2", "--trials", "2"),
+    *("--max-batch", "2", "--max-tokens", "512"),
+)
+
+
+def command(out: Path, *extra: str) -> list[str]:
+    return [sys.executable, "-m", "experiments.cli", "profile", *SMALL, "--out", str(out), *extra]
+
+
+def run(out: Path, env: dict[str, str], *extra: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(out, *extra), env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.fixture
+def quiet_env() -> dict[str, str]:
+    return os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
+
+def test_without_a_card_the_power_is_never_called_measured(
+    tmp_path: Path, quiet_env: dict[str, str]
+) -> None:
+    done = run(tmp_path / "toy", quiet_env, "--power-w", "100")
+    assert done.returncode == 0, done.stderr
+    profile = load_profile(tmp_path / "toy")
+    assert profile.meta.provenance["decode_time"].status == "measured"
+    for quantity in ("prefill_power", "decode_power", "idle_power"):
+        assert profile.meta.provenance[quantity].status == "modelled"
+    assert profile.power_w("decode", 1000, 1, 128) == pytest.approx(100.0, rel=0.2)
+    assert set(profile.decode["trial"]) == {0, 1}
+    names = {path.name for path in (tmp_path / "toy" / "report").iterdir()}
+    assert {"energy_u.png", "latency_steps.png", "power_surface.png", "fit_report.csv"} == names
+    before = (tmp_path / "toy" / "journal.jsonl").read_text()
+    again = run(tmp_path / "toy", quiet_env, "--power-w", "100")
+    assert again.returncode == 0, again.stderr
+    assert (tmp_path / "toy" / "journal.jsonl").read_text() == before  # all points were kept
+
+
+def test_clocks_are_locked_in_turn_and_given_back(standin: Standin, tmp_path: Path) -> None:
+    env = standin.env | {"OMP_NUM_THREADS": "1"}
+    done = run(tmp_path / "p", env, "--frequencies", "1005,1410")
+    assert done.returncode == 0, done.stderr
+    profile = load_profile(tmp_path / "p")
+    assert profile.clocks_mhz == (1005, 1410)
+    assert profile.meta.provenance["decode_power"].status == "measured"
+    assert profile.idle_power_w(0) == pytest.approx(250.0, rel=0.1)
+    assert standin["locked_mhz"] == 0
+    assert standin["num_locks"] > 0
+
+
+def test_current_touches_no_clock_even_without_permission(standin: Standin, tmp_path: Path) -> None:
+    standin["deny_lock"] = 1
+    standin["default_mhz"] = 1305
+    env = standin.env | {"OMP_NUM_THREADS": "1"}
+    done = run(tmp_path / "p", env, "--frequencies", "current")
+    assert done.returncode == 0, done.stderr
+    profile = load_profile(tmp_path / "p")
+    assert profile.clocks_mhz == (1305,)
+    assert "no clock was ever touched" in profile.meta.provenance["clocks"].source
+    assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
+    refused = run(tmp_path / "q", env, "--frequencies", "1005")
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+    assert "--frequencies current" in refused.stderr
+
+
+def test_kill_9_of_the_profiler_gives_the_clock_back(standin: Standin, tmp_path: Path) -> None:
+    process = subprocess.Popen(
+        command(tmp_path / "p", "--frequencies", "1005", "--window", "30"),
+        env=standin.env | {"OMP_NUM_THREADS": "1"},
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        assert _eventually(standin, 1005)
+    finally:
+        process.send_signal(signal.SIGKILL)
+        process.wait(timeout=60)
+    assert _eventually(standin, 0)
+
+
+def _eventually(standin: Standin, locked_mhz: int) -> bool:
+    for _ in range(1200):
+        if standin["locked_mhz"] == locked_mhz:
+            return True
+        time.sleep(0.05)
+    return False

@@ -1,0 +1,42 @@
+"""One pinned run. It moves only when the simulator, a profile or the workload means to.
+
+`python -m tests.sim.test_golden` rewrites the file; the commit says why it moved.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from experiments.runs import run
+from sim.config import make_config
+from sim.metrics import summarise
+
+GOLDEN = Path(__file__).parent / "golden.json"
+CONFIG = {"rate_rps": 36, "duration_s": 30, "seed": 13, "slo_itl_s": 0.045}
+KEYS = (
+    "requests_completed", "makespan_s", "energy_j", "energy_busy_window_j", "prefill_energy_j",
+    "decode_energy_j", "idle_energy_j", "ttft_s", "itl_s", "tpot_s", "e2e_s", "ttft_attainment",
+    "itl_attainment", "attainment", "clock_changes", "iterations",
+)  # fmt: skip
+
+
+def golden() -> dict[str, Any]:
+    summary = summarise(run(make_config(CONFIG)))
+    return {key: summary[key] for key in KEYS}
+
+
+def test_golden_run() -> None:
+    """Rounding may differ between C libraries: 1e-9; counts are exact."""
+    pinned = json.loads(GOLDEN.read_text())
+    made = golden()
+    assert set(made) == set(pinned)
+    for key, value in pinned.items():
+        assert made[key] == pytest.approx(value, rel=1e-9), key
+
+
+if __name__ == "__main__":
+    GOLDEN.write_text(json.dumps(golden(), indent=1) + "\n")
