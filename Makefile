@@ -4,12 +4,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts unit bench clean
+.PHONY: help demo test lint types contracts unit bench engine clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
 	@echo "make test   install if missing, then lint, types, import contracts, tests"
 	@echo "make bench  print simulated requests per CPU second"
+	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
 	@echo "make clean  remove the environment and every generated file"
 
 $(STAMP): pyproject.toml
@@ -38,6 +39,9 @@ unit: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/requests_per_second.py
+
+engine:
+	sh hwreplay/engine/install.sh .engine
 
 clean:
 	rm -rf $(VENV) results .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

@@ -35,7 +35,8 @@ def scaling_time_s(phase: str, clock: int, batch: int, tokens: float) -> float:
 
 def scaling_power_w(phase: str, clock: int, batch: int, tokens: float) -> float:
     """Idle plus a part that grows faster than the clock."""
-    return 80.0 + (200.0 if phase == "decode" else 300.0) * (clock / 1400) ** 2.0
+    relative = clock / 1400
+    return 80.0 + (200.0 if phase == "decode" else 300.0) * relative * relative
 
 
 def make_meta(clocks_mhz: tuple[int, ...], kv_capacity_tokens: int = 4096) -> ProfileMeta:

@@ -122,7 +122,9 @@ def test_gemms_agree_with_an_independent_measurement(shared_data: Path) -> None:
     one = table[table["num_tensor_parallel_workers"] == 1].set_index("num_tokens")
     gemm = Gemm(shared_data / "dvfs")
     for tokens in (512, 2048, 8192):
-        up = one.loc[tokens, "time_stats.mlp_up_proj.median"] * 1e-3
-        down = one.loc[tokens, "time_stats.mlp_down_proj.median"] * 1e-3
+        up, down = (
+            float(one[f"time_stats.mlp_{part}_proj.median"].to_dict()[tokens]) * 1e-3
+            for part in ("up", "down")
+        )
         ours = gemm.time_s(tokens, 2 * 14336, 4096) + gemm.time_s(tokens, 4096, 14336)
         assert ours == pytest.approx(up + down, rel=0.34)

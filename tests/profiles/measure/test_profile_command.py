@@ -17,7 +17,7 @@ from tests.profiles.device.standin import ROOT, Standin
 pytest.importorskip("torch")
 
 SMALL = (
-    *("--model", "toy", "--device", "cpu", "--dtype", "float32", "--budget", "300s"),
+    *("--model", "toy", "--device", "cpu", "--dtype", "float32", "--budget", "2s"),
     *("--window", "0.02", "--iterations", "2", "--trials", "2"),
     *("--max-batch", "2", "--max-tokens", "512"),
 )
@@ -47,14 +47,17 @@ def test_without_a_card_the_power_is_never_called_measured(
     assert profile.meta.provenance["decode_time"].status == "measured"
     for quantity in ("prefill_power", "decode_power", "idle_power"):
         assert profile.meta.provenance[quantity].status == "modelled"
-    assert profile.power_w("decode", 1000, 1, 128) == pytest.approx(100.0, rel=0.2)
+    assert profile.power_w("decode", 1000, 1, 16) == pytest.approx(100.0, rel=0.2)
     assert set(profile.decode["trial"]) == {0, 1}
     names = {path.name for path in (tmp_path / "toy" / "report").iterdir()}
     assert {"energy_u.png", "latency_steps.png", "power_surface.png", "fit_report.csv"} == names
     before = (tmp_path / "toy" / "journal.jsonl").read_text()
     again = run(tmp_path / "toy", quiet_env, "--power-w", "100")
     assert again.returncode == 0, again.stderr
-    assert (tmp_path / "toy" / "journal.jsonl").read_text() == before  # all points were kept
+    after = (tmp_path / "toy" / "journal.jsonl").read_text()
+    assert after.startswith(before)
+    keys = [line.split(', "trials"')[0] for line in after.splitlines()]
+    assert len(set(keys)) == len(keys)  # no finished point was measured again
 
 
 def test_clocks_are_locked_in_turn_and_given_back(standin: Standin, tmp_path: Path) -> None:
