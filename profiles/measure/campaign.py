@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from profiles.device.gpu import Gpu
 from profiles.device.lock import ClockSession
@@ -14,6 +15,9 @@ from profiles.errors import VoltanaError
 from profiles.measure.grid import design, next_refinement
 from profiles.measure.journal import Journal
 from profiles.measure.trial import Protocol, measure_idle_w, measure_point
+
+MIN_POINTS: Final = 2
+"""Of a phase and clock; fewer make no profile."""
 
 Progress = Callable[[int, int, str], None]
 """(finished, planned, what comes next) after every point."""
@@ -89,8 +93,9 @@ class Campaign:
         self, clock_mhz: int, points: Sequence[Point], planned: int, deadline_s: float
     ) -> None:
         _lock(self.session, self.plan, clock_mhz)
-        for point in self._interleaved(points):
-            if self._elapsed_s() > deadline_s:
+        always = MIN_POINTS * len(self.plan.phases)  # the ends of the grid, whatever the budget
+        for number, point in enumerate(self._interleaved(points)):
+            if number >= always and self._elapsed_s() > deadline_s:
                 return
             self._measure(clock_mhz, point, planned)
         while self._elapsed_s() < deadline_s:
