@@ -7,8 +7,8 @@ from typing import Final
 
 from profiles.engines.base import EngineFacts, Phase, Point
 
-PROMPT_TOKENS: Final = tuple(2**power for power in range(4, 15))
-CONTEXT_TOKENS: Final = (16, 128, 512, 1024, 2048, 4096, 8192)
+PROMPT_TOKENS: Final = (1, 4, *(2**power for power in range(4, 15)))
+CONTEXT_TOKENS: Final = (1, 16, 128, 512, 1024, 2048, 4096, 8192)
 SMALL_STEP: Final = 8
 LARGE_STEP: Final = 128
 SMALL_STEP_END: Final = 128
@@ -39,7 +39,7 @@ def design(
         cap = min(facts.max_prefill_tokens, facts.max_context_tokens, max_tokens)
         tokens = sorted({t for t in PROMPT_TOKENS if t <= cap})
         points = [Point(phase=phase, batch_size=b, tokens=t) for t in tokens for b in (1, 2, 4)]
-        return _spread([p for p in points if p.tokens >= 16 * p.batch_size])
+        return _spread([p for p in points if p.tokens % p.batch_size == 0])
     limit = min(facts.max_running_requests, max_batch_size)
     cap = min(facts.kv_capacity_tokens, max_tokens)
     points = [

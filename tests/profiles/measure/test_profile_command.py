@@ -47,7 +47,7 @@ def test_without_a_card_the_power_is_never_called_measured(
     assert profile.meta.provenance["decode_time"].status == "measured"
     for quantity in ("prefill_power", "decode_power", "idle_power"):
         assert profile.meta.provenance[quantity].status == "modelled"
-    assert profile.power_w("decode", 1000, 1, 16) == pytest.approx(100.0, rel=0.2)
+    assert profile.power_w("decode", 1000, 1, 1) == pytest.approx(100.0, rel=0.2)
     assert set(profile.decode["trial"]) == {0, 1}
     names = {path.name for path in (tmp_path / "toy" / "report").iterdir()}
     assert {"energy_u.png", "latency_steps.png", "power_surface.png", "fit_report.csv"} == names
