@@ -2,7 +2,8 @@
 
 Source: ai-dynamo/aiconfigurator @ 095f58a (Apache-2.0), A100-SXM4-80GB, bf16, SGLang 0.5.10:
 GEMM by (m, n, k), decode and prefill attention by batch and length, all-reduce by message size.
-All tables in ms; everything here returns seconds.
+All tables in ms; everything here returns seconds. The tables scatter by up to 10 % between runs:
+times are made non-decreasing in the size of the work, steps are kept.
 """
 
 from __future__ import annotations
@@ -13,11 +14,25 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
+from scipy.optimize import isotonic_regression
+
+from profiles.errors import VoltanaError
 
 FloatArray = npt.NDArray[np.float64]
 
 _FOLDER = "aiconfigurator_a100_sxm"
 _SUFFIX = "sglang0.5.10.csv"
+
+
+def read_csv(path: Path) -> pd.DataFrame:
+    """Read one of the sources' tables.
+
+    Raises:
+        VoltanaError: It is not there.
+    """
+    if not path.is_file():
+        raise VoltanaError(f"no source table {path}: --data must name the folder of the sources")
+    return pd.read_csv(path)
 
 
 class Gemm:
@@ -28,14 +43,13 @@ class Gemm:
     """
 
     def __init__(self, data: Path) -> None:
-        table = pd.read_csv(data / _FOLDER / f"gemm_bf16_{_SUFFIX}")
+        table = read_csv(data / _FOLDER / f"gemm_bf16_{_SUFFIX}")
         self._curves: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
         for key, part in table.groupby(["n", "k"]):
             n, k = (int(str(side)) for side in key)
             median = part.groupby("m")["latency"].median()
-            self._curves[n, k] = (
-                median.index.to_numpy(dtype=float), median.to_numpy(dtype=float) * 1e-3,
-            )  # fmt: skip
+            times = _rising(median.to_numpy(dtype=float) * 1e-3)
+            self._curves[n, k] = median.index.to_numpy(dtype=float), times
         self._n = sorted({n for n, _ in self._curves})
         self._k = sorted({k for _, k in self._curves})
 
@@ -48,6 +62,11 @@ class Gemm:
                     curve_m, curve_s = self._curves[n_at, k_at]
                     total += n_weight * k_weight * float(np.interp(m, curve_m, curve_s))
         return total
+
+
+def _rising(times: FloatArray) -> FloatArray:
+    """The nearest non-decreasing curve: isotonic regression with relative weights."""
+    return np.asarray(isotonic_regression(times, weights=times**-2.0).x)
 
 
 def _weights(known: list[int], value: int) -> list[tuple[int, float]]:
@@ -69,7 +88,7 @@ class Attention:
     """
 
     def __init__(self, data: Path, phase: str, heads: int, kv_heads: int) -> None:
-        table = pd.read_csv(data / _FOLDER / f"{phase}_attention_{_SUFFIX}")
+        table = read_csv(data / _FOLDER / f"{phase}_attention_{_SUFFIX}")
         length = "step" if phase == "decode" else "isl"
         chosen = table[
             (table["num_heads"] == heads)
@@ -105,13 +124,13 @@ class AllReduce:
     """Time of one all-reduce over two GPUs by message size in bytes."""
 
     def __init__(self, data: Path, backend: str) -> None:
-        table = pd.read_csv(data / _FOLDER / f"allreduce_{_SUFFIX}")
+        table = read_csv(data / _FOLDER / f"allreduce_{_SUFFIX}")
         chosen = table[
             (table["num_gpus"] == 2) & (table["backend"] == f"sglang_{backend}")
         ].sort_values("message_size")
         # the table counts elements of two bytes
         self._bytes = 2.0 * chosen["message_size"].to_numpy(dtype=float)
-        self._times = chosen["latency"].to_numpy(dtype=float) * 1e-3
+        self._times = _rising(chosen["latency"].to_numpy(dtype=float) * 1e-3)
 
     def time_s(self, message_bytes: float) -> float:
         """Seconds for one all-reduce."""

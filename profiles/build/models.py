@@ -73,12 +73,13 @@ SHAPES: Final = {
     ),
     "ministral-3b": Shape(
         name="ministral/Ministral-3b-instruct", layers=14, hidden=4096, intermediate=14336,
-        heads=32, kv_heads=8, vocabulary=32768, tensor_parallel=1, kv_capacity_tokens=1_210_369,
+        heads=32, kv_heads=8, vocabulary=32000, tensor_parallel=1, kv_capacity_tokens=1_210_369,
         max_context_tokens=32_768,
     ),
 }  # fmt: skip
-"""KV capacities: the reference's profiling script. Ministral-3b has 14 layers by its KV capacity:
-1,210,369 tokens of 57,344 B leave room for 7 GB of weights on 80 GB."""
+"""Shapes: the models' config.json (Ministral-3b: that of a published fine-tune of it). KV
+capacities: the reference's profiling script. Weights and KV cache together are 75-76 GB per GPU in
+all three, so the 14 layers of Ministral-3b agree with its capacity."""
 
 
 class Cost:
@@ -132,6 +133,13 @@ class Cost:
     def flops(self, tokens: float) -> float:
         """Arithmetic of one GPU's GEMMs for that many tokens."""
         return 2.0 * self._shape.weights_per_gpu * tokens
+
+    def prefill_flops(self, batch: int, tokens: float) -> float:
+        """Arithmetic of one GPU in a prefill of `batch` equal prompts: GEMMs, causal attention."""
+        shape = self._shape
+        pairs = 0.5 * tokens * max(tokens / batch, 1.0)
+        attention = 4.0 * shape.layers * (shape.heads // shape.tensor_parallel) * 128 * pairs
+        return self.flops(tokens) + attention
 
     def _gemms_s(self, m: float) -> float:
         return sum(self._gemm.time_s(m, n, k) for n, k in self._shape.gemms)
