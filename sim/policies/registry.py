@@ -8,8 +8,8 @@ from typing import Any, Final, Generic, TypeVar
 
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, PolicyContext, Router
-from sim.policies.controllers import ecofreq, fixed
-from sim.policies.routers import ecoroute, simple
+from sim.policies.controllers import ecofreq, ecomin, feedback, fixed
+from sim.policies.routers import ecoroute, packing, simple
 from sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -43,6 +43,9 @@ CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
     "static": Entry(make=fixed.Static, parameters=fixed.StaticParameters),
     "boost": Entry(make=fixed.Boost, parameters=fixed.NoParameters),
     "ecofreq": Entry(make=ecofreq.EcoFreq, parameters=ecofreq.EcoFreqParameters),
+    "ecomin": Entry(make=ecomin.EcoMin, parameters=ecomin.EcoMinParameters),
+    "pid": Entry(make=feedback.Pid, parameters=feedback.PidParameters),
+    "miad": Entry(make=feedback.Miad, parameters=feedback.MiadParameters),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters),
@@ -51,6 +54,13 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "least-kv": Entry(make=simple.LeastKv, parameters=fixed.NoParameters),
     "ecoroute": Entry(make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters),
     "ecoroute-tile": Entry(make=ecoroute.EcoRouteTile, parameters=ecoroute.EcoRouteTileParameters),
+    "slo-pack": Entry(make=packing.SloPack, parameters=packing.SloPackParameters),
+    "latency-headroom": Entry(
+        make=packing.LatencyHeadroom, parameters=packing.LatencyHeadroomParameters
+    ),
+    "min-delta-energy": Entry(
+        make=packing.MinDeltaEnergy, parameters=packing.MinDeltaEnergyParameters
+    ),
 }
 
 

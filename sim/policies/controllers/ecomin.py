@@ -1,0 +1,152 @@
+"""EcoMin: the clock that costs the least energy among those that keep the promise. Ours.
+
+Two facts set it apart from "lowest clock that fits". Prefill meets a given amount of work, so its
+energy is (power - idle power) × time: a U in the clock, and left of its bottom slower is dearer.
+Decode in continuous batching meets a given token rate: when iterations slow down the batch grows
+(Little's law) and the rate stays, so that its energy per token follows the power alone; and the
+larger batch, not the present one, has to keep the promise.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sim.policies.base import (
+    DECODE,
+    UNLOCKED_MHZ,
+    Controller,
+    IdlePlan,
+    InstanceState,
+    PolicyContext,
+)
+from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.spec import parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EcoMinParameters:
+    """Parameters of `ecomin`; all defaults are ours."""
+
+    headroom_frac: float = parameter(0.05, "part of the promise kept in reserve", low=0, high=0.9)
+    quantile_ratio: float = parameter(
+        0.95, "quantile of observed / predicted time that predictions are multiplied by",
+        low=0.5, high=0.999,
+    )  # fmt: skip
+    correction_ratio: float = parameter(
+        0.01, "step of that quantile's online estimate, an iteration", low=0, high=0.2
+    )
+    dwell_s: float = parameter(0.25, "shortest time before the clock may fall again", low=0)
+    idle_s: float = parameter(1.0, "idle time before parking at the least idle power", low=0)
+    num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
+    frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
+
+
+class EcoMin(Controller):
+    """Least energy per token among the clocks whose corrected prediction keeps the promise.
+
+    Decode: among clocks f with q·T(f, b', t') <= SLO·(1 - headroom), the one with the least power;
+    b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b.
+    Prefill: among clocks with delay + q·T <= limit and 2·q·T <= limit (who arrives during the
+    batch waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
+    (P - idle)·T. None keeps the promise, or requests wait in decode: the fastest clock.
+
+    q tracks a quantile of observed / predicted time by stochastic approximation: an observation
+    above it raises it by step·quantile, one below lowers it by step·(1 - quantile), within
+    [0.5, 2]. A predictor that is wrong by a factor is found out within a few dozen iterations, a
+    single outlier moves q by one step. A rise of the clock acts at once, a fall waits for
+    `dwell_s`.
+    Idle: after `idle_s` lock the clock of least idle power.
+
+    Source: ours; RIVALS C3 names the idea (EcoFreq with an energy term).
+    """
+
+    __slots__ = (
+        "_changed_s", "_context", "_decision_mhz", "_levels_mhz", "_park_mhz", "_predicted_at_mhz",
+        "_q", "_settings", "_top_mhz",
+    )  # fmt: skip
+
+    def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
+        clocks = context.clocks_mhz
+        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
+        self._levels_mhz = clock_list(clocks, parameters.frequencies_mhz, spread, "ecomin")
+        self._top_mhz = self._levels_mhz[-1]
+        self._settings = parameters
+        self._context = context
+        self._q = 1.0
+        self._decision_mhz = self._top_mhz
+        self._predicted_at_mhz = -1
+        self._changed_s = 0.0
+        self._park_mhz = min((UNLOCKED_MHZ, *self._levels_mhz), key=context.power.idle_power_w)
+
+    def decide(self, state: InstanceState) -> int:
+        if state.last_batch_size > 0:
+            if self._context.phase == DECODE:
+                self._learn(state)
+                wanted = self._for_decode(state)
+            else:
+                wanted = self._for_prefill(state)
+            self._move_to(wanted, state.now_s)
+        self._predicted_at_mhz = state.clock_mhz
+        return self._decision_mhz
+
+    def initial_clock_mhz(self) -> int:
+        return self._top_mhz
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
+        return IdlePlan(after_s=self._settings.idle_s, clock_mhz=self._park_mhz)
+
+    def _learn(self, state: InstanceState) -> None:
+        if state.clock_mhz != self._predicted_at_mhz or state.last_duration_s <= 0:
+            return  # the clock changed within the iteration: its time says nothing about either
+        predicted_s = self._predict_s(
+            state.clock_mhz or self._top_mhz, state.last_batch_size, state.last_tokens
+        )
+        settings = self._settings
+        above = state.last_duration_s > self._q * predicted_s
+        step = settings.quantile_ratio if above else settings.quantile_ratio - 1.0
+        self._q = min(max(self._q + settings.correction_ratio * step, 0.5), 2.0)
+
+    def _for_decode(self, state: InstanceState) -> int:
+        if state.num_waiting > 0:
+            return self._top_mhz
+        batch = max(state.num_running, state.last_batch_size)
+        tokens = max(state.kv_tokens, state.last_tokens)
+        limit_s = self._context.slo_itl_s * (1.0 - self._settings.headroom_frac)
+        now_s = self._predict_s(state.clock_mhz or self._top_mhz, batch, tokens)
+        best_mhz, best_w = self._top_mhz, float("inf")
+        for clock in self._levels_mhz:
+            growth = max(self._predict_s(clock, batch, tokens) / now_s, 1.0)
+            settled_s = self._predict_s(clock, int(batch * growth), int(tokens * growth))
+            if self._q * settled_s <= limit_s:
+                power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
+                if power_w < best_w:
+                    best_mhz, best_w = clock, power_w
+        return best_mhz
+
+    def _for_prefill(self, state: InstanceState) -> int:
+        context = self._context
+        batch, tokens = state.last_batch_size, state.last_tokens
+        limit_s = (context.slo_ttft_s - context.slo_itl_s) * (1.0 - self._settings.headroom_frac)
+        queued = state.num_waiting
+        best_mhz, best_j = self._top_mhz, float("inf")
+        for clock in self._levels_mhz:
+            time_s = self._predict_s(clock, batch, tokens)
+            behind_s = self._predict_s(clock, queued, state.waiting_tokens) if queued else time_s
+            if max(state.last_queue_delay_s, behind_s) + time_s <= limit_s:
+                idle_w = context.power.idle_power_w(clock)
+                power_w = context.power.power_w(context.phase, clock, batch, tokens)
+                energy_j = (power_w - idle_w) * time_s
+                if energy_j < best_j:
+                    best_mhz, best_j = clock, energy_j
+        return best_mhz
+
+    def _predict_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return self._context.predictor.predict_s(self._context.phase, clock_mhz, batch_size, tokens)
+
+    def _move_to(self, wanted_mhz: int, now_s: float) -> None:
+        is_fall = wanted_mhz < self._decision_mhz
+        if is_fall and now_s - self._changed_s < self._settings.dwell_s:
+            return
+        if wanted_mhz != self._decision_mhz:
+            self._decision_mhz = wanted_mhz
+            self._changed_s = now_s
