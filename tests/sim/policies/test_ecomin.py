@@ -137,7 +137,7 @@ def test_a_constant_load_does_not_flap() -> None:
 
 @pytest.mark.parametrize("scale", [0.85, 1.15])
 def test_ecomin_holds_its_promise_with_a_model_15_percent_wrong(scale: float) -> None:
-    """Near saturation; 0.85 makes predictions too short, and EcoFreq, which believes them, fails."""
+    """Near saturation; at 0.85 predictions are too short, and EcoFreq, which trusts them, fails."""
     values = {
         "rate_rps": 40, "duration_s": 60, "slo_itl_s": 0.045, "predictor_scale": scale,
         "router": "ecoroute",
