@@ -40,16 +40,24 @@ def list_names(
 
 def _profiles() -> list[str]:
     from profiles.catalog import list_profiles, load_profile
+    from profiles.ecopred import fit_report
 
     lines = []
     for name in list_profiles():
-        meta = load_profile(name).meta
+        profile = load_profile(name)
+        meta = profile.meta
         statuses = sorted({p.status for p in meta.provenance.values()})
         lines.append(
             f"{name}: {meta.gpu.name}, {meta.model.name}, TP{meta.model.tensor_parallel}, "
             f"{meta.clocks.supported_mhz[0]}-{meta.clocks.supported_mhz[-1]} MHz, "
             f"{' and '.join(statuses)}"
         )
+        for phase, fit in fit_report(profile.fitted).groupby("phase"):
+            lines.append(
+                f"    EcoPred {phase}, by clock: R2 >= {fit['r2'].min():.3f}, MAE "
+                f"{fit['mae_ms'].min():.1f}-{fit['mae_ms'].max():.1f} ms, "
+                f"MAPE <= {fit['mape_pct'].max():.1f} %"
+            )
     return lines
 
 

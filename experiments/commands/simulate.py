@@ -9,12 +9,16 @@ import typer
 
 from sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
 
-_SET_HELP = "Set any configuration key, repeatable: " + ", ".join(KEYS)
+_SET_HELP = "Set any configuration key, repeatable; the keys are listed below"
+_WIDTH = max(len(key) for key in KEYS)
+_KEYS_HELP = "\b\nKeys of --set, of TOML files and of sweeps:\n" + "\n".join(
+    f"  {key:<{_WIDTH}}  {text}" for key, text in KEYS.items()
+)
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("simulate")(simulate)
+    app.command("simulate", epilog=_KEYS_HELP)(simulate)
 
 
 def simulate(
