@@ -8,8 +8,8 @@ from typing import Any, Final, Generic, TypeVar
 
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, PolicyContext, Router
-from sim.policies.controllers import ecofreq, ecomin, feedback, fixed
-from sim.policies.routers import ecoroute, packing, simple
+from sim.policies.controllers import dualscale, ecofreq, ecomin, feedback, fixed, kairos, profiled
+from sim.policies.routers import ecoroute, packing, simple, split
 from sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -46,6 +46,10 @@ CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
     "ecomin": Entry(make=ecomin.EcoMin, parameters=ecomin.EcoMinParameters),
     "pid": Entry(make=feedback.Pid, parameters=feedback.PidParameters),
     "miad": Entry(make=feedback.Miad, parameters=feedback.MiadParameters),
+    "window": Entry(make=profiled.Window, parameters=profiled.WindowParameters),
+    "powercap": Entry(make=profiled.PowerCap, parameters=profiled.PowerCapParameters),
+    "dualscale-mpc": Entry(make=dualscale.DualScale, parameters=dualscale.DualScaleParameters),
+    "kairos": Entry(make=kairos.Kairos, parameters=kairos.KairosParameters),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters),
@@ -61,6 +65,8 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "min-delta-energy": Entry(
         make=packing.MinDeltaEnergy, parameters=packing.MinDeltaEnergyParameters
     ),
+    "kairos": Entry(make=split.KairosRouter, parameters=split.KairosRouterParameters),
+    "length-split": Entry(make=split.LengthSplit, parameters=split.LengthSplitParameters),
 }
 
 

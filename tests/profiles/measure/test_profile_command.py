@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from profiles.catalog import load_profile
+from profiles.catalog import Profile, load_profile
 from tests.profiles.device.standin import ROOT, Standin
+from tests.sim.engine.fixtures import make_requests
+from tests.sim.engine.fixtures import run as simulate_run
 
 pytest.importorskip("torch")
 
@@ -51,6 +53,7 @@ def test_without_a_card_the_power_is_never_called_measured(
     assert set(profile.decode["trial"]) == {0, 1}
     names = {path.name for path in (tmp_path / "toy" / "report").iterdir()}
     assert {"energy_u.png", "latency_steps.png", "power_surface.png", "fit_report.csv"} == names
+    _simulates_at_constant_power(profile)
     before = (tmp_path / "toy" / "journal.jsonl").read_text()
     again = run(tmp_path / "toy", quiet_env, "--power-w", "100")
     assert again.returncode == 0, again.stderr
@@ -58,6 +61,19 @@ def test_without_a_card_the_power_is_never_called_measured(
     assert after.startswith(before)
     keys = [line.split(', "trials"')[0] for line in after.splitlines()]
     assert len(set(keys)) == len(keys)  # no finished point was measured again
+
+
+def _simulates_at_constant_power(profile: Profile) -> None:
+    """The simulator runs on it as it is, and 100 W a busy or idle instance is 100 W.
+
+    Within 5 %: the counter is read a moment before and after each 20 ms window.
+    """
+    requests = make_requests((0.0, 40, 9), (0.001, 30, 5), (0.002, 20, 7))
+    record, summary = simulate_run(
+        profile, requests, max_running_requests=2, kv_capacity_tokens=200, max_prefill_tokens=128
+    )
+    assert summary["requests_completed"] == 3
+    assert summary["energy_j"] == pytest.approx(100.0 * 2 * record.makespan_s, rel=0.05)
 
 
 def test_clocks_are_locked_in_turn_and_given_back(standin: Standin, tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""Controllers that choose from profiled tables at a slow pace: DynamoLLM's window, a power cap."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
+from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.spec import parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WindowParameters:
+    """Parameters of `window`."""
+
+    period_s: float = parameter(5.0, "length of a window and time between decisions", low=0.001)
+    num_levels: int = parameter(7, "clocks considered, spread over the profile's (ours)", low=1)
+    frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
+
+
+class Window(Controller):
+    """Every 5 s the clock of least energy that would have kept the promise for the last window.
+
+    The load is the mean batch, tokens and queueing delay of the window's iterations. Candidates
+    keep delay + T(f, load) <= SLO; among them the least P·T. The top clock if there is none, or
+    if the queue is longer than at the last decision. Until the first window ends: the top clock.
+
+    Source: RIVALS C2 (instance manager of DynamoLLM, simplified); its p99 tables are the latency
+    predictor here, and its overload rule and our seven levels (the paper: 200 MHz steps) are ours.
+    """
+
+    __slots__ = (
+        "_batches", "_context", "_decision_mhz", "_delay_s", "_iterations", "_levels_mhz",
+        "_period_s", "_queue", "_slo_s", "_started_s", "_tokens",
+    )  # fmt: skip
+
+    def __init__(self, parameters: WindowParameters, context: PolicyContext) -> None:
+        clocks = context.clocks_mhz
+        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
+        self._levels_mhz = clock_list(
+            clocks, parameters.frequencies_mhz, spread, "window: frequencies"
+        )
+        self._context = context
+        self._period_s = parameters.period_s
+        self._slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        self._decision_mhz = self._levels_mhz[-1]
+        self._started_s = 0.0
+        self._queue = 0
+        self._forget()
+
+    def _forget(self) -> None:
+        self._iterations = 0
+        self._batches = 0
+        self._tokens = 0
+        self._delay_s = 0.0
+
+    def initial_clock_mhz(self) -> int:
+        return self._levels_mhz[-1]
+
+    def decide(self, state: InstanceState) -> int:
+        if state.last_batch_size > 0:
+            self._iterations += 1
+            self._batches += state.last_batch_size
+            self._tokens += state.last_tokens
+            self._delay_s += state.last_queue_delay_s
+        if state.now_s - self._started_s >= self._period_s and self._iterations > 0:
+            self._decision_mhz = self._choose(state.num_waiting)
+            self._queue = state.num_waiting
+            self._started_s = state.now_s
+            self._forget()
+        return self._decision_mhz
+
+    def _choose(self, queue: int) -> int:
+        best_mhz, best_j = self._levels_mhz[-1], math.inf
+        if queue > self._queue:
+            return best_mhz
+        phase, context = self._context.phase, self._context
+        batch = max(self._batches // self._iterations, 1)
+        tokens = math.ceil(self._tokens / self._iterations)
+        limit_s = self._slo_s - self._delay_s / self._iterations
+        for clock in self._levels_mhz:
+            time_s = context.predictor.predict_s(phase, clock, batch, tokens)
+            if time_s <= limit_s:
+                energy_j = context.power.power_w(phase, clock, batch, tokens) * time_s
+                if energy_j < best_j:
+                    best_mhz, best_j = clock, energy_j
+        return best_mhz
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PowerCapParameters:
+    """Parameters of `powercap`."""
+
+    cap_w: float | None = parameter(
+        None, "cap of the instance; without it draw_frac of the natural draw", low=1
+    )
+    draw_frac: float = parameter(
+        0.85, "cap as a part of the natural draw (the source: 0.8 to 0.9)", low=0.05, high=1.0
+    )
+    release_s: float = parameter(1.0, "window of the p95 latency that releases the cap", low=0.001)
+
+
+class PowerCap(Controller):
+    """A power cap instead of a clock, as the effective clock that keeps the draw under the cap.
+
+    Effective clock: the fastest whose modelled power for the present batch is within the cap; the
+    slowest if none is. The natural draw is the most the top clock would have drawn in any batch so
+    far. While the p95 latency of the last `release_s` misses the promise the cap is released: the
+    top clock. Idle: the top clock's lock stays, as a cap leaves the clock alone.
+
+    Source: RIVALS C12 (phase-decoupled power control, arXiv 2609.11133); the release window, and
+    releasing by p95 instead of p99, are ours.
+    """
+
+    __slots__ = ("_context", "_natural_w", "_parameters", "_slo_s", "_window")
+
+    def __init__(self, parameters: PowerCapParameters, context: PolicyContext) -> None:
+        self._parameters = parameters
+        self._context = context
+        self._slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        self._window = LatencyWindow(parameters.release_s)
+        self._natural_w = 0.0
+
+    def initial_clock_mhz(self) -> int:
+        return self._context.clocks_mhz[-1]
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
+        return None
+
+    def decide(self, state: InstanceState) -> int:
+        context = self._context
+        self._window.add(state, context.phase)
+        if state.last_batch_size == 0:
+            return context.clocks_mhz[-1]
+        natural_w = self._power_w(context.clocks_mhz[-1], state)
+        self._natural_w = max(self._natural_w, natural_w)
+        p95_s = self._window.p95_s()
+        if p95_s is not None and p95_s > self._slo_s:
+            return context.clocks_mhz[-1]
+        return self.effective_clock_mhz(state)
+
+    def effective_clock_mhz(self, state: InstanceState) -> int:
+        """The fastest clock within the cap for the batch of `state`."""
+        p = self._parameters
+        cap_w = p.draw_frac * self._natural_w if p.cap_w is None else p.cap_w
+        clocks = self._context.clocks_mhz
+        for clock in reversed(clocks):
+            if self._power_w(clock, state) <= cap_w:
+                return clock
+        return clocks[0]
+
+    def _power_w(self, clock_mhz: int, state: InstanceState) -> float:
+        return self._context.power.power_w(
+            self._context.phase, clock_mhz, state.last_batch_size, state.last_tokens
+        )
