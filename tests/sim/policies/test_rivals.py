@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import pytest
 
 from sim.policies.base import InstanceState, Phase, PolicyContext, RequestView, WaitingRequest
 from sim.policies.controllers.dualscale import DualScale, DualScaleParameters, ProjectedBatch
 from sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
-from sim.policies.spec import short_key
+from sim.policies.spec import describe_parameters
 from tests.sim.policies.doubles import Formula, decode_state, make_context
 
 
@@ -105,25 +105,130 @@ def batch(tokens: int, waited_s: float) -> ProjectedBatch:
 @pytest.mark.parametrize(
     ("batches", "plan"),
     [
-        # 140 tokens: 140 ms slow or 100 ms fast
-        ([batch(140, 0.0)], [1000]),
-        ([batch(140, 0.36)], [1000]),
+        # 140 tokens take 140 ms slow, 100 ms fast
+        ([batch(140, 0.00)], [1000]),
+        ([batch(140, 0.35)], [1000]),
         ([batch(140, 0.37)], [1400]),
-        ([batch(140, 0.90)], [1400]),  # lost anyway: the top clock
-        # both slow would end at 280 ms; the second has waited 0.22, 0.25, 0.31 s
-        ([batch(140, 0.0), batch(140, 0.22)], [1000, 1000]),
-        # 0.25: one slow, one fast (240 ms) fits; the bigger saving is the longer batch's
-        ([batch(140, 0.0), batch(280, 0.15)], [1400, 1000]),
-        ([batch(280, 0.0), batch(140, 0.15)], [1000, 1400]),
+        ([batch(140, 0.90)], [1400]),  # lost anyway
+        # the second has 290 ms left: both slow end at 280
+        ([batch(140, 0.0), batch(140, 0.21)], [1000, 1000]),
+        # 350 ms left: 140 slow + 280 fast = 340 fits, 100 + 280 slow = 380 does not
+        ([batch(140, 0.0), batch(280, 0.15)], [1000, 1400]),
+        # 350 ms left: 280 slow + 100 = 380 does not fit, 200 + 140 slow = 340 does
+        ([batch(280, 0.0), batch(140, 0.15)], [1400, 1000]),
+        # 190 ms left, 200 needed
         ([batch(140, 0.0), batch(140, 0.31)], [1400, 1400]),
     ],
 )
 def test_dualscale_plans(batches: list[ProjectedBatch], plan: list[int]) -> None:
-    """The two of 140 and 280: 420 ms slow, 300 fast; with 0.15 s waited 350 ms are left. The long
-    one slow: 100 + 280 = 380 > 350 behind the short one, so there the *short* one goes slow:
-    140 + 200 = 340. See the table's corrections below."""
-    if plan == [1400, 1000] and batches[1].tokens == 280:
-        plan = [1000, 1400]
-    if plan == [1000, 1400] and batches[0].tokens == 280:
-        plan = [1400, 1000]  # 280 + 100 = 380 > 350; 200 + 140 = 340 fits
     assert dualscale().plan_mhz(batches) == plan
+
+
+def test_dualscale_packs_the_queue_and_looks_no_further_than_k_batches() -> None:
+    """Queue of 60+60+60 tokens, budget 120: batches of 120 and 60 behind 140 at hand. Fast they
+    take 100, 86 and 43 ms, slow 140, 120 and 60. With 250 ms left the first may be slow if only two
+    are seen (140 + 86 = 226), not if all three are (269)."""
+
+    def state(age_s: float) -> InstanceState:
+        waiting = [
+            WaitingRequest(request_id=i, arrival_s=1.0 - age_s, input_tokens=60) for i in range(3)
+        ]
+        return InstanceState(
+            instance_id=0, phase="prefill", now_s=1.0, last_batch_size=1, last_tokens=140,
+            num_waiting=3, waiting_tokens=180, list_waiting=lambda: waiting,
+        )  # fmt: skip
+
+    context = cubic("prefill", Formula(lambda p, f, b, t: 1e-3 * t * 1000 / f))
+    spec = "dualscale-mpc:frequencies=1000+1400,batch_tokens=120,num_batches="
+    assert make_controller(spec + "8", context).decide(state(0.10)) == 1000  # 320 <= 400
+    assert make_controller(spec + "8", context).decide(state(0.25)) == 1400
+    assert make_controller(spec + "2", context).decide(state(0.25)) == 1000
+
+
+@pytest.mark.parametrize(
+    ("tokens", "kv", "waiting", "clock"),
+    [(40_000, 40_000, 0, 1000), (55_000, 55_000, 0, 1400), (40_000, 90_001, 0, 1400),
+     (40_000, 90_000, 0, 1000), (40_000, 40_000, 1, 1400)],
+)  # fmt: skip
+def test_dualscale_decode(tokens: int, kv: int, waiting: int, clock: int) -> None:
+    """10 ms + 1 µs a token at 1000 MHz: 50 ms hold at 40,000 tokens, 65 do not; KV limit 90,000."""
+    predictor = Formula(lambda p, f, b, t: (0.0099 + 1e-6 * t) * 1000 / f)
+    made = make_controller("dualscale-mpc:frequencies=1000+1400", make_context(predictor))
+    state = decode_state(batch=10, tokens=tokens, kv=kv, waiting=waiting)
+    assert made.decide(state) == clock
+
+
+@pytest.mark.parametrize(
+    ("kv", "duration_s", "clock"),
+    [
+        (0, 0.01, 1000),
+        # 1000 + 400 · (0.3 / 0.75) = 1160 -> 1200; 37,501 tokens -> 1200.005 -> 1400
+        (30_000, 0.01, 1200),
+        (37_400, 0.01, 1200),
+        (37_600, 0.01, 1400),
+        (80_000, 0.01, 1400),
+        (0, 0.049, 1000),
+        (0, 0.051, 1400),  # 19.6 tokens/s < 20
+    ],
+)
+def test_kairos_clock_follows_the_cache(kv: int, duration_s: float, clock: int) -> None:
+    state = decode_state(batch=1, tokens=kv, kv=kv)
+    state.last_duration_s = duration_s
+    assert make_controller("kairos", make_context()).decide(state) == clock
+
+
+def test_kairos_clock_is_monotone_in_the_cache() -> None:
+    made = make_controller("kairos", make_context())
+    clocks = [made.decide(decode_state(batch=1, kv=kv)) for kv in range(0, 100_001, 500)]
+    assert clocks == sorted(clocks)
+    assert set(clocks) == {1000, 1200, 1400}
+
+
+def prompt(tokens: int) -> RequestView:
+    return RequestView(request_id=0, arrival_s=0.0, input_tokens=tokens, output_tokens=None)
+
+
+@pytest.mark.parametrize(
+    ("kv", "chosen"),
+    [
+        ([0, 0, 0], 0),
+        ([49_899, 0, 0], 0),
+        ([49_900, 0, 0], 1),  # with the prompt of 100 half of 100,000 would be reached
+        ([60_000, 10, 0], 1),
+        ([70_000, 60_000, 90_000], 1),  # all above half: the least used
+    ],
+)
+def test_kairos_router_consolidates_then_spreads(kv: list[int], chosen: int) -> None:
+    router = make_router("kairos", make_context())
+    decode = [decode_state(kv=tokens, index=i) for i, tokens in enumerate(kv)]
+    assert router.route(prompt(100), [decode_state()], decode) == (0, chosen)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "queued", "spec", "chosen"),
+    [
+        (1023, [900, 800, 0, 0], "length-split", 1),
+        (1024, [0, 0, 900, 800], "length-split", 3),
+        (5000, [0, 0, 0, 900], "length-split:share=0.25", 3),
+        (100, [9, 8, 7, 0], "length-split:share=0.25", 2),
+        (100, [9, 0], "length-split:share=1.0", 0),  # never all for the long ones
+        (5000, [0, 9], "length-split:share=0.0", 1),  # and never none
+        (100, [9], "length-split", 0),
+        (5000, [9], "length-split", 0),
+    ],
+)
+def test_length_split(tokens: int, queued: list[int], spec: str, chosen: int) -> None:
+    prefill = [
+        InstanceState(instance_id=i, phase="prefill", waiting_tokens=n)
+        for i, n in enumerate(queued)
+    ]
+    decode = [decode_state(opened=3), decode_state(opened=2)]
+    assert make_router(spec, make_context()).route(prompt(tokens), prefill, decode) == (chosen, 1)
+
+
+def test_no_two_parameters_of_a_policy_share_a_short_name() -> None:
+    declared = [entry.parameters for entry in CONTROLLERS.values()]
+    declared += [entry.parameters for entry in ROUTERS.values()]
+    for parameters in declared:
+        keys = [info.key for info in describe_parameters(parameters)]
+        assert len(keys) == len(set(keys)), parameters
