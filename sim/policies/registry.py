@@ -8,7 +8,16 @@ from typing import Any, Final, Generic, TypeVar
 
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, PolicyContext, Router
-from sim.policies.controllers import dualscale, ecofreq, ecomin, feedback, fixed, kairos, profiled
+from sim.policies.controllers import (
+    dualscale,
+    ecofreq,
+    ecomin,
+    feedback,
+    fixed,
+    greenllm,
+    kairos,
+    profiled,
+)
 from sim.policies.routers import ecoroute, packing, simple, split
 from sim.policies.spec import (
     ParameterInfo,
@@ -49,6 +58,7 @@ CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
     "window": Entry(make=profiled.Window, parameters=profiled.WindowParameters),
     "powercap": Entry(make=profiled.PowerCap, parameters=profiled.PowerCapParameters),
     "dualscale-mpc": Entry(make=dualscale.DualScale, parameters=dualscale.DualScaleParameters),
+    "greenllm": Entry(make=greenllm.GreenLlm, parameters=greenllm.GreenLlmParameters),
     "kairos": Entry(make=kairos.Kairos, parameters=kairos.KairosParameters),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {

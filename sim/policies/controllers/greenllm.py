@@ -1,0 +1,144 @@
+"""GreenLLM: queue-aware least energy in prefill; a band by token rate and fine steps in decode."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from dataclasses import dataclass
+
+from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
+from sim.policies.clocks import clock_at_least_mhz
+from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.spec import parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GreenLlmParameters:
+    """Parameters of `greenllm`."""
+
+    coarse_s: float = parameter(0.2, "decode: time between two looks at the token rate", low=0.001)
+    fine_s: float = parameter(0.02, "decode: time between two fine steps", low=0)
+    step_mhz: float = parameter(15.0, "decode: fine step", low=1)
+    slack_ratio: float = parameter(
+        0.85, "decode: part of the promise below which the clock falls (ours)", low=0, high=1
+    )
+    bin_tokens_per_s: float = parameter(200.0, "decode: width of a bin of token rate (ours)", low=1)
+    num_confirm: int = parameter(3, "decode: looks that must agree on a new bin", low=1)
+    band_mhz: float = parameter(60.0, "decode: half width of a bin's band (ours)", low=0)
+    window_s: float = parameter(5.0, "prefill: window of the arrival rate (ours)", low=0.01)
+    idle_s: float = parameter(5.0, "idle time before the lowest clock is locked (ours)", low=0)
+
+
+class GreenLlm(Controller):
+    """Prefill: least energy with the queue in the bound; decode: a band by token rate, fine steps.
+
+    Prefill, each batch: load rho(f) = tokens arriving per second · T(f) / tokens of the batch. Of
+    the clocks with rho < 1 and max(delay so far, W) + T <= TTFT, W = rho·T / (2(1 - rho)) being
+    the mean wait of M/D/1, the one with the least P·T - idle·T, which is busy energy plus idle
+    energy of the time that remains; the top clock if there is none.
+    Decode, every 200 ms: the bin of the token rate; a bin seen three times in a row sets the band
+    around the lowest clock whose predicted step holds the ITL promise at that bin's batch
+    (Little: rate · SLO). Every 20 ms: p95 ITL of the last 200 ms > SLO: f + 15 MHz; < slack·SLO:
+    f - 15 MHz; clamped to the band, snapped up to a supported clock.
+
+    Source: RIVALS C5 (GreenLLM, arXiv 2508.16449). Its queue formula, slack ratio, bins and band
+    table are not published in what we saw; its quadratic latency and cubic power are the profile's
+    predictor and power model here. The queues split by length are the router `length-split`.
+    """
+
+    __slots__ = (
+        "_arrived", "_band_mhz", "_bin", "_candidate", "_coarse_at_s", "_context", "_fine_at_s",
+        "_parameters", "_seen", "_tokens", "_wanted_mhz", "_window",
+    )  # fmt: skip
+
+    def __init__(self, parameters: GreenLlmParameters, context: PolicyContext) -> None:
+        clocks = context.clocks_mhz
+        self._parameters = parameters
+        self._context = context
+        self._wanted_mhz = float(clocks[-1])
+        self._band_mhz = (float(clocks[0]), float(clocks[-1]))
+        self._bin = self._candidate = -1
+        self._seen = 0
+        self._tokens = 0
+        self._coarse_at_s = self._fine_at_s = 0.0
+        self._window = LatencyWindow(parameters.coarse_s)
+        self._arrived: deque[tuple[float, int]] = deque()
+
+    def initial_clock_mhz(self) -> int:
+        return self._context.clocks_mhz[-1]
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
+        return IdlePlan(after_s=self._parameters.idle_s, clock_mhz=self._context.clocks_mhz[0])
+
+    def decide(self, state: InstanceState) -> int:
+        if state.last_batch_size == 0:
+            return self._context.clocks_mhz[-1]
+        return self._for_decode(state) if state.phase == DECODE else self._for_prefill(state)
+
+    def _for_prefill(self, state: InstanceState) -> int:
+        c, batch, tokens = self._context, state.last_batch_size, max(state.last_tokens, 1)
+        rate_per_s = self._token_rate_per_s(state)
+        best_mhz, best_j = c.clocks_mhz[-1], math.inf
+        for clock in c.clocks_mhz:
+            time_s = c.predictor.predict_s(c.phase, clock, batch, tokens)
+            load = rate_per_s * time_s / tokens
+            if load >= 1.0:
+                continue
+            wait_s = max(state.last_queue_delay_s, load * time_s / (2.0 * (1.0 - load)))
+            if wait_s + time_s <= c.slo_ttft_s:
+                power_w = c.power.power_w(c.phase, clock, batch, tokens)
+                energy_j = (power_w - c.power.idle_power_w(clock)) * time_s
+                if energy_j < best_j:
+                    best_mhz, best_j = clock, energy_j
+        return best_mhz
+
+    def _token_rate_per_s(self, state: InstanceState) -> float:
+        """Prompt tokens a second over the last window, the queue counted as arrived."""
+        window_s = self._parameters.window_s
+        self._arrived.append((state.now_s, state.last_tokens))
+        while self._arrived[0][0] < state.now_s - window_s:
+            self._arrived.popleft()
+        arrived = sum(tokens for _, tokens in self._arrived) + state.waiting_tokens
+        return arrived / window_s
+
+    def _for_decode(self, state: InstanceState) -> int:
+        p, now_s = self._parameters, state.now_s
+        self._window.add(state, DECODE)
+        self._tokens += state.last_batch_size
+        elapsed_s = now_s - self._coarse_at_s
+        if elapsed_s >= p.coarse_s:
+            self._look_at_rate(self._tokens / elapsed_s, state)
+            self._coarse_at_s, self._tokens = now_s, 0
+        p95_s = self._window.p95_s()
+        if now_s - self._fine_at_s >= p.fine_s and p95_s is not None:
+            self._fine_at_s = now_s
+            if p95_s > self._context.slo_itl_s:
+                self._wanted_mhz += p.step_mhz
+            elif p95_s < p.slack_ratio * self._context.slo_itl_s:
+                self._wanted_mhz -= p.step_mhz
+        low, high = self._band_mhz
+        self._wanted_mhz = min(max(self._wanted_mhz, low), high)
+        return clock_at_least_mhz(self._context.clocks_mhz, self._wanted_mhz)
+
+    def _look_at_rate(self, rate_per_s: float, state: InstanceState) -> None:
+        p = self._parameters
+        rate_bin = int(rate_per_s / p.bin_tokens_per_s)
+        self._seen = self._seen + 1 if rate_bin == self._candidate else 1
+        self._candidate = rate_bin
+        if rate_bin == self._bin or self._seen < p.num_confirm:
+            return
+        self._bin = rate_bin
+        clocks, context = self._context.clocks_mhz, self._context
+        batch = max(math.ceil((rate_bin + 1) * p.bin_tokens_per_s * context.slo_itl_s), 1)
+        tokens = min(
+            batch * state.last_tokens // state.last_batch_size, max(context.kv_capacity_tokens, 1)
+        )
+        centre_mhz = clocks[-1]
+        for clock in clocks:
+            if context.predictor.predict_s(DECODE, clock, batch, tokens) <= context.slo_itl_s:
+                centre_mhz = clock
+                break
+        self._band_mhz = (
+            max(centre_mhz - p.band_mhz, clocks[0]),
+            min(centre_mhz + p.band_mhz, clocks[-1]),
+        )

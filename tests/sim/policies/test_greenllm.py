@@ -1,0 +1,100 @@
+"""GreenLLM: decisions worked by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from sim.policies.base import InstanceState, Phase, PolicyContext
+from sim.policies.registry import make_controller
+from tests.sim.policies.doubles import Formula, decode_state, make_context
+
+
+class CubicPower:
+    """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
+
+    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
+
+    def idle_power_w(self, frequency_mhz: int) -> float:
+        return 50.0
+
+
+def prefill_context(times_s: dict[int, float]) -> PolicyContext:
+    formula = Formula(lambda p, f, b, t: times_s[f])
+    return replace(make_context(formula, phase="prefill"), power=CubicPower())
+
+
+def prefill_state(*, tokens: int = 100, delay_s: float = 0.0, queued: int = 0) -> InstanceState:
+    return InstanceState(
+        instance_id=0, phase="prefill", now_s=1.0, last_batch_size=1, last_tokens=tokens,
+        last_queue_delay_s=delay_s, waiting_tokens=queued,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("delay_s", "queued", "clock"),
+    [
+        # (P - 50)·T = 50·.30, 100·.18, 250·.15 = 15, 18, 37.5 J: the slowest that fits
+        (0.0, 0, 1000),
+        (0.19, 0, 1000),  # .19 + .30 = .49 <= .5
+        (0.21, 0, 1200),
+        (0.33, 0, 1400),
+        (0.36, 0, 1400),  # none fits
+        # window 1 s: 100 + 200 tokens/s of 100-token batches are 3 batches/s. rho = .9 at 1000:
+        # W = .9·.3 / .2 = 1.35 s. At 1200 rho = .54, W = .54·.18 / .92 = .106, + .18 fits
+        (0.0, 200, 1200),
+        # 6 batches/s: rho >= 1 at 1000 and 1200; at 1400 .9, W = .675: nothing fits
+        (0.0, 500, 1400),
+    ],
+)
+def test_prefill(delay_s: float, queued: int, clock: int) -> None:
+    made = make_controller(
+        "greenllm:window=1.0", prefill_context({1000: 0.30, 1200: 0.18, 1400: 0.15})
+    )
+    assert made.decide(prefill_state(delay_s=delay_s, queued=queued)) == clock
+
+
+def test_prefill_respects_the_u() -> None:
+    """50·.40 = 20, 100·.18 = 18, 250·.15 = 37.5 J: the middle clock although the slowest fits."""
+    context = prefill_context({1000: 0.40, 1200: 0.18, 1400: 0.15})
+    assert make_controller("greenllm", context).decide(prefill_state()) == 1200
+
+
+def decode_at(now_s: float, duration_s: float, batch: int = 10) -> InstanceState:
+    state = decode_state(batch=batch, tokens=batch * 100)
+    state.now_s, state.last_duration_s = now_s, duration_s
+    return state
+
+
+def test_decode_steps_down_while_there_is_slack() -> None:
+    """Slack at every look, 25 ms apart: 1400 - 15·13 = 1205, snapped up to 1400; one more, 1190,
+    to 1200. No band yet, as coarse=10 s keeps it away."""
+    made = make_controller("greenllm:coarse=10.0", make_context())
+    clocks = [made.decide(decode_at(0.025 * k, 0.020)) for k in range(1, 15)]
+    assert clocks[12] == 1400
+    assert clocks[13] == 1200
+
+
+def test_decode_rises_when_the_p95_misses_the_promise() -> None:
+    made = make_controller("greenllm:coarse=0.1,bin_tokens=1000000.0,band=1000.0", make_context())
+    for k in range(1, 40):
+        made.decide(decode_at(0.03 * k, 0.020))
+    low = made.decide(decode_at(1.2, 0.020))
+    for k in range(60):
+        made.decide(decode_at(1.5 + 0.03 * k, 0.060))
+    assert low == 1000
+    assert made.decide(decode_at(4.0, 0.060)) == 1400
+
+
+def test_the_band_waits_for_three_equal_bins() -> None:
+    """100 requests a step every 50 ms are 2000 tokens/s: bin 10 of 200, batch = 11·200·.05 = 110,
+    11,000 tokens. T = 121, 100.8, 86.4 ms > 50: the top clock, band 1340...1400, whatever slack
+    the p95 shows. Before the third look (every 200 ms) the clock sinks freely."""
+    made = make_controller("greenllm", make_context())
+    clocks = [made.decide(decode_at(0.05 * k, 0.020, batch=100)) for k in range(1, 60)]
+    assert clocks[-1] == 1400
+    free = make_controller("greenllm:num_confirm=1000", make_context())
+    sinking = [free.decide(decode_at(0.05 * k, 0.020, batch=100)) for k in range(1, 60)]
+    assert sinking[-1] == 1000
