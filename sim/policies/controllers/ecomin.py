@@ -46,9 +46,9 @@ class EcoMin(Controller):
 
     Decode: among clocks f with q·T(f, b', t') <= SLO·(1 - headroom), the one with the least power;
     b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b.
-    Prefill: among clocks with delay + q·T <= limit and 2·q·T <= limit (who arrives during the
-    batch waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
-    (P - idle)·T. None keeps the promise, or requests wait in decode: the fastest clock.
+    Prefill: among clocks with delay + T <= limit and 2·T <= limit (who arrives during the batch
+    waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
+    (P - idle)·T; predictions are not corrected there, the headroom has to cover their error. None keeps the promise, or requests wait in decode: the fastest clock.
 
     q tracks a quantile of observed / predicted time by stochastic approximation: an observation
     above it raises it by step·quantile, one below lowers it by step·(1 - quantile), within
