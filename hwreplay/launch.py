@@ -1,0 +1,155 @@
+"""Starts real SGLang prefill and decode servers on this machine's CPU, on loopback only.
+
+`make engine` installs what they need. Each server is a process group of its own, and leaving the
+context ends all of them, however it is left.
+"""
+
+from __future__ import annotations
+
+import http.client
+import os
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from profiles.errors import VoltanaError
+from sim.policies.base import DECODE, PREFILL, Phase
+
+HOST: Final = "127.0.0.1"
+POLL_S: Final = 0.5
+END_S: Final = 10.0
+ENVIRONMENT: Final = {
+    "SGLANG_USE_CPU_ENGINE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "OMP_NUM_THREADS": "1",
+    "MC_FORCE_TCP": "1",
+    "MOONCAKE_PROTOCOL": "tcp",
+}
+COMMON: Final = (
+    "--skip-tokenizer-init --device cpu --attention-backend torch_native --dtype bfloat16"
+    f" --host {HOST} --max-total-tokens 8192 --max-running-requests 16 --mem-fraction-static 0.1"
+    " --sleep-on-idle --disaggregation-transfer-backend mooncake"
+)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One running engine server."""
+
+    phase: Phase
+    instance_id: int
+    port: int
+    bootstrap_port: int | None
+    """Where decode servers ask a prefill server for its KV; None for a decode server."""
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def is_ready(self) -> bool:
+        """Whether the server answers its health check."""
+        connection = http.client.HTTPConnection(HOST, self.port, timeout=5.0)
+        try:
+            connection.request("GET", "/health")
+            return connection.getresponse().status == http.client.OK
+        except OSError:
+            return False
+        finally:
+            connection.close()
+
+
+@contextmanager
+def run_fleet(
+    directory: Path, logs: Path, *, num_prefill: int = 1, num_decode: int = 1, start_s: float = 180
+) -> Iterator[list[Server]]:
+    """Start a fleet, wait until every server is ready, and end it on exit.
+
+    Args:
+        directory: What `make engine` filled: `venv/` and `model/`.
+        logs: Folder for one log a server.
+        num_prefill: Prefill servers.
+        num_decode: Decode servers.
+        start_s: Longest time to wait for all of them.
+
+    Raises:
+        VoltanaError: The engine is not installed, or a server died or was too late.
+    """
+    python = directory / "venv/bin/python"
+    if not (directory / ".installed").is_file():
+        raise VoltanaError(f"no SGLang in {directory}: run `make engine`")
+    phases: list[tuple[Phase, int]] = [(PREFILL, i) for i in range(num_prefill)]
+    phases += [(DECODE, i) for i in range(num_decode)]
+    servers: list[Server] = []
+    try:
+        for phase, instance_id in phases:
+            servers.append(_start(python, directory / "model", logs, phase, instance_id))
+        _wait(servers, start_s)
+        yield servers
+    finally:
+        _end(servers)
+
+
+def _start(python: Path, model: Path, logs: Path, phase: Phase, instance_id: int) -> Server:
+    port = _free_port()
+    arguments = [*COMMON.split(), "--model-path", str(model), "--port", str(port)]
+    arguments += ["--disaggregation-mode", phase]
+    bootstrap_port = _free_port() if phase == PREFILL else None
+    if bootstrap_port is not None:
+        arguments += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
+    else:  # without a backup on the host, a decode server without a GPU dies at start
+        arguments += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+    log = logs / f"{phase}-{instance_id}.log"
+    with log.open("wb") as out:
+        process = subprocess.Popen(
+            [str(python), "-m", "sglang.launch_server", *arguments],
+            env=os.environ | ENVIRONMENT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    return Server(
+        phase=phase,
+        instance_id=instance_id,
+        port=port,
+        bootstrap_port=bootstrap_port,
+        process=process,
+        log=log,
+    )
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
+
+
+def _wait(servers: list[Server], limit_s: float) -> None:
+    deadline_s = time.monotonic() + limit_s
+    waiting = list(servers)
+    while waiting:
+        waiting = [server for server in waiting if not server.is_ready()]
+        for server in waiting:
+            if server.process.poll() is not None:
+                code = server.process.returncode
+                raise VoltanaError(f"{server.phase} server ended with {code}: see {server.log}")
+            if time.monotonic() > deadline_s:
+                raise VoltanaError(f"{server.phase} not ready in {limit_s} s: see {server.log}")
+        time.sleep(POLL_S if waiting else 0.0)
+
+
+def _end(servers: list[Server]) -> None:
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for server in servers:
+            try:
+                os.killpg(server.process.pid, number)
+            except ProcessLookupError:
+                continue
+        for server in servers:
+            try:
+                server.process.wait(END_S)
+            except subprocess.TimeoutExpired:
+                continue
