@@ -132,7 +132,10 @@ class StepModel:
         time_0, power_0 = self._at_prefill_row(frequency_mhz, int(first), tokens)
         time_1, power_1 = self._at_prefill_row(frequency_mhz, int(second), tokens)
         clamped = min(max(weight, 0.0), 1.0)
-        return time_0 + weight * (time_1 - time_0), power_0 + clamped * (power_1 - power_0)
+        time_s = time_0 + weight * (time_1 - time_0)
+        if weight < 0.0 and time_s < time_0:  # a longer prefix never saves time, noise may say so
+            time_s = time_0
+        return time_s, power_0 + clamped * (power_1 - power_0)
 
     def _at_prefill_row(
         self, frequency_mhz: int, batch_size: int, tokens: float

@@ -69,6 +69,13 @@ def test_a_chunk_with_a_prefix_continues_the_attention_law(
     assert got == pytest.approx(0.01 + 4e-8 * 1024**2, rel=1e-5)
 
 
+def test_a_long_prefix_is_never_faster_than_none(tmp_path: Path) -> None:
+    """Where batch size 2 is slower than 1, going on below 1 used to give negative durations."""
+    made = write_synthetic_profile(tmp_path, time_s=lambda p, f, b, t: 0.01 + 1e-6 * t + 1e-4 * b)
+    model = made.truth()
+    assert model.predict_s("prefill", 1000, 0.005, 512) == model.predict_s("prefill", 1000, 1, 512)
+
+
 _CACHE: dict[str, Profile] = {}
 
 
