@@ -6,6 +6,7 @@ line, column, rule and value.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,6 +20,8 @@ from profiles.errors import VoltanaError, nearest
 from sim.workload.fetch import named_trace, named_traces
 from sim.workload.workload import FloatArray, IntArray, Workload
 
+_MAX_TOKENS: Final = 2**31
+"""No request is longer; above it a length is a damaged number."""
 Arrivals = Callable[[Any, Path, IntArray], FloatArray]
 _FIRST_LINE: Final = 2
 """Line of the first data row of a CSV; of JSON lines it is 1."""
@@ -41,7 +44,8 @@ def read_trace(path: Path, fmt: str | None = None, *, drop_failed: bool = False)
     Args:
         path: CSV (also .gz), JSON lines or parquet.
         fmt: `azure`, `burstgpt`, `mooncake` or `plain`; by default the one whose columns match.
-        drop_failed: Leave out requests without output, which BurstGPT logs for failed calls.
+        drop_failed: Leave out requests without output, which BurstGPT logs for failed calls;
+            the workload's name says how many.
 
     Raises:
         VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
@@ -52,26 +56,33 @@ def read_trace(path: Path, fmt: str | None = None, *, drop_failed: bool = False)
         raise VoltanaError(f"unknown trace format {format_name!r}{nearest(format_name, _FORMATS)}")
     columns, arrivals = _FORMATS[format_name]
     _require_columns(frame, columns, path)
+    name = path.name
     if drop_failed:
-        frame = frame[pd.to_numeric(frame[columns[2]], errors="coerce") != 0]
+        kept = frame[pd.to_numeric(frame[columns[2]], errors="coerce") != 0]
+        name = f"{path.name} ({len(frame) - len(kept)} of {len(frame)} without output left out)"
+        frame = kept
+        if frame.empty:
+            raise VoltanaError(f"{path}: holds no request with output")
     first_line = 1 if format_name == "mooncake" else _FIRST_LINE
     lines = frame.index.to_numpy() + first_line
     arrival_s = arrivals(frame[columns[0]], path, lines)
     _require_sorted(arrival_s, frame[columns[0]], path, lines)
     tokens = [_tokens(frame[column], path, lines) for column in columns[1:]]
-    return Workload(
-        arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=path.name
-    )
+    return Workload(arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=name)
 
 
 def _read_frame(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
-        elif path.suffix == ".jsonl":
-            frame = pd.read_json(path, lines=True)
+        elif ".jsonl" in path.suffixes[-2:]:
+            frame = pd.read_json(path, lines=True, dtype=False)
         else:
-            frame = pd.read_csv(path, skip_blank_lines=False)
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", pd.errors.ParserWarning)
+                frame = pd.read_csv(path, skip_blank_lines=False, index_col=False)
+    except pd.errors.ParserWarning:
+        raise VoltanaError(f"{path}: rows have more fields than the header names") from None
     except FileNotFoundError:
         raise VoltanaError(f"no such trace file: {path}") from None
     except (OSError, EOFError, zlib.error, ValueError) as error:
@@ -79,7 +90,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
         raise VoltanaError(f"cannot read {path}: {reason}") from None
     if frame.empty:
         raise VoltanaError(f"{path}: holds no requests")
-    return frame
+    return frame.reset_index(drop=True)
 
 
 def _seconds(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
@@ -137,6 +148,7 @@ def _tokens(column: pd.Series[Any], path: Path, lines: IntArray) -> IntArray:
     _require(numbers == np.floor(numbers), column, path, lines, "must be a whole number")
     remedy = " (drop_failed leaves out requests without output)" if (numbers == 0).any() else ""
     _require(numbers >= 1, column, path, lines, f"must be >= 1{remedy}")
+    _require(numbers <= _MAX_TOKENS, column, path, lines, f"must be <= {_MAX_TOKENS}")
     return numbers.astype(np.int64)
 
 

@@ -156,3 +156,37 @@ def test_a_workload_cannot_be_made_of_nonsense() -> None:
         good.superposed()._with(good.arrival_s[::-1], "reversed")
     with pytest.raises(VoltanaError, match="one length"):
         good._with(np.zeros(3), "short")
+
+
+def test_rows_longer_than_the_header_are_refused_and_do_not_shift_columns(tmp_path: Path) -> None:
+    """pandas would take the first field as an index and read every column one too far left."""
+    path = tmp_path / "long.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,5,6,7\n1,5,6,7\n")
+    with pytest.raises(VoltanaError, match=r"more fields than the header names"):
+        read_trace(path)
+
+
+def test_absurd_length_is_refused_with_its_line(tmp_path: Path) -> None:
+    path = tmp_path / "huge.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,5,6\n1,1e30,7\n")
+    with pytest.raises(VoltanaError, match=r"input_tokens must be <= .*huge\.csv:3"):
+        read_trace(path)
+
+
+def test_left_out_requests_are_counted_in_the_name(tmp_path: Path) -> None:
+    path = tmp_path / "zero.csv"
+    path.write_text("arrival_s,input_tokens,output_tokens\n0,5,6\n1,5,0\n2,5,0\n")
+    workload = read_trace(path, drop_failed=True)
+    assert len(workload) == 1
+    assert "2 of 3 without output left out" in workload.name
+    path.write_text("arrival_s,input_tokens,output_tokens\n1,5,0\n")
+    with pytest.raises(VoltanaError, match="no request with output"):
+        read_trace(path, drop_failed=True)
+
+
+def test_late_mooncake_timestamps_stay_milliseconds(tmp_path: Path) -> None:
+    """pandas turns a column called timestamp into dates once all its values are large."""
+    path = tmp_path / "late.jsonl"
+    row = '{{"timestamp": {}, "input_length": 5, "output_length": 6}}\n'
+    path.write_text(row.format(40_000_000) + row.format(40_003_000))
+    assert read_trace(path).arrival_s.tolist() == pytest.approx([40_000.0, 40_003.0], rel=1e-12)
