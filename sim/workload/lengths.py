@@ -2,7 +2,8 @@
 
 A histogram ships as counts of joint bins, `data/NAME.csv.gz` (input_min, input_max, output_min,
 output_max, count; bounds inclusive), computed by `sim.workload.build_histograms` from public
-traces: facts about lengths, no text and no order. A length is drawn uniformly within its bin.
+traces: facts about lengths, no text and no order. A length is drawn uniformly within its bin,
+so that a drawn total can pass the source's limit by a bin's width (about 9 %).
 `lmsys` is modelled: see `lmsys_lengths`.
 """
 

@@ -48,7 +48,8 @@ class EcoMin(Controller):
     b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b.
     Prefill: among clocks with delay + T <= limit and 2·T <= limit (who arrives during the batch
     waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
-    (P - idle)·T; predictions are not corrected there, the headroom has to cover their error. None keeps the promise, or requests wait in decode: the fastest clock.
+    (P - idle)·T; predictions are not corrected there, the headroom has to cover their error.
+    None keeps the promise, or requests wait in decode: the fastest clock.
 
     q tracks a quantile of observed / predicted time by stochastic approximation: an observation
     above it raises it by step·quantile, one below lowers it by step·(1 - quantile), within
