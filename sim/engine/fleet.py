@@ -16,7 +16,7 @@ from sim.engine.instance import Instance
 from sim.engine.prefill import PrefillInstance
 from sim.engine.request import RunLog, SimRequest
 from sim.engine.timeline import Timeline
-from sim.policies.base import InstanceState, Phase, PolicyContext, RequestView
+from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, RequestView
 from sim.policies.prediction import ScaledPredictor
 from sim.policies.registry import make_controller, make_router
 from sim.records import IterationTable, RunRecord
@@ -44,11 +44,13 @@ class Fleet:
         self._kv_capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
         self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
         self._max_running = config.max_running_requests or engine.max_running_requests
+        self._cluster = Cluster()
         self._router = make_router(config.router, self._context("decode", 0, "router"))
         self.prefill = [self._make_prefill(i) for i in range(config.num_prefill)]
         self.decode = [self._make_decode(i) for i in range(config.num_decode)]
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
+        self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
         self._timeline = Timeline.start(config, self.env, self.instances)
 
     @property
@@ -182,6 +184,7 @@ class Fleet:
             actuation_s=self._config.actuation_latency_s,
             num_prefill=self._config.num_prefill,
             num_decode=self._config.num_decode,
+            cluster=self._cluster,
         )
 
     def _record(self, makespan_s: float, wall_s: float) -> RunRecord:

@@ -12,9 +12,11 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, runtime_checkable
+from typing import Final, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
+
+from profiles.errors import VoltanaError
 
 Phase = Literal["prefill", "decode"]
 PREFILL: Final = "prefill"
@@ -194,6 +196,32 @@ class Router(ABC):
         """
 
 
+T = TypeVar("T")
+
+
+class Cluster:
+    """The whole fleet, for policies that share a budget: every instance's live state.
+
+    The driver fills `prefill` and `decode` before the first decision. A policy that reads them
+    must have asked for the cluster with `PolicyContext.observe_cluster`, so that the driver knows
+    that every state has to be true at every decision.
+    """
+
+    __slots__ = ("_shared", "decode", "is_observed", "prefill")
+
+    def __init__(self) -> None:
+        self.prefill: Sequence[InstanceState] = ()
+        self.decode: Sequence[InstanceState] = ()
+        self.is_observed = False
+        self._shared: dict[str, object] = {}
+
+    def share(self, name: str, make: Callable[[], T]) -> T:
+        """The run's one object of that name, made by the first who asks: a common plan."""
+        if name not in self._shared:
+            self._shared[name] = make()
+        return cast("T", self._shared[name])
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PolicyContext:
     """What a policy may know when it is made: the models, the promises and its own seed."""
@@ -216,3 +244,16 @@ class PolicyContext:
     """Expected time from a decision to the clock's change."""
     num_prefill: int = 1
     num_decode: int = 1
+    cluster: Cluster | None = None
+    """None where the driver cannot show one instance the others."""
+
+    def observe_cluster(self, policy: str) -> Cluster:
+        """The cluster, for a policy that needs it.
+
+        Raises:
+            VoltanaError: The driver shows each controller its own instance only.
+        """
+        if self.cluster is None:
+            raise VoltanaError(f"{policy} sees the whole fleet, which this driver does not show")
+        self.cluster.is_observed = True
+        return self.cluster
