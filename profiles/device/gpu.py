@@ -87,3 +87,16 @@ class Gpu(Protocol):
 
     def unlock_clock(self) -> None:
         """Give the clock back to the driver."""
+
+
+class PowerLimitGpu(Gpu, Protocol):
+    """A GPU whose board power can be limited."""
+
+    def power_limit_w(self) -> float:
+        """Limit in force."""
+
+    def power_limit_range_w(self) -> tuple[float, float]:
+        """Lowest and highest limit the card takes."""
+
+    def set_power_limit(self, limit_w: float) -> None:
+        """Set the limit. Whoever does it must set the old one again at the end."""

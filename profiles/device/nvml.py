@@ -158,3 +158,16 @@ class NvmlGpu:
     @_typed
     def unlock_clock(self) -> None:
         pynvml.nvmlDeviceResetGpuLockedClocks(self._handle)
+
+    @_typed
+    def power_limit_w(self) -> float:
+        return float(pynvml.nvmlDeviceGetPowerManagementLimit(self._handle) / 1e3)
+
+    @_typed
+    def power_limit_range_w(self) -> tuple[float, float]:
+        low_mw, high_mw = pynvml.nvmlDeviceGetPowerManagementLimitConstraints(self._handle)
+        return low_mw / 1e3, high_mw / 1e3
+
+    @_typed
+    def set_power_limit(self, limit_w: float) -> None:
+        pynvml.nvmlDeviceSetPowerManagementLimit(self._handle, round(limit_w * 1e3))

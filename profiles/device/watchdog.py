@@ -1,4 +1,4 @@
-"""Puts the clocks back when their owner is killed in a way no handler can see (SIGKILL, OOM).
+"""Puts clocks (or power limits) back when their owner is killed by what no handler sees (SIGKILL).
 
 A small process of its own holds the other end of a pipe. The owner writes one byte when it locks
 a clock (`ARMED`) and one when it has put it back (`DISARMED`). The owner's end closes when it dies,
@@ -18,7 +18,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Final
 
@@ -37,9 +37,19 @@ class Watchdog:
     """The owner's handle on its watchdog process."""
 
     def __init__(
-        self, gpu_indices: Sequence[int], *, previous_clock_mhz: int | None = None
+        self,
+        gpu_indices: Sequence[int],
+        *,
+        previous_clock_mhz: int | None = None,
+        power_limits_w: Mapping[int, float] | None = None,
     ) -> None:
         """Start the process and wait for its hello, so that it stands before the first lock.
+
+        Args:
+            gpu_indices: The GPUs to put back.
+            previous_clock_mhz: Lock to return to. None: the driver's control.
+            power_limits_w: By GPU, the power limit to return to. Given, it guards the limits and
+                leaves clocks alone.
 
         Raises:
             DeviceError: It did not come up, for instance because NVML refused it.
@@ -48,7 +58,7 @@ class Watchdog:
             [
                 *(sys.executable, "-m", "profiles.device.watchdog"),
                 str(previous_clock_mhz or 0),
-                *map(str, gpu_indices),
+                *(_target(index, power_limits_w) for index in gpu_indices),
             ],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
@@ -103,26 +113,38 @@ class Watchdog:
             ) from error
 
 
-def _restore(gpu_indices: Sequence[int], previous_clock_mhz: int) -> bool:
-    """Put every GPU back (0: unlock), trying each a few times. True if all did."""
-    from profiles.device.nvml import NvmlGpu
+def _target(index: int, power_limits_w: Mapping[int, float] | None) -> str:
+    """`3`, or `3=400000` to guard GPU 3's power limit of 400000 mW."""
+    return str(index) if power_limits_w is None else f"{index}={power_limits_w[index] * 1e3:.0f}"
 
-    pending = list(gpu_indices)
+
+def _restore(targets: Sequence[str], previous_clock_mhz: int) -> bool:
+    """Put every GPU back (0: unlock), trying each a few times. True if all did."""
+    pending = list(targets)
     for _ in range(NUM_RESTORE_TRIES):
-        for index in list(pending):
+        for target in list(pending):
             try:
-                with NvmlGpu(index) as gpu:
-                    if previous_clock_mhz:
-                        gpu.lock_clock(previous_clock_mhz)
-                    else:
-                        gpu.unlock_clock()
-                pending.remove(index)
+                _restore_one(target, previous_clock_mhz)
+                pending.remove(target)
             except DeviceError as error:
-                sys.stderr.write(f"voltana watchdog: GPU {index}: {error}\n")
+                sys.stderr.write(f"voltana watchdog: GPU {target}: {error}\n")
         if not pending:
             return True
         time.sleep(RESTORE_RETRY_S)
     return False
+
+
+def _restore_one(target: str, previous_clock_mhz: int) -> None:
+    from profiles.device.nvml import NvmlGpu
+
+    index, _, limit_mw = target.partition("=")
+    with NvmlGpu(int(index)) as gpu:
+        if limit_mw:
+            gpu.set_power_limit(int(limit_mw) / 1e3)
+        elif previous_clock_mhz:
+            gpu.lock_clock(previous_clock_mhz)
+        else:
+            gpu.unlock_clock()
 
 
 def _watch(parent_pid: int) -> bytes:
@@ -144,21 +166,22 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the watchdog. Arguments: the clock to return to (0: unlock), then GPU indices."""
+    """Run the watchdog. Arguments: clock to return to (0: unlock), then what `_target` writes."""
     parent_pid = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_terminate)
-    previous_clock_mhz, *gpu_indices = (int(argument) for argument in arguments)
+    first, *targets = arguments
+    previous_clock_mhz = int(first)
     from profiles.device.nvml import NvmlGpu
 
-    for index in gpu_indices:
-        NvmlGpu(index).close()
+    for target in targets:
+        NvmlGpu(int(target.partition("=")[0])).close()
     os.write(sys.stdout.fileno(), HELLO)
     state = ARMED
     try:
         state = _watch(parent_pid)
     finally:  # told to terminate: restore rather than leave a lock without a guard
-        is_restored = state != ARMED or _restore(gpu_indices, previous_clock_mhz)
+        is_restored = state != ARMED or _restore(targets, previous_clock_mhz)
     return 0 if is_restored else 1
 
 

@@ -23,6 +23,8 @@ typedef struct {
     unsigned num_resets;
     unsigned num_energy_reads;
     unsigned temperature_c;
+    unsigned limit_mw;        /* power limit in force */
+    unsigned num_limits;      /* times it was set */
 } State;
 
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4,
@@ -106,6 +108,17 @@ int nvmlDeviceSetGpuLockedClocks(void *h, unsigned low, unsigned high) {
     if (s->deny_lock) return NO_PERMISSION;
     if (low != high) return INVALID;
     s->locked_mhz = low; s->num_locks++; return OK;
+}
+int nvmlDeviceGetPowerManagementLimit(void *h, unsigned *mw) { (void)h; GUARD; *mw = s->limit_mw; return OK; }
+int nvmlDeviceGetPowerManagementLimitConstraints(void *h, unsigned *low, unsigned *high) {
+    (void)h; GUARD;
+    *low = 100000; *high = 400000; return OK;
+}
+int nvmlDeviceSetPowerManagementLimit(void *h, unsigned mw) {
+    (void)h; GUARD;
+    if (s->deny_lock) return NO_PERMISSION;
+    if (mw < 100000 || mw > 400000) return INVALID;
+    s->limit_mw = mw; s->num_limits++; return OK;
 }
 int nvmlDeviceResetGpuLockedClocks(void *h) {
     (void)h; GUARD;

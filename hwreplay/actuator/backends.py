@@ -1,0 +1,235 @@
+"""What the helper acts on: clock locks, power limits, or a file that records what it would do."""
+
+from __future__ import annotations
+
+import json
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import ClassVar, Final, Protocol, TextIO
+
+from hwreplay.actuator.protocol import Operation
+from profiles.device.gpu import (
+    DeviceError,
+    PermissionDeniedError,
+    PowerLimitGpu,
+    UnsupportedQueryError,
+)
+from profiles.device.nvml import NvmlGpu
+from profiles.device.watchdog import Watchdog
+from profiles.errors import VoltanaError
+
+MILLI: Final = 1e-3
+
+
+class Backend(Protocol):
+    """Holds GPUs at a value (MHz or mW) and gives them back. Only values it allows reach `hold`."""
+
+    @property
+    def operation(self) -> Operation:
+        """What this backend does: LOCK or CAP."""
+
+    @property
+    def gpus(self) -> Collection[int]: ...
+
+    def allows(self, gpu: int, value: int) -> bool: ...
+
+    def hold(self, gpu: int, value: int) -> None: ...
+
+    def restore(self, gpu: int) -> None: ...
+
+    def close(self) -> None:
+        """Restore whatever is still held, then end."""
+
+
+class _Guarded(ABC):
+    """GPUs of this process and the watchdog that restores them if it is killed."""
+
+    def __init__(self, gpus: Mapping[int, PowerLimitGpu], watchdog: Watchdog) -> None:
+        self._gpus = gpus
+        self._watchdog = watchdog
+        self._held: set[int] = set()
+
+    @property
+    def gpus(self) -> Collection[int]:
+        return self._gpus.keys()
+
+    def hold(self, gpu: int, value: int) -> None:
+        if not self._held:
+            self._watchdog.arm()
+        is_first = gpu not in self._held
+        self._held.add(gpu)  # before the call: a signal may arrive inside it
+        try:
+            self._set(gpu, value)
+        except (PermissionDeniedError, UnsupportedQueryError):
+            if is_first:
+                self._forget(gpu)
+            raise
+
+    def restore(self, gpu: int) -> None:
+        if gpu not in self._held:
+            return
+        self._reset(gpu)
+        self._forget(gpu)
+
+    def close(self) -> None:
+        failed: list[DeviceError] = []
+        for gpu in sorted(self._held):
+            try:
+                self.restore(gpu)
+            except DeviceError as error:
+                failed.append(error)
+        self._watchdog.close()  # still armed if one failed: it tries again
+        if failed:
+            raise failed[0]
+
+    def _forget(self, gpu: int) -> None:
+        self._held.discard(gpu)
+        if not self._held:
+            self._watchdog.disarm()
+
+    @abstractmethod
+    def _set(self, gpu: int, value: int) -> None: ...
+
+    @abstractmethod
+    def _reset(self, gpu: int) -> None: ...
+
+
+class ClockBackend(_Guarded):
+    """Locks SM clocks through NVML."""
+
+    operation: ClassVar[Operation] = Operation.LOCK
+
+    def __init__(
+        self,
+        gpus: Mapping[int, PowerLimitGpu],
+        *,
+        clocks_mhz: Collection[int] | None = None,
+        previous_clock_mhz: int | None = None,
+    ) -> None:
+        """Start the watchdog; no clock is touched.
+
+        Args:
+            gpus: The allowed GPUs by index.
+            clocks_mhz: The allowed clocks, each supported by every GPU. None allows all supported.
+            previous_clock_mhz: Lock to return to. None returns control to the driver.
+
+        Raises:
+            VoltanaError: A clock that a GPU does not support.
+        """
+        self._allowed = {i: frozenset(gpu.supported_clocks_mhz()) for i, gpu in gpus.items()}
+        wanted = None if clocks_mhz is None else frozenset(clocks_mhz)
+        for index, supported in self._allowed.items():
+            if wanted is not None:
+                if missing := sorted(wanted - supported):
+                    raise VoltanaError(
+                        f"--clocks must be clocks that GPU {index} supports, got {missing}: it has "
+                        f"{min(supported, default=0)} to {max(supported, default=0)} MHz"
+                    )
+                self._allowed[index] = wanted
+        self._previous_clock_mhz = previous_clock_mhz
+        super().__init__(gpus, Watchdog(list(gpus), previous_clock_mhz=previous_clock_mhz))
+
+    def allows(self, gpu: int, value: int) -> bool:
+        return value in self._allowed[gpu]
+
+    def _set(self, gpu: int, value: int) -> None:
+        self._gpus[gpu].lock_clock(value)
+
+    def _reset(self, gpu: int) -> None:
+        if self._previous_clock_mhz is None:
+            self._gpus[gpu].unlock_clock()
+        else:
+            self._gpus[gpu].lock_clock(self._previous_clock_mhz)
+
+
+class PowerBackend(_Guarded):
+    """Lowers power limits, where clocks cannot be locked. Never above the limit found at start."""
+
+    operation: ClassVar[Operation] = Operation.CAP
+
+    def __init__(self, gpus: Mapping[int, PowerLimitGpu]) -> None:
+        """Remember the limits in force and start the watchdog; no limit is touched."""
+        self._limits_w = {index: gpu.power_limit_w() for index, gpu in gpus.items()}
+        self._lowest_w = {index: gpu.power_limit_range_w()[0] for index, gpu in gpus.items()}
+        super().__init__(gpus, Watchdog(list(gpus), power_limits_w=self._limits_w))
+
+    def allows(self, gpu: int, value: int) -> bool:
+        return self._lowest_w[gpu] <= value * MILLI <= self._limits_w[gpu]
+
+    def _set(self, gpu: int, value: int) -> None:
+        self._gpus[gpu].set_power_limit(value * MILLI)
+
+    def _reset(self, gpu: int) -> None:
+        self._gpus[gpu].set_power_limit(self._limits_w[gpu])
+
+
+class RecordingBackend:
+    """Touches nothing: writes one JSON line a change, with the time since start."""
+
+    operation: ClassVar[Operation] = Operation.LOCK
+
+    def __init__(self, file: TextIO, *, gpus: Collection[int], clocks_mhz: Collection[int]) -> None:
+        self._file = file
+        self._gpus = frozenset(gpus)
+        self._clocks_mhz = frozenset(clocks_mhz)
+        self._held: set[int] = set()
+        self._start_ns = time.monotonic_ns()
+
+    @property
+    def gpus(self) -> Collection[int]:
+        return self._gpus
+
+    def allows(self, gpu: int, value: int) -> bool:
+        return gpu in self._gpus and (not self._clocks_mhz or value in self._clocks_mhz)
+
+    def hold(self, gpu: int, value: int) -> None:
+        self._held.add(gpu)
+        self._write(gpu, value)
+
+    def restore(self, gpu: int) -> None:
+        if gpu in self._held:
+            self._held.discard(gpu)
+            self._write(gpu, 0)
+
+    def close(self) -> None:
+        for gpu in sorted(self._held):
+            self.restore(gpu)
+        self._file.close()
+
+    def _write(self, gpu: int, value: int) -> None:
+        time_s = (time.monotonic_ns() - self._start_ns) * 1e-9
+        line = {"time_s": round(time_s, 6), "gpu": gpu, "clock_mhz": value}
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+def open_backend(
+    gpu_indices: Collection[int],
+    *,
+    clocks_mhz: Collection[int] | None = None,
+    previous_clock_mhz: int | None = None,
+    is_power_cap: bool = False,
+    dry_run: Path | None = None,
+) -> Backend:
+    """The backend a command line asks for. With `dry_run` no driver is needed.
+
+    Raises:
+        VoltanaError: No such GPU, no driver, or a clock the card does not have.
+    """
+    if dry_run is not None:
+        file = dry_run.open("w", encoding="utf-8")
+        return RecordingBackend(file, gpus=gpu_indices, clocks_mhz=clocks_mhz or ())
+    with ExitStack() as opened:
+        gpus = {index: opened.enter_context(NvmlGpu(index)) for index in gpu_indices}
+        backend: Backend
+        if is_power_cap:
+            backend = PowerBackend(gpus)
+        else:
+            backend = ClockBackend(
+                gpus, clocks_mhz=clocks_mhz, previous_clock_mhz=previous_clock_mhz
+            )
+        opened.pop_all()  # the NVML sessions live as long as the process
+    return backend
