@@ -14,7 +14,7 @@ import simpy
 from experiments.runs import cached_profile, workload_of
 from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config
-from sim.engine.fleet import simulate
+from sim.engine.simulate import simulate
 
 REPEATS = 5
 RAW_EVENTS = 500_000

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from profiles.catalog import Profile, load_profile
 from sim.config import SimConfig
-from sim.engine.fleet import simulate
+from sim.engine.simulate import simulate
 from sim.records import RunRecord
 from sim.workload.generate import make_workload
 from sim.workload.traces import open_trace

@@ -19,6 +19,9 @@ from profiles.tables import Grid, GridRow
 Row = tuple[list[float], list[float], list[float], list[float], list[float]]
 """knots (tokens), time_s, time slope, power_w, power slope; slopes belong to the piece after."""
 
+Line = tuple[float, float, float, float, float]
+"""A linear piece of decode; see `StepModel.decode_line`."""
+
 
 class StepModel:
     """Time and power of one iteration, scalar, without numpy.
@@ -99,20 +102,32 @@ class StepModel:
             self._idle_w[frequency_mhz] = power
         return power
 
-    def line(
-        self, phase: str, frequency_mhz: int, batch_size: int, tokens: float
-    ) -> tuple[float, float, float, float, float]:
+    def decode_line(self, frequency_mhz: int, batch_size: int, tokens: int) -> Line:
         """The linear piece of decode that holds `tokens`.
 
         Returns:
-            Tokens where the piece ends, time there at `tokens` (s), its slope (s/token), power
-            (W) and its slope (W/token).
+            Tokens up to which it holds (`tokens` itself outside the grid), time at `tokens` (s),
+            its slope (s/token), power (W) and its slope (W/token).
+
+        Raises:
+            VoltanaError: As `time_and_power`.
         """
-        time_s, power_w = self.time_and_power(phase, frequency_mhz, batch_size, tokens)
-        row = self._decode_rows[(frequency_mhz << 16) | batch_size]
-        i = min(max(bisect_right(row[0], tokens) - 1, 0), len(row[0]) - 1)
-        end = row[0][i + 1] if i + 1 < len(row[0]) else row[0][-1]
-        return end, time_s, row[2][i], power_w, row[4][i]
+        row = self._decode_rows.get((frequency_mhz << 16) | batch_size)
+        if row is None:
+            row = self._make_decode_row(frequency_mhz, batch_size)
+        knots = row[0]
+        if tokens < knots[0] or tokens >= knots[-1]:
+            time_s, power_w = self.time_and_power("decode", frequency_mhz, batch_size, tokens)
+            return tokens, time_s, 0.0, power_w, 0.0
+        i = bisect_right(knots, tokens) - 1
+        ahead, time_slope, power_slope = tokens - knots[i], row[2][i], row[4][i]
+        return (
+            knots[i + 1],
+            row[1][i] + time_slope * ahead,
+            time_slope,
+            row[3][i] + power_slope * ahead,
+            power_slope,
+        )
 
     def _prefill_point(
         self, frequency_mhz: int, batch_size: float, tokens: float

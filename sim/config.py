@@ -47,6 +47,10 @@ class SimConfig:
     router: str = _key("ecoroute", "router")
     slo_ttft_s: float = _key(0.6, "promise: time to first token")
     slo_itl_s: float = _key(0.06, "promise: time between tokens")
+    engine: Literal["coalesced", "reference"] = _key(
+        "coalesced",
+        "coalesced jumps over runs of iterations, reference plays each one in SimPy: same results",
+    )
     actuation_latency_s: float = _key(0.003, "from a clock decision to the changed clock")
     predictor: Literal["ecopred", "table"] = _key(
         "ecopred", "latency model of the policies: ecopred (fitted), or table (the simulated truth)"
@@ -125,6 +129,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = ("seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens")
 _CHOICES = {
+    "engine": ("coalesced", "reference"),
     "predictor": ("ecopred", "table"),
     "first_token": ("decode", "prefill"),
     "prefill_metrics": ("before", "after"),

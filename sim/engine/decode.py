@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-import simpy
-
 from profiles.step_model import StepModel
 from sim.config import SimConfig
 from sim.engine.instance import Instance
-from sim.engine.request import RunLog, SimRequest
+from sim.engine.log import RunLog
+from sim.engine.request import SimRequest
 from sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
 
 
@@ -26,7 +25,6 @@ class DecodeInstance(Instance):
 
     def __init__(
         self,
-        env: simpy.Environment,
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
@@ -35,7 +33,7 @@ class DecodeInstance(Instance):
         *,
         max_running: int,
     ) -> None:
-        super().__init__(env, config, log, state, controller, truth)
+        super().__init__(config, log, state, controller, truth)
         self._waiting: deque[SimRequest] = deque()
         self._iteration = 0
         self._finishing: dict[int, list[SimRequest]] = {}
@@ -52,12 +50,12 @@ class DecodeInstance(Instance):
         state.list_waiting = self._list_waiting
         state.list_running = self._list_running
 
-    def submit(self, request: SimRequest) -> None:
+    def submit(self, request: SimRequest, now_s: float) -> None:
         """A request's KV cache has arrived."""
         self._waiting.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens + request.generated_tokens
-        self.wake()
+        self._wake()
 
     def _has_work(self) -> bool:
         return self.state.num_running > 0 or bool(self._waiting)
@@ -66,8 +64,14 @@ class DecodeInstance(Instance):
         self._has_record = False
 
     def _begin(self, now_s: float) -> float:
+        self._form_batch(now_s)
+        return self.track.begin_iteration(now_s, self.state.num_running, self.state.kv_tokens)
+
+    def _form_batch(self, now_s: float) -> None:
+        """Retract, admit and ask the controller, in the engine's order."""
         state = self.state
-        self._make_room()
+        if state.kv_tokens + state.num_running > state.kv_capacity_tokens:
+            self._make_room(now_s)
         if self._waiting:
             self._admit(now_s)
         if self._sees_next_batch:
@@ -77,10 +81,9 @@ class DecodeInstance(Instance):
         elif self._has_record:
             self._ask_controller(now_s)
         self._iteration += 1
-        return self.track.begin_iteration(now_s, state.num_running, state.kv_tokens)
 
     def _complete(self, start_s: float, now_s: float) -> None:
-        state, log = self.state, self.log
+        state = self.state
         batch_size = state.num_running
         tokens = state.kv_tokens
         duration_s = now_s - start_s
@@ -89,8 +92,7 @@ class DecodeInstance(Instance):
             gaps -= len(self._joiners)
             self._first_tokens(now_s)
         if gaps:
-            log.gap_s.append(duration_s)
-            log.gap_weight.append(gaps)
+            self.log.gaps(duration_s, 0.0, 1, gaps)
         state.kv_tokens = tokens + batch_size
         state.last_batch_size = batch_size
         state.last_tokens = tokens
@@ -105,10 +107,9 @@ class DecodeInstance(Instance):
         log = self.log
         for request in self._joiners:
             if request.last_token_s == request.last_token_s:  # not NaN: it was retracted before
-                log.gap_s.append(now_s - request.last_token_s)
-                log.gap_weight.append(1)
+                log.gaps(now_s - request.last_token_s, 0.0, 1, 1)
             else:
-                log.first_token_s[request.request_id] = now_s
+                log.first_token(request, now_s)
         self._joiners.clear()
 
     def _leave(self, finished: list[SimRequest], now_s: float) -> None:
@@ -119,17 +120,17 @@ class DecodeInstance(Instance):
             state.open_requests -= 1
             # its own steps here wrote one token each, on top of the context it joined with
             state.kv_tokens -= self._context_at_end(request)
-            self.log.finish(request.request_id, now_s)
+            self.log.finish(request, now_s)
 
     def _context_at_end(self, request: SimRequest) -> int:
         return request.input_tokens + request.output_tokens - (0 if self._first_token_here else 1)
 
-    def _make_room(self) -> None:
+    def _make_room(self, now_s: float) -> None:
         state = self.state
         while (
             state.kv_tokens + state.num_running > state.kv_capacity_tokens and state.num_running > 1
         ):
-            self._retract(self._latest_joiner())
+            self._retract(self._latest_joiner(), now_s)
 
     def _latest_joiner(self) -> SimRequest:
         order = self._join_order
@@ -137,12 +138,12 @@ class DecodeInstance(Instance):
             order.pop()
         return order.pop()
 
-    def _retract(self, request: SimRequest) -> None:
+    def _retract(self, request: SimRequest, now_s: float) -> None:
         state = self.state
         steps_left = request.finish_iteration - self._iteration
         request.is_running = False
         request.generated_tokens = self._context_at_end(request) - request.input_tokens - steps_left
-        request.last_token_s = self.env.now
+        request.last_token_s = now_s
         context = request.input_tokens + request.generated_tokens
         self._finishing[request.finish_iteration].remove(request)
         self._waiting.appendleft(request)
@@ -151,7 +152,8 @@ class DecodeInstance(Instance):
         state.num_waiting += 1
         state.waiting_tokens += context
         self.num_retractions += 1
-        self.log.retractions[request.request_id] += 1
+        request.retractions += 1
+        self.log.retract(request)
 
     def _admit(self, now_s: float) -> None:
         state, waiting = self.state, self._waiting
@@ -173,7 +175,7 @@ class DecodeInstance(Instance):
         state = self.state
         steps = self._context_at_end(request) - context
         request.finish_iteration = self._iteration + steps
-        self._finishing.setdefault(request.finish_iteration, []).append(request)
+        self._file(request)
         request.is_running = True
         self._join_order.append(request)
         if len(self._join_order) > 2 * state.num_running + 64:
@@ -183,7 +185,10 @@ class DecodeInstance(Instance):
         if self._first_token_here or request.last_token_s == request.last_token_s:
             self._joiners.append(request)
         else:
-            self.log.first_token_s[request.request_id] = now_s
+            self.log.first_token(request, now_s)
+
+    def _file(self, request: SimRequest) -> None:
+        self._finishing.setdefault(request.finish_iteration, []).append(request)
 
     def _current_batch(self) -> tuple[int, int]:
         return self.state.num_running, self.state.kv_tokens
@@ -199,7 +204,6 @@ class DecodeInstance(Instance):
         ]
 
     def _list_running(self) -> list[RunningRequest]:
-        first = self.log.first_token_s
         return [
             RunningRequest(
                 request_id=r.request_id,
@@ -207,8 +211,7 @@ class DecodeInstance(Instance):
                 input_tokens=r.input_tokens,
                 generated_tokens=r.output_tokens - max(r.finish_iteration - self._iteration, 0),
                 output_tokens=r.output_tokens if self._length_oracle else None,
-                first_token_s=None if first[r.request_id] != first[r.request_id]
-                else first[r.request_id],
+                first_token_s=r.first_token_s if r.first_token_s == r.first_token_s else None,
             )
             for r in self._join_order
             if r.is_running

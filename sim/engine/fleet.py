@@ -1,20 +1,27 @@
-"""The fleet: arrivals, routing, prefill, KV transfer, decode; one SimPy environment a run."""
+"""The fleet: arrivals, routing, prefill, KV transfer, decode. Two drivers play it.
+
+`Fleet` holds the parts and knows what follows what; a driver keeps the time. The reference driver
+(`sim.engine.reference`) is a SimPy process an instance and an event an iteration; the coalesced
+one (`sim.engine.coalesced`, `sim.engine.loop`) jumps over runs of iterations.
+"""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Generator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from itertools import count
+from typing import ClassVar
 
 import numpy as np
-import simpy
 
 from profiles.catalog import Profile
-from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.engine.decode import DecodeInstance
 from sim.engine.instance import Instance
+from sim.engine.log import ExactLog, RunLog
 from sim.engine.prefill import PrefillInstance
-from sim.engine.request import RunLog, SimRequest
+from sim.engine.request import SimRequest
 from sim.engine.timeline import Timeline
 from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, RequestView
 from sim.policies.prediction import ScaledPredictor
@@ -26,8 +33,10 @@ _STREAMS = {"router": 1, "prefill": 2, "decode": 3}
 """Spawn keys of the policies' random streams; the workload's own streams are in sim.workload."""
 
 
-class Fleet:
+class Fleet(ABC):
     """One run of one configuration over one workload."""
+
+    decode_class: ClassVar[type[DecodeInstance]] = DecodeInstance
 
     def __init__(self, config: SimConfig, profile: Profile, workload: Workload) -> None:
         self._config = config
@@ -38,8 +47,7 @@ class Fleet:
             profile.predictor() if config.predictor == "ecopred" else self._truth,
             config.predictor_scale,
         )
-        self.env = simpy.Environment()
-        self._log = RunLog(self.env, workload)
+        self._log: RunLog = ExactLog(workload)
         engine = profile.meta.engine
         self._kv_capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
         self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
@@ -51,7 +59,7 @@ class Fleet:
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
-        self._timeline = Timeline.start(config, self.env, self.instances)
+        self._timeline = Timeline.make(config, self.instances)
 
     @property
     def instances(self) -> list[Instance]:
@@ -65,41 +73,44 @@ class Fleet:
             VoltanaError: An iteration fell outside the profiled grid (and `extrapolate` is off).
         """
         started_ns = time.monotonic_ns()
-        env = self.env
         for instance in self.instances:
-            env.process(instance.process())
-        env.process(self._arrivals())
-        until: simpy.Event = self._log.all_resolved
-        if self._config.run_limit_s is not None:
-            until = until | env.timeout(self._config.run_limit_s)
-        env.run(until=until)
+            instance.park(0.0)
+        end_s = self._play()
         for instance in self.instances:
-            instance.settle(env.now)
-        return self._record(env.now, (time.monotonic_ns() - started_ns) * 1e-9)
+            instance.settle(end_s)
+        return self._record(end_s, (time.monotonic_ns() - started_ns) * 1e-9)
 
-    def _arrivals(self) -> Generator[simpy.Event, None, None]:
-        env, workload = self.env, self._workload
-        rows = zip(
-            workload.arrival_s.tolist(),
-            workload.input_tokens.tolist(),
-            workload.output_tokens.tolist(),
-            strict=True,
-        )
-        for request_id, (arrival_s, input_tokens, output_tokens) in enumerate(rows):
-            delay_s = arrival_s - env.now
-            if delay_s > 0:
-                yield env.timeout(delay_s)
-            self._arrive(SimRequest(request_id, arrival_s, input_tokens, output_tokens))
+    @abstractmethod
+    def _play(self) -> float:
+        """Let time pass until every request has ended, or to the limit; returns when that was."""
 
-    def _arrive(self, request: SimRequest) -> None:
+    @abstractmethod
+    def _later(self, at_s: float, action: Callable[[float], None]) -> None:
+        """Call `action` with the time when it is `at_s`."""
+
+    def _arrivals(self) -> Iterator[SimRequest]:
+        ids = count()
+        for part in (self._workload,):
+            rows = zip(
+                ids,
+                part.arrival_s.tolist(),
+                part.input_tokens.tolist(),
+                part.output_tokens.tolist(),
+                strict=False,
+            )
+            for row in rows:
+                yield SimRequest(*row)
+
+    def _arrive(self, request: SimRequest, now_s: float) -> None:
+        self._log.arrive(request)
         if request.input_tokens + request.output_tokens > self._kv_capacity:
-            self._log.reject(request.request_id)
+            self._log.reject(request)
             return
-        now_s = self.env.now
-        for instance in self.prefill:
-            instance.sync(now_s)
-        for decoder in self.decode:
-            decoder.sync(now_s)
+        if self._router.looks_at_load:
+            for instance in self.prefill:
+                instance.sync(now_s)
+            for decoder in self.decode:
+                decoder.sync(now_s)
         view = RequestView(
             request.request_id,
             request.arrival_s,
@@ -107,14 +118,13 @@ class Fleet:
             request.output_tokens if self._config.length_oracle else None,
         )
         prefill_id, decode_id = self._router.route(view, self._prefill_states, self._decode_states)
-        request.decode_id = decode_id
-        self._log.prefill_id[request.request_id] = prefill_id
-        self._log.decode_id[request.request_id] = decode_id
+        request.prefill_id, request.decode_id = prefill_id, decode_id
+        self._log.assign(request)
         self._prefill_states[prefill_id].open_requests += 1
         self._decode_states[decode_id].open_requests += 1
-        self.prefill[prefill_id].submit(request)
+        self.prefill[prefill_id].submit(request, now_s)
 
-    def _hand_over(self, request: SimRequest) -> None:
+    def _hand_over(self, request: SimRequest, now_s: float) -> None:
         """Prefill is done: move the KV cache, at once or over the configured link."""
         config = self._config
         delay_s = config.kv_transfer_latency_s
@@ -122,17 +132,17 @@ class Fleet:
             kv_bytes = request.input_tokens * self._profile.meta.model.kv_bytes_per_token
             delay_s += kv_bytes / config.kv_transfer_bytes_per_s
         if delay_s > 0:
-            self.env.timeout(delay_s).callbacks.append(lambda _: self._deliver(request))
+            self._later(now_s + delay_s, lambda at_s: self._deliver(request, at_s))
         else:
-            self._deliver(request)
+            self._deliver(request, now_s)
 
-    def _deliver(self, request: SimRequest) -> None:
+    def _deliver(self, request: SimRequest, now_s: float) -> None:
         if self._config.first_token == "prefill" and request.output_tokens == 1:
-            self._log.first_token_s[request.request_id] = self.env.now
+            self._log.first_token(request, now_s)
             self._decode_states[request.decode_id].open_requests -= 1
-            self._log.finish(request.request_id, self.env.now)
+            self._log.finish(request, now_s)
         else:
-            self.decode[request.decode_id].submit(request)
+            self.decode[request.decode_id].submit(request, now_s)
 
     def _state(self, phase: Phase, index: int) -> InstanceState:
         return InstanceState(instance_id=index, phase=phase, kv_capacity_tokens=self._kv_capacity)
@@ -142,7 +152,6 @@ class Fleet:
             self._config.prefill_controller_spec, self._context("prefill", index, "prefill")
         )
         return PrefillInstance(
-            self.env,
             self._config,
             self._log,
             self._state("prefill", index),
@@ -156,8 +165,7 @@ class Fleet:
         controller = make_controller(
             self._config.decode_controller_spec, self._context("decode", index, "decode")
         )
-        return DecodeInstance(
-            self.env,
+        return self.decode_class(
             self._config,
             self._log,
             self._state("decode", index),
@@ -190,9 +198,7 @@ class Fleet:
     def _record(self, makespan_s: float, wall_s: float) -> RunRecord:
         log = self._log
         return RunRecord(
-            requests=log.table(),
-            itl_s=np.array(log.gap_s),
-            itl_weight=np.array(log.gap_weight, dtype=np.int64),
+            **log.results(),
             instances=[i.record() for i in self.instances],
             makespan_s=makespan_s,
             slo_ttft_s=self._config.slo_ttft_s,
@@ -221,10 +227,3 @@ def _iteration_table(instances: list[Instance]) -> IterationTable | None:
         clock_mhz=clocks,
         energy_j=np.array(columns[7]),
     )
-
-
-def simulate(config: SimConfig, profile: Profile, workload: Workload) -> RunRecord:
-    """Run one configuration; the same arguments give the same record but for `wall_s`."""
-    if not len(workload):
-        raise VoltanaError(f"workload {workload.name!r} has no requests: nothing to simulate")
-    return Fleet(config, profile, workload).run()

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
-
-import simpy
+from collections.abc import Callable
 
 from profiles.step_model import StepModel
 from sim.config import SimConfig
-from sim.engine.request import RunLog
+from sim.engine.log import RunLog
 from sim.engine.track import GpuTrack
 from sim.policies.base import Controller, InstanceState
 from sim.records import InstanceRecord
@@ -19,26 +17,31 @@ IterationRow = tuple[str, int, float, float, int, int, int, float]
 
 
 class Instance(ABC):
-    """One engine server: a SimPy process that runs iterations while it has work.
+    """One engine server: it runs iterations while it has work.
 
     Iterations follow one another without a gap. Requests join and leave at their boundaries. The
     controller is asked at the start of an iteration; its decision takes effect after the
     actuation latency, inside that iteration if it lasts long enough.
+
+    The driver calls `park` once at the start, `step` whenever an iteration ends or `on_work` has
+    asked for it, and `sync` before anybody looks at the state.
     """
 
     def __init__(
         self,
-        env: simpy.Environment,
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
         controller: Controller,
         truth: StepModel,
     ) -> None:
-        self.env = env
         self.state = state
         self.log = log
         self.controller = controller
+        self.on_work: Callable[[Instance], None] = _no_driver
+        """The driver's: step this instance now, after all else that happens at this instant."""
+        self.due = 0
+        """The driver's: which of its entries for this instance is the valid one."""
         self.track = GpuTrack(
             truth,
             state.phase,
@@ -47,36 +50,43 @@ class Instance(ABC):
         )
         self.num_retractions = 0
         self.iteration_rows: list[IterationRow] | None = [] if config.record_iterations else None
+        self._start_s = 0.0
+        """When the running iteration began."""
+        self._decision_mhz = self.track.clock_mhz
+        self._is_parked = True
         self._has_idle_changes = False
-        self._wake: simpy.Event | None = None
         state.clock_mhz = self.track.clock_mhz
 
-    def process(self) -> Generator[simpy.Event, None, None]:
-        """The SimPy process: runs for as long as the environment does."""
-        env = self.env
-        while True:
-            if not self._has_work():
-                self._go_idle()
-                self._wake = env.event()
-                yield self._wake
-                self.settle(env.now)
-                self.state.is_busy = True
-                self._forget_last_iteration()
-            start_s = env.now
-            end_s = self._begin(start_s)
-            yield env.timeout(end_s - start_s)
-            self._settle_iteration(start_s, env.now)
-            self._complete(start_s, env.now)
+    def park(self, now_s: float) -> None:
+        """There is no work: be idle until `on_work` has been answered by `step`."""
+        state = self.state
+        state.is_busy = False
+        state.now_s = now_s
+        self.track.enter_idle(now_s, self.controller.on_idle(state))
+        self._has_idle_changes = True
+        self._is_parked = True
 
-    def wake(self) -> None:
-        """Work has arrived."""
-        if self._wake is not None:
-            self._wake.succeed()
-            self._wake = None
+    def step(self, now_s: float) -> float | None:
+        """Close the iteration that ends now, or idleness, and go on.
+
+        Returns:
+            When the next iteration ends; None if there is none and the instance is idle.
+        """
+        if self.state.is_busy:
+            self._finish_iteration(now_s)
+        else:
+            self.settle(now_s)
+            self.state.is_busy = True
+            self._forget_last_iteration()
+        if not self._has_work():
+            self.park(now_s)
+            return None
+        self._start_s = now_s
+        return self._begin(now_s)
 
     def sync(self, now_s: float) -> None:
         """Bring an idle instance's clock up to date before somebody looks at it."""
-        if self._has_idle_changes and self._wake is not None:
+        if self._has_idle_changes and self._is_parked:
             self._has_idle_changes = self.track.settle_idle(now_s)
             self.state.clock_mhz = self.track.clock_mhz
             self.state.energy_j = self.track.energy_j
@@ -95,17 +105,20 @@ class Instance(ABC):
         """Totals of this instance."""
         return self.track.record(self.state.phase, self.state.instance_id, self.num_retractions)
 
-    def _go_idle(self) -> None:
-        state = self.state
-        state.is_busy = False
-        state.now_s = self.env.now
-        self.track.enter_idle(self.env.now, self.controller.on_idle(state))
-        self._has_idle_changes = True
+    def _wake(self) -> None:
+        if self._is_parked:
+            self._is_parked = False
+            self.on_work(self)
 
     def _ask_controller(self, now_s: float) -> None:
         state = self.state
         state.now_s = now_s
-        self.track.request_clock(now_s, self.controller.decide(state))
+        self._decision_mhz = self.controller.decide(state)
+        self.track.request_clock(now_s, self._decision_mhz)
+
+    def _finish_iteration(self, now_s: float) -> None:
+        self._settle_iteration(self._start_s, now_s)
+        self._complete(self._start_s, now_s)
 
     def _settle_iteration(self, start_s: float, end_s: float) -> None:
         state, track = self.state, self.track
@@ -138,3 +151,7 @@ class Instance(ABC):
     @abstractmethod
     def _current_batch(self) -> tuple[int, int]:
         """Batch size and tokens of the iteration that is running."""
+
+
+def _no_driver(instance: Instance) -> None:
+    raise AssertionError(f"{instance.state.phase} {instance.state.instance_id} has no driver")

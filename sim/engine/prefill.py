@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-import simpy
-
 from profiles.step_model import StepModel
 from sim.config import SimConfig
 from sim.engine.instance import Instance
-from sim.engine.request import RunLog, SimRequest
+from sim.engine.log import RunLog
+from sim.engine.request import SimRequest
 from sim.policies.base import Controller, InstanceState, WaitingRequest
 
 
@@ -24,7 +23,6 @@ class PrefillInstance(Instance):
 
     def __init__(
         self,
-        env: simpy.Environment,
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
@@ -32,9 +30,9 @@ class PrefillInstance(Instance):
         truth: StepModel,
         *,
         max_tokens: int,
-        hand_over: Callable[[SimRequest], None],
+        hand_over: Callable[[SimRequest, float], None],
     ) -> None:
-        super().__init__(env, config, log, state, controller, truth)
+        super().__init__(config, log, state, controller, truth)
         self._queue: deque[SimRequest] = deque()
         self._batch: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""
@@ -47,12 +45,12 @@ class PrefillInstance(Instance):
         self._hand_over = hand_over
         state.list_waiting = self._list_waiting
 
-    def submit(self, request: SimRequest) -> None:
+    def submit(self, request: SimRequest, now_s: float) -> None:
         """A request has arrived."""
         self._queue.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens
-        self.wake()
+        self._wake()
 
     def _has_work(self) -> bool:
         return bool(self._queue)
@@ -109,7 +107,7 @@ class PrefillInstance(Instance):
         self._has_record = True
         for request in self._batch:
             state.open_requests -= 1
-            self._hand_over(request)
+            self._hand_over(request, now_s)
         self._batch = []
 
     def _current_batch(self) -> tuple[int, int]:

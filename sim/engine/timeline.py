@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import simpy
 
 from sim.config import SimConfig
 from sim.engine.instance import Instance
@@ -22,33 +21,31 @@ class Timeline:
     """Samples all instances; when full, drops every other sample and doubles its interval."""
 
     def __init__(
-        self,
-        env: simpy.Environment,
-        instances: Sequence[Instance],
-        *,
-        interval_s: float,
-        max_samples: int,
+        self, instances: Sequence[Instance], *, interval_s: float, max_samples: int
     ) -> None:
-        self._env = env
         self._instances = instances
         self._interval_s = interval_s
         self._max_samples = max(2, max_samples)
         self._samples: list[list[tuple[float | int | str, ...]]] = []
-        env.process(self._sample())
 
     @classmethod
-    def start(
-        cls, config: SimConfig, env: simpy.Environment, instances: Sequence[Instance]
-    ) -> Timeline | None:
-        """A running timeline if the configuration asks for one."""
+    def make(cls, config: SimConfig, instances: Sequence[Instance]) -> Timeline | None:
+        """A timeline if the configuration asks for one; the driver calls its `sample`."""
         if config.timeline_interval_s is None:
             return None
         return cls(
-            env,
             instances,
             interval_s=config.timeline_interval_s,
             max_samples=config.timeline_max_samples,
         )
+
+    def sample(self, now_s: float) -> float:
+        """Take one sample; returns when to take the next."""
+        self._samples.append([self._row(i, now_s) for i in self._instances])
+        if len(self._samples) >= self._max_samples:
+            del self._samples[1::2]
+            self._interval_s *= 2
+        return now_s + self._interval_s
 
     def columns(self) -> dict[str, npt.NDArray[Any]]:
         """All samples as columns, in time order."""
@@ -59,15 +56,6 @@ class Timeline:
             name: np.array(column)
             for name, column in zip(_COLUMNS, zip(*rows, strict=True), strict=True)
         }
-
-    def _sample(self) -> Generator[simpy.Event, None, None]:
-        while True:
-            now_s = self._env.now
-            self._samples.append([self._row(i, now_s) for i in self._instances])
-            if len(self._samples) >= self._max_samples:
-                del self._samples[1::2]
-                self._interval_s *= 2
-            yield self._env.timeout(self._interval_s)
 
     @staticmethod
     def _row(instance: Instance, now_s: float) -> tuple[float | int | str, ...]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from profiles.step_model import StepModel
+from profiles.step_model import Line, StepModel
 from sim.policies.base import IdlePlan, Phase
 from sim.records import InstanceRecord
 
@@ -21,8 +21,8 @@ class GpuTrack:
     __slots__ = (
         "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
         "_idle_s", "_idle_since_s", "_last_busy_j", "_model", "_pending", "_phase", "_plan",
-        "_plan_due_s", "_segments", "_target_mhz", "actuation_s", "clock_mhz", "num_clock_changes",
-        "num_iterations", "power_w",
+        "_plan_due_s", "_segments", "actuation_s", "clock_mhz", "num_clock_changes",
+        "num_iterations", "power_w", "target_mhz",
     )  # fmt: skip
 
     def __init__(
@@ -36,7 +36,8 @@ class GpuTrack:
         """Power of the segment entered last; for timelines."""
         self.num_clock_changes = 0
         self.num_iterations = 0
-        self._target_mhz = clock_mhz
+        self.target_mhz = clock_mhz
+        """The clock asked for last."""
         self._pending: deque[tuple[float, int]] = deque()
         self._segments: list[tuple[float, float, float, int]] = []
         self._busy_j = self._idle_j = self._busy_s = self._idle_s = 0.0
@@ -54,8 +55,8 @@ class GpuTrack:
 
     def request_clock(self, now_s: float, clock_mhz: int) -> None:
         """Take a decision into the delay line, unless it is what was asked for last."""
-        if clock_mhz != self._target_mhz:
-            self._target_mhz = clock_mhz
+        if clock_mhz != self.target_mhz:
+            self.target_mhz = clock_mhz
             self._pending.append((now_s + self.actuation_s, clock_mhz))
 
     def begin_iteration(self, start_s: float, batch_size: float, tokens: int) -> float:
@@ -80,6 +81,30 @@ class GpuTrack:
             remaining -= (change_s - at_s) / time_s
             at_s = change_s
             self._set_clock(next_clock)
+
+    def begin_line(self, start_s: float, batch_size: int, tokens: int) -> Line | None:
+        """The linear piece that a decode run from `start_s` is on.
+
+        Returns:
+            See `StepModel.decode_line`; None while a clock change is on its way, as it would
+            split an iteration.
+        """
+        if self._first_busy_j < 0:
+            self._first_busy_j = self.energy_j
+        if self._pending:
+            self._apply_due(start_s)
+            if self._pending:
+                return None
+        return self._model.decode_line(self.clock_mhz, batch_size, tokens)
+
+    def book_run(self, count: int, elapsed_s: float, energy_j: float) -> None:
+        """Book `count` whole iterations at the present clock that together took that."""
+        self._busy_s += elapsed_s
+        self._busy_j += energy_j
+        clock = self.clock_mhz
+        self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
+        self._last_busy_j = self._busy_j + self._idle_j
+        self.num_iterations += count
 
     def settle_iteration(self, until_s: float) -> None:
         """Book the laid-out iteration's time and energy, up to `until_s` at most."""

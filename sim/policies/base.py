@@ -12,7 +12,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal, Protocol, TypeVar, cast, runtime_checkable
+from typing import ClassVar, Final, Literal, Protocol, TypeVar, cast, runtime_checkable
 
 import numpy as np
 
@@ -161,9 +161,10 @@ class Controller(ABC):
     def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
         """How many further calls of `decide` are sure to return what the last one returned.
 
-        The premise: the batch stays as it is, the queue stays empty and `last_tokens` grows by
-        `tokens_per_iteration` each iteration. 0, the default, asks to be called every iteration
-        and is right for every controller that looks at time, latency or energy.
+        The premise: call k = 1, 2, … sees `last_batch_size` and the queue as they are in `state`
+        and `last_tokens` + k·tokens_per_iteration; nothing is promised of the other fields. 0,
+        the default, asks to be called every iteration and is right for every controller that
+        looks at time, latency or energy.
         """
         return 0
 
@@ -181,6 +182,10 @@ class RequestView:
 
 class Router(ABC):
     """Picks a prefill and a decode instance for each request, once, at its arrival."""
+
+    looks_at_load: ClassVar[bool] = True
+    """False for a rule that reads of the states only `open_requests`, the driver's own count: the
+    driver may then leave all else in them as it was."""
 
     @abstractmethod
     def route(

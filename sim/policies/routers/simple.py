@@ -23,6 +23,7 @@ class RandomRouter(Router):
     """Uniformly random instances, from the router's own seed."""
 
     __slots__ = ("_rng",)
+    looks_at_load = False
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._rng = context.rng
@@ -35,6 +36,7 @@ class RoundRobin(Router):
     """Instances in turn; prefill and decode turn separately."""
 
     __slots__ = ("_next",)
+    looks_at_load = False
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._next = 0
@@ -49,6 +51,7 @@ class LeastRequests(Router):
     """The instance with the fewest open requests."""
 
     __slots__ = ()
+    looks_at_load = False
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         pass

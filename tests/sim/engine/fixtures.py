@@ -8,7 +8,7 @@ import numpy as np
 
 from profiles.catalog import Profile
 from sim.config import make_config
-from sim.engine.fleet import simulate
+from sim.engine.simulate import simulate
 from sim.metrics import summarise
 from sim.records import RunRecord
 from sim.workload.workload import Workload
