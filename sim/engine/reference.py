@@ -6,7 +6,8 @@ from collections.abc import Callable, Generator
 from functools import partial
 
 import simpy
-from simpy.events import EventPriority
+from simpy.core import StopSimulation
+from simpy.events import URGENT, EventPriority
 
 from profiles.catalog import Profile
 from sim.config import SimConfig
@@ -36,9 +37,11 @@ class SimpyFleet(Fleet):
         if self._timeline is not None:
             env.process(self._sample(self._timeline))
         env.process(self._send())
-        limit_s = self._config.run_limit_s
-        limit = [] if limit_s is None else [env.timeout(limit_s)]
-        env.run(until=env.any_of([self._all_ended, *limit]))
+        if self._config.run_limit_s is not None:
+            limit = _happening(env)
+            limit.callbacks.append(StopSimulation.callback)
+            env.schedule(limit, URGENT, self._config.run_limit_s)
+        env.run(until=self._all_ended)
         return float(env.now)
 
     def _send(self) -> Generator[simpy.Event, None, None]:
@@ -68,8 +71,7 @@ class SimpyFleet(Fleet):
         env = self.env
         if instance.state.phase == PREFILL:
             return env.timeout(end_s - env.now)
-        event = simpy.Event(env)
-        event._ok, event._value = True, None
+        event = _happening(env)
         env.schedule(event, priority=_LAST, delay=end_s - env.now)
         return event
 
@@ -89,6 +91,13 @@ class SimpyFleet(Fleet):
             self._check_end()
 
         timeout.callbacks.append(arrive)
+
+
+def _happening(env: simpy.Environment) -> simpy.Event:
+    """An event to be scheduled with a priority of our own, which SimPy's timeouts do not take."""
+    event = simpy.Event(env)
+    event._ok, event._value = True, None
+    return event
 
 
 def _start(work: simpy.Event, instance: Instance) -> None:
