@@ -1,0 +1,230 @@
+"""The agent's side: one interface for a helper that acts and for a file that only records.
+
+Writing never waits for the device: `set_clock` hands the message to the kernel and returns, the
+answer is collected by a later `beat`. `clock_mhz` is what has been confirmed.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import socket
+import time
+from collections import Counter, deque
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final, Protocol, TextIO
+
+from hwreplay.actuator.protocol import (
+    MAX_SEQUENCE,
+    SIZE,
+    Answer,
+    Operation,
+    Request,
+    Status,
+    parse_answer,
+)
+from profiles.errors import VoltanaError
+from sim.policies.base import UNLOCKED_MHZ
+
+CONNECT_S: Final = 5.0
+
+
+class ActuatorLostError(VoltanaError):
+    """The helper is gone or has dropped us; it restores the clocks by itself."""
+
+
+class Actuator(Protocol):
+    """Sets the clock of one instance."""
+
+    @property
+    def clock_mhz(self) -> int:
+        """Clock last confirmed; 0 is unlocked."""
+
+    def set_clock(self, clock_mhz: int) -> None:
+        """Ask for a clock (0 unlocks). Does not wait. Repeating the last wish costs nothing."""
+
+    def beat(self) -> None:
+        """Say "alive" and collect answers. Call it several times within the helper's silence."""
+
+    def close(self) -> None:
+        """Unlock and end."""
+
+
+class DryRunActuator:
+    """Writes one JSON line a change, `{"time_s": …, "clock_mhz": …}`, and touches nothing."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("w", encoding="utf-8")
+        self._start_ns = time.monotonic_ns()
+        self._clock_mhz = UNLOCKED_MHZ
+
+    @property
+    def clock_mhz(self) -> int:
+        return self._clock_mhz
+
+    def set_clock(self, clock_mhz: int) -> None:
+        if clock_mhz != self._clock_mhz:
+            self._clock_mhz = clock_mhz
+            time_s = (time.monotonic_ns() - self._start_ns) * 1e-9
+            line = {"time_s": round(time_s, 6), "clock_mhz": clock_mhz}
+            self._file.write(json.dumps(line) + "\n")
+
+    def beat(self) -> None:
+        self._file.flush()
+
+    def close(self) -> None:
+        self.set_clock(UNLOCKED_MHZ)
+        self._file.close()
+
+
+class HelperActuator:
+    """Asks the helper to set the clocks, or the power limits, of an instance's GPUs."""
+
+    def __init__(
+        self, path: Path, gpus: Sequence[int], *, caps_w: Mapping[int, float] | None = None
+    ) -> None:
+        """Connect and shake hands.
+
+        Args:
+            path: The helper's socket.
+            gpus: The instance's GPUs; they move together.
+            caps_w: Where clocks cannot be locked, the power limit of one GPU that stands for each
+                clock, in W.
+
+        Raises:
+            ActuatorLostError: No helper there, or it does not answer this user.
+        """
+        self._gpus = tuple(gpus)
+        self._caps_w = caps_w
+        self._sequence = 0
+        self._wanted_mhz: int | None = UNLOCKED_MHZ
+        """None after a refusal, so that the next decision is sent whatever it is."""
+        self._clock_mhz = UNLOCKED_MHZ
+        self._open: dict[int, tuple[int, int]] = {}
+        """Sequence of a message under way, with its clock and when it was sent in ns."""
+        self._waiting: Counter[int] = Counter()
+        """GPUs that have yet to confirm, by clock."""
+        self.refused: Counter[Status] = Counter()
+        self.answer_s: deque[float] = deque(maxlen=100_000)
+        """From a message to its answer, the device call included."""
+        self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.silence_s = self._shake_hands(path)
+
+    @property
+    def clock_mhz(self) -> int:
+        return self._clock_mhz
+
+    @property
+    def unanswered(self) -> int:
+        """Messages under way."""
+        return len(self._open)
+
+    def fileno(self) -> int:
+        """For a poll: readable when an answer waits."""
+        return self._socket.fileno()
+
+    def set_clock(self, clock_mhz: int) -> None:
+        if clock_mhz == self._wanted_mhz:
+            return
+        self._wanted_mhz = clock_mhz
+        self._waiting[clock_mhz] = len(self._gpus)
+        now_ns = time.monotonic_ns()
+        for gpu in self._gpus:
+            self._sequence = self._sequence % MAX_SEQUENCE + 1
+            self._open[self._sequence] = (clock_mhz, now_ns)
+            self._send(self._request(gpu, clock_mhz))
+
+    def beat(self) -> None:
+        self._send(Request(operation=Operation.BEAT))
+        self.collect()
+
+    def collect(self) -> None:
+        """Read the answers that wait.
+
+        Raises:
+            ActuatorLostError: The connection is gone.
+        """
+        while True:
+            try:
+                data = self._socket.recv(SIZE + 1)
+            except BlockingIOError:
+                return
+            except OSError as error:
+                raise _lost(error.strerror or str(error)) from None
+            if not data:
+                raise _lost("it has closed the connection")
+            self._take(parse_answer(data))
+
+    def close(self) -> None:
+        try:
+            self._send(Request(operation=Operation.RELEASE))
+        except ActuatorLostError:
+            return  # a helper that is gone has restored already
+        finally:
+            self._socket.close()
+
+    def _take(self, answer: Answer) -> None:
+        clock_mhz, sent_ns = self._open.pop(answer.sequence, (None, 0))
+        if clock_mhz is None:
+            return  # the answer to a beat
+        self.answer_s.append((time.monotonic_ns() - sent_ns) * 1e-9)
+        if answer.status != Status.OK:
+            self.refused[answer.status] += 1
+            self._wanted_mhz = None
+            return
+        self._waiting[clock_mhz] -= 1
+        if self._waiting[clock_mhz] <= 0:
+            del self._waiting[clock_mhz]
+            self._clock_mhz = clock_mhz
+
+    def _request(self, gpu: int, clock_mhz: int) -> Request:
+        operation, value = Operation.LOCK, clock_mhz
+        if self._caps_w is not None:
+            operation = Operation.CAP
+            value = round(self._caps_w[clock_mhz] * 1e3) if clock_mhz else 0
+        return Request(operation=operation, gpu=gpu, value=value, sequence=self._sequence)
+
+    def _send(self, request: Request) -> None:
+        try:
+            self._socket.send(request.pack())
+        except OSError as error:
+            raise _lost(error.strerror or str(error)) from None
+
+    def _shake_hands(self, path: Path) -> float:
+        try:
+            self._socket.settimeout(CONNECT_S)
+            self._socket.connect(str(path))
+            self._socket.send(Request(operation=Operation.HELLO).pack())
+            answer = parse_answer(self._socket.recv(SIZE + 1))
+        except (OSError, VoltanaError) as error:
+            self._socket.close()
+            raise ActuatorLostError(
+                f"the actuator must answer at {path}, it does not ({error}): start it there as "
+                "root with `voltana actuator`, naming this user, or use a dry run"
+            ) from None
+        self._socket.setblocking(False)
+        return answer.value * 1e-3
+
+
+def caps_from_power(
+    power_w: Mapping[int, float], *, range_w: tuple[float, float]
+) -> dict[int, float]:
+    """Power limit that stands for each clock: what the board draws there at most.
+
+    Args:
+        power_w: By clock in MHz, the highest power of one GPU at that clock.
+        range_w: Lowest and highest limit the card takes.
+
+    Example:
+        >>> caps_from_power({705: 180.2, 1410: 410.0}, range_w=(200.0, 400.0))
+        {705: 200.0, 1410: 400.0}
+    """
+    low_w, high_w = range_w
+    return {clock: min(max(float(math.ceil(w)), low_w), high_w) for clock, w in power_w.items()}
+
+
+def _lost(why: str) -> ActuatorLostError:
+    return ActuatorLostError(
+        f"the actuator must stay reachable, it does not ({why}): start it again"
+    )

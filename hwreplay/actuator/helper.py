@@ -1,0 +1,306 @@
+"""The privileged helper: checks who asks, what for and how often, and always gives GPUs back.
+
+It opens one Unix socket (SOCK_SEQPACKET, so that a message arrives whole or not at all), reads
+16-byte requests and touches nothing but the GPUs and values its command line allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import selectors
+import signal
+import socket
+import stat
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Final
+
+from hwreplay.actuator.backends import Backend
+from hwreplay.actuator.protocol import (
+    SIZE,
+    Answer,
+    Operation,
+    ProtocolError,
+    Request,
+    Status,
+    parse_request,
+)
+from profiles.device.gpu import DeviceError
+from profiles.errors import VoltanaError
+
+MAX_PEERS: Final = 64
+RETRY_S: Final = 0.5
+CREDENTIALS: Final = struct.Struct("3i")
+"""SO_PEERCRED: process, user, group."""
+SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HelperConfig:
+    """Who may ask, and how."""
+
+    socket_path: Path
+    allowed_uids: frozenset[int]
+    """Users whose processes are heard, by the kernel's word (SO_PEERCRED)."""
+    owner_uid: int
+    """Owner of the 0600 socket file."""
+    silence_s: float = 2.0
+    """A peer that says nothing for so long loses its GPUs and its connection."""
+    max_rate_per_s: float = 500.0
+    """Changes a peer may make; twice as many in a burst. Giving back is never refused."""
+
+    def __post_init__(self) -> None:
+        for name in ("silence_s", "max_rate_per_s"):
+            if not getattr(self, name) > 0:
+                raise VoltanaError(f"{name} must be > 0, got {getattr(self, name)}")
+
+
+@dataclass(slots=True, eq=False)
+class _Peer:
+    connection: socket.socket
+    heard_ns: int
+    tokens: float
+    held: set[int] = field(default_factory=set)
+
+
+class Helper:
+    """Serves until `stop`, a signal or an error; each way out restores every GPU."""
+
+    def __init__(self, backend: Backend, config: HelperConfig) -> None:
+        """Bind the socket. The backend is the helper's from here on, and closed by it.
+
+        Raises:
+            VoltanaError: The path is taken, or cannot be made or given to its owner.
+        """
+        self._backend = backend
+        self._config = config
+        self._peers: dict[socket.socket, _Peer] = {}
+        self._owner: dict[int, _Peer] = {}
+        self._orphans: set[int] = set()
+        """GPUs whose restoring failed: tried again until it works."""
+        self._is_stopping = False
+        self._refilled_ns = time.monotonic_ns()
+        self._selector = selectors.DefaultSelector()
+        self._listener = _listen(config)
+        self._selector.register(self._listener, selectors.EVENT_READ)
+
+    def stop(self) -> None:
+        """End `serve` within its next turn (half a second at most)."""
+        self._is_stopping = True
+
+    def serve(self) -> None:
+        """Answer peers until told to stop; call from the main thread for signals to be handled."""
+        if threading.current_thread() is threading.main_thread():
+            for signum in SIGNALS:
+                signal.signal(signum, _raise_exit)
+        try:
+            while not self._is_stopping:
+                self._turn()
+        finally:
+            if threading.current_thread() is threading.main_thread():
+                for signum in SIGNALS:  # a second Ctrl-C must not stop the restoring
+                    signal.signal(signum, signal.SIG_IGN)
+            self._close()
+
+    def _turn(self) -> None:
+        for key, _ in self._selector.select(min(RETRY_S, self._config.silence_s / 4)):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif isinstance(key.fileobj, socket.socket):
+                self._read(self._peers[key.fileobj])
+        now_ns = time.monotonic_ns()
+        self._refill(now_ns)
+        for peer in list(self._peers.values()):
+            if (now_ns - peer.heard_ns) * 1e-9 > self._config.silence_s:
+                _log(f"silent for {self._config.silence_s:g} s: restored {sorted(peer.held)}")
+                self._drop(peer)
+        for gpu in list(self._orphans):
+            self._restore(gpu)
+
+    def _accept(self) -> None:
+        connection, _ = self._listener.accept()
+        connection.setblocking(False)
+        credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
+        pid, uid, _ = CREDENTIALS.unpack(credentials)
+        if uid not in self._config.allowed_uids or len(self._peers) >= MAX_PEERS:
+            _log(f"refused process {pid} of user {uid}")
+            connection.close()
+            return
+        tokens = 2 * self._config.max_rate_per_s
+        self._peers[connection] = _Peer(connection, time.monotonic_ns(), tokens)
+        self._selector.register(connection, selectors.EVENT_READ)
+
+    def _read(self, peer: _Peer) -> None:
+        try:
+            data = peer.connection.recv(SIZE + 1)
+            if not data:
+                self._drop(peer)
+                return
+            peer.heard_ns = time.monotonic_ns()
+            request = parse_request(data)
+            answer = self._handle(peer, request)
+            peer.connection.send(answer.pack())
+        except ProtocolError as error:
+            _log(f"dropped a peer: {error}")
+            self._refuse(peer)
+        except OSError:  # gone, or it does not read its answers
+            self._drop(peer)
+
+    def _refuse(self, peer: _Peer) -> None:
+        try:
+            peer.connection.send(Answer(status=Status.MALFORMED).pack())
+        except OSError:
+            _log("it did not wait for the answer")
+        self._drop(peer)
+
+    def _handle(self, peer: _Peer, request: Request) -> Answer:
+        value = request.value
+        if request.operation == Operation.HELLO:
+            value = round(self._config.silence_s * 1e3)
+            status = Status.OK
+        elif request.operation == Operation.BEAT:
+            status = Status.OK
+        elif request.operation == Operation.RELEASE:
+            self._release(peer)
+            status = Status.OK
+        else:
+            status = self._change(peer, request)
+        return Answer(status=status, gpu=request.gpu, value=value, sequence=request.sequence)
+
+    def _change(self, peer: _Peer, request: Request) -> Status:
+        gpu = request.gpu
+        if request.operation != self._backend.operation:
+            return Status.UNSUPPORTED
+        if gpu not in self._backend.gpus:
+            return Status.GPU_NOT_ALLOWED
+        if self._owner.get(gpu, peer) is not peer:
+            return Status.TAKEN
+        try:
+            if request.value == 0:
+                if gpu in peer.held:
+                    self._backend.restore(gpu)
+                    self._forget(peer, gpu)
+                return Status.OK
+            if not self._backend.allows(gpu, request.value):
+                return Status.VALUE_NOT_ALLOWED
+            if peer.tokens < 1.0:
+                return Status.RATE_LIMITED
+            peer.tokens -= 1.0
+            self._owner[gpu] = peer
+            peer.held.add(gpu)
+            self._backend.hold(gpu, request.value)
+        except DeviceError as error:
+            _log(str(error))
+            return Status.DEVICE_FAILED
+        self._orphans.discard(gpu)
+        return Status.OK
+
+    def _refill(self, now_ns: int) -> None:
+        rate = self._config.max_rate_per_s
+        gained = (now_ns - self._refilled_ns) * 1e-9 * rate
+        self._refilled_ns = now_ns
+        for peer in self._peers.values():
+            peer.tokens = min(2 * rate, peer.tokens + gained)
+
+    def _release(self, peer: _Peer) -> None:
+        for gpu in sorted(peer.held):
+            self._restore(gpu)
+            self._forget(peer, gpu)
+
+    def _restore(self, gpu: int) -> None:
+        """Give one GPU back; one that fails is kept for the next turn."""
+        try:
+            self._backend.restore(gpu)
+            self._orphans.discard(gpu)
+        except DeviceError as error:
+            _log(str(error))
+            self._orphans.add(gpu)
+
+    def _forget(self, peer: _Peer, gpu: int) -> None:
+        peer.held.discard(gpu)
+        self._owner.pop(gpu, None)
+
+    def _drop(self, peer: _Peer) -> None:
+        self._release(peer)
+        self._selector.unregister(peer.connection)
+        del self._peers[peer.connection]
+        peer.connection.close()
+
+    def _close(self) -> None:
+        try:
+            self._backend.close()
+        finally:
+            for peer in self._peers.values():
+                peer.connection.close()
+            self._selector.close()
+            self._listener.close()
+            self._config.socket_path.unlink(missing_ok=True)
+
+
+def run_helper(backend: Backend, config: HelperConfig, *, ready: Callable[[], None]) -> None:
+    """Serve until a signal ends it; `ready` is called once the socket can be reached.
+
+    Raises:
+        VoltanaError: The socket cannot be made; the backend is closed then too.
+    """
+    try:
+        helper = Helper(backend, config)
+    except VoltanaError:
+        backend.close()
+        raise
+    ready()
+    helper.serve()
+
+
+def _listen(config: HelperConfig) -> socket.socket:
+    path = config.socket_path
+    _remove_stale(path)
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.setblocking(False)
+    old_mask = os.umask(0o177)  # 0600 from the first instant
+    try:
+        listener.bind(str(path))
+        if config.owner_uid != os.geteuid():
+            os.chown(path, config.owner_uid, -1, follow_symlinks=False)
+        listener.listen(MAX_PEERS)
+    except OSError as error:
+        listener.close()
+        raise VoltanaError(
+            f"the socket must be one this process can make for user {config.owner_uid}, got {path} "
+            f"({error.strerror or error}): name another path, or run as root"
+        ) from None
+    finally:
+        os.umask(old_mask)
+    return listener
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove the socket of a helper that was killed; refuse anything else that is there."""
+    try:
+        mode = path.lstat().st_mode
+    except OSError:
+        return  # nothing there; a path that is wrong in another way fails at bind
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
+        try:
+            probe.connect(str(path))
+        except ConnectionRefusedError:
+            if stat.S_ISSOCK(mode):
+                path.unlink()
+                return
+        except OSError:
+            pass
+    raise VoltanaError(f"the socket's path must be free, {path} is in use: name another path")
+
+
+def _raise_exit(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def _log(text: str) -> None:
+    sys.stderr.write(f"voltana actuator: {text}\n")

@@ -1,0 +1,210 @@
+"""Who may ask, for what, how often; and that every way of leaving gives the GPUs back."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hwreplay.actuator.client import ActuatorLostError, DryRunActuator, HelperActuator
+from hwreplay.actuator.protocol import Operation, Request, Status, parse_answer
+from profiles.errors import VoltanaError
+from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, beating, eventually, serving
+
+
+def confirmed(client: HelperActuator, clock_mhz: int) -> bool:
+    return beating(client, lambda: client.clock_mhz == clock_mhz)
+
+
+def ask(path: Path, *requests: Request) -> list[Status]:
+    """Raw answers on one connection."""
+    found = []
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+        raw.settimeout(20)
+        raw.connect(str(path))
+        for request in requests:
+            raw.send(request.pack())
+            found.append(parse_answer(raw.recv(64)).status)
+    return found
+
+
+def lock(gpu: int, value: int) -> Request:
+    return Request(operation=Operation.LOCK, gpu=gpu, value=value)
+
+
+def test_an_instance_of_two_gpus_moves_together(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder):
+        client = HelperActuator(tmp_path / "s", [0, 1])
+        assert client.silence_s == 2.0
+        client.set_clock(1005)
+        assert confirmed(client, 1005)
+        assert recorder.held == {0: 1005, 1: 1005}
+        client.set_clock(1005)  # the same wish is no message
+        client.set_clock(0)
+        assert confirmed(client, 0)
+        client.close()
+    assert recorder.calls == [(0, 1005), (1, 1005), (0, 0), (1, 0)]
+    assert len(client.answer_s) == 4
+
+
+def test_the_socket_is_its_owners_alone(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder):
+        mode = (tmp_path / "s").stat()
+        assert stat.S_ISSOCK(mode.st_mode)
+        assert stat.S_IMODE(mode.st_mode) == 0o600
+        assert mode.st_uid == os.getuid()
+    assert not (tmp_path / "s").exists()
+
+
+def test_a_peer_of_another_user_is_not_heard(tmp_path: Path, recorder: Recorder) -> None:
+    with (
+        serving(tmp_path / "s", recorder, allowed_uids=frozenset({os.getuid() + 1})),
+        pytest.raises(ActuatorLostError, match="naming this user"),
+    ):
+        HelperActuator(tmp_path / "s", [0])
+    assert recorder.calls == []
+
+
+def test_refusals_by_kind(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder):
+        holder = HelperActuator(tmp_path / "s", [1])
+        holder.set_clock(705)
+        assert confirmed(holder, 705)
+        assert ask(
+            tmp_path / "s",
+            lock(7, 705),
+            lock(0, 706),
+            lock(1, 1410),
+            lock(1, 0),
+            Request(operation=Operation.CAP, gpu=0, value=300_000),
+            lock(0, 705),
+            lock(0, 0),
+        ) == [
+            Status.GPU_NOT_ALLOWED,
+            Status.VALUE_NOT_ALLOWED,
+            Status.TAKEN,
+            Status.TAKEN,
+            Status.UNSUPPORTED,
+            Status.OK,
+            Status.OK,
+        ]
+        assert recorder.calls == [(1, 705), (0, 705), (0, 0)]
+        holder.close()
+
+
+def test_rate_limit_and_the_way_back_is_free(tmp_path: Path, recorder: Recorder) -> None:
+    """A bucket of 2 x 0.01 changes holds none; at 2 a second 4 pass at once and giving back too."""
+    with serving(tmp_path / "s", recorder, max_rate_per_s=0.01):
+        assert ask(tmp_path / "s", lock(0, 705)) == [Status.RATE_LIMITED]
+    requests = [lock(0, ALLOWED_MHZ[i % 3]) for i in range(6)]
+    with serving(tmp_path / "s", recorder, max_rate_per_s=2.0):
+        answers = ask(tmp_path / "s", *requests, lock(0, 0))
+    assert answers[:4] == [Status.OK] * 4
+    assert Status.RATE_LIMITED in answers[4:6]
+    assert answers[-1] == Status.OK
+    assert recorder.held == {}
+
+
+def test_silence_restores_and_the_client_learns_of_it(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder, silence_s=0.3):
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(1005)
+        assert eventually(lambda: (0, 1005) in recorder.calls)
+        assert eventually(lambda: recorder.held == {})
+        with pytest.raises(ActuatorLostError, match="start it again"):
+            while True:
+                client.beat()
+        client.close()
+
+
+def test_beats_keep_the_clock(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder, silence_s=0.5):
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(1005)
+        assert not beating(client, lambda: (0, 0) in recorder.calls, limit_s=1.5)
+        client.close()
+
+
+def test_a_closed_connection_restores(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder):
+        ask(tmp_path / "s", lock(0, 705), lock(1, 1410))
+        assert eventually(lambda: recorder.held == {})
+
+
+def test_a_refusal_makes_the_next_wish_a_message(tmp_path: Path, recorder: Recorder) -> None:
+    with serving(tmp_path / "s", recorder):
+        client = HelperActuator(tmp_path / "s", [0])
+        for _ in range(2):
+            client.set_clock(999)
+            assert beating(client, lambda: not client.unanswered)
+        assert client.refused == {Status.VALUE_NOT_ALLOWED: 2}
+        assert client.clock_mhz == 0
+        client.close()
+
+
+def test_the_socket_of_a_killed_helper_is_replaced(tmp_path: Path, recorder: Recorder) -> None:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
+        dead.bind(str(tmp_path / "s"))
+    with serving(tmp_path / "s", recorder):
+        HelperActuator(tmp_path / "s", [0]).close()
+        with pytest.raises(VoltanaError, match="in use"), serving(tmp_path / "s", recorder):
+            pass
+        HelperActuator(tmp_path / "s", [0]).close()  # the first one is unharmed
+
+
+def test_a_file_in_the_way_is_kept(tmp_path: Path, recorder: Recorder) -> None:
+    (tmp_path / "s").write_text("mine")
+    with pytest.raises(VoltanaError, match="in use"), serving(tmp_path / "s", recorder):
+        pass
+    assert (tmp_path / "s").read_text() == "mine"
+
+
+MESSAGE = st.builds(
+    Request,
+    operation=st.sampled_from(Operation),
+    gpu=st.integers(0, 2) | st.integers(0, 2**16 - 1),
+    value=st.sampled_from(ALLOWED_MHZ) | st.integers(0, 2**32 - 1),
+    sequence=st.integers(0, 2**32 - 1),
+).map(Request.pack)
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, Recorder]]:
+    path, recorder = tmp_path_factory.mktemp("fuzz") / "s", Recorder()
+    with serving(path, recorder):
+        yield path, recorder
+
+
+@given(st.lists(st.binary(min_size=1, max_size=64) | MESSAGE, max_size=8))
+def test_fuzzed_peers_change_nothing_that_is_not_allowed(
+    fuzzed: tuple[Path, Recorder], messages: list[bytes]
+) -> None:
+    path, recorder = fuzzed
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as raw:
+        raw.settimeout(20)
+        raw.connect(str(path))
+        for message in messages:
+            try:
+                raw.send(message)
+                assert len(raw.recv(64)) in (0, 16)
+            except (BrokenPipeError, ConnectionResetError):
+                break  # dropped, as it deserves
+    assert ask(path, Request(operation=Operation.HELLO)) == [Status.OK]
+    assert eventually(lambda: recorder.held == {})
+    assert all(gpu in (0, 1) and value in (0, *ALLOWED_MHZ) for gpu, value in recorder.calls)
+
+
+def test_dry_run_records_changes_only(tmp_path: Path) -> None:
+    actuator = DryRunActuator(tmp_path / "d.jsonl")
+    for clock in (1005, 1005, 1410):
+        actuator.set_clock(clock)
+        actuator.beat()
+    actuator.close()
+    lines = (tmp_path / "d.jsonl").read_text().splitlines()
+    assert [line.split('"clock_mhz": ')[1] for line in lines] == ["1005}", "1410}", "0}"]

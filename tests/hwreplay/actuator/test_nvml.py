@@ -1,0 +1,138 @@
+"""The real command on the compiled NVML stand-in: locks, caps, and every way to die."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from hwreplay.actuator.client import ActuatorLostError, HelperActuator
+from hwreplay.actuator.protocol import Status
+from tests.hwreplay.actuator.conftest import beating, eventually, helper_process
+from tests.profiles.device.standin import Standin
+
+CLIENT = (
+    "import sys, time\nfrom pathlib import Path\n"
+    "from hwreplay.actuator.client import HelperActuator\n"
+    "client = HelperActuator(Path({path!r}), [0])\nclient.set_clock(1005)\n"
+    "print('sent', flush=True)\n"
+    "while True:\n    client.beat()\n    time.sleep(0.05)\n"
+)
+
+
+def locked(standin: Standin, client: HelperActuator, clock_mhz: int) -> None:
+    client.set_clock(clock_mhz)
+    assert beating(client, lambda: client.clock_mhz == clock_mhz)
+    assert standin["locked_mhz"] == clock_mhz
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
+def test_clocks_come_back_whatever_ends_the_helper(
+    standin: Standin, tmp_path: Path, signum: signal.Signals
+) -> None:
+    with helper_process(standin, tmp_path / "s") as process:
+        client = HelperActuator(tmp_path / "s", [0])
+        locked(standin, client, 1005)
+        locked(standin, client, 705)
+        process.send_signal(signum)
+        assert eventually(lambda: standin["locked_mhz"] == 0)
+        with pytest.raises(ActuatorLostError):
+            while True:
+                client.beat()
+        client.close()
+    assert standin["num_resets"] == 1
+
+
+@pytest.mark.parametrize("signum", [signal.SIGKILL, signal.SIGSTOP])
+def test_clocks_come_back_when_the_client_dies_or_freezes(
+    standin: Standin, tmp_path: Path, signum: signal.Signals
+) -> None:
+    with helper_process(standin, tmp_path / "s", "--silence-s", "0.5"):
+        client = standin.popen(CLIENT.format(path=str(tmp_path / "s")))
+        try:
+            assert client.stdout is not None
+            assert client.stdout.readline() == "sent\n"
+            assert eventually(lambda: standin["locked_mhz"] == 1005)
+            client.send_signal(signum)
+            assert eventually(lambda: standin["locked_mhz"] == 0)
+        finally:
+            client.kill()
+            client.communicate()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
+def test_power_limit_comes_back(standin: Standin, tmp_path: Path, signum: signal.Signals) -> None:
+    with helper_process(standin, tmp_path / "s", "--power-cap") as process:
+        client = HelperActuator(tmp_path / "s", [0], caps_w={705: 180.0, 1410: 401.0})
+        client.set_clock(705)
+        assert beating(client, lambda: client.clock_mhz == 705)
+        assert standin["limit_mw"] == 180_000
+        client.set_clock(1410)  # above the limit found at start: never
+        assert beating(client, lambda: bool(client.refused))
+        assert client.refused == {Status.VALUE_NOT_ALLOWED: 1}
+        process.send_signal(signum)
+        assert eventually(lambda: standin["limit_mw"] == 400_000)
+        client.close()
+    assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
+
+
+def test_allowed_clocks_are_the_commands(standin: Standin, tmp_path: Path) -> None:
+    with helper_process(standin, tmp_path / "s", "--clocks", "705,1410"):
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(1005)
+        assert beating(client, lambda: bool(client.refused))
+        locked(standin, client, 1410)
+        client.close()
+        assert eventually(lambda: standin["locked_mhz"] == 0)
+
+
+def test_a_card_that_refuses_is_reported_and_not_touched(standin: Standin, tmp_path: Path) -> None:
+    standin["deny_lock"] = 1
+    with helper_process(standin, tmp_path / "s") as process:
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(1005)
+        assert beating(client, lambda: bool(client.refused))
+        assert client.refused == {Status.DEVICE_FAILED: 1}
+        process.terminate()
+        assert process.wait(20) == 128 + signal.SIGTERM
+        client.close()
+    assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
+
+
+def test_restoring_is_tried_until_it_works(standin: Standin, tmp_path: Path) -> None:
+    with helper_process(standin, tmp_path / "s"):
+        client = HelperActuator(tmp_path / "s", [0])
+        locked(standin, client, 1005)
+        standin["lost"] = 1
+        client.close()
+        assert not eventually(lambda: standin["locked_mhz"] == 0, limit_s=0.3)
+        standin["lost"] = 0
+        assert eventually(lambda: standin["locked_mhz"] == 0)
+
+
+def test_a_clock_the_card_lacks_is_one_line(standin: Standin, tmp_path: Path) -> None:
+    out = standin.run(
+        "import subprocess, sys\n"
+        f"p = subprocess.run([sys.executable, '-m', 'experiments.cli', 'actuator', "
+        f"{str(tmp_path / 's')!r}, '--gpu', '0', '--clocks', '1007'], "
+        "capture_output=True, text=True)\nprint(p.returncode, p.stderr)"
+    )
+    assert out.startswith("2 voltana: --clocks must be clocks that GPU 0 supports, got [1007]")
+    assert "\n" not in out
+    assert standin["num_locks"] == 0
+
+
+def test_dry_run_needs_no_driver(standin: Standin, tmp_path: Path) -> None:
+    standin.env["LD_LIBRARY_PATH"] = ""
+    record = tmp_path / "record.jsonl"
+    with helper_process(standin, tmp_path / "s", "--dry-run", str(record)):
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(1005)
+        assert beating(client, lambda: client.clock_mhz == 1005)
+        client.close()
+        assert eventually(lambda: record.read_text().count("\n") == 2)
+    lines = [json.loads(line) for line in record.read_text().splitlines()]
+    assert [(line["gpu"], line["clock_mhz"]) for line in lines] == [(0, 1005), (0, 0)]
+    assert standin["num_locks"] == 0
