@@ -1,0 +1,1 @@
+"""Routing as a Markov decision process: its state grid and the files of its policies."""

@@ -1,0 +1,1 @@
+"""Solving and learning the routing MDP: exact, factored, tabular, on the simulator itself."""
