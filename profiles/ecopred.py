@@ -62,7 +62,7 @@ class EcoPred:
     nearest; a batch size above the last range uses the last range.
     """
 
-    __slots__ = ("_by_clock", "_decode", "_ends", "_prefill", "_top_mhz")
+    __slots__ = ("_by_clock", "_decode", "_ends", "_lines", "_prefill", "_top_mhz")
 
     def __init__(self, table: pd.DataFrame, top_mhz: int) -> None:
         self._top_mhz = top_mhz
@@ -70,6 +70,8 @@ class EcoPred:
         self._decode: dict[int, list[Coefficients]] = {}
         self._prefill: dict[int, list[Coefficients]] = {}
         self._by_clock: dict[tuple[str, int], list[Coefficients]] = {}
+        self._lines: dict[str, dict[int, tuple[float, float]]] = {"prefill": {}, "decode": {}}
+        """Lines asked for so far, by phase and clock << 20 | batch size."""
         ordered = table.sort_values(["phase", "frequency_mhz", "batch_size_max"])
         for row in ordered.itertuples(index=False):
             kept = self._decode if row.phase == "decode" else self._prefill
@@ -85,14 +87,18 @@ class EcoPred:
 
     def predict_s(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
         """Predicted duration of one iteration in seconds, always > 0."""
-        c = self._coefficients(phase, frequency_mhz, batch_size)
-        time_s = c.per_request_s * batch_size + c.per_token_s * tokens + c.constant_s
+        line = self._lines[phase].get((frequency_mhz << 20) | batch_size)
+        if line is None:
+            line = self.predict_line(phase, frequency_mhz, batch_size)
+        time_s = line[0] + line[1] * tokens
         return time_s if time_s > 0 else FALLBACK_S
 
     def predict_line(self, phase: str, frequency_mhz: int, batch_size: int) -> tuple[float, float]:
         """The prediction as (constant in s, slope in s/token) at a fixed batch size."""
         c = self._coefficients(phase, frequency_mhz, batch_size)
-        return c.per_request_s * batch_size + c.constant_s, c.per_token_s
+        line = (c.per_request_s * batch_size + c.constant_s, c.per_token_s)
+        self._lines[phase][(frequency_mhz << 20) | batch_size] = line
+        return line
 
     def _coefficients(self, phase: str, frequency_mhz: int, batch_size: int) -> Coefficients:
         ranges = self._by_clock.get((phase, frequency_mhz))

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from sim.policies.base import (
     DECODE,
+    PREFILL,
     UNLOCKED_MHZ,
     Controller,
     IdlePlan,
     InstanceState,
-    LinePredictor,
     PolicyContext,
 )
 from sim.policies.clocks import clock_list
-from sim.policies.controllers.fixed import FOREVER
+from sim.policies.fitting import FOREVER, LowestFitting
 from sim.policies.spec import parameter
 
 
@@ -51,7 +50,7 @@ class EcoFreq(Controller):
     """
 
     __slots__ = (
-        "_decision_mhz", "_idle", "_limit_s", "_line", "_lower_mhz", "_phase", "_predict_s",
+        "_decision_mhz", "_fitting", "_idle", "_limit_s", "_lower_mhz", "_phase", "_predict_s",
         "_top_mhz",
     )  # fmt: skip
 
@@ -68,9 +67,7 @@ class EcoFreq(Controller):
         slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
         self._limit_s = slo_s * (1.0 + parameters.margin_frac)
         self._predict_s = context.predictor.predict_s
-        self._line: Callable[..., tuple[float, float]] | None = (
-            context.predictor.predict_line if isinstance(context.predictor, LinePredictor) else None
-        )
+        self._fitting = LowestFitting(context.predictor, context.phase, levels_mhz, self._limit_s)
         self._idle = IdlePlan(after_s=parameters.idle_s, clock_mhz=levels_mhz[0])
         self._decision_mhz = UNLOCKED_MHZ
 
@@ -80,6 +77,8 @@ class EcoFreq(Controller):
             clock_mhz = self._top_mhz
         elif batch_size == 0:
             clock_mhz = self._decision_mhz
+        elif self._phase == DECODE:
+            clock_mhz = self._fitting.clock_mhz(batch_size, state.last_tokens)
         else:
             clock_mhz = self._lowest_fitting_mhz(
                 batch_size, state.last_tokens, self._limit_s - state.last_queue_delay_s
@@ -89,9 +88,8 @@ class EcoFreq(Controller):
 
     def _lowest_fitting_mhz(self, batch_size: int, tokens: int, limit_s: float) -> int:
         predict_s = self._predict_s
-        phase = self._phase
         for clock_mhz in self._lower_mhz:
-            if predict_s(phase, clock_mhz, batch_size, tokens) <= limit_s:
+            if predict_s(PREFILL, clock_mhz, batch_size, tokens) <= limit_s:
                 return clock_mhz
         return self._top_mhz
 
@@ -99,39 +97,11 @@ class EcoFreq(Controller):
         return self._idle
 
     def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
-        """Solve T(f, batch, tokens + k d) <= limit for the largest k, where T is a line in tokens.
-
-        Time never falls as tokens grow, so the clocks that did not fit will not, and the decision
-        lasts until the chosen one stops fitting.
-        """
-        batch_size = state.last_batch_size
-        if self._line is None or state.num_waiting > 0 or batch_size == 0 or self._phase != DECODE:
+        """A waiting queue asks for the top clock as long as it waits; else until tokens bind."""
+        if self._phase != DECODE or state.last_batch_size == 0:
             return 0
-        tokens = state.last_tokens
-        limit_s = self._limit_s - state.last_queue_delay_s
-        clock_mhz = self._lowest_fitting_mhz(batch_size, tokens, limit_s)
-        if clock_mhz != self._decision_mhz:
-            return 0
-        if clock_mhz == self._top_mhz or tokens_per_iteration == 0:
-            return FOREVER
-        constant_s, slope_s = self._line(self._phase, clock_mhz, batch_size)
-        if slope_s <= 0.0:
-            return FOREVER if slope_s == 0.0 else 0
-        return self._last_fitting_iteration(
-            clock_mhz,
-            batch_size,
-            tokens,
-            tokens_per_iteration,
-            int(((limit_s - constant_s) / slope_s - tokens) / tokens_per_iteration),
-            limit_s,
+        if state.num_waiting > 0:
+            return FOREVER if self._decision_mhz == self._top_mhz else 0
+        return self._fitting.steady_iterations(
+            self._decision_mhz, state.last_batch_size, state.last_tokens, tokens_per_iteration
         )
-
-    def _last_fitting_iteration(
-        self, clock_mhz: int, batch_size: int, tokens: int, step: int, guess: int, limit_s: float
-    ) -> int:
-        """Guard the closed form against rounding: step back while the bound itself does not fit."""
-        for k in range(guess, max(guess - 3, 0), -1):
-            time_s = self._predict_s(self._phase, clock_mhz, batch_size, tokens + k * step)
-            if time_s <= limit_s:
-                return k
-        return 0

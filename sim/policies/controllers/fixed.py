@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from sim.policies.base import UNLOCKED_MHZ, Controller, InstanceState, PolicyContext
 from sim.policies.clocks import require_clock
+from sim.policies.fitting import FOREVER
 from sim.policies.spec import parameter
-
-FOREVER: Final = 2**62
-"""`steady_iterations` of a controller that will not change its mind."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,6 +15,7 @@ import numpy as np
 
 from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
 from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.fitting import LowestFitting
 from sim.policies.spec import parameter
 
 REFERENCE_LEVELS_MHZ: Final = (1005, 1095, 1200, 1305, 1410)
@@ -53,8 +54,8 @@ class EcoRoute(Router):
     """
 
     __slots__ = (
-        "_level", "_levels_mhz", "_look_ahead", "_look_now", "_predict_s", "_rng", "_slo_s",
-        "_tile", "_top_mhz",
+        "_fitting", "_level", "_levels_mhz", "_look_ahead", "_look_now", "_rng", "_tile",
+        "_top_mhz",
     )  # fmt: skip
 
     def __init__(self, parameters: EcoRouteParameters, context: PolicyContext) -> None:
@@ -66,8 +67,8 @@ class EcoRoute(Router):
         )
         self._top_mhz = self._levels_mhz[-1]
         self._level = {clock: i for i, clock in enumerate(self._levels_mhz)}
-        self._predict_s = context.predictor.predict_s
-        self._slo_s = context.slo_itl_s * (1.0 + parameters.margin_frac)
+        slo_s = context.slo_itl_s * (1.0 + parameters.margin_frac)
+        self._fitting = LowestFitting(context.predictor, DECODE, self._levels_mhz, slo_s)
         self._tile = parameters.tile_requests
         self._look_ahead = parameters.look_ahead_tokens
         self._look_now = parameters.look_now_tokens
@@ -96,20 +97,13 @@ class EcoRoute(Router):
 
     def _tag(self, state: InstanceState, input_tokens: int) -> int:
         requests, load = state.open_requests, state.kv_load_tokens
-        now_mhz = self._lowest_fitting_mhz(requests, load + self._look_now * requests)
-        next_mhz = self._lowest_fitting_mhz(
+        now_mhz = self._fitting.clock_mhz(requests, load + self._look_now * requests)
+        next_mhz = self._fitting.clock_mhz(
             requests + 1, load + input_tokens + self._look_ahead * requests
         )
         if next_mhz > now_mhz or next_mhz == self._top_mhz:
             return next_mhz
         return -now_mhz
-
-    def _lowest_fitting_mhz(self, batch_size: int, tokens: int) -> int:
-        predict_s, slo_s = self._predict_s, self._slo_s
-        for clock_mhz in self._levels_mhz:
-            if predict_s(DECODE, clock_mhz, batch_size, tokens) <= slo_s:
-                return clock_mhz
-        return self._top_mhz
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
