@@ -81,23 +81,27 @@ class CoalescedDecode(DecodeInstance):
         end_tokens, self._first_s, time_slope, self._first_w, power_slope = line
         self.track.power_w = self._first_w
         self._step_s, self._step_w = time_slope * batch_size, power_slope * batch_size
-        count = 1
-        if self.may_coalesce:
-            count = min(
-                self._next_finish() - self._iteration,
-                self._steady_iterations(batch_size, tokens),
-                int(end_tokens - tokens) // batch_size,
-                (state.kv_capacity_tokens - tokens) // batch_size - 1 if batch_size > 1 else _MANY,
-            )
-            count = count + 1 if count > 0 else 1
-        self._left = count
-        return now_s + count * self._first_s + self._step_s * (0.5 * count * (count - 1))
+        further = 0
+        # a changed clock shows in the state when its first iteration has ended
+        if self.may_coalesce and state.clock_mhz == self.track.clock_mhz:
+            further = self._further_iterations(batch_size, tokens, end_tokens)
+        self._left = further + 1
+        return now_s + self._left * self._first_s + self._step_s * (0.5 * further * self._left)
 
-    def _next_finish(self) -> int:
+    def _further_iterations(self, batch_size: int, tokens: int, end_tokens: float) -> int:
+        """How many iterations after this one are sure to lie on its line."""
+        further = self._steady_iterations(batch_size, tokens)
+        if further == 0:
+            return 0
         order = self._finish_order
-        while not self._finishing.get(order[0]):
+        while order[0] not in self._finishing:
             heappop(order)
-        return order[0]
+        further = min(further, order[0] - self._iteration, int(end_tokens - tokens) // batch_size)
+        if batch_size > 1:
+            room = (self.state.kv_capacity_tokens - tokens) // batch_size - 1
+            if room < further:
+                return max(room, 0)
+        return further
 
     def _steady_iterations(self, batch_size: int, tokens: int) -> int:
         """How many further iterations will not change the clock."""
@@ -199,7 +203,6 @@ class CoalescedDecode(DecodeInstance):
             filed.append(request)
 
 
-_MANY = 1 << 60
 _SAME_INSTANT_S = 1e-12
 """Relative; sums of iteration times are rounded, so that equal instants may differ by this."""
 

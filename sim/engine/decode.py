@@ -145,7 +145,10 @@ class DecodeInstance(Instance):
         request.generated_tokens = self._context_at_end(request) - request.input_tokens - steps_left
         request.last_token_s = now_s
         context = request.input_tokens + request.generated_tokens
-        self._finishing[request.finish_iteration].remove(request)
+        filed = self._finishing[request.finish_iteration]
+        filed.remove(request)
+        if not filed:
+            del self._finishing[request.finish_iteration]
         self._waiting.appendleft(request)
         state.num_running -= 1
         state.kv_tokens -= context

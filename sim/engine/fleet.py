@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import count
 from typing import ClassVar
 
@@ -59,12 +60,15 @@ class Fleet(ABC):
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
-        self._timeline = Timeline.make(config, self.instances)
-
-    @property
-    def instances(self) -> list[Instance]:
+        self.instances: list[Instance] = [*self.prefill, *self.decode]
         """Prefill instances first, then decode."""
-        return [*self.prefill, *self.decode]
+        for instance in self.instances:
+            instance.state.refresh = partial(self._refresh, instance)
+        self._looks_at_load = self._router.looks_at == "load"
+        self._looks_at_clocks = self._router.looks_at == "clocks"
+        self._now_s = 0.0
+        """When the request that is being routed arrived."""
+        self._timeline = Timeline.make(config, self.instances)
 
     def run(self) -> RunRecord:
         """Play the workload to its end, or to the configured limit.
@@ -106,11 +110,14 @@ class Fleet(ABC):
         if request.input_tokens + request.output_tokens > self._kv_capacity:
             self._log.reject(request)
             return
-        if self._router.looks_at_load:
-            for instance in self.prefill:
+        self._now_s = now_s
+        if self._looks_at_load:
+            for instance in self.instances:
                 instance.sync(now_s)
-            for decoder in self.decode:
-                decoder.sync(now_s)
+        elif self._looks_at_clocks:
+            for instance in self.instances:
+                if instance.has_idle_changes:
+                    instance.sync(now_s)
         view = RequestView(
             request.request_id,
             request.arrival_s,
@@ -123,6 +130,9 @@ class Fleet(ABC):
         self._prefill_states[prefill_id].open_requests += 1
         self._decode_states[decode_id].open_requests += 1
         self.prefill[prefill_id].submit(request, now_s)
+
+    def _refresh(self, instance: Instance) -> None:
+        instance.sync(self._now_s)
 
     def _hand_over(self, request: SimRequest, now_s: float) -> None:
         """Prefill is done: move the KV cache, at once or over the configured link."""

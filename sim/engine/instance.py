@@ -54,7 +54,8 @@ class Instance(ABC):
         """When the running iteration began."""
         self._decision_mhz = self.track.clock_mhz
         self._is_parked = True
-        self._has_idle_changes = False
+        self.has_idle_changes = False
+        """Idle, with a clock change to come that nobody has been told of."""
         state.clock_mhz = self.track.clock_mhz
 
     def park(self, now_s: float) -> None:
@@ -63,7 +64,7 @@ class Instance(ABC):
         state.is_busy = False
         state.now_s = now_s
         self.track.enter_idle(now_s, self.controller.on_idle(state))
-        self._has_idle_changes = True
+        self.has_idle_changes = True
         self._is_parked = True
 
     def step(self, now_s: float) -> float | None:
@@ -86,8 +87,8 @@ class Instance(ABC):
 
     def sync(self, now_s: float) -> None:
         """Bring an idle instance's clock up to date before somebody looks at it."""
-        if self._has_idle_changes and self._is_parked:
-            self._has_idle_changes = self.track.settle_idle(now_s)
+        if self.has_idle_changes and not self.state.is_busy:
+            self.has_idle_changes = self.track.settle_idle(now_s)
             self.state.clock_mhz = self.track.clock_mhz
             self.state.energy_j = self.track.energy_j
 
@@ -97,7 +98,7 @@ class Instance(ABC):
             self.track.settle_iteration(now_s)
         else:
             self.track.settle_idle(now_s)
-        self._has_idle_changes = False
+        self.has_idle_changes = False
         self.state.clock_mhz = self.track.clock_mhz
         self.state.energy_j = self.track.energy_j
 

@@ -31,7 +31,6 @@ class CoalescedFleet(Fleet):
         super().__init__(config, profile, workload)
         self._heap: list[tuple[float, int, Instance | None, Action | None]] = []
         self._order = 0
-        self._now_s = 0.0
         self.num_events = 0
         """Arrivals, steps and actions so far: the work that a run is."""
         for instance in self.instances:

@@ -84,6 +84,10 @@ def _none_running() -> Sequence[RunningRequest]:
     return ()
 
 
+def _always_true() -> None:
+    """Of a driver that keeps every field true at all times."""
+
+
 @dataclass(slots=True, kw_only=True)
 class InstanceState:
     """Live state of one instance, as its engine's metrics and its router's own count show it.
@@ -122,6 +126,8 @@ class InstanceState:
     energy_j: float = 0.0
     """Energy counter of the instance's GPUs, from 0 at the start of the run."""
     is_healthy: bool = True
+    refresh: Callable[[], None] = field(default=_always_true, repr=False)
+    """Brings every field up to date; only routers that look at less than the load need it."""
     list_waiting: Callable[[], Sequence[WaitingRequest]] = field(default=_none_waiting, repr=False)
     """Costs time in proportion to the queue: call it only if the rule needs it."""
     list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
@@ -183,9 +189,10 @@ class RequestView:
 class Router(ABC):
     """Picks a prefill and a decode instance for each request, once, at its arrival."""
 
-    looks_at_load: ClassVar[bool] = True
-    """False for a rule that reads of the states only `open_requests`, the driver's own count: the
-    driver may then leave all else in them as it was."""
+    looks_at: ClassVar[Literal["counts", "clocks", "load"]] = "load"
+    """What the rule reads of the states: `open_requests`, which is always true; the clocks too; or
+    anything. The driver brings no more than that up to date; `InstanceState.refresh` does the
+    rest for a rule that needs the load only at times."""
 
     @abstractmethod
     def route(

@@ -18,16 +18,19 @@ FloatArray = npt.NDArray[np.float64]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StateGrid:
-    """Buckets of batch size and KV tokens, and clock levels.
+    """Buckets of batch size and of KV tokens a request, and clock levels.
 
+    KV is counted by the request (the mean context of the batch): the total follows the batch size
+    closely, and buckets of the total would be either empty or too coarse.
     Bucket i holds edges[i] <= value < edges[i + 1]; what lies at or beyond the last edge counts to
-    the last bucket. Its nodes are the means of the integers in it. The first batch bucket holds
-    the empty batch alone, since an idle instance is another machine than a busy one.
+    the last bucket. Its node is the mean of the integers in it. The first batch bucket holds the
+    empty batch alone, since an idle instance is another machine than a busy one.
     A state's number is (batch bucket · num_kv + KV bucket) · num_levels + level.
     """
 
     batch_edges_requests: tuple[int, ...]
     kv_edges_tokens: tuple[int, ...]
+    """Of KV tokens a request."""
     levels_mhz: tuple[int, ...]
 
     def __post_init__(self) -> None:
@@ -74,13 +77,20 @@ class StateGrid:
 
     @property
     def kv_nodes_tokens(self) -> FloatArray:
-        """Mean KV tokens of each bucket. Shape (num_kv,)."""
+        """Mean KV tokens a request of each bucket. Shape (num_kv,)."""
         return _nodes(self.kv_edges_tokens)
 
     def locate(self, requests: int, kv_tokens: int, clock_mhz: int) -> int:
-        """State number of an instance; an unlocked clock (0) counts as the top level."""
+        """State number of an instance; an unlocked clock (0) counts as the top level.
+
+        Args:
+            requests: Batch size.
+            kv_tokens: KV tokens of all its requests.
+            clock_mhz: Clock lock in force.
+        """
         batch = min(bisect_right(self.batch_edges_requests, requests), self.num_batch) - 1
-        kv = min(bisect_right(self.kv_edges_tokens, kv_tokens), self.num_kv) - 1
+        each = kv_tokens // max(requests, 1)
+        kv = min(bisect_right(self.kv_edges_tokens, each), self.num_kv) - 1
         return (batch * self.num_kv + kv) * self.num_levels + self.level_of(clock_mhz)
 
     def locate_instance(self, state: InstanceState) -> int:
@@ -110,14 +120,25 @@ def batch_edges(max_requests: int, width: int = 8) -> tuple[int, ...]:
     return (*edges, *range(width + 1, top + 2, width))
 
 
-def kv_edges(max_tokens: int, buckets: int) -> tuple[int, ...]:
-    """Equal buckets up to a largest load.
+def kv_edges(input_tokens: float, output_tokens: float, buckets: int) -> tuple[int, ...]:
+    """Edges of KV tokens a request around its mean, a prompt and (without memory) a mean output.
+
+    One bucket has its node at the mean. More of them have their nodes half a mean output apart,
+    but never reach below the prompt.
 
     Example:
-        >>> kv_edges(100, 4)
-        (0, 25, 50, 75, 100)
+        >>> kv_edges(200, 300, 1), kv_edges(200, 300, 3)
+        ((0, 1001), (0, 425, 575, 726))
     """
-    return tuple(round(max_tokens * i / buckets) for i in range(buckets + 1))
+    mean = input_tokens + output_tokens
+    if buckets == 1:
+        return (0, round(2 * mean) + 1)
+    step = output_tokens / 2.0
+    low = mean - step * (buckets / 2.0 - 1.0)
+    if low <= input_tokens:
+        low, step = input_tokens + step / 2.0, output_tokens / (buckets - 1)
+    inner = [round(low + step * i) for i in range(buckets - 1)]
+    return (0, *inner, round(inner[-1] + step) + 1)
 
 
 def _nodes(edges: Sequence[int]) -> FloatArray:

@@ -11,10 +11,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-import numpy as np
-
 from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
 from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.dice import Dice
 from sim.policies.fitting import LowestFitting
 from sim.policies.spec import parameter
 
@@ -54,9 +53,11 @@ class EcoRoute(Router):
     """
 
     __slots__ = (
-        "_fitting", "_level", "_levels_mhz", "_look_ahead", "_look_now", "_rng", "_tile",
+        "_dice", "_fitting", "_level", "_levels_mhz", "_look_ahead", "_look_now", "_tile",
         "_top_mhz",
     )  # fmt: skip
+
+    looks_at = "clocks"
 
     def __init__(self, parameters: EcoRouteParameters, context: PolicyContext) -> None:
         self._levels_mhz = clock_list(
@@ -72,13 +73,11 @@ class EcoRoute(Router):
         self._tile = parameters.tile_requests
         self._look_ahead = parameters.look_ahead_tokens
         self._look_now = parameters.look_now_tokens
-        self._rng = context.rng
+        self._dice = Dice(context.rng)
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
-        return (
-            random_instance(prefill, self._rng),
-            self.route_decode(request.input_tokens, decode),
-        )
+        prefill_at = self._dice.below(len(prefill))
+        return prefill_at, self.route_decode(request.input_tokens, decode)
 
     def route_decode(self, input_tokens: int, decode: States) -> int:
         """Position of the decode instance for a prompt of that many tokens."""
@@ -86,6 +85,8 @@ class EcoRoute(Router):
             return 0
         if max([s.open_requests for s in decode]) < self._tile:
             return slowest_emptiest(decode, self._top_mhz)
+        for state in decode:
+            state.refresh()
         tags = [self._tag(s, input_tokens) for s in decode]
         sizes = [abs(tag) for tag in tags]
         tile = self._tile
@@ -121,15 +122,16 @@ class EcoRouteTile(Router):
     tile is not full; if all are full, the first. The reference's demo labels this rule EchoRoute.
     """
 
-    __slots__ = ("_rng", "_tile", "_top_mhz")
+    __slots__ = ("_dice", "_tile", "_top_mhz")
+    looks_at = "clocks"
 
     def __init__(self, parameters: EcoRouteTileParameters, context: PolicyContext) -> None:
         self._tile = parameters.tile_requests
-        self._rng = context.rng
+        self._dice = Dice(context.rng)
         self._top_mhz = context.clocks_mhz[-1]
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
-        return random_instance(prefill, self._rng), self._fill(decode)
+        return self._dice.below(len(prefill)), self._fill(decode)
 
     def _fill(self, decode: States) -> int:
         tile = self._tile
@@ -143,17 +145,10 @@ class EcoRouteTile(Router):
         return order[0]
 
 
-def random_instance(states: States, rng: np.random.Generator) -> int:
-    """Uniformly random position."""
-    return int(rng.integers(len(states))) if len(states) > 1 else 0
-
-
 def slowest_emptiest(states: States, top_mhz: int) -> int:
     """Lowest clock (an unlocked card counts as the top one), then fewest open requests."""
-    return min(
-        range(len(states)),
-        key=lambda i: (states[i].clock_mhz or top_mhz, states[i].open_requests),
-    )
+    keys = [(s.clock_mhz or top_mhz, s.open_requests) for s in states]
+    return keys.index(min(keys))
 
 
 def _default_levels(context: PolicyContext) -> tuple[int, ...]:

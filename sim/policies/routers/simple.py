@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from sim.policies.base import InstanceState, PolicyContext, RequestView, Router
 from sim.policies.controllers.fixed import NoParameters
+from sim.policies.dice import Dice
 
 States = Sequence[InstanceState]
 
@@ -22,21 +23,22 @@ def least(states: States, key: Callable[[InstanceState], float | tuple[float, ..
 class RandomRouter(Router):
     """Uniformly random instances, from the router's own seed."""
 
-    __slots__ = ("_rng",)
-    looks_at_load = False
+    __slots__ = ("_dice",)
+    looks_at = "counts"
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
-        self._rng = context.rng
+        self._dice = Dice(context.rng)
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
-        return int(self._rng.integers(len(prefill))), int(self._rng.integers(len(decode)))
+        dice = self._dice
+        return dice.below(len(prefill)), dice.below(len(decode))
 
 
 class RoundRobin(Router):
     """Instances in turn; prefill and decode turn separately."""
 
     __slots__ = ("_next",)
-    looks_at_load = False
+    looks_at = "counts"
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._next = 0
@@ -51,7 +53,7 @@ class LeastRequests(Router):
     """The instance with the fewest open requests."""
 
     __slots__ = ()
-    looks_at_load = False
+    looks_at = "counts"
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         pass
