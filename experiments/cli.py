@@ -9,7 +9,7 @@ import typer
 
 from profiles.errors import VoltanaError
 
-VERBS = ("simulate", "sweep", "demo", "plot", "list", "profile_gpu", "actuator")
+VERBS = ("simulate", "sweep", "demo", "plot", "list", "profile_gpu", "actuator", "validate")
 """In the order of `voltana --help`."""
 
 EXIT_FAILED = 1

@@ -17,7 +17,7 @@ COLOURS: Final = (
 )  # fmt: skip
 """Okabe and Ito's palette, distinguishable with every common colour-vision deficiency."""
 MARKERS: Final = "osD^vPX*"
-_STYLE: Final[dict[Any, Any]] = {
+STYLE: Final[dict[Any, Any]] = {
     "font.size": 9,
     "axes.grid": True,
     "grid.alpha": 0.3,
@@ -34,7 +34,7 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
         frame: Result of `experiments.compare.compare`.
         target: Attainment drawn as the line to stay above.
     """
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9.6, 6.8), layout="constrained")
         axes = figure.subplots(2, 2)
         for i, (policy, rows) in enumerate(frame.groupby("policy", sort=False)):
@@ -53,7 +53,7 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     """Write PNG and SVG; the same figure gives the same bytes."""
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         figure.savefig(paths[0], dpi=150)
         figure.savefig(paths[1], metadata={"Date": None})
     return paths

@@ -1,0 +1,95 @@
+"""The figure of a validation: distributions laid over each other, iterations, clocks."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.plots import COLOURS, STYLE
+from hwreplay.validate import Validation, cdf
+from sim.metrics import tpot_s, ttft_s
+from sim.policies.base import DECODE, PREFILL
+from sim.records import RunRecord
+
+SIMULATED: Final = COLOURS[1]
+OBSERVED: Final = COLOURS[2]
+
+
+def validation_figure(simulated: RunRecord, observed: RunRecord, found: Validation) -> Figure:
+    """CDFs of TTFT, ITL and TPOT; predicted against observed iterations; clock residency."""
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(11.0, 6.6), layout="constrained")
+        axes = figure.subplots(2, 3)
+        for record, colour, label in (
+            (simulated, SIMULATED, "simulated"),
+            (observed, OBSERVED, "observed"),
+        ):
+            style = {"color": colour, "label": label, "linewidth": 1.4, "where": "post"}
+            _step(axes[0, 0], _known(ttft_s(record)), None, style)
+            _step(axes[0, 1], record.itl_s, record.itl_weight, style)
+            _step(axes[0, 2], _known(tpot_s(record)), None, style)
+        for axis, name in zip(axes[0], ("TTFT", "ITL", "TPOT"), strict=True):
+            axis.set_xlabel(f"{name} (ms)")
+            axis.set_ylabel("share at or below")
+            axis.set_ylim(0, 1.02)
+        _scatter(axes[1, 0], found, PREFILL)
+        _scatter(axes[1, 1], found, DECODE)
+        _residency(axes[1, 2], found)
+        handles, labels = axes[0, 0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def _known(values: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    return values[~np.isnan(values)]
+
+
+def _step(
+    axis: Axes,
+    values: npt.NDArray[np.float64],
+    counts: npt.NDArray[np.int64] | None,
+    style: dict[str, Any],
+) -> None:
+    steps, fractions = cdf(values, counts)
+    axis.step(1e3 * steps, fractions, **style)
+
+
+def _scatter(axis: Axes, found: Validation, phase: str) -> None:
+    axis.set_xlabel(f"observed {phase} iteration (ms)")
+    axis.set_ylabel("predicted (ms)")
+    if found.points is None:
+        return
+    rows = found.points[found.points["phase"] == phase].dropna()
+    rows = rows[(rows["observed_s"] > 0) & (rows["predicted_s"] > 0)]
+    if rows.empty:
+        return
+    x, y = 1e3 * rows["observed_s"], 1e3 * rows["predicted_s"]
+    axis.scatter(x, y, s=6, alpha=0.3, color=OBSERVED, linewidths=0)
+    ends = [min(x.min(), y.min()), max(x.max(), y.max())]
+    axis.plot(ends, ends, color="#999999", linestyle=":", linewidth=1)
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+
+
+def _residency(axis: Axes, found: Validation) -> None:
+    sides = (("simulated", SIMULATED, -0.2), ("observed", OBSERVED, 0.2))
+    keys = sorted(
+        {
+            (phase, int(clock))
+            for side, _, _ in sides
+            for phase, shares in found.residency[side].items()
+            for clock in shares
+        }
+    )
+    for side, colour, offset in sides:
+        shares = [found.residency[side].get(p, {}).get(str(c), 0.0) for p, c in keys]
+        axis.bar(np.arange(len(keys)) + offset, shares, width=0.4, color=colour)
+    names = [f"{phase[0].upper()} {clock or 'unlocked'}" for phase, clock in keys]
+    axis.set_xticks(np.arange(len(keys)), names, rotation=60, ha="right", fontsize=7)
+    axis.set_xlabel("phase (P, D) and clock (MHz)")
+    axis.set_ylabel("share of busy time")
