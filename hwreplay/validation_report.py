@@ -67,7 +67,14 @@ def _percent(frac: float) -> str:
 
 def _iterations(validation: Validation) -> list[str]:
     return _table(
-        ("phase", "iterations", "error of the sum", "median error", "mean |error|", "p90 |error|"),
+        (
+            "phase",
+            "iterations",
+            "error of the sum",
+            "median error",
+            "mean absolute error",
+            "p90 absolute error",
+        ),
         (
             (
                 phase,
