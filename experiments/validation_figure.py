@@ -18,6 +18,8 @@ from sim.records import RunRecord
 
 SIMULATED: Final = COLOURS[1]
 OBSERVED: Final = COLOURS[2]
+WIDE: Final = 30.0
+"""Iteration times that differ by more than this are drawn on logarithmic axes."""
 
 
 def validation_figure(simulated: RunRecord, observed: RunRecord, found: Validation) -> Figure:
@@ -72,8 +74,9 @@ def _scatter(axis: Axes, found: Validation, phase: str) -> None:
     axis.scatter(x, y, s=6, alpha=0.3, color=OBSERVED, linewidths=0)
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
     axis.plot(ends, ends, color="#999999", linestyle=":", linewidth=1)
-    axis.set_xscale("log")
-    axis.set_yscale("log")
+    if ends[1] > WIDE * ends[0]:
+        axis.set_xscale("log")
+        axis.set_yscale("log")
 
 
 def _residency(axis: Axes, found: Validation) -> None:
