@@ -9,7 +9,9 @@ import typer
 
 from profiles.errors import VoltanaError
 
-VERBS = ("simulate", "sweep", "demo", "plot", "list", "profile_gpu", "actuator", "validate")
+VERBS = (
+    "simulate", "sweep", "demo", "plot", "experiment", "list", "profile_gpu", "actuator", "validate",
+)  # fmt: skip
 """In the order of `voltana --help`."""
 
 EXIT_FAILED = 1

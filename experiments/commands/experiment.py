@@ -1,0 +1,83 @@
+"""`voltana experiment`: the shipped questions, their runs, their figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from experiments.suite import Experiment
+
+experiment = typer.Typer(
+    name="experiment",
+    help="Run the shipped experiments: each asks one question, runs a grid and draws one figure.",
+    no_args_is_help=True,
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.add_typer(experiment)
+
+
+@experiment.command("list")
+def list_all() -> None:
+    """List every experiment with its question."""
+    from experiments.suite import list_experiments
+
+    for name, question in list_experiments().items():
+        typer.echo(f"{name}: {question}")
+
+
+@experiment.command("run")
+def run(
+    name: Annotated[str, typer.Argument(help="An experiment, a file ending in .toml, or all")],
+    out: Annotated[Path, typer.Option(help="Parent directory of the results")] = Path(
+        "results/experiments"
+    ),
+    quick: Annotated[bool, typer.Option("--quick", help="Smoke size: 10 s, few points")] = False,
+    jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+) -> None:
+    """Run an experiment and draw its figure: OUT/NAME/results.csv, NAME.png and NAME.svg.
+
+    Runs are kept by the hash of their configuration: what has been run is not run again, and the
+    figure is drawn anew each time. --quick writes to OUT/NAME-quick.
+    """
+    from experiments.suite import find_experiment, list_experiments, read_experiment
+
+    names = list(list_experiments()) if name == "all" else [name]
+    for each in names:
+        _run_one(read_experiment(find_experiment(each), quick=quick), out, quick=quick, jobs=jobs)
+
+
+def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) -> None:
+    from experiments.curves import draw_experiment
+    from experiments.plots import save
+    from experiments.suite import with_saving
+    from experiments.sweep import run_sweep
+
+    directory = out / (f"{chosen.name}-quick" if quick else chosen.name)
+    frame = with_saving(run_sweep(chosen.points, directory, jobs=jobs), chosen.figure)
+    typer.echo(f"{chosen.name}: {chosen.question}")
+    typer.echo(_table(chosen, frame))
+    paths = save(draw_experiment(chosen, frame), directory, chosen.name)
+    typer.echo(" ".join(map(str, [*paths, directory / "results.csv"])))
+
+
+def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
+    """One line a point: what the figure shows, as numbers."""
+    import pandas as pd
+
+    from experiments.curves import MEASURES
+    from experiments.suite import PANEL
+
+    spec = chosen.figure
+    keys = [*([PANEL] if frame[PANEL].any() else []), spec.x, spec.series]
+    columns = {MEASURES[r].label: MEASURES[r].of(frame) for r in spec.rows}
+    table = pd.concat([frame[keys], pd.DataFrame(columns)], axis=1)
+    means = table.groupby(keys, sort=False, as_index=False).mean()
+    return means.to_string(index=False, float_format=lambda v: f"{v:.4g}")

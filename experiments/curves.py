@@ -1,0 +1,134 @@
+"""The figure of an experiment: a column of axes a panel, a row a measure, a curve a series."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import matplotlib as mpl
+import numpy as np
+import numpy.typing as npt
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.suite import PANEL, Experiment, FigureSpec
+from profiles.errors import VoltanaError, nearest
+
+
+@dataclass(frozen=True, slots=True)
+class Measure:
+    """One quantity of the vertical axis."""
+
+    label: str
+    of: Callable[[pd.DataFrame], pd.Series[Any]]
+    is_percentage: bool = False
+
+
+MEASURES: Final = {
+    "energy": Measure("energy of the run (kJ)", lambda f: f["energy_j"] / 1e3),
+    "saving": Measure("energy saved (%)", lambda f: f["saving_pct"]),
+    "token_energy": Measure(
+        "energy per output token (J)", lambda f: f["energy_per_output_token_j"]
+    ),
+    "request_energy": Measure("energy per request (J)", lambda f: f["energy_per_request_j"]),
+    "ttft": Measure("TTFT attainment (% of requests)", lambda f: 100 * f["ttft_attainment"], True),
+    "itl": Measure("ITL attainment (% of token gaps)", lambda f: 100 * f["itl_attainment"], True),
+    "attainment": Measure("both kept (% of requests)", lambda f: 100 * f["attainment"], True),
+    "power": Measure("mean power (W)", lambda f: f["energy_j"] / f["makespan_s"]),
+    "clock_changes": Measure(
+        "clock changes per second", lambda f: f["clock_changes"] / f["makespan_s"]
+    ),
+}
+
+
+def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
+    """Draw an experiment's results.
+
+    Args:
+        experiment: Says what is on the axes.
+        frame: Tidy results with the column `panel`, see `experiments.suite.with_saving`.
+
+    Raises:
+        VoltanaError: The figure asks for a measure or column that does not exist.
+    """
+    spec = experiment.figure
+    measures = [_measure(name) for name in spec.rows]
+    for wanted in (spec.x, spec.series):
+        if wanted not in frame:
+            raise VoltanaError(f"[figure] names {wanted!r}{nearest(wanted, frame.columns)}")
+    panels = list(dict.fromkeys(frame[PANEL]))
+    styles = _styles(frame, spec)
+    with mpl.rc_context(STYLE):
+        size = (max(3.1 * len(panels), 4.2), 2.3 * len(measures) + 0.8)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(len(measures), len(panels), squeeze=False, sharex="col")
+        for column, panel in enumerate(panels):
+            part = frame[frame[PANEL] == panel]
+            for row, measure in enumerate(measures):
+                _draw(grid[row][column], part, spec, measure, styles)
+        _label(grid, spec, measures, panels)
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", frameon=False,
+            ncols=min(len(labels), 2 * len(panels) + 1),
+        )  # fmt: skip
+    return figure
+
+
+def _measure(name: str) -> Measure:
+    if name not in MEASURES:
+        raise VoltanaError(f"no measure {name!r} to draw{nearest(name, MEASURES)}")
+    return MEASURES[name]
+
+
+def _styles(frame: pd.DataFrame, spec: FigureSpec) -> dict[Any, dict[str, Any]]:
+    """Colour and marker of each series, the same in every panel."""
+    return {
+        name: {
+            "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
+            "markersize": 4, "linewidth": 1.3, "label": _text(name),
+            "linestyle": "-" if i < len(COLOURS) else "--",
+        }
+        for i, name in enumerate(dict.fromkeys(frame[spec.series]))
+    }  # fmt: skip
+
+
+def _text(value: object) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _draw(
+    axes: Axes, part: pd.DataFrame, spec: FigureSpec, measure: Measure, styles: dict[Any, Any]
+) -> None:
+    order = list(dict.fromkeys(part[spec.x]))
+    is_number = pd.api.types.is_numeric_dtype(part[spec.x])
+    for name, rows in part.assign(_y=measure.of(part)).groupby(spec.series, sort=False):
+        mean = rows.groupby(spec.x, sort=False)["_y"].agg(["mean", "min", "max"])
+        if is_number:
+            mean = mean.sort_index()
+            x: npt.NDArray[Any] = mean.index.to_numpy(dtype=float) * spec.x_scale
+        else:
+            x = np.array([order.index(v) for v in mean.index])
+        axes.plot(x, mean["mean"], **styles[name])
+        if (mean["max"] > mean["min"]).any():
+            axes.fill_between(x, mean["min"], mean["max"], color=styles[name]["color"], alpha=0.15)
+    if not is_number:
+        axes.set_xticks(range(len(order)), [_text(v) for v in order], rotation=20, ha="right")
+    if measure.is_percentage:
+        axes.set_ylim(-3, 103)
+
+
+def _label(
+    grid: npt.NDArray[Any], spec: FigureSpec, measures: list[Measure], panels: list[str]
+) -> None:
+    for row, measure in enumerate(measures):
+        grid[row, 0].set_ylabel(measure.label, fontsize=8)
+        if measure.label.startswith("energy of"):
+            for axes in grid[row]:
+                axes.set_ylim(bottom=0)
+    for column, panel in enumerate(panels):
+        grid[0, column].set_title(panel, fontsize=9)
+        grid[-1, column].set_xlabel(spec.x_label)

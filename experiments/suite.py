@@ -1,0 +1,187 @@
+"""Experiments: a sweep file that also says what it asks and what to draw.
+
+```toml
+question = "Does X save energy at the same promises?"
+[figure]
+x = "rate_rps"                 # column on the horizontal axis
+x_label = "request rate (requests/s)"
+x_scale = 1.0                  # optional: what the column is multiplied by (1e3: s to ms)
+series = "policy"              # column, or free axis, of the curves
+rows = ["energy", "ttft", "itl"]  # keys of experiments.curves.MEASURES
+baseline = "static-1410"       # optional: the series that `saving` is counted against
+[quick]                        # optional: keys or axes that --quick replaces
+duration_s = 15
+[base] … [grid] … [static_pairs] …   # as in a sweep file
+[[panel]]                      # optional: one column of axes each
+name = "Llama-3.1-8B, ShareGPT"
+profile = "a100-80g-sxm/llama-3.1-8b"
+rate_rps = [50, 70]            # a list is an axis of this panel
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from experiments.grid import Point, expand
+from profiles.errors import VoltanaError, nearest
+from sim.config import KEYS, read_toml
+
+CONFIGS: Final = Path(__file__).parent / "configs"
+QUICK_DURATION_S: Final = 10.0
+QUICK_POINTS: Final = 3
+"""Points of the horizontal axis that a smoke run keeps: the first, the middle, the last."""
+PANEL: Final = "panel"
+_SECTIONS: Final = ("question", "figure", "quick", "base", "grid", "static_pairs", "panel")
+_FIGURE: Final = ("x", "x_label", "x_scale", "series", "rows", "baseline")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FigureSpec:
+    """What the figure of an experiment shows."""
+
+    x: str
+    x_label: str
+    series: str
+    rows: tuple[str, ...]
+    x_scale: float = 1.0
+    baseline: str | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Experiment:
+    """A question, the runs that answer it and the figure that shows the answer."""
+
+    name: str
+    question: str
+    figure: FigureSpec
+    points: list[Point]
+
+
+def list_experiments() -> dict[str, str]:
+    """Every shipped experiment with its question."""
+    found = {p.stem: read_toml(p) for p in sorted(CONFIGS.glob("*.toml"))}
+    return {name: data["question"] for name, data in found.items() if "question" in data}
+
+
+def find_experiment(name: str) -> Path:
+    """The file of a shipped experiment, or a file given by its path.
+
+    Raises:
+        VoltanaError: There is none of that name; the nearest is suggested.
+    """
+    known = list_experiments()
+    if name in known:
+        return CONFIGS / f"{name}.toml"
+    if name.endswith(".toml"):
+        return Path(name)
+    raise VoltanaError(f"no experiment {name!r}{nearest(name, known)}")
+
+
+def read_experiment(path: Path, *, quick: bool = False) -> Experiment:
+    """Read an experiment file.
+
+    Args:
+        path: TOML file, see the module's text.
+        quick: Shrink it to a smoke size: runs of 10 s, three points of the horizontal axis, then
+            whatever the file's `[quick]` says.
+
+    Raises:
+        VoltanaError: An unknown section or key, or a value that no run accepts.
+    """
+    data, where = read_toml(path), str(path)
+    _check_sections(data, where)
+    question = data.get("question")
+    if not isinstance(question, str) or not question.strip():
+        raise VoltanaError(f"an experiment needs a question ({where})")
+    figure = _figure(data.get("figure"), where)
+    if quick:
+        data = _shrink(data, figure.x)
+    points = [p for panel in _panels(data) for p in _expand_panel(data, panel, where)]
+    return Experiment(name=path.stem, question=question.strip(), figure=figure, points=points)
+
+
+def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
+    """Add `saving_pct`: energy saved against the baseline series at the same x in the same panel.
+
+    Raises:
+        VoltanaError: The baseline is named but was not run.
+    """
+    if PANEL not in frame:
+        frame = frame.assign(**{PANEL: ""})
+    if figure.baseline is None:
+        return frame
+    base = frame[frame[figure.series].astype(str) == figure.baseline]
+    if base.empty:
+        raise VoltanaError(
+            f"no {figure.series} called {figure.baseline!r} to count savings against"
+        )
+    keys = [PANEL, figure.x]
+    reference = base.groupby(keys)["energy_j"].mean().rename("baseline_j")
+    joined = frame.join(reference, on=keys)
+    return joined.assign(saving_pct=100 * (1 - joined["energy_j"] / joined["baseline_j"]))
+
+
+def _check_sections(data: Mapping[str, Any], where: str) -> None:
+    for section in data:
+        if section not in _SECTIONS:
+            raise VoltanaError(
+                f"unknown section [{section}] ({where}){nearest(section, _SECTIONS)}"
+            )
+
+
+def _figure(section: object, where: str) -> FigureSpec:
+    if not isinstance(section, dict) or not {"x", "x_label", "series", "rows"} <= set(section):
+        raise VoltanaError(f"[figure] needs x, x_label, series and rows ({where})")
+    for key in section:
+        if key not in _FIGURE:
+            raise VoltanaError(f"unknown key {key!r} in [figure] ({where}){nearest(key, _FIGURE)}")
+    return FigureSpec(**(section | {"rows": tuple(section["rows"])}))
+
+
+def _panels(data: Mapping[str, Any]) -> list[dict[str, Any]]:
+    return data.get("panel") or [{"name": ""}]
+
+
+def _expand_panel(data: Mapping[str, Any], panel: Mapping[str, Any], where: str) -> list[Point]:
+    """The points of one panel: its lists are axes that come before those of all panels."""
+    if not isinstance(panel.get("name"), str):
+        raise VoltanaError(f"a [[panel]] needs a name ({where})")
+    own = {key: value for key, value in panel.items() if key != "name"}
+    for key in own:
+        if key not in KEYS:
+            raise VoltanaError(f"unknown key {key!r} in [[panel]] ({where}){nearest(key, KEYS)}")
+    axes = {key: value for key, value in own.items() if isinstance(value, list)}
+    fixed = {key: value for key, value in own.items() if not isinstance(value, list)}
+    sweep = {
+        "base": {**data.get("base", {}), **fixed},
+        "grid": {**axes, **data.get("grid", {})},
+    }
+    if "static_pairs" in data:
+        sweep["static_pairs"] = data["static_pairs"]
+    return [
+        Point(labels={PANEL: panel["name"], **point.labels}, config=point.config)
+        for point in expand(sweep, where)
+    ]
+
+
+def _shrink(data: Mapping[str, Any], x: str) -> dict[str, Any]:
+    """A smoke size: short runs, few points of the horizontal axis, then the file's own wishes."""
+    wishes = data.get("quick", {})
+    base = {**data.get("base", {}), "duration_s": QUICK_DURATION_S}
+    grid = {k: _thin(v) if k == x else v for k, v in data.get("grid", {}).items()}
+    for key, value in wishes.items():
+        (grid if isinstance(value, list) else base)[key] = value
+    panels = [{k: _thin(v) if k == x else v for k, v in panel.items()} for panel in _panels(data)]
+    return {**data, "base": base, "grid": grid, "panel": panels}
+
+
+def _thin(values: list[Any]) -> list[Any]:
+    if len(values) <= QUICK_POINTS:
+        return values
+    return [values[0], values[len(values) // 2], values[-1]]
