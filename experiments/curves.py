@@ -73,9 +73,15 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
         handles, labels = grid[0, 0].get_legend_handles_labels()
         figure.legend(
             handles, labels, loc="outside lower center", frameon=False,
-            ncols=min(len(labels), 2 * len(panels) + 1),
+            ncols=_legend_columns(labels, size[0]),
         )  # fmt: skip
     return figure
+
+
+def _legend_columns(labels: list[str], width_in: float) -> int:
+    """As many columns as fit at about 0.075 inch a character."""
+    longest_in = 0.6 + 0.075 * max(len(label) for label in labels)
+    return max(1, min(len(labels), int(width_in / longest_in)))
 
 
 def _measure(name: str) -> Measure:
