@@ -1,0 +1,176 @@
+"""Reads a request's body: what the router must know of it, everything else passed through.
+
+Three shapes: SGLang's /generate, OpenAI's /v1/completions and /v1/chat/completions. Whatever is
+no such request ends as a `BadRequestError` with one clear line, here and not in an engine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import msgspec
+
+from profiles.errors import VoltanaError
+
+GENERATE: Final = "/generate"
+COMPLETIONS: Final = "/v1/completions"
+CHAT: Final = "/v1/chat/completions"
+PATHS: Final = (GENERATE, COMPLETIONS, CHAT)
+
+CHARACTERS_PER_TOKEN: Final = 4.0
+"""How a prompt that comes as text is counted: the router has no tokenizer."""
+DEFAULT_NEW_TOKENS: Final = {GENERATE: 128, COMPLETIONS: 16, CHAT: 128}
+MAX_TOKEN_ID: Final = 2**31 - 1
+
+
+class BadRequestError(VoltanaError):
+    """A body that is no request; the message goes to the client."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Body:
+    """One checked request."""
+
+    path: str
+    fields: dict[str, msgspec.Raw]
+    input_tokens: int
+    """Exact for token ids; estimated from the characters of a text."""
+    max_new_tokens: int
+    is_exact: bool
+    """It will make exactly that many: `ignore_eos`."""
+    is_stream: bool
+
+    def encode(self, bootstrap_host: str, bootstrap_port: int, room: int) -> bytes:
+        """The body for both servers of a pair; a client's own bootstrap fields are overwritten."""
+        bootstrap = {
+            "bootstrap_host": bootstrap_host,
+            "bootstrap_port": bootstrap_port,
+            "bootstrap_room": room,
+        }
+        return _encoder.encode({**self.fields, **bootstrap})
+
+
+_encoder: Final = msgspec.json.Encoder()
+_object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
+_ids: Final = msgspec.json.Decoder(list[int])
+_prompt: Final = msgspec.json.Decoder(str | list[str | int | list[int]])
+_text: Final = msgspec.json.Decoder(str)
+_flag: Final = msgspec.json.Decoder(bool | None)
+_count: Final = msgspec.json.Decoder(int | None)
+_params: Final = msgspec.json.Decoder(dict[str, Any] | None)
+_messages: Final = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
+
+
+def parse_body(path: str, data: bytes) -> Body:
+    """Check a body.
+
+    Raises:
+        BadRequestError: Malformed JSON, a missing field, a wrong type or a value out of range.
+    """
+    try:
+        fields = _object.decode(data)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequestError(f"the body must be a JSON object: {error}") from None
+    stream = _read(fields, "stream", _flag, default=False)
+    if path == GENERATE:
+        tokens, new_tokens, is_exact = _generate(fields)
+    else:
+        tokens, new_tokens, is_exact = _openai(path, fields)
+    if new_tokens < 1:
+        raise BadRequestError(f"the number of new tokens must be >= 1, got {new_tokens}")
+    return Body(
+        path=path,
+        fields=fields,
+        input_tokens=tokens,
+        max_new_tokens=new_tokens,
+        is_exact=is_exact,
+        is_stream=bool(stream),
+    )
+
+
+def _generate(fields: dict[str, msgspec.Raw]) -> tuple[int, int, bool]:
+    if ("text" in fields) == ("input_ids" in fields):
+        raise BadRequestError("a request must have either text or input_ids")
+    if "text" in fields:
+        tokens = _count_text(_read(fields, "text", _text))
+    else:
+        tokens = _count_ids(_read(fields, "input_ids", _ids))
+    params = _read(fields, "sampling_params", _params, default=None) or {}
+    new_tokens = params.get("max_new_tokens")
+    if new_tokens is None:
+        new_tokens = DEFAULT_NEW_TOKENS[GENERATE]
+    if type(new_tokens) is not int:
+        raise BadRequestError(f"max_new_tokens must be a whole number, got {new_tokens!r}")
+    if params.get("n", 1) != 1:
+        raise BadRequestError("n must be 1: send one request for each answer")
+    return tokens, new_tokens, params.get("ignore_eos") is True
+
+
+def _openai(path: str, fields: dict[str, msgspec.Raw]) -> tuple[int, int, bool]:
+    if _read(fields, "n", _count, default=1) not in (None, 1):
+        raise BadRequestError("n must be 1: send one request for each answer")
+    tokens = _count_messages(fields) if path == CHAT else _count_prompt(fields)
+    new_tokens = _read(fields, "max_tokens", _count, default=None)
+    if path == CHAT and new_tokens is None:
+        new_tokens = _read(fields, "max_completion_tokens", _count, default=None)
+    is_exact = bool(_read(fields, "ignore_eos", _flag, default=False))
+    return tokens, DEFAULT_NEW_TOKENS[path] if new_tokens is None else new_tokens, is_exact
+
+
+def _count_prompt(fields: dict[str, msgspec.Raw]) -> int:
+    if "prompt" not in fields:
+        raise BadRequestError("a request must have a prompt")
+    prompt = _read(fields, "prompt", _prompt)
+    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
+        prompt = prompt[0]
+    if isinstance(prompt, str):
+        return _count_text(prompt)
+    if not all(isinstance(token, int) for token in prompt):
+        raise BadRequestError("a request must have one prompt: send several as several requests")
+    return _count_ids([token for token in prompt if isinstance(token, int)])
+
+
+def _count_messages(fields: dict[str, msgspec.Raw]) -> int:
+    if "messages" not in fields:
+        raise BadRequestError("a request must have messages")
+    messages = _read(fields, "messages", _messages)
+    if not messages:
+        raise BadRequestError("messages must not be empty")
+    if any("role" not in message for message in messages):
+        raise BadRequestError("every message must have a role")
+    characters = sum(len(bytes(m["content"])) for m in messages if "content" in m)
+    return max(round(characters / CHARACTERS_PER_TOKEN), 1)
+
+
+def _count_text(text: str) -> int:
+    if not text:
+        raise BadRequestError("the prompt must not be empty")
+    return max(round(len(text) / CHARACTERS_PER_TOKEN), 1)
+
+
+def _count_ids(ids: list[int]) -> int:
+    if not ids:
+        raise BadRequestError("the prompt must not be empty")
+    if min(ids) < 0 or max(ids) > MAX_TOKEN_ID:
+        raise BadRequestError(f"token ids must be in 0..{MAX_TOKEN_ID}")
+    return len(ids)
+
+
+_REQUIRED: Final = object()
+
+
+def _read(
+    fields: dict[str, msgspec.Raw],
+    name: str,
+    decoder: msgspec.json.Decoder[Any],
+    default: object = _REQUIRED,
+) -> Any:  # noqa: ANN401 (whatever the decoder gives)
+    raw = fields.get(name)
+    if raw is None:
+        assert default is not _REQUIRED
+        return default
+    try:
+        return decoder.decode(raw)
+    except (msgspec.DecodeError, RecursionError) as error:
+        raise BadRequestError(f"{name}: {error}") from None

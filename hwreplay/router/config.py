@@ -1,0 +1,190 @@
+"""What a router is told: its workers, its limits, its policy's configuration."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import urlsplit
+
+from profiles.errors import VoltanaError, nearest
+from sim.config import SimConfig, make_config, read_toml
+from sim.policies.base import DECODE, PREFILL, Phase
+
+LOOPBACK: Final = "127.0.0.1"
+BOOTSTRAP_PORT: Final = 8998
+"""SGLang's default."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class WorkerConfig:
+    """One engine server."""
+
+    phase: Phase
+    instance_id: int
+    url: str
+    """Base URL, e.g. http://127.0.0.1:30000."""
+    bootstrap_host: str | None = None
+    """Prefill: where decode servers reach it for the KV; none = the URL's host."""
+    bootstrap_port: int = BOOTSTRAP_PORT
+    metrics: str | None = None
+    """Address of its forward-pass metrics, e.g. ipc:///tmp/decode-0.0; none = not published."""
+
+    def __post_init__(self) -> None:
+        parts = urlsplit(self.url)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise VoltanaError(
+                f"a worker's url must be http://HOST:PORT, got {self.url!r} "
+                f"({self.phase} {self.instance_id})"
+            )
+        if not 0 < self.bootstrap_port < 65536:
+            raise VoltanaError(
+                f"bootstrap_port must be in 1..65535, got {self.bootstrap_port} ({self.url})"
+            )
+
+    @property
+    def name(self) -> str:
+        """E.g. decode-0."""
+        return f"{self.phase}-{self.instance_id}"
+
+    @property
+    def reachable_host(self) -> str:
+        """Host for the KV bootstrap."""
+        return self.bootstrap_host or urlsplit(self.url).hostname or LOOPBACK
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RouterConfig:
+    """One router. `sim` names the policy and all that the policy may know."""
+
+    workers: tuple[WorkerConfig, ...]
+    sim: SimConfig
+    host: str = LOOPBACK
+    port: int = 8000
+    """0 takes a free one."""
+    token: str | None = field(default=None, repr=False)
+    """Bearer token that every request but /health must carry; none = open."""
+    events: str | None = None
+    """ZMQ address to publish arrivals on, for agents."""
+    reports: str | None = None
+    """ZMQ address to take the agents' reports (clock, energy, decisions) on."""
+    start_ns: int | None = None
+    """Start of the run's clock (CLOCK_MONOTONIC); none = the router's own start."""
+    max_open: int = 4096
+    """Requests in flight; more wait."""
+    max_queued: int = 1024
+    """Requests that wait for a place; more are answered 429."""
+    max_body_bytes: int = 16 * 2**20
+    max_attempts: int = 3
+    """Pairs that a request which has not started may be tried on."""
+    connect_s: float = 2.0
+    first_token_s: float = 600.0
+    """Longest wait for a first token."""
+    client_stall_s: float = 60.0
+    """A client that takes nothing for so long is dropped."""
+    health_period_s: float = 1.0
+    health_timeout_s: float = 3.0
+    health_path: str = "/v1/loads?include=core"
+    """Cheap and without a side effect; SGLang's /health generates a token on an idle server."""
+    stale_s: float = 10.0
+    """A busy server whose metrics are silent for so long is taken out."""
+
+    def __post_init__(self) -> None:
+        for name in _POSITIVE:
+            value = getattr(self, name)
+            if not (value > 0 and math.isfinite(value)):
+                raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
+        if self.max_queued < 0:
+            raise VoltanaError(f"max_queued must be >= 0, got {self.max_queued}")
+        if not 0 <= self.port < 65536:
+            raise VoltanaError(f"port must be in 0..65535, got {self.port}")
+        for phase in (PREFILL, DECODE):
+            ids = [w.instance_id for w in self.of(phase)]
+            if ids != list(range(len(ids))) or not ids:
+                raise VoltanaError(f"{phase} workers must be numbered from 0, got {ids}")
+
+    def of(self, phase: Phase) -> list[WorkerConfig]:
+        """The workers of one phase, in order."""
+        return [w for w in self.workers if w.phase == phase]
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+
+_POSITIVE: Final = (
+    "max_open", "max_body_bytes", "max_attempts", "connect_s", "first_token_s", "client_stall_s",
+    "health_period_s", "health_timeout_s", "stale_s",
+)  # fmt: skip
+_LIMITS: Final = {f.name for f in fields(RouterConfig)} - {"workers", "sim", "token"}
+
+
+def read_workers(fleet: Mapping[str, Any], where: str) -> tuple[WorkerConfig, ...]:
+    """The workers of a `[fleet]` table: lists `prefill` and `decode` of URLs or tables.
+
+    Example:
+        >>> found = read_workers({"prefill": ["http://h:1"], "decode": [{"url": "http://h:2"}]}, "")
+        >>> [(w.name, w.url) for w in found]
+        [('prefill-0', 'http://h:1'), ('decode-0', 'http://h:2')]
+    """
+    workers: list[WorkerConfig] = []
+    phases: tuple[Phase, Phase] = (PREFILL, DECODE)
+    for phase in phases:
+        entries = fleet.get(phase, [])
+        if not isinstance(entries, list) or not entries:
+            raise VoltanaError(f"[fleet] {phase} must be a list of URLs, got {entries!r} ({where})")
+        for instance_id, entry in enumerate(entries):
+            values = {"url": entry} if isinstance(entry, str) else entry
+            workers.append(_worker(phase, instance_id, values, where))
+    return tuple(workers)
+
+
+def _worker(phase: Phase, instance_id: int, values: object, where: str) -> WorkerConfig:
+    types = {"url": str, "bootstrap_host": str, "bootstrap_port": int, "metrics": str}
+    if not isinstance(values, dict) or "url" not in values:
+        raise VoltanaError(f"a worker must be a URL or a table with url, got {values!r} ({where})")
+    for key, value in values.items():
+        if key not in types:
+            raise VoltanaError(f"unknown key {key!r} of a worker ({where}){nearest(key, types)}")
+        if not isinstance(value, types[key]) or isinstance(value, bool):
+            raise VoltanaError(f"{key} must be {types[key].__name__}, got {value!r} ({where})")
+    return WorkerConfig(phase=phase, instance_id=instance_id, **values)
+
+
+def read_limits(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """The keys of a `[router]` table, checked by name and type."""
+    types = {f.name: str(f.type) for f in fields(RouterConfig)}
+    for key, value in table.items():
+        if key not in _LIMITS:
+            raise VoltanaError(f"unknown key {key!r} of [router] ({where}){nearest(key, _LIMITS)}")
+        kind = types[key].split(" |")[0]
+        good = {"int": (int,), "float": (int, float), "str": (str,)}[kind]
+        if not isinstance(value, good) or isinstance(value, bool):
+            raise VoltanaError(f"{key} must be {kind}, got {value!r} ({where})")
+    return dict(table)
+
+
+def read_router_config(path: Path, *, token: str | None = None) -> RouterConfig:
+    """Read `[simulate]`, `[fleet]` and `[router]` of a TOML file.
+
+    Raises:
+        VoltanaError: The file cannot be read, or a key or value is wrong.
+    """
+    data = read_toml(path)
+    workers = read_workers(data.get("fleet", {}), str(path))
+    keys = dict(data.get("simulate", {}))
+    keys["num_prefill"] = sum(w.phase == PREFILL for w in workers)
+    keys["num_decode"] = len(workers) - keys["num_prefill"]
+    return RouterConfig(
+        workers=workers,
+        sim=make_config(keys, where=str(path)),
+        token=token,
+        **read_limits(data.get("router", {}), str(path)),
+    )

@@ -1,0 +1,293 @@
+"""The router's view of its fleet: which servers answer, what they have to do, whom to choose."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from typing import Final
+
+import aiohttp
+
+from hwreplay.clock import RunClock
+from hwreplay.context import PolicySource
+from hwreplay.events import SNAPSHOT_S, Event, EventPublisher, Kind
+from hwreplay.metrics_feed import MetricsError, MetricsFeed
+from hwreplay.reports import ReportFeed
+from hwreplay.router.body import Body
+from hwreplay.router.config import RouterConfig, WorkerConfig
+from hwreplay.router.prometheus import RouterMetrics
+from hwreplay.tracker import InstanceTracker
+from profiles.errors import VoltanaError
+from sim.policies.base import DECODE, PREFILL, Phase, RequestView
+
+LOG: Final = logging.getLogger("voltana.router")
+FAILURES_TO_LEAVE: Final = 2
+"""Failed checks in a row that take a server out; a broken connection does so at once."""
+SUCCESSES_TO_RETURN: Final = 2
+
+
+class NoWorkerError(VoltanaError):
+    """No healthy pair to send a request to."""
+
+
+class Attempt:
+    """One request on one pair: a task that the loss of a server ends."""
+
+    __slots__ = ("loss", "task")
+
+    def __init__(self, task: asyncio.Task[None]) -> None:
+        self.task = task
+        self.loss: str | None = None
+
+    def lose(self, reason: str) -> None:
+        """Its server is gone."""
+        if self.loss is None and not self.task.done():
+            self.loss = reason
+            self.task.cancel()
+
+
+class Worker:
+    """One server and what runs on it."""
+
+    def __init__(self, config: WorkerConfig, tracker: InstanceTracker) -> None:
+        self.config = config
+        self.tracker = tracker
+        self.attempts: set[Attempt] = set()
+        self.is_healthy = True
+        self.failures = 0
+        self.successes = 0
+
+    @property
+    def name(self) -> str:
+        return self.config.name
+
+
+class RouterFleet:
+    """Chooses pairs and keeps every instance's state true."""
+
+    def __init__(
+        self, config: RouterConfig, source: PolicySource, metrics: RouterMetrics, clock: RunClock
+    ) -> None:
+        """Make the policy and the trackers; `start` opens the sockets."""
+        self._config = config
+        self._clock = clock
+        self._metrics = metrics
+        self._router = source.make_router()
+        self.workers: dict[Phase, list[Worker]] = {
+            phase: [Worker(w, source.make_tracker(phase, w.instance_id)) for w in config.of(phase)]
+            for phase in (PREFILL, DECODE)
+        }
+        source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
+        source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
+        self._publisher = EventPublisher(config.events) if config.events else None
+        self._tasks: list[asyncio.Task[None]] = []
+        self._next_id = 0
+        for worker in self.all_workers():
+            self._show_health(worker)
+
+    def all_workers(self) -> Iterable[Worker]:
+        """Prefill first."""
+        return (*self.workers[PREFILL], *self.workers[DECODE])
+
+    def start(self, session: aiohttp.ClientSession) -> None:
+        """Begin to watch the servers."""
+        jobs = [self._check_health(w, session) for w in self.all_workers()]
+        jobs += [self._follow(w) for w in self.all_workers() if w.config.metrics]
+        if self._publisher is not None:
+            jobs.append(self._repeat_open())
+        if self._config.reports is not None:
+            jobs.append(self._take_reports(ReportFeed(self._config.reports)))
+        self._tasks = [asyncio.create_task(job) for job in jobs]
+
+    async def stop(self) -> None:
+        """End every watch."""
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def new_id(self) -> int:
+        """A number for a request that names none."""
+        self._next_id += 1
+        return self._next_id - 1
+
+    def choose(
+        self, request_id: int, arrival_s: float, body: Body, excluded: set[Worker]
+    ) -> tuple[Worker, Worker]:
+        """Ask the policy for a pair and book the request there.
+
+        Raises:
+            NoWorkerError: A phase has no healthy server left to try.
+        """
+        prefill = self._candidates(PREFILL, excluded)
+        decode = self._candidates(DECODE, excluded)
+        now_s = self._clock.now_s()
+        oracle = body.max_new_tokens if self._config.sim.length_oracle and body.is_exact else None
+        view = RequestView(request_id, arrival_s, body.input_tokens, oracle)
+        first, second = self._router.route(
+            view,
+            [w.tracker.observe(now_s) for w in prefill],
+            [w.tracker.observe(now_s) for w in decode],
+        )
+        pair = prefill[first], decode[second]
+        for worker in pair:
+            worker.tracker.on_assigned(request_id, arrival_s, body.input_tokens, oracle)
+            self._publish("assigned", worker, request_id, arrival_s, body.input_tokens, oracle)
+        return pair
+
+    def prefilled(self, pair: tuple[Worker, Worker], request_id: int) -> None:
+        """The prefill server has answered."""
+        now_s = self._clock.now_s()
+        for worker in pair:
+            worker.tracker.on_prefilled(request_id)
+            self._publish("prefilled", worker, request_id, now_s)
+
+    def first_token(self, worker: Worker, request_id: int, at_s: float) -> None:
+        """The decode server's stream has begun."""
+        worker.tracker.on_first_token(request_id, at_s)
+        self._publish("first_token", worker, request_id, at_s)
+
+    def release(self, pair: tuple[Worker, Worker], request_id: int) -> None:
+        """The request has left its pair, however it ended."""
+        now_s = self._clock.now_s()
+        for worker in pair:
+            if request_id in worker.tracker:
+                worker.tracker.on_finished(request_id)
+                self._publish("finished", worker, request_id, now_s)
+
+    def take_out(self, worker: Worker, reason: str) -> None:
+        """A server does not answer: no more requests for it, and those on it are lost."""
+        worker.successes = 0
+        if worker.is_healthy:
+            worker.is_healthy = False
+            LOG.warning("%s is out: %s", worker.name, reason)
+            self._show_health(worker)
+        for attempt in list(worker.attempts):
+            attempt.lose(reason)
+
+    def _bring_back(self, worker: Worker) -> None:
+        worker.is_healthy = True
+        LOG.warning("%s is back", worker.name)
+        self._show_health(worker)
+
+    def _show_health(self, worker: Worker) -> None:
+        worker.tracker.on_health(is_healthy=worker.is_healthy)
+        self._metrics.healthy.labels(*self._labels(worker)).set(worker.is_healthy)
+
+    def refresh_gauges(self) -> None:
+        """Copy the states to /metrics."""
+        for worker in self.all_workers():
+            labels, state = self._labels(worker), worker.tracker.state
+            self._metrics.open.labels(*labels).set(state.open_requests)
+            self._metrics.kv_tokens.labels(*labels).set(state.kv_tokens)
+            self._metrics.clock_mhz.labels(*labels).set(state.clock_mhz)
+            self._metrics.energy_j.labels(*labels).set(state.energy_j)
+
+    def _candidates(self, phase: Phase, excluded: set[Worker]) -> list[Worker]:
+        found = [w for w in self.workers[phase] if w.is_healthy and w not in excluded]
+        if not found:
+            out = [w.name for w in self.workers[phase] if not w.is_healthy]
+            tried = [w.name for w in self.workers[phase] if w in excluded]
+            raise NoWorkerError(
+                f"no {phase} server to send it to: out are {out or 'none'}, tried {tried or 'none'}"
+            )
+        return found
+
+    def _publish(
+        self,
+        kind: Kind,
+        worker: Worker,
+        request_id: int,
+        at_s: float,
+        input_tokens: int = 0,
+        output_tokens: int | None = None,
+    ) -> None:
+        if self._publisher is not None:
+            phase, instance_id = worker.config.phase, worker.config.instance_id
+            self._publisher.publish(
+                Event(kind, phase, instance_id, at_s, request_id, input_tokens, output_tokens)
+            )
+
+    @staticmethod
+    def _labels(worker: Worker) -> tuple[str, str]:
+        return worker.config.phase, str(worker.config.instance_id)
+
+    async def _check_health(self, worker: Worker, session: aiohttp.ClientSession) -> None:
+        config = self._config
+        url = worker.config.url.rstrip("/") + config.health_path
+        timeout = aiohttp.ClientTimeout(total=config.health_timeout_s)
+        while True:
+            problem = await _ask_health(session, url, timeout) or self._silence(worker)
+            if problem is None:
+                worker.failures = 0
+                worker.successes += 1
+                if not worker.is_healthy and worker.successes >= SUCCESSES_TO_RETURN:
+                    self._bring_back(worker)
+            else:
+                worker.failures += 1
+                worker.successes = 0
+                if worker.failures >= FAILURES_TO_LEAVE:
+                    self.take_out(worker, problem)
+            await asyncio.sleep(config.health_period_s)
+
+    def _silence(self, worker: Worker) -> str | None:
+        """A server with work that reports no iteration is stuck, though its HTTP part answers."""
+        last = worker.tracker.last_record
+        if last is None or not worker.tracker.has_feed or not worker.tracker.state.open_requests:
+            return None
+        silent_s = self._clock.now_s() - last.received_s
+        if silent_s <= self._config.stale_s:
+            return None
+        return f"busy, and no iteration for {silent_s:.0f} s"
+
+    async def _follow(self, worker: Worker) -> None:
+        assert worker.config.metrics is not None
+        async with MetricsFeed(worker.config.metrics, self._clock) as feed:
+            while True:
+                try:
+                    worker.tracker.on_iteration(await feed.receive())
+                except MetricsError as error:
+                    LOG.warning("%s: %s", worker.name, error)
+
+    async def _repeat_open(self) -> None:
+        assert self._publisher is not None
+        while True:
+            await asyncio.sleep(SNAPSHOT_S)
+            now_s = self._clock.now_s()
+            for worker in self.all_workers():
+                config = worker.config
+                ids = tuple(worker.tracker.open_ids())
+                self._publisher.publish(
+                    Event("open", config.phase, config.instance_id, now_s, open_ids=ids)
+                )
+
+    async def _take_reports(self, feed: ReportFeed) -> None:
+        try:
+            while True:
+                with suppress(VoltanaError):  # a stray message is no reason to stop
+                    report = await feed.receive()
+                    if 0 <= report.instance_id < len(self.workers[report.phase]):
+                        worker = self.workers[report.phase][report.instance_id]
+                        worker.tracker.on_clock(report.clock_mhz)
+                        if report.energy_j is not None:
+                            worker.tracker.on_energy(report.energy_j)
+                        self._metrics.decisions.labels(*self._labels(worker)).set(report.decisions)
+        finally:
+            feed.close()
+
+
+async def _ask_health(
+    session: aiohttp.ClientSession, url: str, timeout: aiohttp.ClientTimeout
+) -> str | None:
+    """What is wrong with a server; None if it answers."""
+    try:
+        async with session.get(url, timeout=timeout) as answer:
+            await answer.read()
+            return None if answer.status < 500 else f"its health check answers {answer.status}"
+    except TimeoutError:
+        return f"its health check takes more than {timeout.total:g} s"
+    except aiohttp.ClientError as error:
+        return f"{type(error).__name__}: {error}"

@@ -1,0 +1,80 @@
+"""What the router shows at /metrics."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    Histogram,
+    generate_latest,
+)
+
+COMPLETED: Final = "completed"
+FAILED: Final = "failed"
+CANCELLED: Final = "cancelled"
+REJECTED: Final = "rejected"
+OUTCOMES: Final = (COMPLETED, FAILED, CANCELLED, REJECTED)
+
+_TTFT_S: Final = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0, 5.0, 10.0, 30.0)
+_ITL_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.045, 0.06, 0.08, 0.12, 0.25, 1.0)
+_ADDED_S: Final = (0.0001, 0.0002, 0.0005, 0.001, 0.002, 0.005, 0.01, 0.05)
+_INSTANCE: Final = ("phase", "instance")
+
+
+class RouterMetrics:
+    """The router's own registry: nothing global, so that several can live in one process."""
+
+    def __init__(self) -> None:
+        registry = CollectorRegistry()
+        self._registry = registry
+        self.requests = Counter(
+            "voltana_requests", "Requests by how they ended", ["outcome"], registry=registry
+        )
+        for outcome in OUTCOMES:
+            self.requests.labels(outcome)
+        self.failures = Counter(
+            "voltana_failures", "Failed requests by reason", ["reason"], registry=registry
+        )
+        self.retries = Counter(
+            "voltana_retries", "Attempts on another pair, nothing having started", registry=registry
+        )
+        self.in_flight = Gauge("voltana_in_flight", "Requests being served", registry=registry)
+        self.queued = Gauge("voltana_queued", "Requests waiting for a place", registry=registry)
+        self.ttft_s = Histogram(
+            "voltana_ttft_seconds", "Request to first token", buckets=_TTFT_S, registry=registry
+        )
+        self.itl_s = Histogram(
+            "voltana_itl_seconds", "Between two pieces of a stream", buckets=_ITL_S,
+            registry=registry,
+        )  # fmt: skip
+        self.routing_s = Histogram(
+            "voltana_routing_seconds", "Request's arrival to both servers' being asked",
+            buckets=_ADDED_S, registry=registry,
+        )  # fmt: skip
+        self.healthy = Gauge(
+            "voltana_healthy", "1 while the instance answers", _INSTANCE, registry=registry
+        )
+        self.open = Gauge(
+            "voltana_open_requests", "Requests assigned and not ended", _INSTANCE, registry=registry
+        )
+        self.kv_tokens = Gauge(
+            "voltana_kv_tokens", "KV-cache tokens in use", _INSTANCE, registry=registry
+        )
+        self.clock_mhz = Gauge(
+            "voltana_clock_mhz", "Clock lock in force, 0 is unlocked", _INSTANCE, registry=registry
+        )
+        self.energy_j = Gauge(
+            "voltana_energy_joules", "Energy since the start of the run", _INSTANCE,
+            registry=registry,
+        )  # fmt: skip
+        self.decisions = Gauge(
+            "voltana_decisions", "Decisions of the instance's controller", _INSTANCE,
+            registry=registry,
+        )  # fmt: skip
+
+    def text(self) -> bytes:
+        """The exposition format."""
+        return generate_latest(self._registry)
