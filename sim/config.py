@@ -78,6 +78,11 @@ class SimConfig:
     )
     extrapolate: bool = _key(False, "allow iteration times outside the profiled grid")
     length_oracle: bool = _key(False, "let policies see true output lengths")
+    metrics: Literal["exact", "sketch"] = _key(
+        "exact",
+        "exact keeps every request; sketch keeps counts, and quantiles within 0.2 %, in bounded"
+        " memory",
+    )
     run_limit_s: float | None = _key(None, "stop the run at this time, requests in flight or not")
     timeline_interval_s: float | None = _key(
         None, "sample queue, batch, clock and power this often"
@@ -129,6 +134,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = ("seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens")
 _CHOICES = {
+    "metrics": ("exact", "sketch"),
     "engine": ("coalesced", "reference"),
     "predictor": ("ecopred", "table"),
     "first_token": ("decode", "prefill"),

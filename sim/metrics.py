@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from sim.records import COMPLETED, FAILED, IN_FLIGHT, REJECTED, FloatArray, IntArray, RunRecord
+from sim.sketches import RunSketch
 
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 
@@ -82,37 +83,24 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     Attainment counts every request: one that was rejected, failed or never finished has broken
     its promise. An ITL attainment exists only if at least one gap does; without any it is 1.
     """
-    requests = record.requests
-    status = requests.status
-    done = status == COMPLETED
-    num_requests = len(requests)
-    num_attained = int(attained(record).sum())
-    tokens_out = int(requests.output_tokens[done].sum())
+    counts, samples = _sampled(record) if record.sketch is None else _sketched(record.sketch)
+    total, tokens_out = counts["requests_total"], counts.pop("output_tokens")
     energy = _energy(record)
-    with np.errstate(invalid="ignore"):
-        ttft_ok = int((ttft_s(record) <= record.slo_ttft_s).sum())
-    gaps = int(record.itl_weight.sum())
-    gaps_ok = int(record.itl_weight[record.itl_s <= record.slo_itl_s].sum())
-    first = ttft_s(record)
+    attained_count, gaps = counts.pop("both_kept"), counts.pop("gaps")
+    ttft_kept, gaps_kept = counts.pop("ttft_kept"), counts.pop("gaps_kept")
+    done = counts["requests_completed"]
     return {
-        "requests_total": num_requests,
-        "requests_completed": int(done.sum()),
-        "requests_rejected": int((status == REJECTED).sum()),
-        "requests_failed": int((status >= FAILED).sum()),
-        "requests_in_flight": int((status == IN_FLIGHT).sum()),
+        **counts,
         "makespan_s": record.makespan_s,
         **energy,
-        "ttft_s": describe(first[~np.isnan(first)]),
-        "itl_s": describe(record.itl_s, record.itl_weight),
-        "tpot_s": describe(tpot_s(record)[done & (requests.output_tokens > 1)]),
-        "e2e_s": describe((requests.finish_s - requests.arrival_s)[done]),
-        "ttft_attainment": ttft_ok / num_requests,
-        "itl_attainment": gaps_ok / gaps if gaps else 1.0,
-        "attainment": num_attained / num_requests,
-        "goodput_rps": _ratio(num_attained, record.makespan_s),
-        "goodput_per_j": _ratio(num_attained, energy["energy_j"]),
+        **samples,
+        "ttft_attainment": ttft_kept / total,
+        "itl_attainment": gaps_kept / gaps if gaps else 1.0,
+        "attainment": attained_count / total,
+        "goodput_rps": _ratio(attained_count, record.makespan_s),
+        "goodput_per_j": _ratio(attained_count, energy["energy_j"]),
         "throughput_tokens_per_s": _ratio(tokens_out, record.makespan_s),
-        "energy_per_request_j": _ratio(energy["energy_j"], int(done.sum())),
+        "energy_per_request_j": _ratio(energy["energy_j"], done),
         "energy_per_output_token_j": _ratio(energy["energy_j"], tokens_out),
         "clock_changes": sum(i.num_clock_changes for i in record.instances),
         "retractions": sum(i.num_retractions for i in record.instances),
@@ -120,6 +108,55 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "clock_residency": clock_residency(record),
         "wall_s": record.wall_s,
     }
+
+
+Sampled = tuple[dict[str, int], dict[str, dict[str, float]]]
+"""Counts of requests and gaps, and the described samples of latencies."""
+
+
+def _sampled(record: RunRecord) -> Sampled:
+    requests = record.requests
+    status = requests.status
+    done = status == COMPLETED
+    first, tpot = ttft_s(record), tpot_s(record)
+    with np.errstate(invalid="ignore"):
+        ttft_kept = int((first <= record.slo_ttft_s).sum())
+    counts = {
+        "requests_total": len(requests),
+        "requests_completed": int(done.sum()),
+        "requests_rejected": int((status == REJECTED).sum()),
+        "requests_failed": int((status >= FAILED).sum()),
+        "requests_in_flight": int((status == IN_FLIGHT).sum()),
+        "output_tokens": int(requests.output_tokens[done].sum()),
+        "both_kept": int(attained(record).sum()),
+        "ttft_kept": ttft_kept,
+        "gaps": int(record.itl_weight.sum()),
+        "gaps_kept": int(record.itl_weight[record.itl_s <= record.slo_itl_s].sum()),
+    }
+    samples = {
+        "ttft_s": describe(first[~np.isnan(first)]),
+        "itl_s": describe(record.itl_s, record.itl_weight),
+        "tpot_s": describe(tpot[done & (requests.output_tokens > 1)]),
+        "e2e_s": describe((requests.finish_s - requests.arrival_s)[done]),
+    }
+    return counts, samples
+
+
+def _sketched(sketch: RunSketch) -> Sampled:
+    kept = sketch.counts
+    ended = kept["completed"] + kept["rejected"]
+    counts = {
+        "requests_total": kept["arrived"],
+        "requests_completed": kept["completed"],
+        "requests_rejected": kept["rejected"],
+        "requests_failed": 0,
+        "requests_in_flight": kept["arrived"] - ended,
+        **{name: kept[name] for name in _PRIVATE_COUNTS},
+    }
+    return counts, {name: s.describe(QUANTILES) for name, s in sketch.samples.items()}
+
+
+_PRIVATE_COUNTS = ("output_tokens", "both_kept", "ttft_kept", "gaps", "gaps_kept")
 
 
 def _ratio(amount: float, per: float) -> float:

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from sim.policies.base import Phase
+
+if TYPE_CHECKING:
+    from sim.sketches import RunSketch
 
 IN_FLIGHT: Final = 0
 COMPLETED: Final = 1
@@ -94,6 +97,8 @@ class RunRecord:
     """Real time that the run took."""
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
+    sketch: RunSketch | None = None
+    """In place of requests and gaps, which then are empty, in a run of metrics=sketch."""
     iterations: IterationTable | None = None
     timeline: Mapping[str, npt.NDArray[Any]] | None = None
     """Columns of equal length: time_s, phase, instance_id, clock_mhz, batch_size, num_waiting,

@@ -1,8 +1,9 @@
 """The one reader and writer of a run directory, for simulated and real runs alike.
 
 A run directory holds `summary.json` (the reported numbers), `settings.json` (resolved
-configuration), `requests.parquet` (one row a request), `itl.parquet` (token gaps with counts),
-`instances.json`, and, where the run kept them, `iterations.parquet` and `timeline.parquet`.
+configuration), `requests.parquet` (one row a request), `itl.parquet` (token gaps with counts;
+a run of metrics=sketch has `percentiles.json` in place of these two), `instances.json`, and, where
+the run kept them, `iterations.parquet` and `timeline.parquet`.
 """
 
 from __future__ import annotations
@@ -30,9 +31,12 @@ def write_run(record: RunRecord, directory: Path) -> dict[str, Any]:
     """Write a run directory and return its summary. Each file appears whole or not at all."""
     directory.mkdir(parents=True, exist_ok=True)
     summary = {"schema_version": SCHEMA_VERSION, **summarise(record)}
-    _write_frame(pd.DataFrame(_columns(record.requests)), directory / "requests.parquet")
-    gaps = pd.DataFrame({"gap_s": record.itl_s, "count": record.itl_weight})
-    _write_frame(gaps, directory / "itl.parquet")
+    if record.sketch is None:
+        _write_frame(pd.DataFrame(_columns(record.requests)), directory / "requests.parquet")
+        gaps = pd.DataFrame({"gap_s": record.itl_s, "count": record.itl_weight})
+        _write_frame(gaps, directory / "itl.parquet")
+    else:
+        write_json(record.sketch.percentiles(), directory / "percentiles.json")
     if record.iterations is not None:
         frame = pd.DataFrame(_columns(record.iterations))
         _write_frame(frame, directory / "iterations.parquet")
@@ -64,6 +68,10 @@ def read_run(directory: Path) -> RunRecord:
             f"this program reads {SCHEMA_VERSION}: write the run again"
         )
     settings = read_json(directory / "settings.json")
+    if settings.get("metrics") == "sketch":
+        raise VoltanaError(
+            f"{directory} keeps numbers and no rows (metrics=sketch): run it with metrics=exact"
+        )
     gaps = _read_frame(directory / "itl.parquet")
     requests = _read_frame(directory / "requests.parquet")
     return RunRecord(

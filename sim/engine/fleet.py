@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
 from typing import ClassVar
@@ -20,7 +20,7 @@ from profiles.catalog import Profile
 from sim.config import SimConfig
 from sim.engine.decode import DecodeInstance
 from sim.engine.instance import Instance
-from sim.engine.log import ExactLog, RunLog
+from sim.engine.log import RunLog
 from sim.engine.prefill import PrefillInstance
 from sim.engine.request import SimRequest
 from sim.engine.timeline import Timeline
@@ -39,16 +39,18 @@ class Fleet(ABC):
 
     decode_class: ClassVar[type[DecodeInstance]] = DecodeInstance
 
-    def __init__(self, config: SimConfig, profile: Profile, workload: Workload) -> None:
+    def __init__(
+        self, config: SimConfig, profile: Profile, requests: Iterable[Workload], log: RunLog
+    ) -> None:
         self._config = config
         self._profile = profile
-        self._workload = workload
+        self._requests = requests
+        self._log = log
         self._truth = profile.truth(extrapolate=config.extrapolate)
         self._predictor = ScaledPredictor.wrap(
             profile.predictor() if config.predictor == "ecopred" else self._truth,
             config.predictor_scale,
         )
-        self._log: RunLog = ExactLog(workload)
         engine = profile.meta.engine
         self._kv_capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
         self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
@@ -94,7 +96,7 @@ class Fleet(ABC):
 
     def _arrivals(self) -> Iterator[SimRequest]:
         ids = count()
-        for part in (self._workload,):
+        for part in self._requests:
             rows = zip(
                 ids,
                 part.arrival_s.tolist(),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from heapq import heappop, heappush
 
 from profiles.catalog import Profile
@@ -11,6 +11,7 @@ from sim.config import SimConfig
 from sim.engine.coalesced import CoalescedDecode
 from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
+from sim.engine.log import RunLog
 from sim.policies.base import PREFILL
 from sim.workload.workload import Workload
 
@@ -27,8 +28,10 @@ class CoalescedFleet(Fleet):
 
     decode_class = CoalescedDecode
 
-    def __init__(self, config: SimConfig, profile: Profile, workload: Workload) -> None:
-        super().__init__(config, profile, workload)
+    def __init__(
+        self, config: SimConfig, profile: Profile, requests: Iterable[Workload], log: RunLog
+    ) -> None:
+        super().__init__(config, profile, requests, log)
         self._heap: list[tuple[float, int, Instance | None, Action | None]] = []
         self._order = 0
         self.num_events = 0

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
 
 import simpy
@@ -13,6 +13,7 @@ from profiles.catalog import Profile
 from sim.config import SimConfig
 from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
+from sim.engine.log import RunLog
 from sim.engine.timeline import Timeline
 from sim.policies.base import PREFILL
 from sim.workload.workload import Workload
@@ -24,8 +25,10 @@ _LAST = EventPriority(2)
 class SimpyFleet(Fleet):
     """The readable reference; the coalesced driver is held against it by differential tests."""
 
-    def __init__(self, config: SimConfig, profile: Profile, workload: Workload) -> None:
-        super().__init__(config, profile, workload)
+    def __init__(
+        self, config: SimConfig, profile: Profile, requests: Iterable[Workload], log: RunLog
+    ) -> None:
+        super().__init__(config, profile, requests, log)
         self.env = simpy.Environment()
         self._all_sent = False
 

@@ -2,23 +2,59 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from pathlib import Path
+
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
+from sim.engine.fleet import Fleet
+from sim.engine.log import ExactLog, RunLog
 from sim.engine.loop import CoalescedFleet
 from sim.engine.reference import SimpyFleet
+from sim.engine.sketch_log import RowSpill, SketchLog
 from sim.records import RunRecord
 from sim.workload.workload import Workload
 
 
-def simulate(config: SimConfig, profile: Profile, workload: Workload) -> RunRecord:
+def simulate(
+    config: SimConfig,
+    profile: Profile,
+    workload: Workload | Iterable[Workload],
+    *,
+    spill: Path | None = None,
+) -> RunRecord:
     """Run one configuration; the same arguments give the same record but for `wall_s`.
 
+    Args:
+        config: What to run, `workload` and `profile` names aside.
+        profile: The truth about times and power.
+        workload: The requests; a stream of parts in order of arrival needs metrics="sketch".
+        spill: With metrics="sketch": a parquet file that takes one row a request as they end.
+
     Raises:
-        VoltanaError: The workload is empty, or an iteration fell outside the profiled grid (and
-            `extrapolate` is off).
+        VoltanaError: The workload is empty, or needs another `metrics`, or an iteration fell
+            outside the profiled grid (and `extrapolate` is off).
     """
-    if not len(workload):
+    if isinstance(workload, Workload) and not len(workload):
         raise VoltanaError(f"workload {workload.name!r} has no requests: nothing to simulate")
-    fleet = SimpyFleet if config.engine == "reference" else CoalescedFleet
-    return fleet(config, profile, workload).run()
+    if config.metrics == "sketch":
+        if spill is None:
+            return _fleet(config, profile, workload, _sketch_log(config, None)).run()
+        with RowSpill(spill) as rows:
+            return _fleet(config, profile, workload, _sketch_log(config, rows)).run()
+    if not isinstance(workload, Workload) or spill is not None:
+        raise VoltanaError("a streamed workload and spilled rows need metrics=sketch, got exact")
+    return _fleet(config, profile, workload, ExactLog(workload)).run()
+
+
+def _sketch_log(config: SimConfig, rows: RowSpill | None) -> SketchLog:
+    return SketchLog(slo_ttft_s=config.slo_ttft_s, slo_itl_s=config.slo_itl_s, spill=rows)
+
+
+def _fleet(
+    config: SimConfig, profile: Profile, workload: Workload | Iterable[Workload], log: RunLog
+) -> Fleet:
+    parts = (workload,) if isinstance(workload, Workload) else workload
+    driver = SimpyFleet if config.engine == "reference" else CoalescedFleet
+    return driver(config, profile, parts, log)

@@ -18,7 +18,7 @@ from sim.policies.controllers import (
     kairos,
     profiled,
 )
-from sim.policies.routers import ecoroute, packing, simple, split
+from sim.policies.routers import ecoroute, mdp, packing, simple, split
 from sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -65,6 +65,7 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters),
     "round-robin": Entry(make=simple.RoundRobin, parameters=fixed.NoParameters),
     "least-requests": Entry(make=simple.LeastRequests, parameters=fixed.NoParameters),
+    "two-choices": Entry(make=simple.TwoChoices, parameters=fixed.NoParameters),
     "least-kv": Entry(make=simple.LeastKv, parameters=fixed.NoParameters),
     "ecoroute": Entry(make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters),
     "ecoroute-tile": Entry(make=ecoroute.EcoRouteTile, parameters=ecoroute.EcoRouteTileParameters),
@@ -77,6 +78,7 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     ),
     "kairos": Entry(make=split.KairosRouter, parameters=split.KairosRouterParameters),
     "length-split": Entry(make=split.LengthSplit, parameters=split.LengthSplitParameters),
+    "mdp": Entry(make=mdp.MdpRouter, parameters=mdp.MdpParameters),
 }
 
 

@@ -1,4 +1,4 @@
-"""Routers that need no model: random, round-robin, least requests, least KV tokens.
+"""Routers that need no model: random, in turn, and by the least of what is counted.
 
 Each picks the prefill and the decode instance by the same rule, independently.
 Source: RIVALS R0-R3; every serving system ships some of them.
@@ -63,6 +63,27 @@ class LeastRequests(Router):
             least(prefill, lambda s: s.open_requests),
             least(decode, lambda s: s.open_requests),
         )
+
+
+class TwoChoices(Router):
+    """Of two random instances the one with fewer open requests: nearly as even, at constant cost.
+
+    Source: Mitzenmacher, The Power of Two Choices in Randomized Load Balancing, 2001.
+    """
+
+    __slots__ = ("_dice",)
+    looks_at = "counts"
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
+        self._dice = Dice(context.rng)
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+        return self._pick(prefill), self._pick(decode)
+
+    def _pick(self, states: States) -> int:
+        below = self._dice.below
+        first, second = below(len(states)), below(len(states))
+        return second if states[second].open_requests < states[first].open_requests else first
 
 
 class LeastKv(Router):

@@ -1,0 +1,160 @@
+"""A run log in bounded memory: rows go to sketches, and to a parquet file if one is named."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from sim.engine.log import expand_gaps
+from sim.engine.request import SimRequest
+from sim.records import COMPLETED, REJECTED, FloatArray, IntArray, RequestTable
+from sim.sketches import RunSketch
+
+_ROWS: Final = 65_536
+"""Rows kept before they are folded into the sketches."""
+
+
+class SketchLog:
+    """The `RunLog` of runs too long to keep."""
+
+    def __init__(self, *, slo_ttft_s: float, slo_itl_s: float, spill: RowSpill | None) -> None:
+        self._sketch = RunSketch(slo_ttft_s=slo_ttft_s, slo_itl_s=slo_itl_s)
+        self._spill = spill
+        self._ttft_s: list[float] = []
+        self._finished: list[SimRequest] = []
+        self._finish_s: list[float] = []
+        self._gaps: tuple[list[float], list[float], list[int], list[int]] = ([], [], [], [])
+        self._gap_iterations = 0
+        self.unresolved = 0
+
+    def arrive(self, request: SimRequest) -> None:
+        self.unresolved += 1
+        self._sketch.counts["arrived"] += 1
+
+    def assign(self, request: SimRequest) -> None:
+        pass
+
+    def retract(self, request: SimRequest) -> None:
+        pass
+
+    def first_token(self, request: SimRequest, now_s: float) -> None:
+        request.first_token_s = now_s
+        self._ttft_s.append(now_s - request.arrival_s)
+
+    def finish(self, request: SimRequest, now_s: float) -> None:
+        self.unresolved -= 1
+        self._finished.append(request)
+        self._finish_s.append(now_s)
+        if len(self._finished) >= _ROWS:
+            self._fold_requests()
+
+    def reject(self, request: SimRequest) -> None:
+        self.unresolved -= 1
+        self._sketch.counts["rejected"] += 1
+        if self._spill is not None:
+            self._spill.write([request], np.array([np.nan]), REJECTED)
+
+    def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
+        firsts, steps, counts, weights = self._gaps
+        firsts.append(first_s)
+        steps.append(step_s)
+        counts.append(count)
+        weights.append(weight)
+        self._gap_iterations += count
+        if self._gap_iterations >= 8 * _ROWS:
+            self._fold_gaps()
+
+    def results(self) -> dict[str, Any]:
+        self._fold_requests()
+        self._fold_gaps()
+        empty = np.array([], dtype=np.int64)
+        return {
+            "requests": _no_requests(),
+            "itl_s": empty.astype(np.float64),
+            "itl_weight": empty,
+            "sketch": self._sketch,
+        }
+
+    def _fold_requests(self) -> None:
+        self._sketch.add_first_tokens(np.array(self._ttft_s))
+        finished, finish_s = self._finished, np.array(self._finish_s)
+        arrival_s = np.array([r.arrival_s for r in finished])
+        first_s = np.array([r.first_token_s for r in finished])
+        outputs = np.array([r.output_tokens for r in finished], dtype=np.int64)
+        self._sketch.add_finished(first_s - arrival_s, finish_s - arrival_s, outputs)
+        if self._spill is not None:
+            self._spill.write(finished, finish_s, COMPLETED)
+        self._ttft_s, self._finished, self._finish_s = [], [], []
+
+    def _fold_gaps(self) -> None:
+        firsts, steps, counts, weights = self._gaps
+        gap_s, weight = expand_gaps(
+            np.array(firsts),
+            np.array(steps),
+            np.array(counts, dtype=np.int64),
+            np.array(weights, dtype=np.int64),
+        )
+        self._sketch.add_gaps(gap_s, weight)
+        self._gaps = ([], [], [], [])
+        self._gap_iterations = 0
+
+
+class RowSpill:
+    """One parquet row a request that has ended, in the order in which they end.
+
+    The columns are those of `requests.parquet` in a run directory, after `request_id`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._writer = pq.ParquetWriter(path, _SCHEMA)
+
+    def __enter__(self) -> RowSpill:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._writer.close()
+
+    def write(self, requests: list[SimRequest], finish_s: FloatArray, status: int) -> None:
+        """Append rows; `finish_s` has shape (n,)."""
+        if not requests:
+            return
+        columns = {name: [getattr(r, name) for r in requests] for name in _FIELDS}
+        ended = {"finish_s": finish_s, "status": np.full(len(requests), status)}
+        table = pa.table({**columns, **ended}, schema=_SCHEMA)
+        self._writer.write_table(table)
+
+
+_FIELDS: Final = (
+    "request_id", "arrival_s", "input_tokens", "output_tokens", "prefill_id", "decode_id",
+    "first_token_s", "retractions",
+)  # fmt: skip
+_SCHEMA: Final = pa.schema(
+    [(name, pa.float64() if name.endswith("_s") else pa.int64()) for name in _FIELDS]
+    + [("finish_s", pa.float64()), ("status", pa.int64())]
+)
+
+
+def _no_requests() -> RequestTable:
+    none: IntArray = np.array([], dtype=np.int64)
+    never = none.astype(np.float64)
+    return RequestTable(
+        arrival_s=never,
+        input_tokens=none,
+        output_tokens=none,
+        prefill_id=none,
+        decode_id=none,
+        first_token_s=never,
+        finish_s=never,
+        status=none,
+        retractions=none,
+    )

@@ -1,0 +1,125 @@
+"""Bounded memory: counts equal the exact log's, quantiles within the stated error, rows on disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from profiles.catalog import Profile
+from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.engine.simulate import simulate
+from sim.metrics import summarise
+from sim.results import read_run, write_run
+from sim.sketches import RELATIVE_ERROR, Sketch
+from sim.workload.generate import make_workload, stream_diurnal
+from sim.workload.workload import Workload
+from tests.profiles.synthetic import write_synthetic_profile
+
+QUANTILES = ("p50", "p90", "p99")
+
+
+@pytest.fixture(scope="module")
+def profile(tmp_path_factory: pytest.TempPathFactory) -> Profile:
+    return write_synthetic_profile(tmp_path_factory.mktemp("profile"))
+
+
+def parts(workload: Workload, size: int) -> Iterator[Workload]:
+    for at in range(0, len(workload), size):
+        part = slice(at, at + size)
+        yield Workload(
+            arrival_s=workload.arrival_s[part],
+            input_tokens=workload.input_tokens[part],
+            output_tokens=workload.output_tokens[part],
+        )
+
+
+def short(count: int) -> Workload:
+    rng = np.random.default_rng(3)
+    return Workload(
+        arrival_s=np.cumsum(rng.exponential(0.02, count)),
+        input_tokens=rng.integers(1, 300, count),
+        output_tokens=rng.integers(1, 120, count),
+    )
+
+
+def test_a_sketched_run_counts_exactly_and_spills_every_row(
+    profile: Profile, tmp_path: Path
+) -> None:
+    settings = {"profile": "synthetic", "kv_capacity_tokens": 390, "slo_ttft_s": 0.05,
+                "slo_itl_s": 0.006, "kv_reserve_tokens": 0}  # fmt: skip
+    workload = short(600)
+    exact = simulate(make_config(settings), profile, workload)
+    config = make_config(settings | {"metrics": "sketch"})
+    sketched = simulate(config, profile, parts(workload, 7), spill=tmp_path / "rows.parquet")
+    a, b = summarise(exact), summarise(sketched)
+    assert b["clock_residency"] == a["clock_residency"]
+    numbers = [n for n, v in a.items() if not isinstance(v, dict) and n != "wall_s"]
+    assert {n: b[n] for n in numbers} == pytest.approx({n: a[n] for n in numbers}, rel=1e-12)
+    for name in ("ttft_s", "itl_s", "tpot_s", "e2e_s"):
+        assert b[name]["mean"] == pytest.approx(a[name]["mean"], rel=1e-9)
+    rows = pd.read_parquet(tmp_path / "rows.parquet").sort_values("request_id")
+    assert a["requests_rejected"] > 0
+    assert rows["status"].tolist() == exact.requests.status.tolist()
+    assert rows["finish_s"].to_numpy() == pytest.approx(exact.requests.finish_s, nan_ok=True)
+
+
+def test_quantiles_are_within_the_stated_error(profile: Profile) -> None:
+    workload = make_workload("sharegpt", rate_rps=20, duration_s=60, seed=1)
+    settings = {"extrapolate": True, "kv_capacity_tokens": 90_000, "max_running_requests": 64}
+    exact = summarise(simulate(make_config(settings), profile, workload))
+    sketch = summarise(simulate(make_config(settings | {"metrics": "sketch"}), profile, workload))
+    for name in ("ttft_s", "itl_s", "e2e_s", "tpot_s"):
+        for level in QUANTILES:
+            # the ranks may differ by one request, a step far below the tolerance at this size
+            assert sketch[name][level] == pytest.approx(
+                exact[name][level], rel=RELATIVE_ERROR + 0.02
+            ), (name, level)
+
+
+def test_a_sketch_is_within_its_error_of_the_nearest_rank() -> None:
+    rng = np.random.default_rng(1)
+    values, weights = rng.lognormal(-4, 1, 20_001), rng.integers(1, 50, 20_001)
+    order = np.argsort(values)
+    cumulative = np.cumsum(weights[order])
+    sketch = Sketch()
+    sketch.add(values, weights)
+    for fraction in (0.01, 0.5, 0.9, 0.99, 0.999):
+        # DDSketch's rank is fraction·(n - 1), counted from 0
+        rank = fraction * (cumulative[-1] - 1)
+        exact = values[order][np.searchsorted(cumulative, rank, side="right")]
+        assert sketch.quantile(fraction) == pytest.approx(exact, rel=RELATIVE_ERROR)
+    assert sketch.count == weights.sum()
+
+
+def test_merged_sketches_are_the_sketch_of_the_whole() -> None:
+    values = np.random.default_rng(2).exponential(1.0, 5_000)
+    whole, first, second = Sketch(), Sketch(), Sketch()
+    whole.add(values)
+    first.add(values[:1_234])
+    second.add(values[1_234:])
+    first.merge(second)
+    for fraction in (0.0, 0.25, 0.5, 0.99, 1.0):
+        assert first.quantile(fraction) == whole.quantile(fraction)
+    assert first.count == whole.count
+    assert first.total == pytest.approx(whole.total, rel=1e-12)
+
+
+def test_a_stream_needs_sketches(profile: Profile) -> None:
+    stream = stream_diurnal("sharegpt", mean_rps=1, duration_s=60, seed=1)
+    with pytest.raises(VoltanaError, match="metrics=sketch"):
+        simulate(make_config({}), profile, stream)
+
+
+def test_a_sketched_run_directory_has_percentiles_and_no_rows(
+    profile: Profile, tmp_path: Path
+) -> None:
+    config = make_config({"metrics": "sketch"})
+    write_run(simulate(config, profile, short(50)), tmp_path / "run")
+    assert (tmp_path / "run" / "percentiles.json").exists()
+    with pytest.raises(VoltanaError, match="keeps numbers and no rows"):
+        read_run(tmp_path / "run")
