@@ -5,8 +5,8 @@ before it. This hook sends one datagram a batch to the Unix socket named by VOLT
 and never waits: a full or missing socket loses the message, and no error leaves the hook, for it
 would end the scheduler. Without the variable it does nothing.
 
-A datagram is a header (magic, version, kind, requests, new tokens, queued requests, monotonic ns)
-and the bootstrap room (8 bytes) of each request, so that the reader knows which ones run.
+A datagram has 24 bytes: magic, version, kind, requests, tokens (new ones in prefill, context in
+decode), queued requests, CLOCK_MONOTONIC in ns.
 """
 
 from __future__ import annotations
@@ -18,12 +18,11 @@ import time
 
 ENVIRONMENT = "VOLTANA_BATCH_SOCKET"
 TARGET = "sglang.srt.managers.scheduler.Scheduler.run_batch"
-HEADER = struct.Struct("<4sBBHIIQ")
+LAYOUT = struct.Struct("<4sBBHIIQ")
 MAGIC = b"VBAT"
 VERSION = 1
 HELLO, PREFILL, DECODE = 0, 1, 2
-MAX_REQUESTS = 512
-LIMIT = 2**32 - 1
+MAX_COUNT, MAX_REQUESTS = 2**32 - 1, 2**16 - 1
 
 
 class Announcer:
@@ -39,7 +38,7 @@ class Announcer:
         """Send one batch. Whatever goes wrong stays here."""
         try:
             if not self._has_greeted:
-                self._send(HELLO, 0, 0, 0, ())
+                self._send(HELLO, 0, 0, 0)
                 self._has_greeted = True
             self._announce(scheduler, batch)
         except Exception:  # any error would end the scheduler
@@ -51,20 +50,15 @@ class Announcer:
             return
         waiting = len(scheduler.waiting_queue)
         if mode.is_extend():
-            rooms = tuple(request.bootstrap_room or 0 for request in batch.reqs[:MAX_REQUESTS])
-            self._send(PREFILL, batch.batch_size(), batch.extend_num_tokens, waiting, rooms)
+            self._send(PREFILL, batch.batch_size(), batch.extend_num_tokens, waiting)
         else:
             tokens = int(batch.seq_lens_cpu.sum())
-            self._send(DECODE, batch.batch_size(), tokens, waiting, ())
+            self._send(DECODE, batch.batch_size(), tokens, waiting)
 
-    def _send(
-        self, kind: int, requests: int, tokens: int, waiting: int, rooms: tuple[int, ...]
-    ) -> None:
-        header = HEADER.pack(
-            MAGIC, VERSION, kind, min(requests, 65535), min(tokens, LIMIT), min(waiting, LIMIT),
-            time.monotonic_ns(),
-        )  # fmt: skip
-        self._socket.sendto(header + struct.pack(f"<{len(rooms)}Q", *rooms), self._path)
+    def _send(self, kind: int, requests: int, tokens: int, waiting: int) -> None:
+        counts = min(requests, MAX_REQUESTS), min(tokens, MAX_COUNT), min(waiting, MAX_COUNT)
+        message = LAYOUT.pack(MAGIC, VERSION, kind, *counts, time.monotonic_ns())
+        self._socket.sendto(message, self._path)
 
 
 def register() -> None:

@@ -1,0 +1,110 @@
+"""The engine's plug-in and its reader agree, and the plug-in harms nobody."""
+
+from __future__ import annotations
+
+import importlib.util
+import socket
+import time
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hwreplay.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, parse_notice
+from profiles.errors import VoltanaError
+from tests.conftest import ROOT
+
+PLUGIN = ROOT / "hwreplay/engine/observer/voltana_engine_observer.py"
+
+
+@pytest.fixture(scope="module")
+def plugin() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("voltana_engine_observer", PLUGIN)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def batch(mode: str, **values: object) -> SimpleNamespace:
+    """The names of SGLang's ScheduleBatch that the plug-in reads."""
+    modes = {f"is_{name}": (lambda name=name: name == mode) for name in
+             ("extend", "prebuilt", "idle")}  # fmt: skip
+    return SimpleNamespace(forward_mode=SimpleNamespace(**modes), **values)
+
+
+PREFILL = batch("extend", batch_size=lambda: 3, extend_num_tokens=700)
+DECODE = batch("decode", batch_size=lambda: 2, seq_lens_cpu=np.array([40, 60]))
+SCHEDULER = SimpleNamespace(waiting_queue=[1, 2, 3, 4])
+
+
+def test_both_sides_agree(plugin: ModuleType) -> None:
+    assert plugin.ENVIRONMENT == ENVIRONMENT
+    assert plugin.LAYOUT.format == LAYOUT.format
+    assert tuple(Kind) == (plugin.HELLO, plugin.PREFILL, plugin.DECODE)
+
+
+def test_hello_then_batches(plugin: ModuleType, tmp_path: Path) -> None:
+    feed = BatchFeed(tmp_path / "b")
+    announcer = plugin.Announcer(str(tmp_path / "b"))
+    before_ns = time.monotonic_ns()
+    for item in (PREFILL, DECODE, batch("idle"), batch("prebuilt")):
+        announcer.announce(SCHEDULER, item)
+    notices = [feed.receive() for _ in range(4)]
+    assert notices[3] is None
+    found = [(n.kind, n.num_requests, n.tokens, n.num_waiting) for n in notices if n]
+    assert found == [(Kind.HELLO, 0, 0, 0), (Kind.PREFILL, 3, 700, 4), (Kind.DECODE, 2, 100, 4)]
+    assert all(before_ns <= n.sent_ns <= time.monotonic_ns() for n in notices if n)
+    feed.close()
+    announcer._socket.close()
+    assert not (tmp_path / "b").exists()
+
+
+def test_no_reader_a_full_socket_and_a_strange_batch_are_survived(
+    plugin: ModuleType, tmp_path: Path
+) -> None:
+    announcer = plugin.Announcer(str(tmp_path / "b"))
+    announcer.announce(SCHEDULER, PREFILL)  # nobody there
+    feed = BatchFeed(tmp_path / "b")
+    announcer.announce(SCHEDULER, SimpleNamespace())
+    for _ in range(20_000):  # nobody reads: the kernel's buffer is full long before
+        announcer.announce(SCHEDULER, PREFILL)
+    first = feed.receive()
+    assert first is not None
+    assert first.kind == Kind.HELLO
+    feed.close()
+    announcer._socket.close()
+
+
+def test_the_socket_of_a_killed_agent_is_replaced(tmp_path: Path) -> None:
+    BatchFeed(tmp_path / "b")._socket.close()
+    feed = BatchFeed(tmp_path / "b")
+    feed.close()
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(VoltanaError, match="cannot bind"):
+        BatchFeed(tmp_path / "file")
+
+
+@given(st.binary(max_size=40) | st.binary(min_size=18, max_size=18).map(lambda b: b"VBAT\1\1" + b))
+def test_any_bytes_are_a_notice_or_refused(data: bytes) -> None:
+    try:
+        notice = parse_notice(data)
+    except VoltanaError:
+        return
+    assert LAYOUT.pack(
+        b"VBAT", 1, notice.kind, notice.num_requests, notice.tokens, notice.num_waiting,
+        notice.sent_ns,
+    ) == data  # fmt: skip
+
+
+def test_a_wrong_datagram_is_refused_by_the_feed(tmp_path: Path) -> None:
+    feed = BatchFeed(tmp_path / "b")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
+        stranger.sendto(b"x" * 24, str(tmp_path / "b"))
+    with pytest.raises(VoltanaError, match="must begin"):
+        feed.receive()
+    feed.close()

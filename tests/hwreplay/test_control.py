@@ -1,0 +1,260 @@
+"""The loop by itself: when it asks, what it writes, and when it gives the clock back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hwreplay.actuator.client import ActuatorLostError
+from hwreplay.batch_feed import BatchNotice, Kind
+from hwreplay.control import ControlLoop, Latencies, StaleLimits
+from hwreplay.metrics_feed import IterationMetrics
+from hwreplay.tracker import InstanceTracker
+from profiles.errors import VoltanaError
+from sim.policies.base import Controller, IdlePlan, InstanceState, Phase
+
+
+class Clock:
+    """An actuator that does at once what it is told."""
+
+    def __init__(self) -> None:
+        self.clock_mhz = 0
+        self.wishes: list[int] = []
+        self.is_lost = False
+        self.is_closed = False
+
+    def set_clock(self, clock_mhz: int) -> None:
+        if self.is_lost:
+            raise ActuatorLostError("gone")
+        self.clock_mhz = clock_mhz
+        self.wishes.append(clock_mhz)
+
+    def beat(self) -> None:
+        if self.is_lost:
+            raise ActuatorLostError("gone")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+class Script(Controller):
+    """1000 MHz + batch size; remembers what it saw."""
+
+    def __init__(self, plan: IdlePlan | None = None) -> None:
+        self.seen: list[tuple[float, int, int, float, int]] = []
+        self.plan = plan
+        self.fails = False
+
+    def decide(self, state: InstanceState) -> int:
+        if self.fails:
+            raise VoltanaError("no such point")
+        self.seen.append(
+            (state.now_s, state.last_batch_size, state.last_tokens, state.last_queue_delay_s,
+             state.clock_mhz)
+        )  # fmt: skip
+        return 1000 + state.last_batch_size
+
+    def initial_clock_mhz(self) -> int:
+        return 705
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
+        return self.plan
+
+
+class TenMilliseconds:
+    def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        return 0.01
+
+
+def make(
+    phase: Phase, plan: IdlePlan | None = None, *, decides_before_decode: bool = False
+) -> tuple[ControlLoop, Script, Clock, InstanceTracker]:
+    tracker = InstanceTracker(
+        phase, 0, kv_capacity_tokens=10_000, max_prefill_tokens=4096, max_running_requests=16
+    )
+    controller, clock = Script(plan), Clock()
+    limits = StaleLimits(least_s=0.05)
+    loop = ControlLoop(
+        controller,
+        tracker,
+        clock,
+        predictor=TenMilliseconds(),
+        limits=limits,
+        decides_before_decode=decides_before_decode,
+    )
+    return loop, controller, clock, tracker
+
+
+def is_safe(loop: ControlLoop) -> bool:
+    return loop.is_safe
+
+
+def record(sequence: int, at_s: float, **values: Any) -> IterationMetrics:  # noqa: ANN401
+    return IterationMetrics(sequence=sequence, received_s=at_s, wall_time_s=0.01, **values)
+
+
+def decode(sequence: int, at_s: float, batch_size: int = 2) -> IterationMetrics:
+    return record(sequence, at_s, num_decode_requests=batch_size, sum_decode_kv_tokens=100)
+
+
+def prefill(sequence: int, at_s: float) -> IterationMetrics:
+    return record(sequence, at_s, num_prefill_requests=1, sum_prefill_tokens=50)
+
+
+def notice(at_s: float) -> BatchNotice:
+    return BatchNotice(kind=Kind.PREFILL, num_requests=1, tokens=50, num_waiting=0, sent_ns=0)
+
+
+def with_requests(tracker: InstanceTracker, count: int) -> None:
+    for request_id in range(count):
+        tracker.on_assigned(request_id, 0.0, 50)
+        if tracker.state.phase == "decode":
+            tracker.on_prefilled(request_id)
+            tracker.on_first_token(request_id, 0.1)
+
+
+def test_decode_decides_on_each_record_and_sees_the_clock_in_force() -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 3)
+    assert loop.on_record(decode(0, 1.0))
+    assert loop.on_record(decode(1, 1.01, batch_size=3))
+    assert controller.seen == [(1.0, 2, 100, 0.0, 705), (1.01, 3, 100, 0.0, 1002)]
+    assert clock.wishes == [705, 1002, 1003]
+    assert list(loop.clock_changes) == [(0.0, 705), (1.0, 1002), (1.01, 1003)]
+
+
+def test_prefill_decides_before_its_batch_with_the_plug_in() -> None:
+    loop, controller, _, tracker = make("prefill")
+    tracker.on_assigned(1, 0.9, 50)
+    assert loop.on_notice(notice(1.0), 1.0)
+    assert not loop.on_record(prefill(0, 1.02))
+    (seen,) = controller.seen
+    assert seen[:3] == (1.0, 1, 50)
+    assert seen[3] == pytest.approx(0.1)
+
+
+def test_prefill_lags_by_one_iteration_without_it() -> None:
+    loop, controller, _, tracker = make("prefill")
+    tracker.on_assigned(1, 0.9, 50)
+    assert loop.on_record(prefill(0, 1.02))
+    assert controller.seen[0][:3] == (1.02, 1, 50)
+
+
+def test_decode_before_needs_the_notice() -> None:
+    loop, controller, _, tracker = make("decode", decides_before_decode=True)
+    with_requests(tracker, 4)
+    told = BatchNotice(kind=Kind.DECODE, num_requests=4, tokens=90, num_waiting=0, sent_ns=0)
+    assert loop.on_notice(told, 2.0)
+    assert not loop.on_record(decode(0, 2.01))
+    assert controller.seen == [(2.0, 4, 90, 0.0, 705)]
+
+
+def test_stale_metrics_under_load_unlock_until_a_fresh_record() -> None:
+    """Expected 10 ms, five more are 50: 60 ms of silence pass, 61 do not."""
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    loop.tick(1.059)
+    assert not is_safe(loop)
+    loop.tick(1.061)
+    assert is_safe(loop)
+    assert clock.clock_mhz == 0
+    loop.tick(1.5)
+    assert clock.wishes == [705, 1002, 0]
+    assert loop.on_record(decode(1, 2.0))
+    assert clock.clock_mhz == 1002
+    (safe,) = loop.report.as_dict()["safe_states"]
+    assert (safe["at_s"], safe["until_s"]) == (1.061, 2.0)
+    assert "no metrics for 0.06 s" in safe["reason"]
+    assert len(controller.seen) == 2
+
+
+def test_an_idle_engine_is_not_stale_and_a_silent_one_is_dead() -> None:
+    loop, _, clock, _ = make("decode")
+    for second in range(10):
+        loop.on_record(record(second, float(second)))
+        loop.tick(second + 0.99)
+    assert not is_safe(loop)
+    assert clock.wishes == [705]
+    loop.tick(14.1)
+    assert is_safe(loop)
+    loop.on_record(record(10, 15.0))
+    assert not is_safe(loop)
+
+
+def test_lost_records_are_counted_and_many_are_stale() -> None:
+    loop, _, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    assert loop.on_record(decode(6, 1.06))  # five lost
+    assert not loop.on_record(decode(13, 1.13))  # six lost
+    assert clock.clock_mhz == 0
+    assert loop.on_record(decode(14, 1.14))
+    assert loop.on_record(decode(0, 9.0))  # a restarted engine
+    assert loop.report.counts["lost_records"] == 11
+
+
+def test_a_failing_controller_unlocks() -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    controller.fails = True
+    assert not loop.on_record(decode(1, 1.01))
+    assert clock.clock_mhz == 0
+    assert "the controller failed: no such point" in loop.report.safe[0].reason
+    controller.fails = False
+    assert loop.on_record(decode(2, 1.02))
+    assert clock.clock_mhz == 1002
+
+
+def test_idle_plan_comes_due_and_work_cancels_it() -> None:
+    loop, _, clock, tracker = make("decode", IdlePlan(after_s=0.5, clock_mhz=210))
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    for request_id in range(2):
+        tracker.on_finished(request_id)
+    loop.settle(1.1)
+    loop.tick(1.59)
+    assert clock.clock_mhz == 1002
+    loop.tick(1.61)
+    assert clock.clock_mhz == 210
+    with_requests(tracker, 2)
+    loop.on_record(decode(1, 2.0))
+    for request_id in range(2):
+        tracker.on_finished(request_id)
+    loop.settle(2.1)
+    with_requests(tracker, 1)
+    loop.on_record(decode(2, 2.2, batch_size=1))
+    loop.tick(2.25)
+    assert clock.wishes[-1] == 1001
+
+
+def test_a_lost_helper_is_safe_and_can_come_back() -> None:
+    loop, _, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    clock.is_lost = True
+    loop.tick(1.01)
+    assert clock.is_closed
+    assert is_safe(loop)
+    assert loop.report.counts["actuator_lost"] == 1
+    assert tracker.state.clock_mhz == 0
+    assert loop.on_record(decode(1, 1.02))  # decisions go on, into nothing
+    again = Clock()
+    loop.attach(again)
+    loop.on_record(decode(2, 1.03, batch_size=3))
+    assert again.wishes == [1003]
+    assert not is_safe(loop)
+    loop.close()
+    assert again.is_closed
+
+
+def test_histogram_counts_every_value() -> None:
+    latencies = Latencies()
+    assert latencies.as_dict() == {"num": 0}
+    for value_s in [0.0005] * 98 + [0.003, 9.0]:
+        latencies.add(value_s)
+    found = latencies.as_dict()
+    assert found["histogram"] == [[0.001, 98], [0.005, 1], [float("inf"), 1]]
+    assert found["max_s"] == 9.0
