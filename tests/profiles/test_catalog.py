@@ -121,7 +121,7 @@ def test_line_agrees_with_the_point_and_holds_to_its_end(
     profile: Profile, clock: int, batch: int, tokens: int
 ) -> None:
     model = profile.truth()
-    end, time_s, slope, power_w, power_slope = model.line("decode", clock, batch, tokens)
+    end, time_s, slope, power_w, power_slope = model.decode_line(clock, batch, tokens)
     assert (time_s, power_w) == model.time_and_power("decode", clock, batch, tokens)
     at_end = model.time_and_power("decode", clock, batch, max(end, tokens))
     ahead = max(end, tokens) - tokens
