@@ -1,18 +1,20 @@
 """The routing MDP of a decode fleet, built from a profile.
 
-One instance is a continuous-time Markov chain over `StateGrid`. With n requests, K tokens of KV
-cache and an iteration time of T seconds (the predictor's, at the clock in force):
+One instance is a continuous-time Markov chain over `StateGrid`. With n requests of k tokens of KV
+cache each and an iteration time of T seconds (the predictor's, at the clock in force):
 
-- a token a request an iteration: the KV cache grows at n/T tokens/s;
-- output lengths are taken as geometric with mean L (without memory): a request ends at n/(L·T)
-  per second, and takes K/n tokens, a mean request's context, with it;
+- output lengths are taken as geometric with mean L (without memory): requests end at n/(L·T) per
+  second, each with the mean context, so that k stays;
+- k falls towards the mean prompt I with an arrival, by (k - I)/(n + 1), and grows at a/T, where
+  a = (C - I)/L makes its mean the workload's mean context C of a running request (a = 1 would be
+  a token an iteration, and C = I + L, as if lengths had no memory there either);
 - at the end of an iteration, plus the actuation delay, the clock moves to the level that the
   instance's controller asks for (rules `ecofreq`, `ecomin`), or to whichever level is best
   (rule `free`, where the clock is part of the action);
 - an idle instance goes to its lowest level after a mean of `idle_wait_s`.
 
-Requests arrive as a Poisson stream; each is an action: the instance that takes it, with the mean
-prompt's tokens. Cost runs at P(f, n, K) watts, or the idle power, plus `penalty_j` for every
+Requests arrive as a Poisson stream; each is an action: the instance that takes it.
+Cost runs at P(f, n, n·k) watts, or the idle power, plus `penalty_j` for every
 token that comes later than the ITL promise, and `penalty_j`·L for a request that a full instance
 turns away. A step of the node spacing with the probability that keeps the mean stands for a step
 of one request (or token) inside a wider bucket; buckets of width 1 make it exact, wider ones add
@@ -35,6 +37,7 @@ from sim.policies.base import DECODE, PowerModel, Predictor
 from sim.policies.mdp.grid import StateGrid
 
 FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 ClockRule = Literal["ecofreq", "ecomin", "free"]
 CLOCK_RULES: Final = ("ecofreq", "ecomin", "free")
 
@@ -48,6 +51,8 @@ class ModelParameters:
     """Mean prompt, tokens."""
     output_tokens: float
     """Mean output L, tokens."""
+    context_tokens: float
+    """Mean KV tokens of a running request: `mean_context_tokens` of the workload."""
     penalty_j: float = 1.0
     """Joules that a token beyond the ITL promise is taken to cost."""
     clock_rule: ClockRule = "ecofreq"
@@ -55,9 +60,14 @@ class ModelParameters:
     idle_wait_s: float = 5.0
 
     def __post_init__(self) -> None:
-        for name in ("slo_itl_s", "input_tokens", "output_tokens", "idle_wait_s"):
+        for name in ("slo_itl_s", "input_tokens", "output_tokens", "context_tokens", "idle_wait_s"):
             if not getattr(self, name) > 0:
                 raise VoltanaError(f"{name} must be > 0, got {getattr(self, name)}")
+        if self.context_tokens <= self.input_tokens:
+            raise VoltanaError(
+                f"context_tokens must exceed the mean prompt, {self.input_tokens:g},"
+                f" got {self.context_tokens:g}"
+            )
         for name in ("penalty_j", "actuation_s"):
             if not getattr(self, name) >= 0:
                 raise VoltanaError(f"{name} must be >= 0, got {getattr(self, name)}")
@@ -65,6 +75,21 @@ class ModelParameters:
             raise VoltanaError(
                 f"clock rule must be one of {', '.join(CLOCK_RULES)}, got {self.clock_rule!r}"
             )
+
+
+def mean_context_tokens(input_tokens: IntArray, output_tokens: IntArray) -> float:
+    """Mean KV tokens of a request that is running at a random instant.
+
+    A request is seen in proportion to its output length, half of which it has written on average:
+    E[I·O]/E[O] + E[O²]/(2·E[O]).
+
+    Example:
+        >>> mean_context_tokens(np.array([100, 100]), np.array([10, 30]))
+        112.5
+    """
+    output = output_tokens.astype(np.float64)
+    total = float(output.sum())
+    return float((input_tokens * output + output * output / 2.0).sum() / total)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,20 +123,11 @@ def build_instance(
     """Build the chain of one decode instance.
 
     Args:
-        grid: Buckets and levels; a KV bucket is to be wider than the mean prompt.
+        grid: Buckets and levels.
         parameters: Promise, lengths and penalty.
         predictor: Iteration times, s.
         power: Power of the instance, W.
-
-    Raises:
-        VoltanaError: A KV bucket is narrower than the mean prompt.
     """
-    kv_gap = np.diff(grid.kv_nodes_tokens)
-    if len(kv_gap) and kv_gap.min() < parameters.input_tokens:
-        raise VoltanaError(
-            f"a KV bucket must be wider than the mean prompt, got {kv_gap.min():g} tokens for"
-            f" prompts of {parameters.input_tokens:g}: take fewer buckets"
-        )
     time_s, power_w, late = _tables(grid, parameters, predictor, power)
     tokens_per_s = grid.batch_nodes_requests[:, None, None] / time_s
     cost_w = power_w + parameters.penalty_j * late * tokens_per_s
@@ -148,8 +164,7 @@ def _tables(
         for batch in range(1, grid.num_batch):
             sizes = range(edges[batch], edges[batch + 1])
             for kv, node in enumerate(grid.kv_nodes_tokens):
-                # a request holds one token at least
-                points = [(clock_mhz, n, max(round(node), n)) for n in sizes]
+                points = [(clock_mhz, n, round(n * node)) for n in sizes]
                 times = np.array([predictor.predict_s(DECODE, *point) for point in points])
                 time_s[batch, kv, level] = times.mean()
                 power_w[batch, kv, level] = np.mean([power.power_w(DECODE, *p) for p in points])
@@ -159,10 +174,10 @@ def _tables(
 
 def _clock_targets(
     grid: StateGrid, parameters: ModelParameters, time_s: FloatArray, power_w: FloatArray
-) -> npt.NDArray[np.int64]:
+) -> IntArray:
     """Level that the controller asks for. Shape (num_batch, num_kv); 0 where the batch is empty."""
     fits = time_s <= parameters.slo_itl_s
-    top = grid.num_levels - 1
+    top = len(grid.levels_mhz) - 1
     if parameters.clock_rule == "ecofreq":
         wanted = np.argmax(fits, axis=2)
     else:
@@ -177,51 +192,55 @@ def _generator(
     parameters: ModelParameters,
     time_s: FloatArray,
     clock_rate: FloatArray,
-    target: npt.NDArray[np.int64] | None,
+    target: IntArray | None,
 ) -> sp.csr_array:
     number = np.arange(grid.num_states).reshape(grid.shape)
-    n, kv = grid.batch_nodes_requests, grid.kv_nodes_tokens
-    busy_s = time_s[1:]
-    moves: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], FloatArray]] = []
+    n, busy_s = grid.batch_nodes_requests, time_s[1:]
+    moves: list[tuple[IntArray, IntArray, FloatArray]] = []
     ends = n[1:, None, None] / (parameters.output_tokens * busy_s) / np.diff(n)[:, None, None]
     fewer = number[:-1].copy()
-    fewer[0] = number[0, :1]  # the last request takes all KV tokens with it
+    fewer[0] = number[0, :1]  # an empty instance has no context
     moves.append((number[1:], fewer, ends))
-    if grid.num_kv > 1:
-        gap = np.diff(kv)[None, :, None]
-        grows = n[1:, None, None] / busy_s[:, :-1] / gap
-        moves.append((number[1:, :-1], number[1:, 1:], grows))
-        leaves = kv[None, 1:, None] / (parameters.output_tokens * busy_s[:, 1:]) / gap
-        moves.append((number[1:, 1:], number[1:, :-1], leaves))
+    gap = np.diff(grid.kv_nodes_tokens)[None, :, None]
+    ageing = (parameters.context_tokens - parameters.input_tokens) / parameters.output_tokens
+    moves.append((number[1:, :-1], number[1:, 1:], ageing / busy_s[:, :-1] / gap))
     if target is not None:
         reached = np.take_along_axis(number, target[:, :, None], axis=2)
         moves.append((number, np.broadcast_to(reached, grid.shape), clock_rate))
     return _from_moves(grid.num_states, moves)
 
 
-def _from_moves(
-    size: int, moves: list[tuple[npt.NDArray[np.int64], npt.NDArray[np.int64], FloatArray]]
-) -> sp.csr_array:
-    origin = np.concatenate([a.ravel() for a, _, _ in moves])
-    end = np.concatenate([b.ravel() for _, b, _ in moves])
-    rate = np.concatenate([r.ravel() for _, _, r in moves])
-    rate = np.where(origin == end, 0.0, rate)
-    rates = sp.coo_array((rate, (origin, end)), shape=(size, size)).tocsr()
+def _from_moves(size: int, moves: list[tuple[IntArray, IntArray, FloatArray]]) -> sp.csr_array:
+    rates = _collect(size, [(a, b, np.where(a == b, 0.0, rate)) for a, b, rate in moves])
     return sp.csr_array(rates - sp.diags_array(np.asarray(rates.sum(axis=1)).ravel()))
 
 
 def _arrival(grid: StateGrid, parameters: ModelParameters) -> sp.csr_array:
-    """Batch and KV bucket move up independently, each with the probability that keeps its mean."""
-    steps_n = _climb(grid.batch_nodes_requests, 1.0)
-    steps_kv = _climb(grid.kv_nodes_tokens, parameters.input_tokens)
-    both = sp.kron(sp.kron(steps_n, steps_kv), sp.eye_array(grid.num_levels))
-    moves = sp.lil_array(both)
-    for state in range(grid.num_states - grid.num_kv * grid.num_levels, grid.num_states):
-        moves[state, :] = 0.0  # full: turned away, nothing changes
-        moves[state, state] = 1.0
-    return sp.csr_array(moves)
+    """Batch bucket up and KV bucket down, each with the probability that keeps its mean."""
+    number = np.arange(grid.num_states).reshape(grid.shape)
+    n, kv = grid.batch_nodes_requests, np.asarray(grid.kv_nodes_tokens)
+    up = np.append(1.0 / np.diff(n), 0.0)[:, None, None] + np.zeros(grid.shape)
+    fall = (kv - parameters.input_tokens) / (n[:, None] + 1.0)
+    gap = np.append(np.inf, np.diff(kv))
+    down = np.clip(fall / gap, 0.0, 1.0)[:, :, None] + np.zeros(grid.shape)
+    down[0] = down[-1] = 0.0  # no context yet; turned away
+    more = np.concatenate([number[1:], number[-1:]])
+    lower = np.concatenate([number[:, :1], number[:, :-1]], axis=1)
+    more_lower = np.concatenate([more[:, :1], more[:, :-1]], axis=1)
+    return _collect(
+        grid.num_states,
+        [
+            (number, number, (1.0 - up) * (1.0 - down)),
+            (number, more, up * (1.0 - down)),
+            (number, lower, (1.0 - up) * down),
+            (number, more_lower, up * down),
+        ],
+    )
 
 
-def _climb(nodes: FloatArray, amount: float) -> sp.csr_array:
-    up = np.append(amount / np.diff(nodes), 0.0)
-    return sp.csr_array(np.diag(1.0 - up) + np.diag(up[:-1], k=1))
+def _collect(size: int, moves: list[tuple[IntArray, IntArray, FloatArray]]) -> sp.csr_array:
+    origin, end = (np.concatenate([m[k].ravel() for m in moves]) for k in (0, 1))
+    value = np.concatenate([m[2].ravel() for m in moves])
+    made = sp.coo_array((value, (origin, end)), shape=(size, size)).tocsr()
+    made.eliminate_zeros()
+    return sp.csr_array(made)

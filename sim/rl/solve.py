@@ -24,8 +24,8 @@ from sim.rl.model import InstanceModel
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-Progress = Callable[[int, float], None]
-"""Called with the sweep's number and the width of the bounds relative to the cost."""
+Progress = Callable[[int, float], bool]
+"""Called with the sweep's number and the width of the bounds relative to the cost; False stops."""
 
 MAX_JOINT_STATES: Final = 2_000_000
 MAX_LINEAR_STATES: Final = 20_000
@@ -110,12 +110,26 @@ class JointModel:
                 total += rate * (self._best_clock(values_j, axis) - values_j)
         return np.asarray(total)
 
+    def pair_improvement_w(self, values_j: FloatArray) -> FloatArray:
+        """`improvement_w` of two instances whose values are symmetric, at half the work."""
+        instance = self.instance
+        after = instance.arrival @ values_j + instance.blocked_j[:, None]
+        local = instance.generator @ values_j
+        if self._is_free:
+            best = self._best_clock(values_j, 0)
+            local += instance.clock_rate[:, None] * (best - values_j)
+        total = self.rate_rps * (np.minimum(after, after.T) - values_j)
+        total += self.cost_w
+        total += local
+        total += local.T
+        return np.asarray(total)
+
     def best_routing(self, values_j: FloatArray) -> IntArray:
         """The greedy instance in each state, the first of equals. Shape (S,)·N."""
         return np.asarray(np.argmin(self.action_values_j(values_j), axis=0))
 
     def _best_clock(self, values_j: FloatArray, axis: int) -> FloatArray:
-        levels = self.instance.grid.num_levels
+        levels = len(self.instance.grid.levels_mhz)
         moved = np.moveaxis(values_j, axis, 0)
         grouped = moved.reshape(-1, levels, *moved.shape[1:])
         best = np.repeat(grouped.min(axis=1), levels, axis=0)
@@ -156,23 +170,27 @@ def value_iteration(
         model: Joint chain.
         tolerance: Relative width of the bounds at which to stop.
         max_sweeps: Stop after this many sweeps in any case; the gap says how far it came.
-        start_j: Values to begin with; a separable guess saves most of the sweeps.
-        progress: Called every 50 sweeps.
+        start_j: Values to begin with; made symmetric for two instances.
+        progress: Called every 50 sweeps; may stop it.
     """
     values_j = np.zeros(model.shape) if start_j is None else start_j.copy()
+    is_pair = model.num_instances == 2
+    if is_pair:
+        values_j = (values_j + values_j.T) / 2.0
+    improve = model.pair_improvement_w if is_pair else model.improvement_w
     step_s = 1.0 / model.uniform_rate
     origin = (0,) * model.num_instances
     low = high = 0.0
     sweep = 0
     for sweep in range(1, max_sweeps + 1):
-        change_w = model.improvement_w(values_j)
+        change_w = improve(values_j)
         low, high = float(change_w.min()), float(change_w.max())
         values_j += step_s * change_w
         values_j -= values_j[origin]
         width = (high - low) / max(abs(high + low) / 2.0, 1e-300)
-        if progress is not None and sweep % 50 == 0:
-            progress(sweep, width)
         if width <= tolerance:
+            break
+        if progress is not None and sweep % 50 == 0 and not progress(sweep, width):
             break
     return Solution(
         cost_w=(low + high) / 2.0, gap_w=(high - low) / 2.0, values_j=values_j, sweeps=sweep

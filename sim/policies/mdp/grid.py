@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,30 +19,32 @@ FloatArray = npt.NDArray[np.float64]
 class StateGrid:
     """Buckets of batch size and of KV tokens a request, and clock levels.
 
+    Batch bucket i holds edges[i] <= requests < edges[i + 1], and its node is the mean of these
+    integers; a batch beyond the last edge counts to the last bucket. The first holds the empty
+    batch alone, since an idle instance is another machine than a busy one.
     KV is counted by the request (the mean context of the batch): the total follows the batch size
-    closely, and buckets of the total would be either empty or too coarse.
-    Bucket i holds edges[i] <= value < edges[i + 1]; what lies at or beyond the last edge counts to
-    the last bucket. Its node is the mean of the integers in it. The first batch bucket holds the
-    empty batch alone, since an idle instance is another machine than a busy one.
+    so closely that buckets of the total would be mostly empty. The KV bucket is the nearest node.
     A state's number is (batch bucket · num_kv + KV bucket) · num_levels + level.
     """
 
     batch_edges_requests: tuple[int, ...]
-    kv_edges_tokens: tuple[int, ...]
-    """Of KV tokens a request."""
+    kv_nodes_tokens: tuple[float, ...]
+    """KV tokens a request, ascending."""
     levels_mhz: tuple[int, ...]
 
     def __post_init__(self) -> None:
-        _check_edges("batch bucket edges", self.batch_edges_requests)
-        _check_edges("KV bucket edges", self.kv_edges_tokens)
-        if self.batch_edges_requests[1] != 1 or len(self.batch_edges_requests) < 3:
-            raise VoltanaError(
-                "batch bucket edges must begin 0, 1 and have a third,"
-                f" got {self.batch_edges_requests}: the empty batch is a bucket of its own"
-            )
-        levels = self.levels_mhz
-        if not levels or any(b <= a for a, b in pairwise(levels)):
-            raise VoltanaError(f"clock levels must be ascending and at least one, got {levels}")
+        edges = self.batch_edges_requests
+        if len(edges) < 3 or edges[:2] != (0, 1) or not _ascends(edges):
+            raise VoltanaError(f"batch bucket edges must ascend as 0, 1, …, got {edges}")
+        for name in ("kv_nodes_tokens", "levels_mhz"):
+            values = getattr(self, name)
+            if not values or values[0] <= 0 or not _ascends(values):
+                raise VoltanaError(f"{name} must be positive and ascending, got {values}")
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Buckets of batch, of KV, and levels."""
+        return self.num_batch, len(self.kv_nodes_tokens), len(self.levels_mhz)
 
     @property
     def num_batch(self) -> int:
@@ -51,58 +52,33 @@ class StateGrid:
         return len(self.batch_edges_requests) - 1
 
     @property
-    def num_kv(self) -> int:
-        """KV buckets."""
-        return len(self.kv_edges_tokens) - 1
-
-    @property
-    def num_levels(self) -> int:
-        """Clock levels."""
-        return len(self.levels_mhz)
-
-    @property
     def num_states(self) -> int:
         """States of one instance."""
-        return self.num_batch * self.num_kv * self.num_levels
-
-    @property
-    def shape(self) -> tuple[int, int, int]:
-        """Buckets of batch, of KV, and levels."""
-        return self.num_batch, self.num_kv, self.num_levels
+        batch, kv, levels = self.shape
+        return batch * kv * levels
 
     @property
     def batch_nodes_requests(self) -> FloatArray:
         """Mean batch size of each bucket. Shape (num_batch,)."""
-        return _nodes(self.batch_edges_requests)
-
-    @property
-    def kv_nodes_tokens(self) -> FloatArray:
-        """Mean KV tokens a request of each bucket. Shape (num_kv,)."""
-        return _nodes(self.kv_edges_tokens)
+        ends = np.asarray(self.batch_edges_requests, dtype=np.float64)
+        return np.asarray((ends[:-1] + ends[1:] - 1.0) / 2.0)
 
     def locate(self, requests: int, kv_tokens: int, clock_mhz: int) -> int:
-        """State number of an instance; an unlocked clock (0) counts as the top level.
+        """State number of an instance.
 
         Args:
             requests: Batch size.
             kv_tokens: KV tokens of all its requests.
-            clock_mhz: Clock lock in force.
+            clock_mhz: Clock lock in force; unlocked (0) counts as the top level.
         """
         batch = min(bisect_right(self.batch_edges_requests, requests), self.num_batch) - 1
-        each = kv_tokens // max(requests, 1)
-        kv = min(bisect_right(self.kv_edges_tokens, each), self.num_kv) - 1
-        return (batch * self.num_kv + kv) * self.num_levels + self.level_of(clock_mhz)
+        kv = _nearest(self.kv_nodes_tokens, kv_tokens / requests) if requests else 0
+        level = _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
+        return (batch * len(self.kv_nodes_tokens) + kv) * len(self.levels_mhz) + level
 
     def locate_instance(self, state: InstanceState) -> int:
         """State number of a live decode instance: its open requests, and KV in use or queued."""
         return self.locate(state.open_requests, state.kv_load_tokens, state.clock_mhz)
-
-    def level_of(self, clock_mhz: int) -> int:
-        """Nearest level, the lower one of a tie; unlocked (0) is the top."""
-        levels = self.levels_mhz
-        if clock_mhz == 0:
-            return len(levels) - 1
-        return min(range(len(levels)), key=lambda i: abs(levels[i] - clock_mhz))
 
 
 def batch_edges(max_requests: int, width: int = 8) -> tuple[int, ...]:
@@ -120,32 +96,22 @@ def batch_edges(max_requests: int, width: int = 8) -> tuple[int, ...]:
     return (*edges, *range(width + 1, top + 2, width))
 
 
-def kv_edges(input_tokens: float, output_tokens: float, buckets: int) -> tuple[int, ...]:
-    """Edges of KV tokens a request around its mean, a prompt and (without memory) a mean output.
-
-    One bucket has its node at the mean. More of them have their nodes half a mean output apart,
-    but never reach below the prompt.
+def kv_nodes(input_tokens: float, context_tokens: float, buckets: int) -> tuple[float, ...]:
+    """Nodes of KV tokens a request, around their mean and never down to the prompt.
 
     Example:
-        >>> kv_edges(200, 300, 1), kv_edges(200, 300, 3)
-        ((0, 1001), (0, 425, 575, 726))
+        >>> kv_nodes(200, 500, 1), kv_nodes(200, 500, 3)
+        ((500.0,), (350.0, 500.0, 650.0))
     """
-    mean = input_tokens + output_tokens
-    if buckets == 1:
-        return (0, round(2 * mean) + 1)
-    step = output_tokens / 2.0
-    low = mean - step * (buckets / 2.0 - 1.0)
-    if low <= input_tokens:
-        low, step = input_tokens + step / 2.0, output_tokens / (buckets - 1)
-    inner = [round(low + step * i) for i in range(buckets - 1)]
-    return (0, *inner, round(inner[-1] + step) + 1)
+    half = 0.75 * (1.0 - 1.0 / buckets) * (context_tokens - input_tokens)
+    step = 2.0 * half / max(buckets - 1, 1)
+    return tuple(float(context_tokens - half + step * i) for i in range(buckets))
 
 
-def _nodes(edges: Sequence[int]) -> FloatArray:
-    ends = np.asarray(edges, dtype=np.float64)
-    return np.asarray((ends[:-1] + ends[1:] - 1.0) / 2.0)
+def _nearest(nodes: tuple[float, ...], value: float) -> int:
+    """Position of the nearest node, the lower one of a tie."""
+    return min(range(len(nodes)), key=lambda i: abs(nodes[i] - value))
 
 
-def _check_edges(name: str, edges: tuple[int, ...]) -> None:
-    if len(edges) < 2 or edges[0] != 0 or any(b <= a for a, b in pairwise(edges)):
-        raise VoltanaError(f"{name} must ascend from 0, got {edges}")
+def _ascends(values: tuple[float, ...]) -> bool:
+    return all(a < b for a, b in pairwise(values))

@@ -124,7 +124,7 @@ def test_random_is_uniform_and_seeded() -> None:
         assert abs(draws[0].count(i) - 1000) < 104
 
 
-@pytest.mark.parametrize("name", sorted(ROUTERS))
+@pytest.mark.parametrize("name", sorted(set(ROUTERS) - {"mdp"}))  # which needs a file
 @given(opened=st.lists(st.integers(0, 400), min_size=1, max_size=6), kv=st.integers(0, 10**6))
 def test_every_router_stays_within_its_fleet(name: str, opened: list[int], kv: int) -> None:
     router = make_router(name, make_context(clocks_mhz=FIVE, levels_mhz=(1005, 1410)))

@@ -25,11 +25,15 @@ def one_level(
     """T = 0.1 s + slope·n, 10 tokens a request: 1 request/s a request when the slope is 0."""
     grid = StateGrid(
         batch_edges_requests=tuple(range(capacity + 2)),
-        kv_edges_tokens=(0, 1000),
+        kv_nodes_tokens=(15.0,),
         levels_mhz=(1000,),
     )
     parameters = ModelParameters(
-        slo_itl_s=slo_itl_s, input_tokens=5, output_tokens=10, penalty_j=penalty_j
+        slo_itl_s=slo_itl_s,
+        input_tokens=5,
+        output_tokens=10,
+        context_tokens=15,
+        penalty_j=penalty_j,
     )
     predictor = Formula(lambda p, f, b, t: 0.1 + slope_s * b)
     return build_instance(grid, parameters, predictor, AffinePower())

@@ -1,0 +1,148 @@
+"""The file of a routing policy: what was solved or learned, for which profile, and how.
+
+A NumPy archive (.npz) without pickled objects: `meta`, a JSON text, and arrays by kind:
+
+- joint: `choices`, bit i set where instance i is a best choice. Shape (rates, S, …, S), uint8.
+- index: `index_j`, the long-run cost of accepting a request. Shape (rates, roles, S), J; one role
+  serves every instance, else role i is instance i's.
+- network: `weight_k`, `bias_k` for layers k = 0, 1, …: rectified in between, an action a row at
+  the end, the greatest value wins.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from profiles.errors import VoltanaError
+from sim.policies.mdp.grid import StateGrid
+
+Kind = Literal["joint", "index", "network"]
+KINDS: Final = ("joint", "index", "network")
+FORMAT: Final = "voltana-mdp-policy"
+VERSION: Final = 1
+_KEYS: Final = (
+    "kind", "solver", "profile", "profile_hash", "num_instances", "rates_rps", "grid",
+    "parameters", "seeds", "provenance", "result",
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyFile:
+    """A policy and where it comes from."""
+
+    kind: Kind
+    solver: str
+    """vi, factored, q, or sb3."""
+    profile: str
+    profile_hash: str
+    num_instances: int
+    """Decode instances it was made for."""
+    rates_rps: tuple[float, ...]
+    """Arrival rates it was made at, ascending; the tables have one entry for each."""
+    grid: StateGrid
+    parameters: Mapping[str, Any]
+    """Of the model and of the training, by name with unit."""
+    seeds: tuple[int, ...]
+    """Of the training; none for a solver that draws nothing."""
+    provenance: Mapping[str, Any]
+    """Versions, command and date."""
+    result: Mapping[str, Any]
+    """What the solver reports: cost, bounds, sweeps or episodes."""
+    arrays: Mapping[str, npt.NDArray[Any]]
+
+    def save(self, path: Path) -> None:
+        """Write under a temporary name and move into place: a reader never sees half a file."""
+        meta = {key: getattr(self, key) for key in _KEYS if key != "grid"}
+        meta |= {"format": FORMAT, "version": VERSION, "grid": _grid_json(self.grid)}
+        text = np.array(json.dumps(meta, sort_keys=True, default=dict))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_name(f".{path.name}.{os.getpid()}")
+        with partial.open("wb") as stream:
+            np.savez_compressed(stream, allow_pickle=False, meta=text, **dict(self.arrays))
+        partial.replace(path)
+
+
+def load_policy(path: Path, *, profile_hash: str | None = None) -> PolicyFile:
+    """Read a policy file.
+
+    Args:
+        path: File written by `PolicyFile.save`.
+        profile_hash: Content hash of the profile it is to be used with; None skips the check.
+
+    Raises:
+        VoltanaError: There is no such file, it is no policy, or it was made for another profile.
+    """
+    meta, arrays = _read(path)
+    if meta.get("format") != FORMAT or meta.get("version") != VERSION:
+        raise VoltanaError(
+            f"{path} is no routing policy of version {VERSION}: make one with voltana train mdp"
+        )
+    missing = [key for key in _KEYS if key not in meta]
+    if missing or meta["kind"] not in KINDS:
+        raise VoltanaError(f"{path} lacks {(missing or ['kind'])[0]}: train the policy again")
+    if profile_hash is not None and meta["profile_hash"] != profile_hash:
+        raise VoltanaError(
+            f"{path} was trained for profile {meta['profile']} (hash {meta['profile_hash'][:12]}),"
+            f" this run's profile has hash {profile_hash[:12]}: train it again for this one"
+        )
+    grid = meta["grid"]
+    policy = PolicyFile(
+        grid=StateGrid(**{name: tuple(values) for name, values in grid.items()}),
+        rates_rps=tuple(meta["rates_rps"]),
+        seeds=tuple(meta["seeds"]),
+        arrays=arrays,
+        **{key: meta[key] for key in _KEYS if key not in ("grid", "rates_rps", "seeds")},
+    )
+    _check_arrays(policy, path)
+    return policy
+
+
+def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
+    if not path.is_file():
+        raise VoltanaError(f"no such policy file: {path}: make one with voltana train mdp")
+    if not zipfile.is_zipfile(path):
+        raise VoltanaError(f"{path} is not a policy file (no NumPy archive)")
+    try:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        meta = json.loads(str(arrays.pop("meta")))
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        raise VoltanaError(f"{path} is not a policy file ({type(error).__name__})") from None
+    if not isinstance(meta, dict):
+        raise VoltanaError(f"{path} is not a policy file (its meta is no table)")
+    return meta, arrays
+
+
+def _check_arrays(policy: PolicyFile, path: Path) -> None:
+    states, rates = policy.grid.num_states, len(policy.rates_rps)
+    if policy.kind == "joint":
+        good = _shape(policy, "choices") == (rates, *(states,) * policy.num_instances)
+    elif policy.kind == "index":
+        shape = _shape(policy, "index_j")
+        good = len(shape) == 3 and shape[::2] == (rates, states)
+        good = good and shape[1] in (1, policy.num_instances)
+    else:
+        good = "weight_0" in policy.arrays
+    if not good or not rates:
+        raise VoltanaError(f"{path} has arrays that do not fit its grid: train the policy again")
+
+
+def _shape(policy: PolicyFile, name: str) -> tuple[int, ...]:
+    return policy.arrays[name].shape if name in policy.arrays else ()
+
+
+def _grid_json(grid: StateGrid) -> dict[str, list[float]]:
+    return {
+        "batch_edges_requests": list(grid.batch_edges_requests),
+        "kv_nodes_tokens": list(grid.kv_nodes_tokens),
+        "levels_mhz": list(grid.levels_mhz),
+    }
