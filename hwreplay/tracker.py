@@ -78,7 +78,8 @@ class InstanceTracker:
         self._is_prefill = phase == PREFILL
         self._open: dict[int, _Open] = {}
         """Requests here, in order of arrival."""
-        self._max_prefill_tokens = max_prefill_tokens
+        self.max_prefill_tokens = max_prefill_tokens
+        """Token budget of one prefill batch."""
         self._max_running = max_running_requests
         self._reserve_tokens = kv_reserve_tokens
         self._length_oracle = length_oracle
@@ -191,8 +192,12 @@ class InstanceTracker:
         self.num_iterations += 1
         if self._is_prefill:
             self._end_prefill(record)
+            state.ended_batch_size = record.num_prefill_requests
+            state.ended_tokens = record.sum_prefill_tokens
         else:
             self._end_decode(record)
+            state.ended_batch_size = state.last_batch_size
+            state.ended_tokens = state.last_tokens
         state.last_duration_s = step_time_s(record, previous)
 
     def on_clock(self, clock_mhz: int) -> None:
@@ -237,7 +242,7 @@ class InstanceTracker:
             is_cut = (
                 position == num_requests - 1
                 and left < request.left_tokens
-                and tokens >= self._max_prefill_tokens
+                and tokens >= self.max_prefill_tokens
             )
             done = left if is_cut else request.left_tokens
             left = max(left - done, 0)

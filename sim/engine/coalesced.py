@@ -155,8 +155,8 @@ class CoalescedDecode(DecodeInstance):
         state.energy_j = track.energy_j
         state.clock_mhz = track.clock_mhz
         state.kv_tokens = tokens + count * batch_size
-        state.last_batch_size = batch_size
-        state.last_tokens = tokens + (count - 1) * batch_size
+        state.last_batch_size = state.ended_batch_size = batch_size
+        state.last_tokens = state.ended_tokens = tokens + (count - 1) * batch_size
         state.last_duration_s = first_s + (count - 1) * step_s
         self._has_record = True
         self._iteration += count

@@ -97,6 +97,8 @@ class DecodeInstance(Instance):
         state.last_batch_size = batch_size
         state.last_tokens = tokens
         state.last_duration_s = duration_s
+        state.ended_batch_size = batch_size
+        state.ended_tokens = tokens
         self._has_record = True
         finished = self._finishing.pop(self._iteration, None)
         if finished is not None:

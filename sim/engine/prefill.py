@@ -102,6 +102,8 @@ class PrefillInstance(Instance):
     def _complete(self, start_s: float, now_s: float) -> None:
         state = self.state
         state.last_duration_s = now_s - start_s
+        state.ended_batch_size = self._batch_size
+        state.ended_tokens = self._batch_tokens
         state.num_running = 0
         state.kv_tokens = 0
         self._has_record = True

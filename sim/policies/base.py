@@ -110,6 +110,9 @@ class InstanceState:
     """Decode: context tokens of the batch (sum). Prefill: new tokens of the batch."""
     last_duration_s: float = 0.0
     """Zero before the first iteration has ended."""
+    ended_batch_size: int = 0
+    """Batch of the iteration that lasted `last_duration_s`, whichever batch `last_*` describe."""
+    ended_tokens: int = 0
     last_queue_delay_s: float = 0.0
     """Prefill: longest time from arrival to scheduling within the batch. Decode: 0."""
     num_running: int = 0

@@ -20,6 +20,7 @@ from sim.policies.base import (
     PolicyContext,
 )
 from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.correction import TimeCorrection
 from sim.policies.spec import parameter
 
 
@@ -29,11 +30,14 @@ class EcoMinParameters:
 
     headroom_frac: float = parameter(0.05, "part of the promise kept in reserve", low=0, high=0.9)
     quantile_ratio: float = parameter(
-        0.95, "quantile of observed / predicted time that predictions are multiplied by",
+        0.95, "quantile of observed / corrected time that corrected times are multiplied by",
         low=0.5, high=0.999,
     )  # fmt: skip
     correction_ratio: float = parameter(
         0.01, "step of that quantile's online estimate, an iteration", low=0, high=0.2
+    )
+    memory_iterations: float = parameter(
+        500.0, "iterations that the least-squares correction of predictions looks back", low=2
     )
     dwell_s: float = parameter(0.25, "shortest time before the clock may fall again", low=0)
     idle_s: float = parameter(1.0, "idle time before parking at the least idle power", low=0)
@@ -46,24 +50,23 @@ class EcoMin(Controller):
 
     Decode: among clocks f with q·T(f, b', t') <= SLO·(1 - headroom), the one with the least power;
     b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b.
-    Prefill: among clocks with delay + T <= limit and 2·T <= limit (who arrives during the batch
+    Prefill: among clocks with delay + q·T <= limit and 2·q·T <= limit (who arrives during the batch
     waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
-    (P - idle)·T; predictions are not corrected there, the headroom has to cover their error.
+    (P - idle)·T.
     None keeps the promise, or requests wait in decode: the fastest clock.
 
-    q tracks a quantile of observed / predicted time by stochastic approximation: an observation
-    above it raises it by step·quantile, one below lowers it by step·(1 - quantile), within
-    [0.5, 2]. A predictor that is wrong by a factor is found out within a few dozen iterations, a
-    single outlier moves q by one step. A rise of the clock acts at once, a fall waits for
-    `dwell_s`.
+    T is the prediction corrected by recursive least squares on the observed iteration times, and q
+    a quantile of observed / corrected (see `sim.policies.correction`): a predictor that is wrong by
+    a factor or a fixed time is found out within a few dozen iterations, and a single outlier counts
+    for little. A rise of the clock acts at once, a fall waits for `dwell_s`.
     Idle: after `idle_s` lock the clock of least idle power.
 
     Source: ours; RIVALS C3 names the idea (EcoFreq with an energy term).
     """
 
     __slots__ = (
-        "_changed_s", "_context", "_decision_mhz", "_levels_mhz", "_park_mhz", "_predicted_at_mhz",
-        "_q", "_settings", "_top_mhz",
+        "_changed_s", "_context", "_correction", "_decision_mhz", "_levels_mhz", "_park_mhz",
+        "_predicted_at_mhz", "_settings", "_top_mhz",
     )  # fmt: skip
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
@@ -73,7 +76,12 @@ class EcoMin(Controller):
         self._top_mhz = self._levels_mhz[-1]
         self._settings = parameters
         self._context = context
-        self._q = 1.0
+        self._correction = TimeCorrection(
+            context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s,
+            memory_iterations=parameters.memory_iterations,
+            quantile_ratio=parameters.quantile_ratio,
+            quantile_step_ratio=parameters.correction_ratio,
+        )
         self._decision_mhz = self._top_mhz
         self._predicted_at_mhz = -1
         self._changed_s = 0.0
@@ -81,13 +89,13 @@ class EcoMin(Controller):
 
     def decide(self, state: InstanceState) -> int:
         if state.last_batch_size > 0:
-            if self._context.phase == DECODE:
-                self._learn(state)
-                wanted = self._for_decode(state)
-            else:
-                wanted = self._for_prefill(state)
+            self._learn(state)
+            is_decode = self._context.phase == DECODE
+            wanted = self._for_decode(state) if is_decode else self._for_prefill(state)
             self._move_to(wanted, state.now_s)
-        self._predicted_at_mhz = state.clock_mhz
+        # a decision that changes the clock does so within the iteration that now begins
+        steady = self._decision_mhz == (state.clock_mhz or self._context.clocks_mhz[-1])
+        self._predicted_at_mhz = state.clock_mhz if steady else -1
         return self._decision_mhz
 
     def initial_clock_mhz(self) -> int:
@@ -97,15 +105,15 @@ class EcoMin(Controller):
         return IdlePlan(after_s=self._settings.idle_s, clock_mhz=self._park_mhz)
 
     def _learn(self, state: InstanceState) -> None:
-        if state.clock_mhz != self._predicted_at_mhz or state.last_duration_s <= 0:
+        if state.clock_mhz != self._predicted_at_mhz or state.ended_batch_size == 0:
             return  # the clock changed within the iteration: its time says nothing about either
-        predicted_s = self._predict_s(
-            state.clock_mhz or self._top_mhz, state.last_batch_size, state.last_tokens
+        predicted_s = self._context.predictor.predict_s(
+            self._context.phase,
+            state.clock_mhz or self._context.clocks_mhz[-1],
+            state.ended_batch_size,
+            state.ended_tokens,
         )
-        settings = self._settings
-        above = state.last_duration_s > self._q * predicted_s
-        step = settings.quantile_ratio if above else settings.quantile_ratio - 1.0
-        self._q = min(max(self._q + settings.correction_ratio * step, 0.5), 2.0)
+        self._correction.observe(predicted_s, state.last_duration_s)
 
     def _for_decode(self, state: InstanceState) -> int:
         if state.num_waiting > 0:
@@ -118,7 +126,7 @@ class EcoMin(Controller):
         for clock in self._levels_mhz:
             growth = max(self._predict_s(clock, batch, tokens) / now_s, 1.0)
             settled_s = self._predict_s(clock, int(batch * growth), int(tokens * growth))
-            if self._q * settled_s <= limit_s:
+            if self._correction.ratio * settled_s <= limit_s:
                 power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
                 if power_w < best_w:
                     best_mhz, best_w = clock, power_w
@@ -128,12 +136,12 @@ class EcoMin(Controller):
         context = self._context
         batch, tokens = state.last_batch_size, state.last_tokens
         limit_s = (context.slo_ttft_s - context.slo_itl_s) * (1.0 - self._settings.headroom_frac)
-        queued = state.num_waiting
+        queued, ratio = state.num_waiting, self._correction.ratio
         best_mhz, best_j = self._top_mhz, float("inf")
         for clock in self._levels_mhz:
             time_s = self._predict_s(clock, batch, tokens)
             behind_s = self._predict_s(clock, queued, state.waiting_tokens) if queued else time_s
-            if max(state.last_queue_delay_s, behind_s) + time_s <= limit_s:
+            if max(state.last_queue_delay_s, ratio * behind_s) + ratio * time_s <= limit_s:
                 idle_w = context.power.idle_power_w(clock)
                 power_w = context.power.power_w(context.phase, clock, batch, tokens)
                 energy_j = (power_w - idle_w) * time_s
@@ -142,7 +150,10 @@ class EcoMin(Controller):
         return best_mhz
 
     def _predict_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
-        return self._context.predictor.predict_s(self._context.phase, clock_mhz, batch_size, tokens)
+        context = self._context
+        return self._correction.correct_s(
+            context.predictor.predict_s(context.phase, clock_mhz, batch_size, tokens)
+        )
 
     def _move_to(self, wanted_mhz: int, now_s: float) -> None:
         is_fall = wanted_mhz < self._decision_mhz
