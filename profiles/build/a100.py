@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -31,12 +32,6 @@ DECODE_W_PER_TB_PER_S: Final = 137.0
 predicts a fourth (BLOOM-176B TP8) as 250 W against 254 W measured."""
 PREFILL_PEAK_W: Final = 1.05 * CAP_W
 """Uncapped power of a 2,048-token prefill: Splitwise peaks are 1.00-1.09 of the limit."""
-PREFILL_HOST_S: Final = 0.005
-"""Scheduling between prefill batches, overlap off as the reference runs it. Modelled."""
-DECODE_HOST_S: Final = 0.0
-"""Hidden behind the GPU by the overlap scheduler."""
-ATTENTION_MULTIPLIER: Final = 1.0
-"""On both attention kernels; free for calibration to another attention backend."""
 MODERATE_BATCH: Final = 16
 MODERATE_CONTEXT_TOKENS: Final = 512
 """Decode load at which the sweep's ratio of whole-card power is made to hold (its middle)."""
@@ -53,13 +48,38 @@ CONTEXTS: Final = (64, 128, 256, 512, 1024, 2048, 8192)
 """Tokens per request at which decode attention bends."""
 
 
-class Builder:
-    """Tables of one model."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tuning:
+    """What a calibration to an end-to-end result may change; the defaults are the sources' own."""
 
-    def __init__(self, data: Path, shape: Shape, clocks: ClockModel) -> None:
+    attention_multiplier: float = 1.0
+    """On both attention kernels: another attention backend."""
+    prefill_host_s: float = 0.005
+    """Scheduling between prefill batches, overlap off as the reference runs it. Modelled."""
+    decode_host_s: float = 0.0
+    """Between decode steps; hidden behind the GPU by the overlap scheduler."""
+
+
+AS_SOURCES: Final = Tuning()
+
+
+class Builder:
+    """Tables of one model.
+
+    Args:
+        data: Folder of the sources.
+        shape: The model.
+        clocks: How time and power move with the clock.
+        tuning: Changes times only; the coefficients of power stay those of the sources.
+    """
+
+    def __init__(
+        self, data: Path, shape: Shape, clocks: ClockModel, tuning: Tuning = AS_SOURCES
+    ) -> None:
         self._shape = shape
         self._clocks = clocks
-        self._cost = Cost(data, shape, attention_multiplier=ATTENTION_MULTIPLIER)
+        self._tuning = tuning
+        self._cost = Cost(data, shape, attention_multiplier=tuning.attention_multiplier)
         self._w_per_flops = arithmetic_power(data)
 
     def decode(self) -> pd.DataFrame:
@@ -75,7 +95,8 @@ class Builder:
         loaded_w = decode_top_w(self._cost, batch, tokens, self._w_per_flops)
         share = self._clocks.decode_share_at(batch)
         active_w = loaded_w - IDLE_TOP_W
-        return self._at_clocks(batch, tokens, top_s, DECODE_HOST_S, share, active_w, clocks_mhz)
+        host_s = self._tuning.decode_host_s
+        return self._at_clocks(batch, tokens, top_s, host_s, share, active_w, clocks_mhz)
 
     def prefill(self) -> pd.DataFrame:
         """Rows of prefill.csv."""
@@ -91,7 +112,8 @@ class Builder:
         arithmetic_w = self._w_per_flops * self._cost.prefill_flops(batch, tokens) / top_s
         active_w = DECODE_BASE_W - IDLE_TOP_W + DECODE_W_PER_TB_PER_S * rate + arithmetic_w
         share = self._clocks.prefill_share_at(tokens)
-        return self._at_clocks(batch, tokens, top_s, PREFILL_HOST_S, share, active_w, clocks_mhz)
+        host_s = self._tuning.prefill_host_s
+        return self._at_clocks(batch, tokens, top_s, host_s, share, active_w, clocks_mhz)
 
     def idle(self) -> pd.DataFrame:
         """Rows of idle.csv; an unlocked card that holds a context stays at its top clock."""
@@ -123,7 +145,7 @@ class Builder:
 
 def arithmetic_power(data: Path) -> float:
     """W per FLOP/s such that a 2,048-token prefill of the 8B model draws its peak."""
-    cost = Cost(data, SHAPES["llama-3.1-8b"], attention_multiplier=ATTENTION_MULTIPLIER)
+    cost = Cost(data, SHAPES["llama-3.1-8b"], attention_multiplier=1.0)
     top_s = cost.prefill_s(1, 2048)
     rest = DECODE_BASE_W + DECODE_W_PER_TB_PER_S * cost.decode_bytes(2048) / top_s * 1e-12
     return (PREFILL_PEAK_W - rest) / (cost.prefill_flops(1, 2048) / top_s)
@@ -138,7 +160,7 @@ def decode_top_w(cost: Cost, batch: int, tokens: float, w_per_flops: float) -> f
 
 def fit_clocks(data: Path) -> ClockModel:
     """The clock model, anchored at a moderate decode load of the 8B model."""
-    cost = Cost(data, SHAPES["llama-3.1-8b"], attention_multiplier=ATTENTION_MULTIPLIER)
+    cost = Cost(data, SHAPES["llama-3.1-8b"], attention_multiplier=1.0)
     tokens = MODERATE_BATCH * MODERATE_CONTEXT_TOKENS
     loaded_w = decode_top_w(cost, MODERATE_BATCH, tokens, arithmetic_power(data))
     return fit_clock_model(data, loaded_w)
