@@ -65,7 +65,7 @@ def tidy(points: Sequence[Point], store: Path) -> pd.DataFrame:
         if path.exists():
             summary = read_json(path)
             rows.append(
-                {**point.labels, **point.config.as_dict(), **_flat(summary), "hash": point.key}
+                {**point.labels, **point.config.as_dict(), **flat_summary(summary), "hash": point.key}
             )
     return pd.DataFrame(rows)
 
@@ -134,7 +134,7 @@ def _progress(total: int) -> Iterator[Progress]:
         yield progress
 
 
-def _flat(summary: dict[str, Any]) -> dict[str, Any]:
+def flat_summary(summary: dict[str, Any]) -> dict[str, Any]:
     """{"ttft_s": {"p50": …}} becomes {"ttft_p50_s": …}; the clock residency stays in the JSON."""
     flat: dict[str, Any] = {}
     for name, value in summary.items():
