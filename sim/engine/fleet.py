@@ -24,7 +24,7 @@ from sim.engine.log import RunLog
 from sim.engine.prefill import PrefillInstance
 from sim.engine.request import SimRequest
 from sim.engine.timeline import Timeline
-from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, RequestView
+from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, RequestView, Router
 from sim.policies.prediction import ScaledPredictor
 from sim.policies.registry import make_controller, make_router
 from sim.records import IterationTable, RunRecord
@@ -40,7 +40,13 @@ class Fleet(ABC):
     decode_class: ClassVar[type[DecodeInstance]] = DecodeInstance
 
     def __init__(
-        self, config: SimConfig, profile: Profile, requests: Iterable[Workload], log: RunLog
+        self,
+        config: SimConfig,
+        profile: Profile,
+        requests: Iterable[Workload],
+        log: RunLog,
+        *,
+        router: Router | None = None,
     ) -> None:
         self._config = config
         self._profile = profile
@@ -56,7 +62,8 @@ class Fleet(ABC):
         self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
         self._max_running = config.max_running_requests or engine.max_running_requests
         self._cluster = Cluster()
-        self._router = make_router(config.router, self._context("decode", 0, "router"))
+        self._router = router or make_router(config.router, self._context("decode", 0, "router"))
+        """The configured one, unless the driver brings its own."""
         self.prefill = [self._make_prefill(i) for i in range(config.num_prefill)]
         self.decode = [self._make_decode(i) for i in range(config.num_decode)]
         self._prefill_states = [p.state for p in self.prefill]
@@ -79,12 +86,18 @@ class Fleet(ABC):
             VoltanaError: An iteration fell outside the profiled grid (and `extrapolate` is off).
         """
         started_ns = time.monotonic_ns()
+        self._begin()
+        end_s = self._play()
+        return self._close(end_s, (time.monotonic_ns() - started_ns) * 1e-9)
+
+    def _begin(self) -> None:
         for instance in self.instances:
             instance.park(0.0)
-        end_s = self._play()
+
+    def _close(self, end_s: float, wall_s: float) -> RunRecord:
         for instance in self.instances:
             instance.settle(end_s)
-        return self._record(end_s, (time.monotonic_ns() - started_ns) * 1e-9)
+        return self._record(end_s, wall_s)
 
     @abstractmethod
     def _play(self) -> float:

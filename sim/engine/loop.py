@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from heapq import heappop, heappush
 
 from profiles.catalog import Profile
@@ -12,7 +12,9 @@ from sim.engine.coalesced import CoalescedDecode
 from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
-from sim.policies.base import PREFILL
+from sim.engine.request import SimRequest
+from sim.policies.base import PREFILL, Router
+from sim.records import RunRecord
 from sim.workload.workload import Workload
 
 Action = Callable[[float], None]
@@ -29,11 +31,18 @@ class CoalescedFleet(Fleet):
     decode_class = CoalescedDecode
 
     def __init__(
-        self, config: SimConfig, profile: Profile, requests: Iterable[Workload], log: RunLog
+        self,
+        config: SimConfig,
+        profile: Profile,
+        requests: Iterable[Workload],
+        log: RunLog,
+        *,
+        router: Router | None = None,
     ) -> None:
-        super().__init__(config, profile, requests, log)
+        super().__init__(config, profile, requests, log, router=router)
         self._heap: list[tuple[float, int, Instance | None, Action | None]] = []
         self._order = 0
+        self._limit_s = math.inf if config.run_limit_s is None else config.run_limit_s
         self.num_events = 0
         """Arrivals, steps and actions so far: the work that a run is."""
         for instance in self.instances:
@@ -42,37 +51,69 @@ class CoalescedFleet(Fleet):
                 instance.on_cut = self._schedule
                 instance.may_coalesce &= not self._cluster.is_observed
 
-    def _play(self) -> float:
-        heap, log = self._heap, self._log
-        limit_s = math.inf if self._config.run_limit_s is None else self._config.run_limit_s
-        arrivals = self._arrivals()
-        coming = next(arrivals, None)
+    def start(self) -> Iterator[SimRequest]:
+        """Begin a run that the caller plays, one arrival after the other, in place of `run`.
+
+        For each of the requests returned: `advance` to its arrival, look at the states, `accept`
+        it. Then `finish`. What comes out is what `run` makes of the same decisions.
+        """
+        self._begin()
+        return self._arrivals()
+
+    def advance(self, until_s: float) -> None:
+        """Let everything happen that is due before `until_s`; an arrival then comes first."""
+        self._run(until_s, is_draining=False)
+
+    def look(self, now_s: float) -> None:
+        """Bring every instance's state up to date, as a router sees it."""
+        for instance in self.instances:
+            instance.sync(now_s)
+
+    def accept(self, request: SimRequest) -> None:
+        """The request arrives: the router is asked and the request is on its way."""
+        self._now_s = request.arrival_s
+        self._arrive(request, request.arrival_s)
+        self.num_events += 1
+
+    def finish(self) -> RunRecord:
+        """End a run begun with `start`, after its last arrival."""
+        return self._close(self._drain(), 0.0)
+
+    def _begin(self) -> None:
+        super()._begin()
         if self._timeline is not None:
             self._sample(0.0)
-        while coming is not None or log.unresolved:
-            if coming is not None and (not heap or coming.arrival_s <= heap[0][0]):
-                if coming.arrival_s >= limit_s:
-                    return limit_s
-                self._now_s = coming.arrival_s
-                self._arrive(coming, coming.arrival_s)
-                coming = next(arrivals, None)
+
+    def _play(self) -> float:
+        limit_s = self._limit_s
+        for request in self._arrivals():
+            self._run(min(request.arrival_s, limit_s), is_draining=False)
+            if request.arrival_s >= limit_s:
+                return limit_s
+            self.accept(request)
+        return self._drain()
+
+    def _drain(self) -> float:
+        """Play until every request has ended, or to the limit; returns when that was."""
+        self._run(self._limit_s, is_draining=True)
+        return self._limit_s if self._log.unresolved else self._now_s
+
+    def _run(self, until_s: float, *, is_draining: bool) -> None:
+        heap, log = self._heap, self._log
+        while heap and heap[0][0] < until_s and (log.unresolved or not is_draining):
+            at_s, order, instance, action = heappop(heap)
+            if instance is None:
+                self._now_s = at_s
+                assert action is not None
+                action(at_s)
+            elif instance.due == order:
+                self._now_s = at_s
+                end_s = instance.step(at_s)
+                if end_s is not None:
+                    self._schedule(instance, end_s)
             else:
-                at_s, order, instance, action = heappop(heap)
-                if at_s >= limit_s:
-                    return limit_s
-                if instance is None:
-                    self._now_s = at_s
-                    assert action is not None
-                    action(at_s)
-                elif instance.due == order:
-                    self._now_s = at_s
-                    end_s = instance.step(at_s)
-                    if end_s is not None:
-                        self._schedule(instance, end_s)
-                else:
-                    continue
+                continue  # no longer valid
             self.num_events += 1
-        return self._now_s
 
     def _wake(self, instance: Instance) -> None:
         self._schedule(instance, self._now_s)
