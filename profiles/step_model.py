@@ -129,6 +129,17 @@ class StepModel:
             power_slope,
         )
 
+    def decode_row(self, frequency_mhz: int, batch_size: int) -> Row:
+        """Knots, times, time slopes, powers and power slopes at a clock and batch size."""
+        return self._make_decode_row(frequency_mhz, batch_size)
+
+    def prefill_rows(self, frequency_mhz: int) -> dict[int, Row]:
+        """The same of prefill, by the batch sizes between which 1/batch is interpolated."""
+        return {
+            int(b): self._across_clocks(self._prefill, frequency_mhz, b, "prefill")
+            for b in self._prefill_batches
+        }
+
     def _prefill_point(
         self, frequency_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
@@ -196,7 +207,7 @@ class StepModel:
         if not batches[0] <= batch_size <= batches[-1]:
             limit = batches[-1] if batch_size > batches[-1] else batches[0]
             self._refuse_batch(phase, batch_size, limit)
-            batch_size = limit
+            batch_size = float(limit)
         at = bisect_right(batches, batch_size) - 1
         low = rows[batches[at]]
         if batches[at] == batch_size:
