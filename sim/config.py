@@ -37,7 +37,7 @@ class SimConfig:
         None, "length of the workload; none = 120 s generated, or the whole trace"
     )
     seed: int = _key(13, "seed of arrivals, lengths and policies")
-    arrivals: str = _key("poisson", "arrival process: poisson, or gamma:cv=2")
+    arrivals: str = _key("poisson", "arrival process: poisson, gamma:cv=2, or diurnal")
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
     num_decode: int = _key(2, "decode instances")

@@ -1,7 +1,8 @@
-"""Compute the shipped length histograms: `python -m sim.workload.build_histograms --traces DIR`.
+"""Compute the shipped length histograms and the moments of their sources.
 
-DIR holds CSV files with input_tokens and output_tokens. Bins are about 9 % wide, so that drawing
-uniformly within one keeps the means within 2 % and the percentiles within 5 % of the source.
+`python -m sim.workload.build_histograms --traces DIR`; DIR holds CSV files with input_tokens and
+output_tokens. Bins are about 9 % wide, so that drawing uniformly within one keeps the means within
+2 % and the percentiles within 5 % of the source.
 """
 
 from __future__ import annotations
@@ -26,11 +27,32 @@ SOURCES: Final = {
 BIN_RATIO: Final = 1.09
 
 
-def histogram(frame: pd.DataFrame, max_total_tokens: int | None) -> pd.DataFrame:
-    """Counts of joint bins of a table of length pairs; pairs with a zero length are left out."""
+def kept_pairs(frame: pd.DataFrame, max_total_tokens: int | None) -> pd.DataFrame:
+    """Pairs without a zero length whose sum is within the limit."""
     kept = frame[(frame["input_tokens"] >= 1) & (frame["output_tokens"] >= 1)]
     if max_total_tokens is not None:
         kept = kept[kept["input_tokens"] + kept["output_tokens"] <= max_total_tokens]
+    return kept
+
+
+def moments(frame: pd.DataFrame, max_total_tokens: int | None) -> dict[str, float]:
+    """Count, means, standard deviations, largest values and correlation of the kept pairs."""
+    kept = kept_pairs(frame, max_total_tokens)
+    made: dict[str, float] = {"pairs": len(kept)}
+    for side in ("input", "output"):
+        tokens = kept[f"{side}_tokens"]
+        made |= {
+            f"{side}_mean": round(float(tokens.mean()), 3),
+            f"{side}_std": round(float(tokens.std()), 3),
+            f"{side}_max": int(tokens.max()),
+        }
+    made["total_max"] = int((kept["input_tokens"] + kept["output_tokens"]).max())
+    return made | {"correlation": round(float(kept["input_tokens"].corr(kept["output_tokens"])), 4)}
+
+
+def histogram(frame: pd.DataFrame, max_total_tokens: int | None) -> pd.DataFrame:
+    """Counts of joint bins of a table of length pairs; pairs with a zero length are left out."""
+    kept = kept_pairs(frame, max_total_tokens)
     columns = {}
     for side in ("input", "output"):
         tokens = kept[f"{side}_tokens"].to_numpy()
@@ -51,15 +73,20 @@ def _edges(largest: int) -> np.ndarray[tuple[int], np.dtype[np.int64]]:
 
 
 def main() -> None:
-    """Write every histogram whose source is in the folder."""
+    """Write every histogram and the moments of its source."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traces", type=Path, required=True)
     parser.add_argument("--out", type=Path, default=DATA)
     options = parser.parse_args()
+    rows = []
     for name, (file, limit) in SOURCES.items():
-        made = histogram(pd.read_csv(options.traces / file), limit)
+        source = pd.read_csv(options.traces / file)
         path = options.out / f"{name}.csv.gz"
-        made.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+        histogram(source, limit).to_csv(
+            path, index=False, compression={"method": "gzip", "mtime": 0}
+        )
+        rows.append({"name": name, **moments(source, limit)})
+    pd.DataFrame(rows).to_csv(options.out / "moments.csv", index=False)
 
 
 if __name__ == "__main__":

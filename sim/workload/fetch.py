@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,8 +35,22 @@ class NamedTrace:
     sha256: str
     licence: str
     citation: str
-    local_names: tuple[str, ...]
-    """File names it is looked for under in the user's folder."""
+    plain_name: str | None = None
+    """File name of the same requests as plain CSV (arrival_s, input_tokens, output_tokens)."""
+    plain_sha256: str | None = None
+
+    @property
+    def published_name(self) -> str:
+        """File name at the source."""
+        return self.url.rsplit("/", 1)[-1]
+
+    @property
+    def local_files(self) -> dict[str, str]:
+        """File names it is looked for under in the user's folder -> SHA-256."""
+        files = {self.published_name: self.sha256}
+        if self.plain_name is not None and self.plain_sha256 is not None:
+            files[self.plain_name] = self.plain_sha256
+        return files
 
 
 TRACES: Final[Mapping[str, NamedTrace]] = {
@@ -44,28 +59,32 @@ TRACES: Final[Mapping[str, NamedTrace]] = {
         sha256="2f1e5b666d4e3055fdbba98598ce2ec307767b9064e03e2fa46676dbcc7d0bf8",
         licence="CC-BY-4.0",
         citation="Patel et al., Splitwise, ISCA 2024",
-        local_names=("AzureLLMInferenceTrace_conv.csv", "azure_llm_2023_conv.csv.gz"),
+        plain_name="azure_llm_2023_conv.csv.gz",
+        plain_sha256="f9bb0b7080cccce85cf2930b08b58f9acfa3f3bc3dbf1f1d3325aed99b64e9e6",
     ),
     "azure-code-2023": NamedTrace(
         url=_AZURE + "AzureLLMInferenceTrace_code.csv",
         sha256="54e9a6d2a4bd06ba1e060304b900abbc74cbea53de96506e60fe5bb4f2277fb6",
         licence="CC-BY-4.0",
         citation="Patel et al., Splitwise, ISCA 2024",
-        local_names=("AzureLLMInferenceTrace_code.csv", "azure_llm_2023_code.csv.gz"),
+        plain_name="azure_llm_2023_code.csv.gz",
+        plain_sha256="08e23733311bf2628f63e3f7bacf9ee8cef3998356a419da8bb774f08243c47e",
     ),
     "mooncake-conversation": NamedTrace(
         url=_MOONCAKE + "conversation_trace.jsonl",
         sha256="b8cbb061a85206d729d91cdc2981f43c9e0d99209dce588d3af5f7934408b9df",
         licence="Apache-2.0",
         citation="Qin et al., Mooncake, FAST 2025",
-        local_names=("conversation_trace.jsonl", "mooncake_conversation.csv.gz"),
+        plain_name="mooncake_conversation.csv.gz",
+        plain_sha256="22c96f454b4a453bc193f725c0ddef09da0515c64da18dedbd564d0604984a2c",
     ),
     "mooncake-synthetic": NamedTrace(
         url=_MOONCAKE + "synthetic_trace.jsonl",
         sha256="bd070915a98fc0ed264d7cfef2ce746002eb3076a695ec31ba2674c0111ec131",
         licence="Apache-2.0",
         citation="Qin et al., Mooncake, FAST 2025",
-        local_names=("synthetic_trace.jsonl", "mooncake_synthetic.csv.gz"),
+        plain_name="mooncake_synthetic.csv.gz",
+        plain_sha256="4bcfe5259f9aebec0a9116f5494387d1a8eef73fdd1e5900b04cf2cf79f9e924",
     ),
 }
 
@@ -78,10 +97,11 @@ def named_traces() -> list[str]:
 def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
     """The file of a published trace: from the folder VOLTANA_DATA names, else downloaded.
 
-    A download goes to the user's cache and is checked against its SHA-256; it happens only here.
+    Either is checked against its SHA-256. A download goes to the user's cache; it happens only
+    here.
 
     Raises:
-        VoltanaError: Unknown name, no connection, or a download whose hash is wrong.
+        VoltanaError: Unknown name, no connection, or a file whose hash is wrong.
     """
     trace = traces.get(name)
     if trace is None:
@@ -95,7 +115,7 @@ def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
             pooch.retrieve(
                 trace.url,
                 known_hash=f"sha256:{trace.sha256}",
-                fname=f"{name}-{trace.local_names[0]}",
+                fname=f"{name}-{trace.published_name}",
                 path=pooch.os_cache("voltana"),
                 progressbar=False,
             )
@@ -116,7 +136,13 @@ def _in_folder(trace: NamedTrace) -> Path | None:
     if not folder:
         return None
     for directory in (Path(folder), Path(folder) / "traces"):
-        for name in trace.local_names:
-            if (directory / name).is_file():
-                return directory / name
+        for name, sha256 in trace.local_files.items():
+            path = directory / name
+            if path.is_file():
+                if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                    raise VoltanaError(
+                        f"{path} is not the published file (its SHA-256 is not {sha256[:12]}…): "
+                        "get it again, or pass the file's path to use it as it is"
+                    )
+                return path
     return None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Final
 
 import numpy as np
 
@@ -13,6 +14,11 @@ from sim.workload.workload import FloatArray, Workload
 
 _STREAMS = {"arrivals": 101, "lengths": 102}
 """Spawn keys: arrivals and lengths are independent, so that one can change without the other."""
+
+SWING: Final = 0.6
+"""Relative amplitude of a day, ours: the day's highest rate is four times its lowest."""
+DAY_S: Final = 86_400.0
+PEAK_OF_PERIOD: Final = 14 / 24
 
 Gaps = Callable[[np.random.Generator, int], FloatArray]
 """Draws that many gaps with mean 1."""
@@ -36,12 +42,21 @@ def make_workload(
         rate_rps: Mean rate, requests/s, > 0.
         duration_s: Nominal length, > 0.
         seed: Of two independent streams, one for arrivals and one for lengths.
-        arrivals: `poisson`, or `gamma:cv=2` for gaps with that coefficient of variation.
+        arrivals: `poisson`; `gamma:cv=2` for gaps with that coefficient of variation; or
+            `diurnal:swing=0.6` for a Poisson process whose rate goes through one day in
+            `duration_s`, see `diurnal_rate` (the number of requests is then random).
 
     Raises:
         VoltanaError: Unknown name or arrival process, or a number out of range.
     """
     _require_positive(rate_rps=rate_rps, duration_s=duration_s)
+    swing = diurnal_swing(arrivals)
+    if swing is not None:
+        parts = stream_diurnal(
+            name, mean_rps=rate_rps, duration_s=duration_s, seed=seed, swing=swing,
+            period_s=duration_s,
+        )  # fmt: skip
+        return _join(list(parts), f"{name}, a day of {rate_rps:g} requests/s on average")
     count = max(1, round(rate_rps * duration_s))
     gaps = parse_arrivals(arrivals)(_stream(seed, "arrivals"), count)
     inputs, outputs = draw_lengths(name, count, _stream(seed, "lengths"))
@@ -57,26 +72,44 @@ def parse_arrivals(text: str) -> Gaps:
     """The gap generator that `poisson` or `gamma:cv=X` names."""
     if text == "poisson":
         return lambda rng, count: rng.standard_exponential(count)
-    name, _, argument = text.partition(":cv=")
-    try:
-        cv = float(argument) if name == "gamma" else math.nan
-    except ValueError:
-        cv = math.nan
+    cv = _argument(text, "gamma:cv=")
     if not (cv > 0 and math.isfinite(cv)):
-        raise VoltanaError(f"arrivals must be poisson or gamma:cv=NUMBER > 0, got {text!r}")
+        raise VoltanaError(
+            "arrivals must be poisson or gamma:cv=NUMBER > 0, or diurnal or "
+            f"diurnal:swing=NUMBER in [0, 1), got {text!r}"
+        )
     shape = 1.0 / (cv * cv)
     return lambda rng, count: rng.gamma(shape, 1.0 / shape, count)
 
 
+def diurnal_swing(text: str) -> float | None:
+    """The swing that `diurnal` or `diurnal:swing=X` names; none for another arrival process."""
+    if text == "diurnal":
+        return SWING
+    swing = _argument(text, "diurnal:swing=")
+    return None if math.isnan(swing) else swing
+
+
+def _argument(text: str, prefix: str) -> float:
+    try:
+        return float(text.removeprefix(prefix)) if text.startswith(prefix) else math.nan
+    except ValueError:
+        return math.nan
+
+
 def diurnal_rate(
-    mean_rps: float, *, swing: float = 0.6, peak_s: float = 50_400.0, period_s: float = 86_400.0
+    mean_rps: float,
+    *,
+    swing: float = SWING,
+    peak_s: float | None = None,
+    period_s: float = DAY_S,
 ) -> Callable[[FloatArray], FloatArray]:
     """Cumulative arrivals of a sinusoidal day: rate(t) = mean·(1 + swing·cos(2π(t - peak)/period)).
 
     Args:
         mean_rps: Mean over a period, requests/s.
         swing: Relative amplitude in [0, 1); default ours.
-        peak_s: Time of the highest rate (default 14:00).
+        peak_s: Time of the highest rate; by default 14/24 of the period (14:00).
         period_s: Length of the day.
 
     Returns:
@@ -86,10 +119,11 @@ def diurnal_rate(
     if not 0 <= swing < 1:
         raise VoltanaError(f"swing must be in [0, 1), got {swing}")
     omega = 2 * math.pi / period_s
-    start = math.sin(-omega * peak_s)
+    highest_s = PEAK_OF_PERIOD * period_s if peak_s is None else peak_s
+    start = math.sin(-omega * highest_s)
 
     def cumulative(time_s: FloatArray) -> FloatArray:
-        wave = (np.sin(omega * (time_s - peak_s)) - start) / omega
+        wave = (np.sin(omega * (time_s - highest_s)) - start) / omega
         return np.asarray(mean_rps * (time_s + swing * wave))
 
     return cumulative
@@ -101,7 +135,8 @@ def stream_diurnal(
     mean_rps: float,
     duration_s: float,
     seed: int,
-    swing: float = 0.6,
+    swing: float = SWING,
+    period_s: float = DAY_S,
     chunk_requests: int = 65_536,
 ) -> Iterator[Workload]:
     """An inhomogeneous Poisson day, chunk by chunk in bounded memory.
@@ -112,9 +147,12 @@ def stream_diurnal(
 
     Yields:
         Workloads of at most `chunk_requests` requests that continue one another.
+
+    Raises:
+        VoltanaError: Unknown name, or a number out of range.
     """
-    _require_positive(duration_s=duration_s)
-    cumulative = diurnal_rate(mean_rps, swing=swing)
+    _require_positive(duration_s=duration_s, chunk_requests=chunk_requests)
+    cumulative = diurnal_rate(mean_rps, swing=swing, period_s=period_s)
     total = float(cumulative(np.array([duration_s]))[0])
     reached, block = 0.0, 0
     while reached < total:
@@ -137,6 +175,17 @@ def stream_diurnal(
 _BLOCK = 65_536
 
 
+def _join(parts: list[Workload], name: str) -> Workload:
+    if not parts:
+        raise VoltanaError(f"{name}: no request arrives, raise rate_rps or duration_s")
+    return Workload(
+        arrival_s=np.concatenate([p.arrival_s for p in parts]),
+        input_tokens=np.concatenate([p.input_tokens for p in parts]),
+        output_tokens=np.concatenate([p.output_tokens for p in parts]),
+        name=name,
+    )
+
+
 def _invert(
     cumulative: Callable[[FloatArray], FloatArray], targets: FloatArray, end_s: float
 ) -> FloatArray:
@@ -150,6 +199,8 @@ def _invert(
 
 
 def _stream(seed: int, purpose: str, block: int = 0) -> np.random.Generator:
+    if seed < 0:
+        raise VoltanaError(f"seed must be >= 0, got {seed}")
     sequence = np.random.SeedSequence(seed, spawn_key=(_STREAMS[purpose], block))
     return np.random.default_rng(sequence)
 

@@ -2,13 +2,14 @@
 
 A histogram ships as counts of joint bins, `data/NAME.csv.gz` (input_min, input_max, output_min,
 output_max, count; bounds inclusive), computed by `sim.workload.build_histograms` from public
-traces: facts about lengths, no text and no order. A length is drawn uniformly within its bin,
-so that a drawn total can pass the source's limit by a bin's width (about 9 %).
-`lmsys` is modelled: see `lmsys_lengths`.
+traces: facts about lengths, no text and no order. A length is drawn uniformly within its bin and
+then held to the source's own limits. `moments.csv` keeps the source's means and spreads, which a
+histogram only nears. `lmsys` and `sharegpt-client` are modelled: see `lmsys_lengths`, `TILT`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Final
@@ -29,6 +30,16 @@ HISTOGRAMS: Final = {
     "azure-code": "Azure LLM inference trace 2023, code completion",
     "arxiv-summarization": "arXiv summarisation, long prompts, total <= 4096",
 }
+SHAREGPT_CLIENT: Final = "sharegpt-client"
+SHAREGPT_CLIENT_MEAN_TOKENS: Final = (250.0, 203.0)
+"""What SGLang's benchmark client sends: the first prompt of a ShareGPT v3 conversation, and as many
+output tokens as ChatGPT's first answer has. 250 in: the reference's own comment on its trace
+(VoltanaLLM v0.1, p_server.sh). 203 out: 203,068 tokens of 1,000 answers by Llama-3.1-8B's tokenizer
+(vllm-project/vllm, pull request 18566). The outputs of the `sharegpt` source are longer (mean
+324): it does not say whose they are."""
+TILT: Final = (1.772e-4, -2.8129e-3)
+"""Per input and output token: bins of `sharegpt` times exp(tilt · lengths) have those means. Of all
+distributions with these means it is the one nearest to the histogram (least relative entropy)."""
 LMSYS_MEAN_TOKENS: Final = (69.5, 214.5)
 """Published means of LMSYS-Chat-1M: prompt, response (Zheng et al., arXiv:2309.11998, table 1)."""
 LMSYS_SIGMA: Final = (1.35, 1.0)
@@ -44,6 +55,8 @@ def list_lengths() -> dict[str, str]:
     """Every length distribution with one line of explanation."""
     return {
         **HISTOGRAMS,
+        SHAREGPT_CLIENT: "ShareGPT as SGLang's benchmark client sends it, modelled: `sharegpt`"
+        " re-weighted to the means of first prompts and first answers, 250 in and 203 out",
         "lmsys": "LMSYS-Chat-1M, modelled: correlated lognormals with the published means,"
         " 69.5 in and 214.5 out",
     }
@@ -65,14 +78,17 @@ def draw_lengths(name: str, count: int, rng: np.random.Generator) -> tuple[IntAr
     """
     if name == "lmsys":
         return lmsys_lengths(count, rng)
-    if name not in HISTOGRAMS:
+    if name not in HISTOGRAMS and name != SHAREGPT_CLIENT:
         raise VoltanaError(f"unknown workload {name!r}{nearest(name, list_lengths())}")
-    bins, cumulative = _histogram(name)
+    made = _histogram(name)
     draws = rng.random((count, 3))
-    row = np.searchsorted(cumulative, draws[:, 0] * cumulative[-1], side="right")
-    chosen = bins[row]
+    row = np.searchsorted(made.cumulative, draws[:, 0] * made.cumulative[-1], side="right")
+    chosen = made.bins[row]
     inputs = chosen[:, 0] + (draws[:, 1] * (chosen[:, 1] - chosen[:, 0] + 1)).astype(np.int64)
     outputs = chosen[:, 2] + (draws[:, 2] * (chosen[:, 3] - chosen[:, 2] + 1)).astype(np.int64)
+    # every bin holds a pair of the source: its smallest lengths are within the limits
+    inputs = np.minimum(inputs, np.minimum(made.max_input, made.max_total - chosen[:, 2]))
+    outputs = np.minimum(outputs, np.minimum(made.max_output, made.max_total - inputs))
     return inputs, outputs
 
 
@@ -110,8 +126,35 @@ def _lmsys_location(i: int) -> float:
     return float(optimize.brentq(excess, 0.0, np.log(high)))
 
 
-@lru_cache(maxsize=len(HISTOGRAMS))
-def _histogram(name: str) -> tuple[IntArray, npt.NDArray[np.float64]]:
-    frame = pd.read_csv(DATA / f"{name}.csv.gz")
-    columns = ["input_min", "input_max", "output_min", "output_max"]
-    return frame[columns].to_numpy(dtype=np.int64), np.cumsum(frame["count"].to_numpy(float))
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Histogram:
+    bins: IntArray
+    """Shape (n, 4): smallest and largest input, smallest and largest output."""
+    cumulative: npt.NDArray[np.float64]
+    max_input: int
+    max_output: int
+    max_total: int
+
+
+@lru_cache(maxsize=len(HISTOGRAMS) + 1)
+def _histogram(name: str) -> _Histogram:
+    source = "sharegpt" if name == SHAREGPT_CLIENT else name
+    frame = pd.read_csv(DATA / f"{source}.csv.gz")
+    bins = frame[["input_min", "input_max", "output_min", "output_max"]].to_numpy(dtype=np.int64)
+    weights = frame["count"].to_numpy(dtype=np.float64)
+    if name == SHAREGPT_CLIENT:
+        weights *= np.exp(TILT[0] * bins[:, :2].mean(axis=1) + TILT[1] * bins[:, 2:].mean(axis=1))
+    limits = source_moments().loc[source].to_dict()
+    return _Histogram(
+        bins=bins,
+        cumulative=np.cumsum(weights),
+        max_input=int(limits["input_max"]),
+        max_output=int(limits["output_max"]),
+        max_total=int(limits["total_max"]),
+    )
+
+
+@lru_cache(maxsize=1)
+def source_moments() -> pd.DataFrame:
+    """Moments of the sources of the histograms, by name; tokens, `correlation` a number."""
+    return pd.read_csv(DATA / "moments.csv", index_col="name")

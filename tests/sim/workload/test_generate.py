@@ -12,9 +12,15 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from profiles.errors import VoltanaError
-from sim.workload.build_histograms import SOURCES, histogram
+from sim.workload.build_histograms import SOURCES, histogram, moments
 from sim.workload.generate import diurnal_rate, list_workloads, make_workload, stream_diurnal
-from sim.workload.lengths import DATA, LMSYS_MEAN_TOKENS, draw_lengths
+from sim.workload.lengths import (
+    DATA,
+    LMSYS_MEAN_TOKENS,
+    SHAREGPT_CLIENT_MEAN_TOKENS,
+    draw_lengths,
+    source_moments,
+)
 from sim.workload.workload import Workload
 
 
@@ -63,6 +69,36 @@ def test_diurnal_counts_follow_the_rate() -> None:
     assert observed.max() > 3 * observed.min()  # the day does swing: (1 + .6) / (1 - .6) = 4
 
 
+def test_a_compressed_day_has_the_shape_of_the_day() -> None:
+    """`arrivals = "diurnal:swing=S"`: one period in the duration, its peak at 14/24 of it."""
+    made = make_workload(
+        "lmsys", rate_rps=40, duration_s=1200, seed=6, arrivals="diurnal:swing=0.5"
+    )
+    assert len(made) == pytest.approx(40 * 1200, abs=5 * np.sqrt(40 * 1200))
+    edges = np.linspace(0, 1200, 25)
+    observed = np.histogram(made.arrival_s, edges)[0]
+    middle = (edges[1:] + edges[:-1]) / 2
+    expected = 50 * 40 * (1 + 0.5 * np.cos(2 * np.pi * (middle / 1200 - 14 / 24)))
+    assert stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), 24) > 0.01
+    day = make_workload("lmsys", rate_rps=40, duration_s=1200, seed=6, arrivals="diurnal")
+    assert np.histogram(day.arrival_s, edges)[0].max() > observed.max()  # .6 swings further
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"chunk_requests": 0}, "chunk_requests must be > 0 and finite, got 0"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
+        ({"swing": 1.0}, r"swing must be in \[0, 1\), got 1"),
+        ({"duration_s": 0}, "duration_s must be > 0"),
+    ],
+)
+def test_bad_arguments_of_a_stream(arguments: dict[str, float], words: str) -> None:
+    values = {"mean_rps": 1.0, "duration_s": 10.0, "seed": 1} | arguments
+    with pytest.raises(VoltanaError, match=words):
+        list(stream_diurnal("lmsys", **values))  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("chunk", [1000, 65_536])
 def test_streamed_requests_do_not_depend_on_the_chunk(chunk: int) -> None:
     def joined(size: int) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
@@ -99,6 +135,35 @@ def test_shipped_histograms_are_what_the_builder_makes(name: str, shared_data: P
     file, limit = SOURCES[name]
     made = histogram(pd.read_csv(shared_data / "traces" / file), limit)
     pd.testing.assert_frame_equal(pd.read_csv(DATA / f"{name}.csv.gz"), made)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_drawn_lengths_keep_the_limits_and_means_of_their_source(name: str) -> None:
+    """200,000 draws against the moments that ship with the histogram; none passes a limit."""
+    source = source_moments().loc[name]
+    inputs, outputs = draw_lengths(name, 200_000, np.random.default_rng(1))
+    assert min(inputs.min(), outputs.min()) >= 1
+    assert inputs.max() <= source["input_max"]
+    assert outputs.max() <= source["output_max"]
+    assert (inputs + outputs).max() <= source["total_max"]
+    assert inputs.mean() == pytest.approx(source["input_mean"], rel=0.02)
+    assert outputs.mean() == pytest.approx(source["output_mean"], rel=0.02)
+    assert outputs.std() == pytest.approx(source["output_std"], rel=0.03)
+
+
+@pytest.mark.parametrize("name", sorted(SOURCES))
+def test_shipped_moments_are_those_of_the_source(name: str, shared_data: Path) -> None:
+    file, limit = SOURCES[name]
+    made = moments(pd.read_csv(shared_data / "traces" / file), limit)
+    assert source_moments().loc[name].to_dict() == pytest.approx(made)
+
+
+def test_sharegpt_of_the_client_has_the_published_means() -> None:
+    """Standard errors at 400,000 draws are 0.9 and 0.3 tokens; bins add under 1 %."""
+    inputs, outputs = draw_lengths("sharegpt-client", 400_000, np.random.default_rng(3))
+    assert inputs.mean() == pytest.approx(SHAREGPT_CLIENT_MEAN_TOKENS[0], rel=0.02)
+    assert outputs.mean() == pytest.approx(SHAREGPT_CLIENT_MEAN_TOKENS[1], rel=0.01)
+    assert (inputs + outputs).max() <= 3000
 
 
 def test_lmsys_has_the_published_means() -> None:
@@ -157,8 +222,14 @@ def test_superposing_loses_nothing(
         ({"name": "sharegp"}, "unknown workload 'sharegp'.*did you mean 'sharegpt'"),
         ({"rate_rps": 0}, "rate_rps must be > 0 and finite, got 0"),
         ({"duration_s": float("inf")}, "duration_s must be > 0 and finite"),
-        ({"arrivals": "gamma"}, "arrivals must be poisson or gamma:cv=NUMBER > 0, got 'gamma'"),
+        (
+            {"arrivals": "gamma"},
+            "arrivals must be poisson or gamma:cv=NUMBER > 0, or diurnal.*got 'gamma'",
+        ),
         ({"arrivals": "gamma:cv=-1"}, "arrivals must be"),
+        ({"arrivals": "diurnal:swing=2"}, r"swing must be in \[0, 1\), got 2"),
+        ({"arrivals": "diurnal:swing=x"}, "arrivals must be"),
+        ({"seed": -1}, "seed must be >= 0, got -1"),
     ],
 )
 def test_bad_arguments(arguments: dict[str, object], words: str) -> None:

@@ -137,8 +137,7 @@ def test_download_is_checked(
     right = hashlib.sha256(body).hexdigest()
 
     def entry(name: str, where: str, sha256: str) -> dict[str, NamedTrace]:
-        return {name: NamedTrace(url=where, sha256=sha256, licence="-", citation="-",
-                                 local_names=("plain.csv",))}  # fmt: skip
+        return {name: NamedTrace(url=where, sha256=sha256, licence="-", citation="-")}
 
     path = named_trace("good", entry("good", url, right))
     assert path.read_bytes() == body
@@ -148,6 +147,21 @@ def test_download_is_checked(
         named_trace("off", entry("off", "http://127.0.0.1:9/x.csv", right))
     with pytest.raises(VoltanaError, match="unknown trace"):
         named_trace("other", entry("good", url, right))
+
+
+def test_a_local_file_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    body = FORMATS["plain.csv"].encode()
+    right = hashlib.sha256(body).hexdigest()
+    trace = NamedTrace(
+        url="http://127.0.0.1:9/there.csv", sha256="0" * 64, licence="-", citation="-",
+        plain_name="plain.csv", plain_sha256=right,
+    )  # fmt: skip
+    monkeypatch.setenv("VOLTANA_DATA", str(tmp_path))
+    (tmp_path / "plain.csv").write_bytes(body)
+    assert named_trace("it", {"it": trace}) == tmp_path / "plain.csv"
+    (tmp_path / "plain.csv").write_bytes(body + b"9,9,9\n")
+    with pytest.raises(VoltanaError, match=r"plain\.csv is not the published file"):
+        named_trace("it", {"it": trace})
 
 
 def test_a_workload_cannot_be_made_of_nonsense() -> None:
