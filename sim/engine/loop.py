@@ -13,7 +13,7 @@ from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
-from sim.policies.base import PREFILL, Router
+from sim.policies.base import PREFILL, Controller, PolicyContext, Router
 from sim.records import RunRecord
 from sim.workload.workload import Workload
 
@@ -38,8 +38,11 @@ class CoalescedFleet(Fleet):
         log: RunLog,
         *,
         router: Router | None = None,
+        decode_controller: Callable[[PolicyContext], Controller] | None = None,
     ) -> None:
-        super().__init__(config, profile, requests, log, router=router)
+        super().__init__(
+            config, profile, requests, log, router=router, decode_controller=decode_controller
+        )
         self._heap: list[tuple[float, int, Instance | None, Action | None]] = []
         self._order = 0
         self._limit_s = math.inf if config.run_limit_s is None else config.run_limit_s
@@ -70,7 +73,7 @@ class CoalescedFleet(Fleet):
             instance.sync(now_s)
 
     def accept(self, request: SimRequest) -> None:
-        """The request arrives: the router is asked and the request is on its way."""
+        """The request arrives: it is rejected, or the router is asked and it is on its way."""
         self._now_s = request.arrival_s
         self._arrive(request, request.arrival_s)
         self.num_events += 1

@@ -51,6 +51,11 @@ class RateMeter:
         return self._count / self._time_s if self._time_s > 0 else 0.0
 
 
+def size(num_decode: int) -> int:
+    """Length of an observation of that many decode instances."""
+    return PER_INSTANCE * num_decode + SHARED
+
+
 def observe(
     request: RequestView, decode: Sequence[InstanceState], rate_rps: float, top_mhz: int
 ) -> Float32Array:
