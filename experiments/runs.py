@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from functools import lru_cache
 from pathlib import Path
 
@@ -31,8 +32,10 @@ def workload_of(config: SimConfig) -> Workload:
         )
     else:
         made = _cached_trace(str(Path(config.trace)))
-        if config.duration_s is not None:
-            made = made.sliced(0.0, config.duration_s)
+        start_s = config.trace_start_s or 0.0
+        if config.duration_s is not None or start_s > 0.0:
+            end_s = math.inf if config.duration_s is None else start_s + config.duration_s
+            made = made.sliced(start_s, end_s)
     return made if config.time_scale == 1.0 else made.scaled(config.time_scale)
 
 

@@ -36,6 +36,7 @@ class SimConfig:
     duration_s: float | None = _key(
         None, "length of the workload; none = 120 s generated, or the whole trace"
     )
+    trace_start_s: float | None = _key(None, "skip this much of a trace; none = start at its first")
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key("poisson", "arrival process: poisson, gamma:cv=2, or diurnal")
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
@@ -47,6 +48,10 @@ class SimConfig:
     router: str = _key("ecoroute", "router")
     slo_ttft_s: float = _key(0.6, "promise: time to first token")
     slo_itl_s: float = _key(0.06, "promise: time between tokens")
+    aim_ratio: float | None = _key(
+        None,
+        "policies are told the promises times this, runs are judged by the true ones; none = 1",
+    )
     engine: Literal["coalesced", "reference"] = _key(
         "coalesced",
         "coalesced jumps over runs of iterations, reference plays each one in SimPy: same results",
@@ -99,7 +104,7 @@ class SimConfig:
                 raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
         for name in _NOT_NEGATIVE:
             value = getattr(self, name)
-            if not (value >= 0 and math.isfinite(value)):
+            if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise VoltanaError(f"{name} must be >= 0 and finite, got {value}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
@@ -128,11 +133,14 @@ class SimConfig:
 
 _POSITIVE = (
     "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "slo_ttft_s", "slo_itl_s",
+    "aim_ratio",
     "predictor_scale", "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "run_limit_s", "timeline_interval_s",
     "timeline_max_samples",
 )  # fmt: skip
-_NOT_NEGATIVE = ("seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens")
+_NOT_NEGATIVE = (
+    "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
+)  # fmt: skip
 _CHOICES = {
     "metrics": ("exact", "sketch"),
     "engine": ("coalesced", "reference"),
