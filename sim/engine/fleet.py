@@ -24,7 +24,15 @@ from sim.engine.log import RunLog
 from sim.engine.prefill import PrefillInstance
 from sim.engine.request import SimRequest
 from sim.engine.timeline import Timeline
-from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, RequestView, Router
+from sim.policies.base import (
+    Cluster,
+    Controller,
+    InstanceState,
+    Phase,
+    PolicyContext,
+    RequestView,
+    Router,
+)
 from sim.policies.prediction import ScaledPredictor
 from sim.policies.registry import make_controller, make_router
 from sim.records import IterationTable, RunRecord
@@ -47,8 +55,13 @@ class Fleet(ABC):
         log: RunLog,
         *,
         router: Router | None = None,
+        decode_controller: Callable[[PolicyContext], Controller] | None = None,
     ) -> None:
+        """Router and controller come from the configuration unless the driver brings its own."""
         self._config = config
+        self._make_decode_controller = decode_controller or partial(
+            make_controller, config.decode_controller_spec
+        )
         self._profile = profile
         self._requests = requests
         self._log = log
@@ -63,7 +76,6 @@ class Fleet(ABC):
         self._max_running = config.max_running_requests or engine.max_running_requests
         self._cluster = Cluster()
         self._router = router or make_router(config.router, self._context("decode", 0, "router"))
-        """The configured one, unless the driver brings its own."""
         self.prefill = [self._make_prefill(i) for i in range(config.num_prefill)]
         self.decode = [self._make_decode(i) for i in range(config.num_decode)]
         self._prefill_states = [p.state for p in self.prefill]
@@ -122,7 +134,7 @@ class Fleet(ABC):
 
     def _arrive(self, request: SimRequest, now_s: float) -> None:
         self._log.arrive(request)
-        if request.input_tokens + request.output_tokens > self._kv_capacity:
+        if not self.can_hold(request):
             self._log.reject(request)
             return
         self._now_s = now_s
@@ -145,6 +157,10 @@ class Fleet(ABC):
         self._prefill_states[prefill_id].open_requests += 1
         self._decode_states[decode_id].open_requests += 1
         self.prefill[prefill_id].submit(request, now_s)
+
+    def can_hold(self, request: SimRequest) -> bool:
+        """Whether the request fits an empty decode instance; it is rejected if not."""
+        return request.input_tokens + request.output_tokens <= self._kv_capacity
 
     def _refresh(self, instance: Instance) -> None:
         instance.sync(self._now_s)
@@ -187,9 +203,7 @@ class Fleet(ABC):
         )
 
     def _make_decode(self, index: int) -> DecodeInstance:
-        controller = make_controller(
-            self._config.decode_controller_spec, self._context("decode", index, "decode")
-        )
+        controller = self._make_decode_controller(self._context("decode", index, "decode"))
         return self.decode_class(
             self._config,
             self._log,
