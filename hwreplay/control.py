@@ -7,22 +7,17 @@ driver boosts: the promise is kept at the cost of energy) until a fresh record c
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter, deque
-from dataclasses import dataclass, field
-from typing import Any, Final
-
-import numpy as np
+import sys
+import traceback
+from collections import deque
+from dataclasses import dataclass
 
 from hwreplay.actuator.client import Actuator, ActuatorLostError
 from hwreplay.batch_feed import BatchNotice, Kind
+from hwreplay.loop_report import LoopReport, SafeState
 from hwreplay.metrics_feed import IterationMetrics
 from hwreplay.tracker import InstanceTracker
-from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
-
-BUCKETS_S: Final = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))
-"""Upper edges of the latency histogram: 10 µs to 5 s."""
+from sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -31,12 +26,12 @@ class StaleLimits:
 
     num_iterations: float = 5.0
     """Under load: so many expected iterations after the one that runs, or records lost in a row."""
-    least_s: float = 0.25
-    """The allowance is never shorter: a busy machine is no dead engine."""
+    least_s: float = 0.1
+    """The allowance is never shorter: a moment without the CPU is no dead engine."""
     most_s: float = 1.0
     """Nor longer."""
-    dead_s: float = 5.0
-    """At rest: the engine repeats a heartbeat every second."""
+    dead_s: float = 3.0
+    """At rest: an idle engine repeats a heartbeat every second."""
 
     def allowed_s(self, expected_s: float, *, is_busy: bool) -> float:
         """Longest silence that is believed.
@@ -55,70 +50,6 @@ class StaleLimits:
         return expected_s + min(grace_s, self.most_s)
 
 
-class Latencies:
-    """Durations of the loop, all kept: 8 bytes each."""
-
-    def __init__(self) -> None:
-        self._values_s = array("d")
-
-    def add(self, value_s: float) -> None:
-        """Count one."""
-        self._values_s.append(value_s)
-
-    def __len__(self) -> int:
-        return len(self._values_s)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Quantiles and a histogram: {"p99_s": …, "histogram": [[upper edge in s, count], …]}."""
-        if not self._values_s:
-            return {"num": 0}
-        values = np.asarray(self._values_s)
-        counts, _ = np.histogram(values, bins=[0.0, *BUCKETS_S, float("inf")])
-        edges = [*BUCKETS_S, float("inf")]
-        quantiles = {f"p{q}_s": float(np.quantile(values, q / 100)) for q in (50, 90, 99)}
-        return {
-            "num": len(values),
-            **quantiles,
-            "max_s": float(values.max()),
-            "histogram": [[edge, int(n)] for edge, n in zip(edges, counts, strict=True) if n],
-        }
-
-
-@dataclass(slots=True)
-class _Safe:
-    """Why and when the clock was unlocked."""
-
-    at_s: float
-    reason: str
-    until_s: float | None = None
-
-
-@dataclass(slots=True)
-class LoopReport:
-    """What the loop did."""
-
-    counts: Counter[str] = field(default_factory=Counter)
-    latency: Latencies = field(default_factory=Latencies)
-    """Record received to actuator written, decision included."""
-    written: Latencies = field(default_factory=Latencies)
-    """The same, of decisions that changed the clock."""
-    notice: Latencies = field(default_factory=Latencies)
-    """From the plug-in's sending to the actuator's writing."""
-    safe: list[_Safe] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON values."""
-        return {
-            "counts": dict(self.counts),
-            "loop_latency": self.latency.as_dict(),
-            "loop_latency_written": self.written.as_dict(),
-            "notice_latency": self.notice.as_dict(),
-            "safe_states": [
-                {"at_s": s.at_s, "until_s": s.until_s, "reason": s.reason} for s in self.safe
-            ],
-        }
-
-
 class ControlLoop:
     """Asks one controller and writes to one actuator."""
 
@@ -131,6 +62,7 @@ class ControlLoop:
         predictor: Predictor,
         limits: StaleLimits | None = None,
         decides_before_decode: bool = False,
+        now_s: float = 0.0,
     ) -> None:
         """Set the controller's initial clock.
 
@@ -141,6 +73,7 @@ class ControlLoop:
             predictor: Says how long an iteration should take.
             limits: When metrics are stale.
             decides_before_decode: Decide on the plug-in's notice in decode too.
+            now_s: The run's time.
         """
         self.report = LoopReport()
         self.clock_changes: deque[tuple[float, int]] = deque()
@@ -152,13 +85,18 @@ class ControlLoop:
         self._limits = limits or StaleLimits()
         self._decides_on_notice = tracker.state.phase == PREFILL or decides_before_decode
         self._has_plugin = False
-        self._heard_s = 0.0
+        self._heard_s = now_s
+        self._loaded_s: float | None = None
         self._sequence: int | None = None
         self._plan_s: float | None = None
         self._plan: IdlePlan | None = None
         self._was_busy = False
-        self._safe: _Safe | None = None
-        self._write(controller.initial_clock_mhz(), 0.0)
+        self._safe: SafeState | None = None
+        self._num_refused = 0
+        self.num_wishes = 0
+        """Clocks asked for that were not the one asked for last."""
+        self._wish_mhz = UNLOCKED_MHZ
+        self._write(controller.initial_clock_mhz(), now_s)
 
     @property
     def is_safe(self) -> bool:
@@ -168,6 +106,7 @@ class ControlLoop:
     def attach(self, actuator: Actuator) -> None:
         """A new connection to the helper, after the old one was lost."""
         self._actuator = actuator
+        self._num_refused = 0
         self.report.counts["actuator_reconnected"] += 1
         self._end_safe(self._tracker.state.now_s)
 
@@ -175,23 +114,39 @@ class ControlLoop:
     def has_actuator(self) -> bool:
         return self._actuator is not None
 
-    def on_notice(self, notice: BatchNotice, now_s: float) -> bool:
-        """The plug-in announces a batch. True if a decision was made."""
+    @property
+    def actuator_fd(self) -> int | None:
+        """Readable when the actuator has answered."""
+        return None if self._actuator is None else self._actuator.fileno()
+
+    def on_notice(self, notice: BatchNotice, now_s: float, *, is_newest: bool = True) -> bool:
+        """The plug-in announces a batch. True if a decision was made.
+
+        Args:
+            notice: What it says.
+            now_s: The run's time.
+            is_newest: False if another one waits: the controller sees it, the clock stays.
+        """
         self._has_plugin = True
         self.report.counts["notices"] += 1
         if notice.kind == Kind.HELLO:
             return False
         self._heard_s = now_s
         if notice.kind == Kind.PREFILL:
-            self._tracker.on_batch(notice.num_requests, notice.tokens, now_s)
+            self._tracker.on_batch(notice.num_requests, notice.tokens, now_s, notice.num_waiting)
         else:
             state = self._tracker.observe(now_s)
             state.last_batch_size, state.last_tokens = notice.num_requests, notice.tokens
-        self._mark_busy()
-        return self._decides_on_notice and self._decide(now_s)
+        self._was_busy = True
+        return self._decides_on_notice and self._decide(now_s, writes=is_newest)
 
-    def on_record(self, record: IterationMetrics) -> bool:
-        """The engine reports an iteration or rests. True if a decision was made."""
+    def on_record(self, record: IterationMetrics, *, is_newest: bool = True) -> bool:
+        """The engine reports an iteration or rests. True if a decision was made.
+
+        Args:
+            record: What it says.
+            is_newest: False if another one waits: the controller sees it, the clock stays.
+        """
         now_s = record.received_s
         lost = self._count_lost(record.sequence)
         self._heard_s = now_s
@@ -205,11 +160,9 @@ class ControlLoop:
         if lost > self._limits.num_iterations:
             self.go_safe(now_s, f"{lost} records lost")
             return False
-        self._mark_busy()
-        if self._has_plugin and self._decides_on_notice:
-            self.settle(now_s)
-            return False
-        is_decided = self._decide(now_s)
+        self._was_busy = True
+        decides = not (self._has_plugin and self._decides_on_notice)
+        is_decided = decides and self._decide(now_s, writes=is_newest)
         self.settle(now_s)
         return is_decided
 
@@ -219,15 +172,18 @@ class ControlLoop:
         is_busy = state.is_busy or state.num_waiting > 0
         if self._was_busy and not is_busy:
             state.now_s = now_s
-            self._plan = self._controller.on_idle(state)
+            self._plan = self._ask_idle_plan(now_s)
             self._plan_s = None if self._plan is None else now_s + self._plan.after_s
         self._was_busy = is_busy
+        self._note_load(now_s)
 
     def tick(self, now_s: float) -> None:
         """Time passes: stale metrics, due idle plans, a heartbeat to the helper."""
         self._tracker.observe(now_s)
-        silent_s = now_s - self._heard_s
-        if silent_s > self._limits.allowed_s(self._expected_s(), is_busy=self._is_loaded()):
+        self._note_load(now_s)
+        is_loaded = self._loaded_s is not None
+        silent_s = now_s - max(self._heard_s, self._loaded_s or self._heard_s)
+        if silent_s > self._limits.allowed_s(self._expected_s(), is_busy=is_loaded):
             self.go_safe(now_s, f"no metrics for {silent_s:.2f} s")
         if self._plan is not None and self._plan_s is not None and now_s >= self._plan_s:
             if not self.is_safe:
@@ -241,8 +197,19 @@ class ControlLoop:
             return
         try:
             self._actuator.beat()
-        except ActuatorLostError:
-            self._lose_actuator(now_s)
+        except ActuatorLostError as error:
+            self._lose_actuator(now_s, error)
+            return
+        self._follow_clock(now_s)
+
+    def collect(self, now_s: float) -> None:
+        """Take the helper's answers."""
+        if self._actuator is None:
+            return
+        try:
+            self._actuator.collect()
+        except ActuatorLostError as error:
+            self._lose_actuator(now_s, error)
             return
         self._follow_clock(now_s)
 
@@ -250,49 +217,69 @@ class ControlLoop:
         """Unlock the clock until fresh metrics come."""
         if self._safe is not None:
             return
-        self._safe = _Safe(now_s, reason)
+        self._safe = self.report.enter_safe(now_s, reason)
         self._plan = None
-        self.report.safe.append(self._safe)
         self._write(UNLOCKED_MHZ, now_s)
 
-    def close(self) -> None:
+    def close(self, now_s: float) -> None:
         """Give the clock back."""
         if self._actuator is not None:
             self._actuator.close()
             self._actuator = None
+            self._follow_clock(now_s)
 
-    def _decide(self, now_s: float) -> bool:
-        state = self._tracker.state
+    def _decide(self, now_s: float, *, writes: bool) -> bool:
         self._plan = None
         try:
-            clock_mhz = self._controller.decide(state)
-        except VoltanaError as error:
-            self.report.counts["controller_errors"] += 1
-            self.go_safe(now_s, f"the controller failed: {error}")
+            clock_mhz = self._controller.decide(self._tracker.state)
+        except Exception as error:  # noqa: BLE001 (whatever a policy does, the clock must not stay)
+            self._fail(now_s, error)
             return False
         self._end_safe(now_s)
         self.report.counts["decisions"] += 1
-        self._write(clock_mhz, now_s)
+        if writes:
+            self._write(clock_mhz, now_s)
         return True
+
+    def _ask_idle_plan(self, now_s: float) -> IdlePlan | None:
+        try:
+            return self._controller.on_idle(self._tracker.state)
+        except Exception as error:  # noqa: BLE001 (as in _decide)
+            self._fail(now_s, error)
+            return None
+
+    def _fail(self, now_s: float, error: Exception) -> None:
+        if self._safe is None:
+            sys.stderr.write(traceback.format_exc())
+        self.report.counts["controller_errors"] += 1
+        self.go_safe(now_s, f"the controller failed: {type(error).__name__}: {error}")
 
     def _write(self, clock_mhz: int, now_s: float) -> None:
         if self._actuator is None:
             return
+        if clock_mhz != self._wish_mhz:
+            self._wish_mhz = clock_mhz
+            self.num_wishes += 1
         try:
             self._actuator.set_clock(clock_mhz)
-        except ActuatorLostError:
-            self._lose_actuator(now_s)
+        except ActuatorLostError as error:
+            self._lose_actuator(now_s, error)
             return
         self._follow_clock(now_s)
 
     def _follow_clock(self, now_s: float) -> None:
-        """Take over the clock that the actuator has confirmed."""
-        clock_mhz = UNLOCKED_MHZ if self._actuator is None else self._actuator.clock_mhz
+        """Take over the clock that the actuator has confirmed; a refusal leaves an unknown one."""
+        actuator = self._actuator
+        clock_mhz = UNLOCKED_MHZ if actuator is None else actuator.clock_mhz
         if clock_mhz != self._tracker.state.clock_mhz:
             self._tracker.on_clock(clock_mhz)
             self.clock_changes.append((now_s, clock_mhz))
+        if actuator is not None and actuator.num_refused > self._num_refused:
+            self.report.counts["refused"] += actuator.num_refused - self._num_refused
+            self._num_refused = actuator.num_refused
+            self.go_safe(now_s, f"the actuator refused a clock: {actuator.last_refusal}")
 
-    def _lose_actuator(self, now_s: float) -> None:
+    def _lose_actuator(self, now_s: float, error: ActuatorLostError) -> None:
         """The helper restores the clocks of a lost connection by itself."""
         assert self._actuator is not None
         self._actuator.close()
@@ -300,8 +287,7 @@ class ControlLoop:
         self._follow_clock(now_s)
         self.report.counts["actuator_lost"] += 1
         if self._safe is None:
-            self._safe = _Safe(now_s, "the actuator is gone")
-            self.report.safe.append(self._safe)
+            self._safe = self.report.enter_safe(now_s, str(error))
 
     def _end_safe(self, now_s: float) -> None:
         if self._safe is not None and self._actuator is not None:
@@ -315,21 +301,27 @@ class ControlLoop:
         self.report.counts["lost_records"] += lost
         return lost
 
-    def _mark_busy(self) -> None:
-        self._was_busy = True
-
-    def _is_loaded(self) -> bool:
+    def _note_load(self, now_s: float) -> None:
+        """Since when the engine should be reporting iterations."""
         state = self._tracker.state
-        if state.phase == DECODE:
-            return state.num_running > 0
-        return state.is_busy or state.num_waiting > 0
+        is_loaded = state.num_running > 0
+        if state.phase == PREFILL:
+            is_loaded = state.is_busy or state.num_waiting > 0
+        if not is_loaded:
+            self._loaded_s = None
+        elif self._loaded_s is None:
+            self._loaded_s = now_s
 
     def _expected_s(self) -> float:
-        """Duration of the iteration that should be running, at the lowest clock in doubt."""
+        """Duration of the iteration that should be running: the last one's, or a bigger queue's."""
         state = self._tracker.state
+        batch_size, tokens = state.last_batch_size, state.last_tokens
+        if state.phase == PREFILL:
+            tokens = max(tokens, min(state.waiting_tokens, self._tracker.max_prefill_tokens))
+            batch_size = max(batch_size, int(tokens > 0))
         predicted_s = 0.0
-        if state.last_batch_size and state.last_tokens:
+        if batch_size and tokens:
             predicted_s = self._predictor.predict_s(
-                state.phase, state.clock_mhz, state.last_batch_size, state.last_tokens
+                state.phase, state.clock_mhz, batch_size, tokens
             )
         return max(predicted_s, state.last_duration_s)

@@ -3,7 +3,8 @@
 The router and the agent of an instance each hold one. Requests come and go by `on_assigned`,
 `on_prefilled`, `on_first_token`, `on_tokens` and `on_finished`, whose order and completeness the
 router vouches for; `on_iteration` brings the engine's own record, which overrules where both speak
-of the same thing. Without an engine's records the router's counts alone still hold.
+of the same thing. Without an engine's records the router's counts alone still hold, and without
+a router the engine's: then the queue is the engine's own.
 """
 
 from __future__ import annotations
@@ -83,6 +84,7 @@ class InstanceTracker:
         self._max_running = max_running_requests
         self._reserve_tokens = kv_reserve_tokens
         self._length_oracle = length_oracle
+        self._has_router = False
         self._announced = 0
         self.state.list_waiting = lambda: list(self._list_waiting())
         self.state.list_running = lambda: list(self._list_running())
@@ -102,6 +104,7 @@ class InstanceTracker:
         output_tokens: int | None = None,
     ) -> None:
         """The router has chosen this instance; a decode instance's request is in prefill now."""
+        self._hear_router()
         if request_id in self._open:
             return
         self._open[request_id] = _Open(
@@ -171,12 +174,24 @@ class InstanceTracker:
 
     def keep_only(self, request_ids: frozenset[int]) -> None:
         """Forget requests that the router no longer counts: their end was missed."""
+        self._hear_router()
         for request_id in [r for r in self._open if r not in request_ids]:
             self.on_finished(request_id)
 
-    def on_batch(self, num_requests: int, tokens: int, start_s: float) -> None:
-        """Prefill: a batch is about to run (a plug-in says so before the engine's own record)."""
+    def on_batch(
+        self, num_requests: int, tokens: int, start_s: float, num_waiting: int = 0
+    ) -> None:
+        """Prefill: a batch is about to run (a plug-in says so before the engine's own record).
+
+        Args:
+            num_requests: In the batch.
+            tokens: New tokens of the batch.
+            start_s: When it starts.
+            num_waiting: The engine's queue; counts where no router speaks.
+        """
         self._announced += 1
+        if not self._has_router:
+            self.state.num_waiting = num_waiting
         self._take_batch(num_requests, tokens, start_s)
         self.state.now_s = start_s
 
@@ -225,6 +240,9 @@ class InstanceTracker:
             self._take_batch(record.num_prefill_requests, record.sum_prefill_tokens, record.start_s)
         state.num_running = 0
         state.kv_tokens = 0
+        if not self._has_router:
+            state.num_waiting = record.queued_prefill_requests
+            state.waiting_tokens = record.queued_prefill_tokens
         state.is_busy = state.num_waiting > 0
 
     def _take_batch(self, num_requests: int, tokens: int, start_s: float) -> None:
@@ -268,7 +286,9 @@ class InstanceTracker:
                 known += 1
         state.last_batch_size = record.num_decode_requests
         state.last_tokens = record.sum_decode_kv_tokens
-        state.num_running = min(record.num_decode_requests, len(self._open))
+        state.num_running = record.num_decode_requests
+        if self._has_router:
+            state.num_running = min(state.num_running, len(self._open))
         is_known = state.num_running == record.num_decode_requests
         state.kv_tokens = (
             record.sum_decode_kv_tokens + record.num_decode_requests
@@ -316,10 +336,18 @@ class InstanceTracker:
         if not self._is_prefill:
             state.is_busy = state.num_running > 0
 
+    def _hear_router(self) -> None:
+        """From the first word on, who is here is the router's to say."""
+        if not self._has_router:
+            self._has_router = True
+            self.state.num_waiting = self.state.waiting_tokens = 0
+
     def _rest(self) -> None:
         state = self.state
         state.num_running = 0
         state.kv_tokens = 0
+        if not self._has_router:
+            state.num_waiting = state.waiting_tokens = 0
         state.is_busy = self._is_prefill and state.num_waiting > 0
         if not self._is_prefill:
             self._count_waiting()

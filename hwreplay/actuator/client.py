@@ -41,11 +41,25 @@ class Actuator(Protocol):
     def clock_mhz(self) -> int:
         """Clock last confirmed; 0 is unlocked."""
 
+    @property
+    def num_refused(self) -> int:
+        """Wishes that were not granted so far."""
+
+    @property
+    def last_refusal(self) -> str:
+        """Why the last of them was not."""
+
     def set_clock(self, clock_mhz: int) -> None:
         """Ask for a clock (0 unlocks). Does not wait. Repeating the last wish costs nothing."""
 
     def beat(self) -> None:
         """Say "alive" and collect answers. Call it several times within the helper's silence."""
+
+    def collect(self) -> None:
+        """Take the answers that wait."""
+
+    def fileno(self) -> int | None:
+        """For a poll: readable when an answer waits. None if none ever does."""
 
     def close(self) -> None:
         """Unlock and end."""
@@ -53,6 +67,9 @@ class Actuator(Protocol):
 
 class DryRunActuator:
     """Writes one JSON line a change, `{"time_s": …, "clock_mhz": …}`, and touches nothing."""
+
+    num_refused = 0
+    last_refusal = ""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("w", encoding="utf-8")
@@ -72,6 +89,12 @@ class DryRunActuator:
 
     def beat(self) -> None:
         self._file.flush()
+
+    def collect(self) -> None:
+        return
+
+    def fileno(self) -> None:
+        return None
 
     def close(self) -> None:
         self.set_clock(UNLOCKED_MHZ)
@@ -106,6 +129,8 @@ class HelperActuator:
         self._waiting: Counter[int] = Counter()
         """GPUs that have yet to confirm, by clock."""
         self.refused: Counter[Status] = Counter()
+        self.num_refused = 0
+        self.last_refusal = ""
         self.answer_s: deque[float] = deque(maxlen=100_000)
         """From a message to its answer, the device call included."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -126,6 +151,9 @@ class HelperActuator:
 
     def set_clock(self, clock_mhz: int) -> None:
         if clock_mhz == self._wanted_mhz:
+            return
+        if self._caps_w is not None and clock_mhz and clock_mhz not in self._caps_w:
+            self._refuse(clock_mhz, self._gpus[0], Status.VALUE_NOT_ALLOWED)
             return
         self._wanted_mhz = clock_mhz
         self._waiting[clock_mhz] = len(self._gpus)
@@ -170,13 +198,18 @@ class HelperActuator:
             return  # the answer to a beat
         self.answer_s.append((time.monotonic_ns() - sent_ns) * 1e-9)
         if answer.status != Status.OK:
-            self.refused[answer.status] += 1
-            self._wanted_mhz = None
+            self._refuse(clock_mhz, answer.gpu, answer.status)
             return
         self._waiting[clock_mhz] -= 1
         if self._waiting[clock_mhz] <= 0:
             del self._waiting[clock_mhz]
             self._clock_mhz = clock_mhz
+
+    def _refuse(self, clock_mhz: int, gpu: int, status: Status) -> None:
+        self.refused[status] += 1
+        self.num_refused += 1
+        self.last_refusal = f"{clock_mhz} MHz on GPU {gpu}: {status.name}"
+        self._wanted_mhz = None
 
     def _request(self, gpu: int, clock_mhz: int) -> Request:
         operation, value = Operation.LOCK, clock_mhz

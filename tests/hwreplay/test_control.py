@@ -8,7 +8,8 @@ import pytest
 
 from hwreplay.actuator.client import ActuatorLostError
 from hwreplay.batch_feed import BatchNotice, Kind
-from hwreplay.control import ControlLoop, Latencies, StaleLimits
+from hwreplay.control import ControlLoop, StaleLimits
+from hwreplay.loop_report import MAX_SAFE_STATES, Latencies, LoopReport
 from hwreplay.metrics_feed import IterationMetrics
 from hwreplay.tracker import InstanceTracker
 from profiles.errors import VoltanaError
@@ -23,12 +24,25 @@ class Clock:
         self.wishes: list[int] = []
         self.is_lost = False
         self.is_closed = False
+        self.num_refused = 0
+        self.last_refusal = ""
+        self.refuses: set[int] = set()
 
     def set_clock(self, clock_mhz: int) -> None:
         if self.is_lost:
             raise ActuatorLostError("gone")
+        if clock_mhz in self.refuses:
+            self.num_refused += 1
+            self.last_refusal = f"{clock_mhz} MHz: no"
+            return
         self.clock_mhz = clock_mhz
         self.wishes.append(clock_mhz)
+
+    def collect(self) -> None:
+        self.beat()
+
+    def fileno(self) -> int | None:
+        return None
 
     def beat(self) -> None:
         if self.is_lost:
@@ -44,11 +58,11 @@ class Script(Controller):
     def __init__(self, plan: IdlePlan | None = None) -> None:
         self.seen: list[tuple[float, int, int, float, int]] = []
         self.plan = plan
-        self.fails = False
+        self.fails: Exception | None = None
 
     def decide(self, state: InstanceState) -> int:
-        if self.fails:
-            raise VoltanaError("no such point")
+        if self.fails is not None:
+            raise self.fails
         self.seen.append(
             (state.now_s, state.last_batch_size, state.last_tokens, state.last_queue_delay_s,
              state.clock_mhz)
@@ -177,7 +191,7 @@ def test_an_idle_engine_is_not_stale_and_a_silent_one_is_dead() -> None:
         loop.tick(second + 0.99)
     assert not is_safe(loop)
     assert clock.wishes == [705]
-    loop.tick(14.1)
+    loop.tick(12.1)
     assert is_safe(loop)
     loop.on_record(record(10, 15.0))
     assert not is_safe(loop)
@@ -195,17 +209,57 @@ def test_lost_records_are_counted_and_many_are_stale() -> None:
     assert loop.report.counts["lost_records"] == 11
 
 
-def test_a_failing_controller_unlocks() -> None:
+@pytest.mark.parametrize("error", [VoltanaError("no such point"), ZeroDivisionError("by zero")])
+def test_a_failing_controller_unlocks(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     loop, controller, clock, tracker = make("decode")
     with_requests(tracker, 2)
     loop.on_record(decode(0, 1.0))
-    controller.fails = True
+    controller.fails = error
     assert not loop.on_record(decode(1, 1.01))
+    assert not loop.on_record(decode(2, 1.02))
     assert clock.clock_mhz == 0
-    assert "the controller failed: no such point" in loop.report.safe[0].reason
-    controller.fails = False
-    assert loop.on_record(decode(2, 1.02))
+    assert f"the controller failed: {type(error).__name__}: {error}" in loop.report.safe[0].reason
+    assert capsys.readouterr().err.count("Traceback") == 1
+    assert loop.report.counts["controller_errors"] == 2
+    controller.fails = None
+    assert loop.on_record(decode(3, 1.03))
     assert clock.clock_mhz == 1002
+
+
+def test_a_refused_clock_unlocks_and_the_next_decision_is_tried() -> None:
+    """Whatever lock is in force then may be too low for what the controller wanted."""
+    loop, _, clock, tracker = make("decode")
+    with_requests(tracker, 3)
+    clock.refuses = {1003}
+    loop.on_record(decode(0, 1.0))
+    loop.on_record(decode(1, 1.01, batch_size=3))
+    assert clock.clock_mhz == 0
+    assert loop.report.safe[0].reason == "the actuator refused a clock: 1003 MHz: no"
+    loop.on_record(decode(2, 1.02))
+    assert clock.wishes == [705, 1002, 0, 1002]
+    assert not is_safe(loop)
+
+
+def test_of_waiting_records_the_controller_sees_each_and_the_clock_follows_the_newest() -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 4)
+    for sequence in range(3):
+        loop.on_record(decode(sequence, 1.0, batch_size=sequence + 1), is_newest=sequence == 2)
+    assert [seen[1] for seen in controller.seen] == [1, 2, 3]
+    assert clock.wishes == [705, 1003]
+
+
+def test_silence_under_load_counts_from_the_load() -> None:
+    """A prefill server at rest has last beaten 0.9 s ago when a request comes; and a queue of
+    tokens, at the predictor's 10 ms, has 10 + 50 ms."""
+    loop, _, _, tracker = make("prefill")
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.9, 50)
+    loop.tick(1.9)
+    loop.tick(1.95)
+    assert not is_safe(loop)
+    loop.tick(1.97)
+    assert is_safe(loop)
 
 
 def test_idle_plan_comes_due_and_work_cancels_it() -> None:
@@ -246,8 +300,9 @@ def test_a_lost_helper_is_safe_and_can_come_back() -> None:
     loop.on_record(decode(2, 1.03, batch_size=3))
     assert again.wishes == [1003]
     assert not is_safe(loop)
-    loop.close()
+    loop.close(1.5)
     assert again.is_closed
+    assert loop.clock_changes[-1] == (1.5, 0)
 
 
 def test_histogram_counts_every_value() -> None:
@@ -256,5 +311,14 @@ def test_histogram_counts_every_value() -> None:
     for value_s in [0.0005] * 98 + [0.003, 9.0]:
         latencies.add(value_s)
     found = latencies.as_dict()
-    assert found["histogram"] == [[0.001, 98], [0.005, 1], [float("inf"), 1]]
+    assert found["histogram"] == [[0.001, 98], [0.005, 1], [None, 1]]
     assert found["max_s"] == 9.0
+
+
+def test_the_report_keeps_so_many_safe_states_and_counts_all() -> None:
+    report = LoopReport()
+    for i in range(MAX_SAFE_STATES + 5):
+        report.enter_safe(float(i), "again")
+    found = report.as_dict()
+    assert found["counts"] == {"safe_states": MAX_SAFE_STATES + 5}
+    assert len(found["safe_states"]) == MAX_SAFE_STATES

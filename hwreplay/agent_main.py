@@ -1,0 +1,317 @@
+"""The agent's process: its sockets, its turn, its end. `hwreplay.agent` says what it is for."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from types import FrameType
+from typing import Final, TextIO
+
+import msgspec
+import zmq
+
+from hwreplay.actuator.client import (
+    Actuator,
+    ActuatorLostError,
+    DryRunActuator,
+    HelperActuator,
+)
+from hwreplay.agent import AgentConfig, read_agent_config, ready_file
+from hwreplay.batch_feed import BatchFeed, BatchNotice
+from hwreplay.clock import RunClock
+from hwreplay.context import PolicySource
+from hwreplay.control import ControlLoop
+from hwreplay.energy_meter import EnergyMeter
+from hwreplay.events import Event, apply_event, topic_of
+from hwreplay.metrics_feed import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
+from hwreplay.reports import Report, ReportSender
+from hwreplay.tracker import InstanceTracker
+from profiles.catalog import load_profile
+from profiles.device.constant import ConstantPowerGpu
+from profiles.device.nvml import NvmlGpu
+from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.results import write_json
+
+TICK_S: Final = 0.05
+RECONNECT_S: Final = 1.0
+SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+
+
+class Agent:
+    """Sockets around a `ControlLoop`."""
+
+    def __init__(self, config: AgentConfig, directory: Path) -> None:
+        """Make the controller, connect, bind and set the initial clock.
+
+        Raises:
+            VoltanaError: A wrong setting, or the helper does not answer.
+        """
+        self._config = config
+        self._clock = RunClock(start_ns=config.start_ns)
+        self._tracker, self._loop = _make_loop(config, directory, self._clock)
+        self._meter = _make_meter(config)
+        self._reconnect_s = 0.0
+        self._clocks: TextIO = (directory / f"{config.name}.clocks.jsonl").open("w")
+        self._report = directory / f"{config.name}.report.json"
+        self._batches = (
+            None if config.batch_socket is None else BatchFeed(Path(config.batch_socket))
+        )
+        self._reports = (
+            None if config.report_address is None else ReportSender(config.report_address)
+        )
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._metrics = self._subscribe(config.metrics_address, b"")
+        self._events = (
+            None
+            if config.event_address is None
+            else self._subscribe(config.event_address, topic_of(config.phase, config.instance_id))
+        )
+        self._poller = zmq.Poller()
+        for source in (self._events, self._batches, self._metrics):
+            if source is not None:
+                self._poller.register(source, zmq.POLLIN)
+        self._polled_fd: int | None = None
+        self._decode_event = msgspec.msgpack.Decoder(Event).decode
+
+    def run(self, *, parent_pid: int, ready: Callable[[], None]) -> None:
+        """Serve until a signal, the parent's end or an error; the clock is given back always.
+
+        Args:
+            parent_pid: Process that the agent must not outlive.
+            ready: Called once, when every message is heard.
+        """
+        gc.collect()
+        gc.freeze()
+        ticked_s = self._clock.now_s()
+        try:
+            ready()
+            while os.getppid() == parent_pid:
+                self._poll_actuator()
+                self._poller.poll(int(TICK_S * 1e3))
+                self._take_events()
+                self._take_notices()
+                self._take_records()
+                now_s = self._clock.now_s()
+                self._loop.collect(now_s)
+                if now_s - ticked_s >= TICK_S:
+                    ticked_s = now_s
+                    self._tick(now_s)
+                elif self._loop.clock_changes:
+                    self._tell_clock(now_s)
+        finally:
+            for signum in SIGNALS:
+                signal.signal(signum, signal.SIG_IGN)
+            self._close()
+
+    def _poll_actuator(self) -> None:
+        """Wake up for the helper's answers; its connection comes and goes."""
+        fd = self._loop.actuator_fd
+        if fd == self._polled_fd:
+            return
+        if self._polled_fd is not None:
+            self._poller.unregister(self._polled_fd)
+        if fd is not None:
+            self._poller.register(fd, zmq.POLLIN)
+        self._polled_fd = fd
+
+    def _take_events(self) -> None:
+        if self._events is None:
+            return
+        while (frames := _receive(self._events)) is not None:
+            try:
+                apply_event(self._tracker, self._decode_event(frames[-1]))
+            except msgspec.DecodeError as error:
+                self._loop.report.counts["wrong_messages"] += 1
+                self._loop.go_safe(self._clock.now_s(), f"a wrong event: {error}")
+        self._loop.settle(self._clock.now_s())
+
+    def _take_notices(self) -> None:
+        if self._batches is None:
+            return
+        report = self._loop.report
+        notice = self._next_notice()
+        while notice is not None:
+            start_ns, writes = time.monotonic_ns(), self._loop.num_wishes
+            following = self._next_notice()
+            is_newest = following is None
+            if self._loop.on_notice(notice, self._clock.now_s(), is_newest=is_newest):
+                self._count_latency(start_ns, writes)
+                report.notice.add((time.monotonic_ns() - notice.sent_ns) * 1e-9)
+            notice = following
+
+    def _next_notice(self) -> BatchNotice | None:
+        """The next one that is right; wrong ones are counted and unlock the clock."""
+        assert self._batches is not None
+        while True:
+            try:
+                return self._batches.receive()
+            except VoltanaError as error:
+                self._loop.report.counts["wrong_messages"] += 1
+                self._loop.go_safe(self._clock.now_s(), str(error))
+
+    def _take_records(self) -> None:
+        frames = _receive(self._metrics)
+        while frames is not None:
+            start_ns, writes = time.monotonic_ns(), self._loop.num_wishes
+            following = _receive(self._metrics)
+            try:
+                record = parse_metrics(frames[-1], received_s=self._clock.now_s())
+            except MetricsError as error:
+                self._loop.report.counts["wrong_messages"] += 1
+                self._loop.go_safe(self._clock.now_s(), str(error))
+            else:
+                if self._loop.on_record(record, is_newest=following is None):
+                    self._count_latency(start_ns, writes)
+            frames = following
+
+    def _count_latency(self, start_ns: int, wishes_before: int) -> None:
+        latency_s = (time.monotonic_ns() - start_ns) * 1e-9
+        self._loop.report.latency.add(latency_s)
+        if self._loop.num_wishes > wishes_before:
+            self._loop.report.written.add(latency_s)
+
+    def _tick(self, now_s: float) -> None:
+        if self._meter is not None and (energy_j := self._meter.energy_j) is not None:
+            self._tracker.on_energy(energy_j)
+        self._loop.tick(now_s)
+        if not self._loop.has_actuator and now_s >= self._reconnect_s:
+            self._reconnect_s = now_s + RECONNECT_S
+            self._reconnect()
+        self._tell_clock(now_s)
+        self._clocks.flush()
+
+    def _tell_clock(self, now_s: float) -> None:
+        """To the file and to the router."""
+        changes = self._loop.clock_changes
+        while changes:
+            at_s, clock_mhz = changes.popleft()
+            self._clocks.write(json.dumps({"at_s": at_s, "clock_mhz": clock_mhz}) + "\n")
+        if self._reports is not None:
+            state = self._tracker.state
+            self._reports.send(
+                Report(
+                    state.phase,
+                    state.instance_id,
+                    now_s,
+                    state.clock_mhz,
+                    None if self._meter is None else self._meter.energy_j,
+                    self._loop.report.counts["decisions"],
+                )
+            )
+
+    def _reconnect(self) -> None:
+        try:
+            self._loop.attach(_helper(self._config))
+        except ActuatorLostError:
+            self._loop.report.counts["reconnects_failed"] += 1
+
+    def _subscribe(self, address: str, topic: bytes) -> zmq.Socket[bytes]:
+        subscriber: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        subscriber.set_hwm(MAX_QUEUED_RECORDS)
+        subscriber.setsockopt(zmq.SUBSCRIBE, topic)
+        subscriber.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        subscriber.connect(address)
+        return subscriber
+
+    def _close(self) -> None:
+        now_s = self._clock.now_s()
+        self._loop.close(now_s)
+        self._tell_clock(now_s)
+        self._clocks.close()
+        write_json(self._loop.report.as_dict(), self._report)
+        for part in (self._batches, self._reports, self._meter):
+            if part is not None:
+                part.close()
+        for subscriber in (self._metrics, self._events):
+            if subscriber is not None:
+                subscriber.close(linger=0)
+        self._context.term()
+
+
+def _make_loop(
+    config: AgentConfig, directory: Path, clock: RunClock
+) -> tuple[InstanceTracker, ControlLoop]:
+    settings = make_config(config.settings, where=config.name)
+    source = PolicySource(config=settings, profile=load_profile(settings.profile))
+    controller = source.make_controller(config.phase, config.instance_id)
+    if source.cluster.is_observed:
+        raise VoltanaError(
+            f"an agent shows its controller one instance, the {config.phase} controller of "
+            f"{config.name} sees the whole fleet: replay another policy"
+        )
+    tracker = source.make_tracker(config.phase, config.instance_id)
+    actuator: Actuator = (
+        DryRunActuator(directory / f"{config.name}.decisions.jsonl")
+        if config.actuator_socket is None
+        else _helper(config)
+    )
+    loop = ControlLoop(
+        controller,
+        tracker,
+        actuator,
+        predictor=source.profile.predictor(),
+        limits=config.stale,
+        decides_before_decode=settings.decode_metrics == "before",
+        now_s=clock.now_s(),
+    )
+    return tracker, loop
+
+
+def _make_meter(config: AgentConfig) -> EnergyMeter | None:
+    if config.power_w is not None:
+        return EnergyMeter([ConstantPowerGpu(config.power_w)])
+    if config.actuator_socket is None or not config.gpus:
+        return None
+    return EnergyMeter([NvmlGpu(index) for index in config.gpus])
+
+
+def _helper(config: AgentConfig) -> HelperActuator:
+    if config.actuator_socket is None:
+        raise ActuatorLostError("a dry run has no helper")
+    return HelperActuator(Path(config.actuator_socket), config.gpus, caps_w=config.caps_w)
+
+
+def _receive(subscriber: zmq.Socket[bytes]) -> list[bytes] | None:
+    try:
+        return subscriber.recv_multipart(flags=zmq.NOBLOCK)
+    except zmq.Again:
+        return None
+
+
+def _on_signal(signum: int, frame: FrameType | None) -> None:
+    raise SystemExit(128 + signum)
+
+
+def run_agent(path: Path, parent_pid: int) -> None:
+    """Run the agent of a JSON file until a signal or its parent's end.
+
+    Raises:
+        VoltanaError: A wrong setting, or the helper does not answer.
+    """
+    for signum in SIGNALS:
+        signal.signal(signum, _on_signal)
+    config = read_agent_config(path)
+    Agent(config, path.parent).run(
+        parent_pid=parent_pid, ready=ready_file(config, path.parent).touch
+    )
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Run one agent. Arguments: its JSON file, the process it must not outlive."""
+    try:
+        run_agent(Path(arguments[0]), int(arguments[1]))
+    except VoltanaError as error:
+        sys.stderr.write(f"voltana agent: {error}\n")
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

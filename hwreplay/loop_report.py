@@ -1,0 +1,93 @@
+"""What an agent's loop did: counts, latencies and the times it was in its safe state."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+
+BUCKETS_S: Final = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))
+"""Upper edges of the latency histogram: 10 µs to 5 s."""
+MAX_SAFE_STATES: Final = 1000
+"""So many are kept one by one; `counts` has them all."""
+
+
+class Latencies:
+    """Durations of the loop, all kept: 8 bytes each."""
+
+    def __init__(self) -> None:
+        self._values_s = array("d")
+
+    def add(self, value_s: float) -> None:
+        """Count one."""
+        self._values_s.append(value_s)
+
+    def __len__(self) -> int:
+        return len(self._values_s)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Quantiles and a histogram: {"p99_s": …, "histogram": [[upper edge in s, count], …]}.
+
+        The last edge is None: everything above.
+        """
+        if not self._values_s:
+            return {"num": 0}
+        values = np.asarray(self._values_s)
+        counts, _ = np.histogram(values, bins=[0.0, *BUCKETS_S, float("inf")])
+        edges = [*BUCKETS_S, None]
+        quantiles = {f"p{q}_s": float(np.quantile(values, q / 100)) for q in (50, 90, 99)}
+        return {
+            "num": len(values),
+            **quantiles,
+            "max_s": float(values.max()),
+            "histogram": [[edge, int(n)] for edge, n in zip(edges, counts, strict=True) if n],
+        }
+
+
+@dataclass(slots=True, kw_only=True)
+class SafeState:
+    """Why and when the clock was unlocked, in s on the run's clock."""
+
+    at_s: float
+    reason: str
+    until_s: float | None = None
+    """None while it lasts."""
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {"at_s": self.at_s, "until_s": self.until_s, "reason": self.reason}
+
+
+@dataclass(slots=True)
+class LoopReport:
+    """What the loop did."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    latency: Latencies = field(default_factory=Latencies)
+    """From taking a message off its socket to the decision handed to the kernel, each decision."""
+    written: Latencies = field(default_factory=Latencies)
+    """The same, of decisions that asked for another clock."""
+    notice: Latencies = field(default_factory=Latencies)
+    """From the plug-in's sending, inside the engine, to the decision handed to the kernel."""
+    safe: list[SafeState] = field(default_factory=list)
+
+    def enter_safe(self, at_s: float, reason: str) -> SafeState:
+        """Begin a safe state."""
+        self.counts["safe_states"] += 1
+        state = SafeState(at_s=at_s, reason=reason)
+        if len(self.safe) < MAX_SAFE_STATES:
+            self.safe.append(state)
+        return state
+
+    def as_dict(self) -> dict[str, Any]:
+        """JSON values."""
+        return {
+            "counts": dict(self.counts),
+            "loop_latency": self.latency.as_dict(),
+            "loop_latency_written": self.written.as_dict(),
+            "notice_latency": self.notice.as_dict(),
+            "safe_states": [state.as_dict() for state in self.safe],
+        }
