@@ -167,7 +167,7 @@ class PowerBackend(_Guarded):
 
 
 class RecordingBackend:
-    """Touches nothing: writes one JSON line a change, with the time since start."""
+    """Touches nothing: writes one JSON line a change, with its time (s on CLOCK_MONOTONIC)."""
 
     operation: ClassVar[Operation] = Operation.LOCK
 
@@ -176,7 +176,6 @@ class RecordingBackend:
         self._gpus = frozenset(gpus)
         self._clocks_mhz = frozenset(clocks_mhz)
         self._held: set[int] = set()
-        self._start_ns = time.monotonic_ns()
 
     @property
     def gpus(self) -> Collection[int]:
@@ -200,8 +199,7 @@ class RecordingBackend:
         self._file.close()
 
     def _write(self, gpu: int, value: int) -> None:
-        time_s = (time.monotonic_ns() - self._start_ns) * 1e-9
-        line = {"time_s": round(time_s, 6), "gpu": gpu, "clock_mhz": value}
+        line = {"at_s": time.monotonic_ns() * 1e-9, "gpu": gpu, "clock_mhz": value}
         self._file.write(json.dumps(line) + "\n")
         self._file.flush()
 
