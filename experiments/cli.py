@@ -10,7 +10,7 @@ import typer
 from profiles.errors import VoltanaError
 
 VERBS = (
-    "simulate", "sweep", "demo", "plot", "experiment", "list", "profile_gpu", "actuator",
+    "simulate", "sweep", "demo", "plot", "experiment", "list", "profile_gpu", "actuator", "agent",
     "validate",
 )  # fmt: skip
 """In the order of `voltana --help`."""
