@@ -51,6 +51,7 @@ class Body:
         return _encoder.encode({**self.fields, **bootstrap})
 
 
+_UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder: Final = msgspec.json.Encoder()
 _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ids: Final = msgspec.json.Decoder(list[int])
@@ -70,7 +71,7 @@ def parse_body(path: str, data: bytes) -> Body:
     """
     try:
         fields = _object.decode(data)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise BadRequestError(f"the body must be a JSON object: {error}") from None
     stream = _read(fields, "stream", _flag, default=False)
     if path == GENERATE:
@@ -172,5 +173,5 @@ def _read(
         return default
     try:
         return decoder.decode(raw)
-    except (msgspec.DecodeError, RecursionError) as error:
+    except _UNREADABLE as error:
         raise BadRequestError(f"{name}: {error}") from None

@@ -188,3 +188,20 @@ def read_router_config(path: Path, *, token: str | None = None) -> RouterConfig:
         token=token,
         **read_limits(data.get("router", {}), str(path)),
     )
+
+
+def read_token(path: Path | None) -> str | None:
+    """The bearer token in a file; None without one. A file keeps it out of the process list.
+
+    Raises:
+        VoltanaError: The file cannot be read or is empty.
+    """
+    if path is None:
+        return None
+    try:
+        token = path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise VoltanaError(f"cannot read the token in {path}: {error}") from None
+    if not token:
+        raise VoltanaError(f"the token in {path} must not be empty")
+    return token

@@ -24,8 +24,10 @@ from sim.policies.base import DECODE, PREFILL, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2
-"""Failed checks in a row that take a server out; a broken connection does so at once."""
+"""Failed checks in a row that take a server out; a refused connection does so at once."""
 SUCCESSES_TO_RETURN: Final = 2
+REFUSED: Final = "it takes no connections"
+LATE: Final = "its health check takes"
 
 
 class NoWorkerError(VoltanaError):
@@ -58,6 +60,10 @@ class Worker:
         self.is_healthy = True
         self.failures = 0
         self.successes = 0
+        self.heard_s = 0.0
+        """When it last sent anything: a server that streams is alive, its checks late or not."""
+        self.check_now = asyncio.Event()
+        """Set when a connection broke: do not wait for the next turn."""
 
     @property
     def name(self) -> str:
@@ -187,14 +193,13 @@ class RouterFleet:
             self._metrics.energy_j.labels(*labels).set(state.energy_j)
 
     def _candidates(self, phase: Phase, excluded: set[Worker]) -> list[Worker]:
-        found = [w for w in self.workers[phase] if w.is_healthy and w not in excluded]
-        if not found:
-            out = [w.name for w in self.workers[phase] if not w.is_healthy]
-            tried = [w.name for w in self.workers[phase] if w in excluded]
+        """Healthy servers; one that has failed this request before only where no other is left."""
+        healthy = [w for w in self.workers[phase] if w.is_healthy]
+        if not healthy:
             raise NoWorkerError(
-                f"no {phase} server to send it to: out are {out or 'none'}, tried {tried or 'none'}"
+                f"no {phase} server answers: all {len(self.workers[phase])} are out"
             )
-        return found
+        return [w for w in healthy if w not in excluded] or healthy
 
     def _publish(
         self,
@@ -220,7 +225,10 @@ class RouterFleet:
         url = worker.config.url.rstrip("/") + config.health_path
         timeout = aiohttp.ClientTimeout(total=config.health_timeout_s)
         while True:
+            asked_s = self._clock.now_s()
             problem = await _ask_health(session, url, timeout) or self._silence(worker)
+            if problem is not None and problem.startswith(LATE) and worker.heard_s > asked_s:
+                problem = None
             if problem is None:
                 worker.failures = 0
                 worker.successes += 1
@@ -229,9 +237,11 @@ class RouterFleet:
             else:
                 worker.failures += 1
                 worker.successes = 0
-                if worker.failures >= FAILURES_TO_LEAVE:
+                if worker.failures >= FAILURES_TO_LEAVE or problem.startswith(REFUSED):
                     self.take_out(worker, problem)
-            await asyncio.sleep(config.health_period_s)
+            worker.check_now.clear()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(worker.check_now.wait(), config.health_period_s)
 
     def _silence(self, worker: Worker) -> str | None:
         """A server with work that reports no iteration is stuck, though its HTTP part answers."""
@@ -288,6 +298,8 @@ async def _ask_health(
             await answer.read()
             return None if answer.status < 500 else f"its health check answers {answer.status}"
     except TimeoutError:
-        return f"its health check takes more than {timeout.total:g} s"
+        return f"{LATE} more than {timeout.total:g} s"
+    except aiohttp.ClientConnectorError as error:
+        return f"{REFUSED} ({error})"
     except aiohttp.ClientError as error:
         return f"{type(error).__name__}: {error}"

@@ -1,0 +1,60 @@
+"""`voltana router`: the HTTP router in front of a disaggregated fleet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("router")(router)
+
+
+def router(
+    config: Annotated[Path, typer.Option(help="TOML file: [simulate], [fleet] and [router]")],
+    host: Annotated[
+        str | None, typer.Option(help="Address to listen on; default: this machine only")
+    ] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one")] = None,
+    token_file: Annotated[
+        Path | None, typer.Option(help="File with the bearer token that requests must carry")
+    ] = None,
+) -> None:
+    """Route requests to SGLang prefill and decode servers by a voltana policy.
+
+    Takes /generate, /v1/completions and /v1/chat/completions; shows /metrics and /health. The
+    policy is the one that `voltana simulate` runs with the same [simulate] keys. [fleet] lists the
+    servers: prefill = [{url = "http://127.0.0.1:30000", bootstrap_port = 8998}], decode =
+    ["http://127.0.0.1:30001"].
+
+    Example: voltana router --config fleet.toml --port 8000
+    """
+    import asyncio
+    import dataclasses
+    import logging
+
+    import uvloop
+
+    from hwreplay.router.config import read_router_config, read_token
+    from hwreplay.router.service import serve_router
+    from profiles.catalog import load_profile
+
+    made = read_router_config(config, token=read_token(token_file))
+    made = dataclasses.replace(
+        made,
+        host=made.host if host is None else host,
+        port=made.port if port is None else port,
+    )
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    if not made.is_loopback and made.token is None:
+        logging.warning("open to the network without a token: anybody who reaches it may use it")
+    profile = load_profile(made.sim.profile)
+
+    def ready(bound: int) -> None:
+        typer.echo(f"routing on http://{made.host}:{bound}", err=True)
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_router(made, profile, ready))
