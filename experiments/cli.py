@@ -11,7 +11,7 @@ from profiles.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "list", "profile_gpu", "actuator", "router",
-    "agent", "validate",
+    "agent", "validate", "report",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 

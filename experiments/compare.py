@@ -46,13 +46,14 @@ def compare(frame: pd.DataFrame, *, target: float = TARGET) -> pd.DataFrame:
         if baseline.empty:
             raise VoltanaError(f"no {STATIC_MAX} at rate {rate}: nothing to compare with")
         if is_pair.any():
-            kept = pd.concat([kept, _best_pair(at_rate[is_pair])])
+            kept = pd.concat([kept, best_pair(at_rate[is_pair])])
         reference_j = float(baseline["energy_j"].iloc[0])
         parts.append(kept.assign(saving_pct=100 * (1 - kept["energy_j"] / reference_j)))
     return pd.concat(parts, ignore_index=True)
 
 
-def _best_pair(pairs: pd.DataFrame) -> pd.DataFrame:
+def best_pair(pairs: pd.DataFrame) -> pd.DataFrame:
+    """The one row of `pairs` (one load point, with `keeps_slo`) that `compare` keeps."""
     feasible = pairs[pairs["keeps_slo"]]
     if feasible.empty:
         worse = pairs[["ttft_attainment", "itl_attainment"]].min(axis=1)

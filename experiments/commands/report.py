@@ -1,0 +1,55 @@
+"""`voltana report`: results as one HTML file."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.command("report")(report)
+
+
+def report(
+    directory: Annotated[
+        Path, typer.Argument(help="A run, a folder of runs, a sweep, an experiment", metavar="DIR")
+    ],
+    out: Annotated[Path | None, typer.Option(help="The file; default DIR/report.html")] = None,
+    target: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Attainment that counts as keeping the SLO")
+    ] = 0.99,
+    series: Annotated[
+        list[str] | None,
+        typer.Option(help="Id (or its beginning) of a run whose time series to show, repeatable"),
+    ] = None,
+    no_series: Annotated[bool, typer.Option("--no-series", help="Leave them out")] = False,
+) -> None:
+    """Write one self-contained HTML file, about 5 MB, that opens without any network.
+
+    It has the summary as a sortable table, energy against SLO with its Pareto front, time series
+    of clock, batch, queue and power with zoom, clock residency, configuration and provenance.
+
+    A sweep keeps no time series: the policies at the highest load at which one keeps the SLO are
+    simulated again for them, or the runs that --series names by the id in the table.
+
+    Example: voltana report results/demo
+    """
+    try:
+        from experiments.report.page import write_report
+    except ModuleNotFoundError as error:
+        from profiles.errors import VoltanaError
+
+        raise VoltanaError(
+            f"voltana report needs {error.name}: pip install 'voltana[report]'"
+        ) from None
+
+    path = directory / "report.html" if out is None else out
+    failures = write_report(
+        directory, path, target=target, wanted=series or (), with_series=not no_series
+    )
+    for line in failures:
+        typer.echo(f"voltana: no time series: {line}", err=True)
+    typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")

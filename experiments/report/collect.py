@@ -1,0 +1,236 @@
+"""Reads what `voltana report` is pointed at: a run, several runs, a sweep or an experiment."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from experiments.compare import STATIC_MAX, TARGET, keeps_slo
+from experiments.grid import STATIC_PAIR
+from experiments.suite import CONFIGS as EXPERIMENTS
+from experiments.suite import FigureSpec, list_experiments, read_experiment
+from experiments.sweep import RESULTS, flat_summary, read_results
+from profiles.errors import VoltanaError
+from sim.config import KEYS
+from sim.results import read_json
+
+SUMMARY: Final = "summary.json"
+RUN: Final = "run"
+ID: Final = "id"
+SAVING: Final = "saving_pct"
+KEEPS: Final = "keeps_slo"
+Residency = Mapping[str, Mapping[str, float]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Results:
+    """One row a run, and what the rows have in common."""
+
+    directory: Path
+    title: str
+    question: str | None
+    """What the experiment asks, if the directory is one of the shipped experiments."""
+    table: pd.DataFrame
+    """Labels, configuration, the numbers of the summary, `id`, `keeps_slo` and, where there is a
+    baseline, `saving_pct`."""
+    series: str
+    """Column that names what is compared: mostly the policy."""
+    loads: tuple[str, ...]
+    """Columns that make up a load point: only rows equal in these may be compared."""
+    x: str | None
+    """The numeric one of `loads` that curves run along."""
+    baseline: str | None
+    target: float
+    residency: Mapping[str, Residency]
+    """By id: phase, clock in MHz, share of busy time."""
+    run_directories: Mapping[str, Path]
+    """By id; empty for a sweep, which keeps no rows."""
+
+    @property
+    def is_static_pair(self) -> pd.Series[bool]:
+        """Rows that are one of the fixed clock pairs the policies are held against."""
+        return self.table[self.series].astype(str).str.startswith(STATIC_PAIR)
+
+    def load_points(self) -> list[tuple[str, pd.DataFrame]]:
+        """Rows by load point, each with its name, in the order of the table."""
+        if not self.loads:
+            return [(self.load_name(self.table.iloc[0]), self.table)]
+        groups = self.table.groupby(list(self.loads), sort=False, dropna=False)
+        return [(self.load_name(rows.iloc[0]), rows) for _, rows in groups]
+
+    def busiest(self) -> str | None:
+        """The highest load, within the first panel, at which a policy keeps the SLO.
+
+        The baseline counts only if no other policy keeps it anywhere; None if nothing does.
+        """
+        table = self.table
+        for name in self.loads:
+            if name != self.x:
+                first = table[name].iloc[0]
+                table = table[(table[name] == first) | (table[name].isna() & pd.isna(first))]
+        kept = table[table[KEEPS] & ~self.is_static_pair.loc[table.index]]
+        others = kept[kept[self.series].astype(str) != self.baseline]
+        kept = kept if others.empty else others
+        if self.x is not None:
+            kept = kept[kept[self.x] == kept[self.x].max()]
+        return None if kept.empty else self.load_name(kept.iloc[-1])
+
+    def load_name(self, row: pd.Series[Any], *, without: str | None = None) -> str:
+        """A row's load point in words."""
+        if not self.loads:
+            return "all runs"
+        names = [name for name in self.loads if name != without]
+        return ", ".join(_value_name(name, row[name]) for name in names)
+
+
+def collect(directory: Path, *, target: float = TARGET) -> Results:
+    """Read a directory of results.
+
+    Args:
+        directory: With `summary.json` it is a run, with `results.csv` a sweep or an experiment,
+            else a folder whose sub-folders are runs.
+        target: Attainment that both TTFT and ITL must reach to keep the SLO.
+
+    Raises:
+        VoltanaError: It is none of these.
+    """
+    if (directory / SUMMARY).exists():
+        return _of_runs(directory, [directory], target)
+    if (directory / RESULTS).exists():
+        return _of_sweep(directory, target)
+    runs = sorted(path.parent for path in directory.glob(f"*/{SUMMARY}"))
+    if not runs:
+        raise VoltanaError(
+            f"nothing to report in {directory}: it needs {SUMMARY} (a run), {RESULTS} (a sweep) "
+            f"or run directories below it"
+        )
+    return _of_runs(directory, runs, target)
+
+
+def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
+    rows, residency = [], {}
+    for path in runs:
+        settings, summary = read_json(path / "settings.json"), read_json(path / SUMMARY)
+        plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
+        rows.append({RUN: path.name, **plain, **flat_summary(summary), ID: path.name})
+        residency[path.name] = summary.get("clock_residency", {})
+    return _results(
+        directory, pd.DataFrame(rows), RUN, target,
+        figure=None, question=None, residency=residency,
+        run_directories={path.name: path for path in runs},
+    )  # fmt: skip
+
+
+def _of_sweep(directory: Path, target: float) -> Results:
+    table = read_results(directory).rename(columns={"hash": ID})
+    question, figure = _experiment(directory.name)
+    series = figure.series if figure and figure.series in table else None
+    if series is None:
+        table, series = _series(table)
+    return _results(
+        directory, table, series, target,
+        figure=figure, question=question, residency=_residency(directory, table[ID]),
+        run_directories={},
+    )  # fmt: skip
+
+
+def _experiment(name: str) -> tuple[str | None, FigureSpec | None]:
+    """Question and figure of the shipped experiment that the directory is named after."""
+    stem = name.removesuffix("-quick")
+    if stem not in list_experiments():
+        return None, None
+    found = read_experiment(EXPERIMENTS / f"{stem}.toml")
+    return found.question, found.figure
+
+
+def _labels(table: pd.DataFrame) -> list[str]:
+    """A sweep's free axes: the columns before the first configuration key."""
+    return list(itertools.takewhile(lambda name: name not in KEYS, table.columns))
+
+
+def _series(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
+    """The column to compare: the policy axis, another free axis, or the policies as configured."""
+    labels = _labels(table)
+    if labels:
+        return table, "policy" if "policy" in labels else labels[-1]
+    return table.assign(policy=table["controller"] + " + " + table["router"]), "policy"
+
+
+def _results(
+    directory: Path,
+    table: pd.DataFrame,
+    series: str,
+    target: float,
+    *,
+    figure: FigureSpec | None,
+    question: str | None,
+    residency: Mapping[str, Residency],
+    run_directories: Mapping[str, Path],
+) -> Results:
+    loads = () if series == RUN else _loads(table, series)
+    wanted = figure.baseline if figure and figure.baseline else STATIC_MAX
+    baseline = wanted if wanted in set(table[series].astype(str)) else None
+    table = table.assign(**{KEEPS: keeps_slo(table, target)})
+    if baseline is not None:
+        table = _with_saving(table, series, loads, baseline)
+    return Results(
+        directory=directory, title=directory.resolve().name, question=question, table=table,
+        series=series, loads=loads, x=_horizontal(table, loads, figure), baseline=baseline,
+        target=target, residency=residency, run_directories=run_directories,
+    )  # fmt: skip
+
+
+def _loads(table: pd.DataFrame, series: str) -> tuple[str, ...]:
+    """Columns that vary within a series; a key that follows from a label is not named twice."""
+    labels = [name for name in _labels(table) if name != series]
+    chosen: list[str] = []
+    for name in [*labels, *(key for key in KEYS if key in table)]:
+        if name in ("seed", series) or not _varies(table, name, by=series):
+            continue
+        if all(_varies(table, name, by=label) for label in chosen if label in labels):
+            chosen.append(name)
+    return tuple(chosen)
+
+
+def _varies(table: pd.DataFrame, name: str, *, by: str) -> bool:
+    return bool((table.groupby(by, dropna=False)[name].nunique(dropna=False) > 1).any())
+
+
+def _horizontal(table: pd.DataFrame, loads: Sequence[str], figure: FigureSpec | None) -> str | None:
+    wanted = [figure.x] if figure else []
+    numeric = [n for n in loads if pd.api.types.is_numeric_dtype(table[n])]
+    return next((n for n in [*wanted, "rate_rps", *numeric] if n in numeric), None)
+
+
+def _with_saving(
+    table: pd.DataFrame, series: str, loads: Sequence[str], baseline: str
+) -> pd.DataFrame:
+    """Energy saved against the baseline at the same load point (mean over its seeds), in %."""
+    base = table[table[series].astype(str) == baseline]
+    if not loads:
+        return table.assign(**{SAVING: 100 * (1 - table["energy_j"] / base["energy_j"].mean())})
+    reference = base.groupby(list(loads), dropna=False)["energy_j"].mean().rename("baseline_j")
+    joined = table.merge(reference.reset_index(), on=list(loads), how="left")
+    return joined.assign(**{SAVING: 100 * (1 - joined["energy_j"] / joined["baseline_j"])}).drop(
+        columns="baseline_j"
+    )
+
+
+def _residency(directory: Path, ids: pd.Series[str]) -> dict[str, Residency]:
+    """Clock shares of the points whose summaries are still there."""
+    found: dict[str, Residency] = {}
+    for name in dict.fromkeys(ids):
+        path = directory / "points" / f"{name}.json"
+        if path.exists():
+            found[name] = read_json(path).get("clock_residency", {})
+    return found
+
+
+def _value_name(name: str, value: object) -> str:
+    text = f"{value:g}" if isinstance(value, float) else str(value)
+    return {"panel": text, "rate_rps": f"{text} requests/s"}.get(name, f"{name} {text}")

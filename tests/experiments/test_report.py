@@ -1,0 +1,288 @@
+"""`voltana report`: what it reads, and its page in a real browser without network."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from experiments.grid import expand
+from experiments.report.charts import pareto_front
+from experiments.report.collect import collect
+from experiments.report.page import write_report
+from experiments.report.series import choose, series_of
+from experiments.runs import run
+from experiments.sweep import run_sweep
+from profiles.errors import VoltanaError
+from sim.config import SimConfig
+from sim.results import write_run
+
+RATES = (20, 36, 40)
+GRID = {
+    "base": {"duration_s": 8, "slo_itl_s": 0.045},
+    "grid": {
+        "rate_rps": list(RATES),
+        "policy": [
+            {"name": "static-max", "controller": "static", "router": "round-robin"},
+            {"name": "ecofreq", "controller": "ecofreq", "router": "ecoroute"},
+            {"name": "pid", "controller": "pid", "router": "round-robin"},
+        ],
+    },
+    "static_pairs": {"clocks_mhz": [1005, 1410]},
+}
+CONFIG = SimConfig(rate_rps=20, duration_s=4, timeline_interval_s=0.1)
+
+
+@pytest.fixture(scope="module")
+def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("sweep")
+    run_sweep(expand(GRID, "test"), directory, jobs=1)
+    return directory
+
+
+@pytest.fixture(scope="module")
+def page_file(sweep: Path) -> Path:
+    out = sweep / "report.html"
+    assert write_report(sweep, out, target=0.99, wanted=()) == []
+    return out
+
+
+def test_pareto_front_by_hand() -> None:
+    # (energy, attainment): a is cheapest, c has the best attainment, b lies between; d costs more
+    # than b for less, e costs as much as c for less, f equals b and neither beats the other
+    energy = [1.0, 2.0, 4.0, 3.0, 4.0, 2.0]
+    attainment = [0.5, 0.8, 1.0, 0.7, 0.9, 0.8]
+    assert pareto_front(energy, attainment).tolist() == [True, True, True, False, False, True]
+
+
+def test_a_sweep_is_compared_within_its_load_points(sweep: Path) -> None:
+    results = collect(sweep)
+    assert results.series == "policy"
+    assert results.loads == ("rate_rps",)
+    assert results.x == "rate_rps"
+    assert len(results.load_points()) == len(RATES)
+    for _, rows in results.load_points():
+        energy_j = dict(zip(rows["policy"], rows["energy_j"], strict=True))
+        saving = dict(zip(rows["policy"], rows["saving_pct"], strict=True))
+        assert saving["static-max"] == 0
+        expected = 100 * (1 - energy_j["pid"] / energy_j["static-max"])
+        assert saving["pid"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_series_of_a_sweep_are_the_same_runs_again(sweep: Path) -> None:
+    results = collect(sweep)
+    rows = choose(results, ())
+    assert {row["policy"] for row in rows} == {"static-max", "ecofreq", "pid"}
+    assert len({row["rate_rps"] for row in rows}) == 1
+    found = series_of(results, rows[1])
+    assert found.note == "simulated again from its configuration"
+    assert found.ttft is not None
+    # its mean over requests is the sweep's own number: the same run, seen in more detail
+    mean_s = found.ttft["ttft_s"].mean()
+    assert mean_s == pytest.approx(rows[1]["ttft_mean_s"], rel=1e-12)
+
+
+def test_a_result_of_another_program_version_is_called_out(sweep: Path, tmp_path: Path) -> None:
+    shutil.copytree(sweep, tmp_path / "old")
+    table = pd.read_csv(tmp_path / "old" / "results.csv")
+    table["energy_j"] *= 1.001
+    table.to_csv(tmp_path / "old" / "results.csv", index=False)
+    results = collect(tmp_path / "old")
+    assert "have changed since" in series_of(results, choose(results, ())[0]).note
+
+
+def test_named_series_and_their_mistakes(sweep: Path) -> None:
+    results = collect(sweep)
+    wanted = results.table["id"].iloc[-1]
+    assert [row["id"] for row in choose(results, [wanted[:6]])] == [wanted]
+    with pytest.raises(VoltanaError, match="no run whose id begins with 'nowhere'"):
+        choose(results, ["nowhere"])
+
+
+def test_a_run_and_a_folder_of_runs(tmp_path: Path) -> None:
+    write_run(run(CONFIG), tmp_path / "a")
+    write_run(run(replace(CONFIG, controller="static")), tmp_path / "b")
+    one = collect(tmp_path / "a")
+    found = series_of(one, choose(one, ())[0])
+    assert found.note == "as the run kept it"
+    assert set(found.timeline["phase"]) == {"prefill", "decode"}
+    assert list(collect(tmp_path).table["run"]) == ["a", "b"]
+
+
+def test_a_sketched_run_has_a_report_too(tmp_path: Path) -> None:
+    write_run(run(replace(CONFIG, metrics="sketch", timeline_interval_s=None)), tmp_path / "a")
+    out = tmp_path / "report.html"
+    assert write_report(tmp_path / "a", out, target=0.99, wanted=()) == []
+    assert out.stat().st_size > 1e6
+
+
+def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:
+    with pytest.raises(VoltanaError, match=r"needs summary.json .* results.csv"):
+        collect(tmp_path)
+
+
+def chromium() -> str | None:
+    """A browser of the system, or the one that playwright installed."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    if found:
+        return found
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as driver:
+        path = driver.chromium.executable_path
+    return path if Path(path).exists() else None
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api", reason="pip install playwright")
+    path = chromium()
+    if path is None:
+        pytest.skip("no chromium: apt-get install chromium, or playwright install chromium")
+    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    with playwright.sync_playwright() as driver:
+        started = driver.chromium.launch(executable_path=path, args=flags)
+        yield started
+        started.close()
+
+
+class Watched:
+    """A page with everything that went wrong in it."""
+
+    def __init__(self, browser: Any, path: Path) -> None:  # noqa: ANN401
+        self.page = browser.new_context(
+            offline=True, viewport={"width": 1280, "height": 900}
+        ).new_page()
+        self.said: list[str] = []
+        self.requested: list[str] = []
+        self.page.on("console", lambda message: self.said.append(message.text))
+        self.page.on("pageerror", lambda error: self.said.append(str(error)))
+        self.page.on("request", lambda request: self.requested.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector("#series .main-svg")
+
+    def column(self, heading: str) -> list[str]:
+        """Raw values of the summary's visible rows."""
+        found: list[str] = self.page.evaluate(
+            """heading => {
+                const table = document.getElementById("summary");
+                const heads = [...table.tHead.rows[0].cells];
+                const i = heads.findIndex(head => head.textContent === heading);
+                return [...table.tBodies[0].rows].filter(row => !row.hidden)
+                    .map(row => row.cells[i].dataset.value);
+            }""",
+            heading,
+        )
+        return found
+
+    def x_ranges(self) -> list[tuple[float, float]]:
+        """Range of every horizontal axis of the time series."""
+        layout = "document.getElementById('series')._fullLayout"
+        return [
+            tuple(r)
+            for r in self.page.evaluate(
+                f"Object.keys({layout}).filter(k => /^xaxis/.test(k)).map(k => {layout}[k].range)"
+            )
+        ]
+
+
+@pytest.fixture
+def watched(browser: Any, page_file: Path) -> Iterator[Watched]:  # noqa: ANN401
+    opened = Watched(browser, page_file)
+    yield opened
+    opened.page.context.close()
+    assert opened.said == []
+    assert opened.requested == [page_file.as_uri()]
+
+
+@pytest.mark.slow
+def test_the_page_draws_every_figure_without_errors_or_network(watched: Watched) -> None:
+    for chart in ("pareto", "curves", "series", "residency"):
+        marks = watched.page.locator(f"#{chart} .trace, #{chart} .bars path").count()
+        assert marks >= 3, chart
+
+
+@pytest.mark.slow
+def test_the_table_sorts_by_number_and_by_text(watched: Watched, sweep: Path) -> None:
+    table = pd.read_csv(sweep / "results.csv")
+    shown = table[~table["policy"].str.startswith("static pair")]
+    ascending = sorted(shown["energy_j"] / 1e3)
+    heading = watched.page.get_by_role("button", name="energy (kJ)", exact=True)
+    heading.click()
+    assert np.allclose([float(v) for v in watched.column("energy (kJ)")], ascending, rtol=1e-12)
+    heading.click()
+    descending = [float(v) for v in watched.column("energy (kJ)")]
+    assert np.allclose(descending, ascending[::-1], rtol=1e-12)
+    watched.page.get_by_role("button", name="policy", exact=True).click()
+    assert watched.column("policy") == sorted(shown["policy"])
+
+
+@pytest.mark.slow
+def test_the_table_filters_and_shows_static_pairs(watched: Watched) -> None:
+    watched.page.fill("#search", "ecofreq")
+    assert watched.column("policy") == ["ecofreq"] * len(RATES)
+    watched.page.fill("#search", "")
+    watched.page.check("#pairs")
+    assert len(watched.column("policy")) == len(RATES) * (3 + 4)
+
+
+@pytest.mark.slow
+def test_a_drag_zooms_all_rows_and_a_double_click_goes_back(watched: Watched) -> None:
+    before = watched.x_ranges()
+    assert len(set(before)) == 1
+    assert len(before) == 5
+    plot = watched.page.locator("#series .nsewdrag").first
+    plot.scroll_into_view_if_needed()
+    box = plot.bounding_box()
+    y = box["y"] + box["height"] / 2
+    watched.page.mouse.move(box["x"] + 0.25 * box["width"], y)
+    watched.page.mouse.down()
+    watched.page.mouse.move(box["x"] + 0.5 * box["width"], y, steps=8)
+    watched.page.mouse.up()
+    watched.page.wait_for_function(
+        "end => document.getElementById('series')._fullLayout.xaxis.range[1] < 0.9 * end",
+        arg=before[0][1],
+    )
+    after = watched.x_ranges()
+    assert len(set(after)) == 1
+    # a pixel is 1/1100 of the axis
+    assert after[0] == pytest.approx((0.25 * before[0][1], 0.5 * before[0][1]), rel=0.02)
+    plot.dblclick()
+    watched.page.wait_for_function(
+        "end => document.getElementById('series')._fullLayout.xaxis.range[1] > 0.99 * end",
+        arg=before[0][1],
+    )
+
+
+@pytest.mark.slow
+def test_another_run_is_drawn_on_choice(watched: Watched) -> None:
+    clocks = "document.getElementById('series')._fullData[0].y"
+    first = watched.page.evaluate(f"[...{clocks}]")
+    watched.page.select_option("select[data-chart='series']", index=1)
+    second = watched.page.evaluate(f"[...{clocks}]")
+    assert max(first) == 1410
+    assert max(second[-100:]) < 1410
+    label = watched.page.locator("select[data-chart='series'] option:checked").text_content()
+    assert label.startswith("ecofreq, ")
+
+
+@pytest.mark.slow
+def test_names_cannot_break_the_page(browser: Any, tmp_path: Path) -> None:  # noqa: ANN401
+    """A policy's name goes into HTML and into the script's data; neither may run it."""
+    name = "</script><script>console.log('ran')</script>"
+    write_run(run(CONFIG), tmp_path / "runs" / "a")
+    settings = tmp_path / "runs" / "a" / "settings.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"controller": name}))
+    out = tmp_path / "report.html"
+    write_report(tmp_path / "runs", out, target=0.99, wanted=())
+    opened = Watched(browser, out)
+    assert opened.said == []
+    assert name in opened.page.locator("body").inner_text()
