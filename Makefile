@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 FAST := .venv-fast
 FAST_STAMP := $(FAST)/.installed
-COMPILED := $(wildcard profiles/*.py sim/*.py sim/engine/*.py sim/policies/*.py sim/policies/*/*.py)
+SOURCES := $(shell find sim profiles hwreplay experiments -name '*.py')
 STAMP := $(VENV)/.installed
 
 .PHONY: help demo test lint types contracts unit bench fast fast-test fast-bench engine clean
@@ -12,8 +12,9 @@ STAMP := $(VENV)/.installed
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
 	@echo "make test   install if missing, then lint, types, import contracts, tests"
-	@echo "make bench  print simulated requests per CPU second"
+	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
+	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
 	@echo "make clean  remove the environment and every generated file"
 
@@ -43,12 +44,13 @@ unit: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/requests_per_second.py
+	$(BIN)/python benchmarks/trace_scale.py $(SCALE)
 
 # The same sources, the inner loop compiled by mypyc, built from a copy in an environment of its
 # own: no compiled file ever lies beside a source that may have changed since.
 fast: $(FAST_STAMP)
 
-$(FAST_STAMP): pyproject.toml $(COMPILED)
+$(FAST_STAMP): pyproject.toml $(SOURCES)
 	@[ -x $(FAST)/bin/python ] || $(PYTHON) -m venv $(FAST)
 	rm -rf $(FAST)/source && mkdir $(FAST)/source
 	cp -r sim profiles hwreplay experiments pyproject.toml README.md LICENSE $(FAST)/source/
@@ -61,6 +63,7 @@ fast-test: $(FAST_STAMP)
 
 fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
+	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
 engine:
 	sh hwreplay/engine/install.sh .engine

@@ -53,6 +53,18 @@ class PowerModel(Protocol):
     def idle_power_w(self, frequency_mhz: int) -> float: ...
 
 
+class Truth(Protocol):
+    """What the hardware really does, known to a simulation only: `profiles.step_model`."""
+
+    def time_and_power(
+        self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
+    ) -> tuple[float, float]:
+        """Duration (s) and power (W) of one iteration."""
+        ...
+
+    def idle_power_w(self, frequency_mhz: int) -> float: ...
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingRequest:
     """A request in an instance's queue."""
@@ -116,6 +128,9 @@ class InstanceState:
     last_queue_delay_s: float = 0.0
     """Prefill: longest time from arrival to scheduling within the batch. Decode: 0."""
     num_running: int = 0
+    """Requests in the batch; at a decision, in the one about to run. `kv_tokens` likewise."""
+    effective_batch_size: float = 0.0
+    """Prefill: equal prompts with the attention work of the batch (NOMENCLATURE.md); 0: unknown."""
     num_waiting: int = 0
     """Requests queued at this instance, not in its batch."""
     waiting_tokens: int = 0
@@ -151,6 +166,9 @@ class IdlePlan:
 
 class Controller(ABC):
     """Sets one instance's clock. Called by the driver; see the module docstring for purity."""
+
+    acts_at_once: ClassVar[bool] = False
+    """Of an oracle: a simulator applies its decisions without the actuation latency."""
 
     @abstractmethod
     def decide(self, state: InstanceState) -> int:
@@ -259,8 +277,17 @@ class PolicyContext:
     """Expected time from a decision to the clock's change."""
     num_prefill: int = 1
     num_decode: int = 1
+    truth: Truth | None = None
+    """For oracles; None outside a simulation."""
     cluster: Cluster | None = None
     """None where the driver cannot show one instance the others."""
+
+    def share(self, name: str, make: Callable[[], T]) -> T:
+        """One object of that name for the whole run; the caller's own where there is no cluster.
+
+        For what many policies would otherwise work out alike; it must not depend on who asks.
+        """
+        return self.cluster.share(name, make) if self.cluster is not None else make()
 
     def observe_cluster(self, policy: str) -> Cluster:
         """The cluster, for a policy that needs it.

@@ -67,7 +67,10 @@ class EcoFreq(Controller):
         slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
         self._limit_s = slo_s * (1.0 + parameters.margin_frac)
         self._predict_s = context.predictor.predict_s
-        self._fitting = LowestFitting(context.predictor, context.phase, levels_mhz, self._limit_s)
+        self._fitting = context.share(
+            f"ecofreq: {context.phase} {levels_mhz} {self._limit_s}",
+            lambda: LowestFitting(context.predictor, context.phase, levels_mhz, self._limit_s),
+        )
         self._idle = IdlePlan(after_s=parameters.idle_s, clock_mhz=levels_mhz[0])
         self._decision_mhz = UNLOCKED_MHZ
 
