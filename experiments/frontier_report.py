@@ -1,0 +1,236 @@
+"""What a frontier search found: one table a load, as text, CSV and Markdown, and a figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, Final
+
+import matplotlib as mpl
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from rich.box import SIMPLE_HEAD
+from rich.table import Table
+
+from experiments.bound import lower_bound
+from experiments.compare import BEST_PAIR, STATIC_MAX
+from experiments.frontier import Search, Study
+from experiments.intervals import Interval, saving_pct, t_interval
+from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.runs import cached_profile, workload_of
+from experiments.show import render
+from sim.config import SimConfig, make_config
+from sim.results import read_json, write_json
+
+_GRAIN: Final = 200
+"""Attainments of bounds are rounded down to half a percent: fewer bounds, each still one."""
+NOT_REACHED: Final = "target not reached"
+LEGEND: Final = (
+    "vs max, vs pair: energy saved against static-max and the best static pair, paired by repeat, "
+    "with 95 % intervals; x bound: energy over the lower bound; kept/kJ: requests that kept both "
+    "promises per kJ"
+)
+HEADINGS: Final = (
+    "policy", "knob", "attained %", "energy kJ", "vs max %", "vs pair %", "x bound", "kept/kJ",
+    "note",
+)  # fmt: skip
+
+
+def frontier_table(
+    study: Study, searches: Mapping[str, Sequence[Search]], directory: Path, jobs: int | None = None
+) -> pd.DataFrame:
+    """One row a load and policy, with savings where, and only where, attainments are equal.
+
+    Columns: load, policy, knob, reached, attainment, energy_j ± energy_half_j, saving_max_pct and
+    saving_pair_pct with half widths of the 95 % interval (paired by repeat), bound_ratio (energy
+    over the lower bound of runs that attain as much), goodput_per_j, note. NaN where a number
+    would not be a comparison at equal attainment.
+    """
+    chosen = {
+        (load, search.name): search.best() or search.nearest_miss()
+        for load, row in searches.items()
+        for search in row
+    }
+    bounds = _bounds([t.rows for t in chosen.values() if len(t.rows)], directory, jobs)
+    rows = []
+    for load, searched in searches.items():
+        references = {s.name: s.best() for s in searched if s.name in (STATIC_MAX, BEST_PAIR)}
+        for search in searched:
+            trial = chosen[load, search.name]
+            reached = search.best() is not None
+            energies = [float(e) for e in trial.rows["energy_j"]] if len(trial.rows) else []
+            energy = t_interval(energies)
+            row: dict[str, Any] = {
+                "load": load, "policy": search.name, "knob": trial.value, "reached": reached,
+                "attainment": trial.attainment, "energy_j": energy.mean,
+                "energy_half_j": energy.half,
+            }  # fmt: skip
+            for column, name in (("saving_max", STATIC_MAX), ("saving_pair", BEST_PAIR)):
+                reference = references.get(name)
+                saving = Interval(math.nan, math.nan)
+                if reached and reference is not None and search.name != name:
+                    saving = saving_pct(energies, [float(e) for e in reference.rows["energy_j"]])
+                row |= {f"{column}_pct": saving.mean, f"{column}_half_pct": saving.half}
+            ratios = [e / bounds[k] for e, k in zip(energies, _keys(trial.rows), strict=True)]
+            row["bound_ratio"] = t_interval(ratios).mean
+            row["goodput_per_j"] = (
+                float(trial.rows["goodput_per_j"].mean()) if reached else math.nan
+            )
+            row["note"] = _note(search, reached=reached)
+            rows.append(row)
+    return pd.DataFrame(rows)
+
+
+def _note(search: Search, *, reached: bool) -> str:
+    failed = sum(t.attainment != t.attainment for t in search.tried.values())
+    parts = [] if reached else [NOT_REACHED]
+    if failed:
+        parts.append(f"{failed} settings could not run")
+    elif reached and not search.is_monotone():
+        parts.append("not monotone in its knob")
+    return "; ".join(parts)
+
+
+def _keys(rows: pd.DataFrame) -> list[str]:
+    """The bound that each run is held against: its workload and fleet, its own attainment."""
+    if not len(rows):
+        return []
+    floors = (rows["attainment"] * _GRAIN + 1e-9).astype(int) / _GRAIN
+    return [f"{h} {a:.3f}" for h, a in zip(rows["hash"], floors, strict=True)]
+
+
+_POLICY_KEYS: Final = (
+    "controller", "prefill_controller", "decode_controller", "router", "aim_ratio", "predictor",
+    "predictor_scale",
+)  # fmt: skip
+
+
+def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -> dict[str, float]:
+    """Bounds by key; kept in the directory, as they do not depend on policies."""
+    store = directory / "bounds"
+    store.mkdir(parents=True, exist_ok=True)
+    wanted: dict[str, tuple[SimConfig, float]] = {}
+    of_key: dict[str, str] = {}
+    known = {f.name for f in SimConfig.__dataclass_fields__.values()} - set(_POLICY_KEYS)
+    for frame in frames:
+        for values, key in zip(frame.to_dict("records"), _keys(frame), strict=True):
+            plain = {str(k): v for k, v in values.items() if k in known and v == v}
+            attainment = float(key.split()[1])
+            text = json.dumps([plain, attainment], sort_keys=True, default=str)
+            name = hashlib.sha256(text.encode()).hexdigest()[:16]
+            of_key[key] = name
+            if not (store / f"{name}.json").exists():
+                wanted[name] = (make_config(plain), attainment)
+    with ProcessPoolExecutor(max_workers=jobs or os.cpu_count()) as pool:
+        for name, energy_j in zip(wanted, pool.map(_bound_j, wanted.values()), strict=True):
+            write_json({"energy_j": energy_j}, store / f"{name}.json")
+    return {k: float(read_json(store / f"{n}.json")["energy_j"]) for k, n in of_key.items()}
+
+
+def _bound_j(task: tuple[SimConfig, float]) -> float:
+    config, attainment = task
+    profile = cached_profile(config.profile)
+    return lower_bound(config, profile, workload_of(config), attainment=attainment).energy_j
+
+
+def table_rows(frame: pd.DataFrame) -> list[list[str]]:
+    """The cells under `HEADINGS`, one list a row."""
+    return [
+        [
+            str(r["policy"]),
+            str(r["knob"]),
+            f"{100 * r['attainment']:.2f}",
+            _with_half(r["energy_j"] / 1e3, r["energy_half_j"] / 1e3),
+            _with_half(r["saving_max_pct"], r["saving_max_half_pct"]),
+            _with_half(r["saving_pair_pct"], r["saving_pair_half_pct"]),
+            f"{r['bound_ratio']:.2f}",
+            "–" if math.isnan(r["goodput_per_j"]) else f"{1e3 * r['goodput_per_j']:.1f}",
+            str(r["note"]),
+        ]
+        for r in frame.to_dict("records")
+    ]
+
+
+def text_table(frame: pd.DataFrame, title: str) -> str:
+    """For the terminal."""
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 0), title_justify="left")
+    for i, name in enumerate(HEADINGS):
+        is_number = 2 <= i <= 7
+        table.add_column(name, justify="right" if is_number else "left", no_wrap=0 < i < 8)
+    for row in table_rows(frame):
+        table.add_row(*row)
+    return render(table)
+
+
+def markdown_table(frame: pd.DataFrame) -> str:
+    """For a document."""
+    rows = [list(HEADINGS), ["---"] * 2 + ["---:"] * 6 + ["---"], *table_rows(frame)]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _with_half(mean: float, half: float) -> str:
+    if math.isnan(mean):
+        return "–"
+    return f"{mean:.1f}" if math.isnan(half) else f"{mean:.1f} ± {half:.1f}"
+
+
+def pareto_figure(
+    study: Study, searches: Mapping[str, Sequence[Search]], frame: pd.DataFrame
+) -> Figure:
+    """Energy against attainment, all that was tried; what was chosen is filled. A panel a load."""
+    loads = list(searches)
+    columns = min(len(loads), 3)
+    lines = -(-len(loads) // columns)
+    with mpl.rc_context(STYLE):
+        size = (max(3.4 * columns, 5.6), 3.0 * lines + 1.1)
+        figure = Figure(figsize=size, layout="constrained")
+        grid = figure.subplots(lines, columns, squeeze=False)
+        for i, axes in enumerate(grid.flat):
+            if i >= len(loads):
+                axes.set_visible(False)
+                continue
+            _draw_load(axes, study, searches[loads[i]], frame[frame["load"] == loads[i]])
+            axes.set_title(loads[i], fontsize=9)
+            if i % columns == 0:
+                axes.set_ylabel("energy of the run (kJ)")
+            if i >= len(loads) - columns:
+                axes.set_xlabel(f"{study.attainment} (%)".replace("_", " "))
+        handles, labels = grid[0, 0].get_legend_handles_labels()
+        figure.legend(
+            handles, labels, loc="outside lower center", frameon=False, fontsize=8,
+            ncols=max(1, int(size[0] / 2.6)),
+        )  # fmt: skip
+    return figure
+
+
+def _draw_load(axes: Axes, study: Study, searched: Sequence[Search], frame: pd.DataFrame) -> None:
+    bound = frame[frame["reached"]]
+    least = 0.0
+    if len(bound):
+        least = float((bound["energy_j"] / bound["bound_ratio"]).min()) / 1e3
+        axes.axhline(least, color="#000000", linestyle="--", linewidth=1, label="lower bound")
+    axes.axvline(100 * study.target, color="#999999", linestyle=":", linewidth=1)
+    lowest = 100 * study.target
+    for i, search in enumerate(searched):
+        trials = sorted(search.complete(), key=lambda t: t.energy_j)
+        shown = [t for t in trials if t.attainment >= study.target - 10 * (1.0 - study.target)]
+        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        x, y = [100 * t.attainment for t in shown], [t.energy_j / 1e3 for t in shown]
+        lowest = min([lowest, *x])
+        joined = "" if search.name in (BEST_PAIR, STATIC_MAX) else "-"
+        axes.plot(
+            x, y, marker=marker, color=colour, markersize=4, linestyle=joined, linewidth=0.8,
+            markerfacecolor="none", label=search.name,
+        )  # fmt: skip
+        best = search.best()
+        if best is not None:
+            axes.plot([100 * best.attainment], [best.energy_j / 1e3], marker=marker, color=colour,
+                      markersize=8, linestyle="")  # fmt: skip
+    axes.set_xlim(lowest - 0.3, 100.15)
+    axes.set_ylim(bottom=0.85 * least)

@@ -1,0 +1,137 @@
+"""What `voltana frontier` reads: a file, or the options of the command line.
+
+```toml
+[frontier]
+question = "…"                       # optional, printed above the tables
+target = 0.99
+attainment = "attainment"            # or ttft_attainment, itl_attainment, worse (of the two)
+seeds = [11, 12, 13, 14, 15]         # one repeat each
+trace_parts = 5                      # or: that many equal parts of the trace, one repeat each
+policies = ["ecofreq + ecoroute", "ecomin:headroom={0.5..0} + slo-pack"]
+static_router = "round-robin"        # optional, of static-max and the static pairs
+static_clocks_mhz = [705, 1005, 1410]  # optional, where the search for the best pair starts
+[base]                               # configuration keys
+[[load]]                             # one or more
+name = "20 requests/s"
+rate_rps = 20
+[[policy]]                           # optional: a policy that needs further keys
+rule = "ecomin + ecoroute"
+name = "ecomin, exact predictor"
+predictor = "table"
+```
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from experiments.contenders import Contender, parse_contender
+from experiments.frontier import Load, Study
+from experiments.runs import cached_profile
+from profiles.errors import VoltanaError, nearest
+from sim.config import make_config, read_toml
+from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.workload.traces import open_trace
+
+SEEDS: Final = (11, 12, 13, 14, 15)
+COARSE_LEVELS: Final = 8
+_SECTIONS: Final = ("frontier", "base", "load", "policy")
+_KEYS: Final = (
+    "question", "target", "attainment", "seeds", "trace_parts", "policies", "static_router",
+    "static_clocks_mhz",
+)  # fmt: skip
+
+
+def read_study(path: Path) -> tuple[Study, str]:
+    """Read a frontier file; returns the study and its question.
+
+    Raises:
+        VoltanaError: An unknown section or key (the nearest is suggested), or a bad value.
+    """
+    data, where = read_toml(path), str(path)
+    options = data.get("frontier", {})
+    for given, known in ((data, _SECTIONS), (options, _KEYS)):
+        for key in given:
+            if key not in known:
+                raise VoltanaError(f"unknown key {key!r} ({where}){nearest(key, known)}")
+    loads = [
+        Load(name=str(values.get("name", f"load {i + 1}")), settings=_without_name(values))
+        for i, values in enumerate(data.get("load", [{}]))
+    ]
+    contenders = [parse_contender(text) for text in options.get("policies", ())]
+    for values in data.get("policy", ()):
+        if "rule" not in values:
+            raise VoltanaError(f"a [[policy]] needs rule = 'controller + router' ({where})")
+        rest = {k: v for k, v in values.items() if k != "rule"}
+        contenders.append(parse_contender(values["rule"], rest))
+    study = make_study(
+        data.get("base", {}), loads, contenders,
+        target=options.get("target", 0.99),
+        attainment=options.get("attainment", "attainment"),
+        seeds=options.get("seeds", SEEDS),
+        trace_parts=options.get("trace_parts"),
+        static_router=options.get("static_router", "round-robin"),
+        static_clocks_mhz=options.get("static_clocks_mhz", ()),
+    )  # fmt: skip
+    return study, str(options.get("question", ""))
+
+
+def make_study(
+    base: Mapping[str, Any],
+    loads: Sequence[Load],
+    contenders: Sequence[Contender],
+    *,
+    target: float,
+    attainment: str,
+    seeds: Sequence[int] = SEEDS,
+    trace_parts: int | None = None,
+    static_router: str = "round-robin",
+    static_clocks_mhz: Sequence[int] = (),
+) -> Study:
+    """A study with every configuration checked and its repeats and clocks made out.
+
+    Raises:
+        VoltanaError: A name comes twice, or a value that no run accepts.
+    """
+    for names in ([x.name for x in loads], [c.name for c in contenders]):
+        twice = {n for n in names if names.count(n) > 1}
+        if twice:
+            raise VoltanaError(f"two loads or policies are called {twice.pop()!r}: name them")
+    configs = [make_config({**base, **load.settings}) for load in loads]
+    profiles = {c.profile for c in configs}
+    if len(profiles) != 1:
+        raise VoltanaError(f"the loads of a frontier share one profile, got {sorted(profiles)}")
+    clocks = cached_profile(profiles.pop()).clocks_mhz
+    coarse = spread_clocks_mhz(clocks, clocks[0], COARSE_LEVELS)
+    return Study(
+        base=base,
+        loads=loads,
+        contenders=contenders,
+        repeats=_repeats(configs[0].trace, seeds, trace_parts),
+        clocks_mhz=clocks,
+        coarse_mhz=clock_list(clocks, static_clocks_mhz, coarse, "static_clocks_mhz"),
+        static_router=static_router,
+        target=target,
+        attainment=attainment,
+    )
+
+
+def _repeats(
+    trace: str | None, seeds: Sequence[int], trace_parts: int | None
+) -> list[dict[str, Any]]:
+    """Seeds, or the parts of a trace: of a trace all seeds would send the same requests."""
+    if trace_parts is None:
+        return [{"seed": int(seed)} for seed in seeds]
+    if trace is None or trace_parts < 1:
+        raise VoltanaError("trace_parts needs a trace in [base] and must be >= 1")
+    part_s = open_trace(trace).duration_s / trace_parts
+    return [
+        {"trace_start_s": i * part_s, "duration_s": part_s, "seed": int(seeds[0])}
+        for i in range(trace_parts)
+    ]
+
+
+def _without_name(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in values.items() if k != "name"}

@@ -1,0 +1,207 @@
+"""Frontier: searches against closed forms and brute force, intervals against SciPy, a real run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from scipy import stats
+from typer.testing import CliRunner
+
+from experiments.cli import make_app
+from experiments.compare import BEST_PAIR, STATIC_MAX
+from experiments.contenders import parse_contender
+from experiments.frontier import KnobSearch, Load, PairSearch, Search, search_frontier
+from experiments.frontier_report import frontier_table, markdown_table, text_table
+from experiments.frontier_study import make_study, read_study
+from experiments.intervals import saving_pct, t_interval
+from profiles.errors import VoltanaError
+
+Law = Callable[[Any], tuple[float, float]]
+"""Key of a trial -> attainment and energy."""
+
+
+def play(search: Search, law: Law) -> int:
+    """Answer every proposal by the law; returns how many runs that took."""
+    runs = 0
+    while proposed := search.propose():
+        for key, trial in proposed.items():
+            trial.attainment, trial.energy_j = law(key)
+            search.tried[key] = trial
+            runs += trial.repeats
+    return runs
+
+
+def knob(repeats: int = 5, target: float = 0.99) -> KnobSearch:
+    return KnobSearch(parse_contender("ecofreq:margin={0..1} + ecoroute"), repeats, target)
+
+
+def test_bisection_closes_in_on_the_crossing() -> None:
+    """Attainment falls through 0.99 at 0.613 of the range, energy falls throughout."""
+    search = knob()
+    play(search, lambda x: (1.0 if x <= 0.613 else 0.9, 100 - 50 * x))
+    best = search.best()
+    assert best is not None
+    # five positions leave a bracket of 1/4, six halvings 1/256
+    assert 0.613 - 1 / 256 <= float(best.value) <= 0.613
+    assert search.is_monotone()
+
+
+def test_an_island_of_attainment_is_not_missed_and_is_called_out() -> None:
+    """Kept below 0.1 and again between 0.45 and 0.6, where energy is less."""
+    search = knob()
+    play(search, lambda x: (1.0 if x <= 0.1 or 0.45 <= x <= 0.6 else 0.5, 100 - 50 * x))
+    best = search.best()
+    assert best is not None
+    assert 0.6 - 1 / 64 <= float(best.value) <= 0.6
+    assert not search.is_monotone()
+
+
+def test_energy_that_turns_up_again_is_followed_to_its_least() -> None:
+    """Always kept; the least energy is inside the range, at 0.4."""
+    search = knob()
+    play(search, lambda x: (1.0, 10 + (x - 0.4) ** 2))
+    best = search.best()
+    assert best is not None
+    assert float(best.value) == pytest.approx(0.4, abs=0.02)
+
+
+def test_a_target_out_of_reach_ends_soon_without_an_answer() -> None:
+    search = knob()
+    runs = play(search, lambda x: (0.95 - (x - 0.3) ** 2, 100.0))
+    assert search.best() is None
+    assert float(search.nearest_miss().value) == pytest.approx(0.3, abs=0.1)
+    assert runs <= 5 * (5 + 4)
+
+
+def study(**changes: Any) -> Any:  # noqa: ANN401
+    options: dict[str, Any] = {"target": 0.99, "attainment": "attainment", "seeds": (1, 2, 3)}
+    base = {"duration_s": 8, "slo_itl_s": 0.045}
+    loads = [Load(name="20 requests/s", settings={"rate_rps": 20})]
+    contenders = [parse_contender(p) for p in ("ecofreq + ecoroute", "miad + round-robin")]
+    options |= changes
+    return make_study(options.pop("base", base), options.pop("loads", loads), contenders, **options)
+
+
+def test_the_best_pair_is_that_of_all_pairs() -> None:
+    """A U in each clock and a limit that ties the two: brute force over all 48 · 48 pairs."""
+    chosen = study()
+
+    def law(key: tuple[int, int, int]) -> tuple[float, float]:
+        prefill, decode = key[0], key[1]
+        energy = (prefill - 1010) ** 2 / 900 + (decode - 1090) ** 2 / 400 + 50
+        return (1.0 if prefill + 2 * decode >= 3150 else 0.5), energy
+
+    search = PairSearch(chosen)
+    runs = play(search, law)
+    every = [(law((p, d, 0))[1], p, d) for p, d in product(chosen.clocks_mhz, repeat=2)
+             if law((p, d, 0))[0] == 1.0]  # fmt: skip
+    best = search.best()
+    assert best is not None
+    assert best.energy_j <= min(every)[0] * 1.02
+    assert runs < 64 + 3 * 40
+
+
+def test_intervals_are_those_of_scipy() -> None:
+    rng = np.random.default_rng(5)
+    ours, theirs = rng.normal(90, 2, 7), rng.normal(100, 2, 7)
+    interval = saving_pct(list(ours), list(theirs))
+    expected = stats.ttest_1samp(100 * (1 - ours / theirs), 0.0).confidence_interval(0.95)
+    assert interval.mean - interval.half == pytest.approx(expected.low, rel=1e-12)
+    assert interval.mean + interval.half == pytest.approx(expected.high, rel=1e-12)
+    # one repeat says nothing of the spread
+    assert np.isnan(t_interval([3.0]).half)
+
+
+@pytest.mark.parametrize(
+    ("text", "knob", "cheap"),
+    [
+        ("ecofreq + ecoroute", "margin", {"controller": "ecofreq:margin=0.5000"}),
+        ("ecofreq:idle=1 + ecoroute", "margin", {"controller": "ecofreq:idle=1,margin=0.5000"}),
+        ("ecofreq:margin=0 + ecoroute", "aim_ratio", {"aim_ratio": "1.6000"}),
+        ("window + least-kv", "aim_ratio", {"controller": "window", "aim_ratio": "1.6000"}),
+        ("static:f=1005 + round-robin", "", {"controller": "static:f=1005"}),
+        ("ecomin:headroom={0.4..0.1} + slo-pack:headroom={}", "headroom",
+         {"controller": "ecomin:headroom=0.1000", "router": "slo-pack:headroom=0.1000"}),
+    ],
+)  # fmt: skip
+def test_every_policy_has_its_knob(text: str, knob: str, cheap: dict[str, str]) -> None:
+    contender = parse_contender(text)
+    assert contender.knob == knob
+    assert contender.at(1.0).items() >= cheap.items()
+
+
+@pytest.mark.parametrize(
+    "text", ["ecofreq", "ecofreq+ecoroute", "ecofreq:margin={0..1} + ecoroute:margin={0..1}"]
+)
+def test_what_is_no_contender_is_refused(text: str) -> None:
+    with pytest.raises(VoltanaError, match="a contender"):
+        parse_contender(text)
+
+
+def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text("[frontier]\npolicys = []\n")
+    with pytest.raises(VoltanaError, match=r"unknown key 'policys'.*policies"):
+        read_study(path)
+    path.write_text('[frontier]\npolicies = ["ecofreq + ecoroute"]\ntrace_parts = 3\n')
+    with pytest.raises(VoltanaError, match="trace_parts needs a trace"):
+        read_study(path)
+    with pytest.raises(VoltanaError, match="attainment must be one of"):
+        study(attainment="goodput")
+
+
+@pytest.mark.slow
+def test_a_real_frontier(tmp_path: Path) -> None:
+    """8 s at 20 requests/s: kept, above the bound, better than the top clock, and resumable."""
+    chosen = study(static_clocks_mhz=[1005, 1410])
+    searches = search_frontier(chosen, tmp_path, jobs=1)
+    frame = frontier_table(chosen, searches, tmp_path, jobs=1).set_index("policy")
+    assert frame["reached"].all()
+    assert (frame["attainment"] >= 0.99).all()
+    assert (frame["bound_ratio"] > 1.0).all()
+    assert frame["energy_j"][BEST_PAIR] <= frame["energy_j"][STATIC_MAX]
+    assert frame["saving_max_pct"][BEST_PAIR] > 20.0
+    assert np.isnan(frame["saving_pair_pct"][BEST_PAIR])
+    kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "points").iterdir()}
+    again = search_frontier(chosen, tmp_path, jobs=1)
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "points").iterdir()} == kept
+    repeated = frontier_table(chosen, again, tmp_path, jobs=1).set_index("policy")
+    assert repeated["energy_j"].equals(frame["energy_j"])
+
+
+@pytest.mark.slow
+def test_no_saving_is_quoted_where_the_target_is_missed(tmp_path: Path) -> None:
+    """A promise of 1 ms between tokens: nobody keeps it, and nobody is said to save."""
+    chosen = study(base={"duration_s": 2, "slo_itl_s": 0.001}, static_clocks_mhz=[1410])
+    searches = search_frontier(chosen, tmp_path, jobs=1)
+    frame = frontier_table(chosen, searches, tmp_path, jobs=1)
+    assert not frame["reached"].any()
+    assert frame[["saving_max_pct", "saving_pair_pct", "goodput_per_j"]].isna().all(axis=None)
+    assert frame["note"].str.contains("target not reached").all()
+    for text in (markdown_table(frame), text_table(frame, "t")):
+        assert "target not" in text
+
+
+@pytest.mark.slow
+def test_the_command_writes_table_and_figure(tmp_path: Path) -> None:
+    path = tmp_path / "study.toml"
+    path.write_text(
+        '[frontier]\nseeds = [1, 2]\nstatic_clocks_mhz = [1005]\npolicies = ["boost + random"]\n'
+        'question = "Who?"\n[base]\nduration_s = 3\nrate_rps = 10\n[[load]]\nname = "low"\n'
+        '[[policy]]\nrule = "ecofreq + ecoroute"\nname = "exact"\npredictor = "table"\n'
+    )
+    out = tmp_path / "out"
+    done = CliRunner().invoke(
+        make_app(), ["frontier", str(path), "--out", str(out), "--jobs", "1", "--target", "0.9"]
+    )
+    assert done.exit_code == 0, done.output
+    assert "boost + random" in done.output
+    assert {p.name for p in out.glob("frontier.*")} == {
+        "frontier.csv", "frontier.md", "frontier.png", "frontier.svg",
+    }  # fmt: skip
+    assert (out / "frontier.md").read_text().startswith("Who?\n\n**low: least energy")
