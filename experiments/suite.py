@@ -9,6 +9,8 @@ x_scale = 1.0                  # optional: what the column is multiplied by (1e3
 series = "policy"              # column, or free axis, of the curves
 rows = ["energy", "ttft", "itl"]  # keys of experiments.curves.MEASURES
 baseline = "static-1410"       # optional: the series that `saving` is counted against
+match = "voltanallm"           # optional, with static pairs: keep the one of least energy whose
+                               # attainments are those of this series or better
 [quick]                        # optional: keys or axes that --quick replaces
 duration_s = 15
 [base] … [grid] … [static_pairs] …   # as in a sweep file
@@ -28,7 +30,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.grid import Point, expand
+from experiments.grid import STATIC_PAIR, Point, expand
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, read_toml
 
@@ -37,8 +39,11 @@ QUICK_DURATION_S: Final = 10.0
 QUICK_POINTS: Final = 3
 """Points of the horizontal axis that a smoke run keeps: the first, the middle, the last."""
 PANEL: Final = "panel"
+MATCHED_PAIR: Final = "best static pair at equal attainment"
+EQUAL_ATTAINMENT: Final = 0.005
+"""Half a point less still counts as equal: about the spread between seeds."""
 _SECTIONS: Final = ("question", "figure", "quick", "base", "grid", "static_pairs", "panel")
-_FIGURE: Final = ("x", "x_label", "x_scale", "series", "rows", "baseline")
+_FIGURE: Final = ("x", "x_label", "x_scale", "series", "rows", "baseline", "match")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +56,7 @@ class FigureSpec:
     rows: tuple[str, ...]
     x_scale: float = 1.0
     baseline: str | None = None
+    match: str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,8 +94,8 @@ def read_experiment(path: Path, *, quick: bool = False) -> Experiment:
 
     Args:
         path: TOML file, see the module's text.
-        quick: Shrink it to a smoke size: runs of 10 s, three points of the horizontal axis, then
-            whatever the file's `[quick]` says.
+        quick: Shrink it to a smoke size: runs of 10 s, one seed, three points of the horizontal
+            axis, two static clocks, then whatever the file's `[quick]` says.
 
     Raises:
         VoltanaError: An unknown section or key, or a value that no run accepts.
@@ -107,24 +113,53 @@ def read_experiment(path: Path, *, quick: bool = False) -> Experiment:
 
 
 def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
-    """Add `saving_pct`: energy saved against the baseline series at the same x in the same panel.
+    """Add `saving_pct`, and reduce static pairs to the best one where the figure asks for it.
+
+    The saving is of energy, against the baseline series at the same x in the same panel.
 
     Raises:
-        VoltanaError: The baseline is named but was not run.
+        VoltanaError: The baseline, or the series to match, is named but was not run.
     """
     if PANEL not in frame:
         frame = frame.assign(**{PANEL: ""})
+    keys = [PANEL, figure.x]
+    if figure.match is not None:
+        frame = _with_matched_pair(frame, figure.series, figure.match, keys)
     if figure.baseline is None:
         return frame
-    base = frame[frame[figure.series].astype(str) == figure.baseline]
-    if base.empty:
-        raise VoltanaError(
-            f"no {figure.series} called {figure.baseline!r} to count savings against"
-        )
-    keys = [PANEL, figure.x]
+    base = _of_series(frame, figure.series, figure.baseline, "to count savings against")
     reference = base.groupby(keys)["energy_j"].mean().rename("baseline_j")
     joined = frame.join(reference, on=keys)
     return joined.assign(saving_pct=100 * (1 - joined["energy_j"] / joined["baseline_j"]))
+
+
+def _with_matched_pair(
+    frame: pd.DataFrame, series: str, match: str, keys: list[str]
+) -> pd.DataFrame:
+    """Of the static pairs keep, at each x, that of least energy which attains what `match` does.
+
+    Where no pair does, none is kept: the figure shows a gap.
+    """
+    is_pair = frame[series].astype(str).str.startswith(STATIC_PAIR)
+    attainments = ["ttft_attainment", "itl_attainment"]
+    matched = _of_series(frame, series, match, "to match")
+    wanted = matched.groupby(keys)[attainments].mean() - EQUAL_ATTAINMENT
+    pairs = frame[is_pair].join(wanted.add_suffix("_wanted"), on=keys)
+    reaches = pd.Series(True, index=pairs.index)
+    for name in attainments:
+        reaches &= pairs[name] >= pairs[f"{name}_wanted"]
+    kept = pairs[reaches].sort_values("energy_j").drop_duplicates(keys)
+    clocks = kept[series].astype(str).str.removeprefix(f"{STATIC_PAIR} ")
+    best = kept[frame.columns].assign(clocks=clocks)
+    best[series] = MATCHED_PAIR
+    return pd.concat([frame[~is_pair], best.sort_values(keys)], ignore_index=True)
+
+
+def _of_series(frame: pd.DataFrame, series: str, name: str, why: str) -> pd.DataFrame:
+    found = frame[frame[series].astype(str) == name]
+    if found.empty:
+        raise VoltanaError(f"no {series} called {name!r} {why}")
+    return found
 
 
 def _check_sections(data: Mapping[str, Any], where: str) -> None:
@@ -175,10 +210,16 @@ def _shrink(data: Mapping[str, Any], x: str) -> dict[str, Any]:
     wishes = data.get("quick", {})
     base = {**data.get("base", {}), "duration_s": QUICK_DURATION_S}
     grid = {k: _thin(v) if k == x else v for k, v in data.get("grid", {}).items()}
+    if "seed" in grid:
+        grid["seed"] = grid["seed"][:1]
     for key, value in wishes.items():
         (grid if isinstance(value, list) else base)[key] = value
     panels = [{k: _thin(v) if k == x else v for k, v in panel.items()} for panel in _panels(data)]
-    return {**data, "base": base, "grid": grid, "panel": panels}
+    small = {**data, "base": base, "grid": grid, "panel": panels}
+    if "static_pairs" in data:
+        clocks = data["static_pairs"]["clocks_mhz"]
+        small["static_pairs"] = {**data["static_pairs"], "clocks_mhz": [clocks[0], clocks[-1]]}
+    return small
 
 
 def _thin(values: list[Any]) -> list[Any]:

@@ -19,7 +19,7 @@ import tomli_w
 
 from profiles.build.clocks import IDLE_TOP_W, ClockModel, fit_clock_model
 from profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
-from profiles.catalog import write_profile
+from profiles.catalog import Profile, write_profile
 from profiles.ecopred import fit_report
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
 
@@ -172,8 +172,8 @@ def decode_batches() -> list[int]:
     return sorted({*edges, *(b + 1 for b in edges if b < MAX_RUNNING)})
 
 
-def make_meta(shape: Shape) -> ProfileMeta:
-    """Metadata with the provenance of every quantity."""
+def make_meta(shape: Shape, tuned: str = "") -> ProfileMeta:
+    """Metadata with the provenance of every quantity; `tuned` says what a calibration changed."""
     kernels = "kernel times of ai-dynamo/aiconfigurator @ 095f58a (A100-SXM4-80GB, SGLang 0.5.10)"
     sweep = "clock sweep of qweewqq/EnergyLLM @ 3fffed3 (A100-40GB, vLLM 0.11)"
     splitwise = "Splitwise power rows (Mutinifni/splitwise-sim @ 8f99e7d)"
@@ -197,14 +197,14 @@ def make_meta(shape: Shape) -> ProfileMeta:
         provenance={
             "clocks": _calibrated("A100 steps of 15 MHz; grid clocks are interpolated between", ""),
             "prefill_time": _calibrated(
-                f"{kernels}; frequency-bound share modelled (0.95 above 512 tokens)",
+                f"{kernels}; frequency-bound share modelled (0.95 above 512 tokens){tuned}",
                 "about 15 % at 1410 MHz; clock dependence 5 %; 5 ms host time is modelled",
             ),
             "prefill_power": _calibrated(
                 f"{splitwise}: 2,048 tokens at 1.05 of the limit uncapped; {sweep}", "about 10 %"
             ),
             "decode_time": _calibrated(
-                f"{kernels}; frequency-bound share from {sweep}, above batch 64 modelled",
+                f"{kernels}; frequency-bound share from {sweep}, above batch 64 modelled{tuned}",
                 "about 10 % at 1410 MHz and batch <= 256, 20 % above; clock dependence 5 %; "
                 "interpolation within 1.1 % of the model",
             ),
@@ -234,6 +234,28 @@ def _frame(rows: list[tuple[float, ...]]) -> pd.DataFrame:
     return frame.astype(whole).assign(
         time_s=frame["time_s"].map(lambda v: float(f"{v:.6g}")),
         power_w=frame["power_w"].map(lambda v: float(f"{v:.6g}")),
+    )
+
+
+def build_tuned(data: Path, directory: Path, model: str, tuning: Tuning, why: str) -> Profile:
+    """Write one profile with tuned times.
+
+    Args:
+        data: Folder of the sources.
+        directory: Profile directory.
+        model: A name in `SHAPES`.
+        tuning: What differs from the sources.
+        why: What it was tuned to, for the provenance.
+    """
+    shape = SHAPES[model]
+    builder = Builder(data, shape, fit_clocks(data), tuning)
+    note = (
+        f"; {why}: attention x {tuning.attention_multiplier:g}, "
+        f"prefill host {1e3 * tuning.prefill_host_s:g} ms, "
+        f"decode host {1e3 * tuning.decode_host_s:g} ms"
+    )
+    return write_profile(
+        directory, make_meta(shape, note), builder.prefill(), builder.decode(), builder.idle()
     )
 
 

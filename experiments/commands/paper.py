@@ -1,0 +1,135 @@
+"""`voltana paper`: the published main result, fitted, compared and predicted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from experiments.calibrate import Unknowns
+
+paper = typer.Typer(
+    name="paper",
+    help="The published main result: fit the unknowns to one panel, compare, predict the others.",
+    no_args_is_help=True,
+)
+
+PanelFile = Annotated[
+    Path, typer.Option(help="CSV of the published panel (Llama-3.1-8B, ShareGPT)")
+]
+Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.add_typer(paper)
+
+
+@paper.command("fit")
+def fit(
+    panel: PanelFile,
+    data: Annotated[Path, typer.Option(help="Folder of the measurements profiles are built from")],
+    out: Annotated[Path, typer.Option(help="Takes trial profiles and runs")] = Path(
+        "results/paper-fit"
+    ),
+    workload: Annotated[str, typer.Option(help="Length distribution")] = "sharegpt-client",
+    max_evaluations: Annotated[int, typer.Option(min=1, help="Bound on the search")] = 120,
+    jobs: Jobs = None,
+) -> None:
+    """Fit both SLOs, the attention multiplier and the prefill host time to one panel.
+
+    Writes OUT/fitted.toml and prints how to build the profiles from it. Interrupted, it resumes.
+    """
+    from dataclasses import asdict
+
+    import tomli_w
+
+    from experiments.calibrate import fit_panel
+    from experiments.paper import read_panel
+
+    found = fit_panel(
+        read_panel(panel), data, out, workload=workload, max_evaluations=max_evaluations,
+        jobs=jobs, report=_say,
+    )  # fmt: skip
+    fitted = {
+        **asdict(found.unknowns),
+        "workload": workload,
+        "score": round(found.score, 4),
+        "evaluations": found.evaluations,
+    }
+    path = out / "fitted.toml"
+    path.write_text(tomli_w.dumps(fitted), encoding="utf-8")
+    typer.echo(path.read_text(encoding="utf-8").strip())
+    typer.echo(f"build its profiles: voltana paper build --data {data} --fitted {path} --out DIR")
+
+
+@paper.command("build")
+def build(
+    data: Annotated[Path, typer.Option(help="Folder of the measurements profiles are built from")],
+    out: Annotated[Path, typer.Option(help="Takes one profile directory a model")],
+    fitted: Annotated[
+        Path | None, typer.Option(help="fitted.toml of `voltana paper fit`; by default the shipped")
+    ] = None,
+) -> None:
+    """Build the profiles of the three models with the fitted kernel and host times."""
+    from experiments.calibrate import read_fitted
+    from experiments.paper import FITTED
+    from profiles.build.a100 import build_tuned
+    from profiles.build.models import SHAPES
+
+    unknowns = read_fitted(fitted or FITTED)
+    for model in SHAPES:
+        build_tuned(data, out / model, model, unknowns.tuning, "tuned to a published panel")
+        typer.echo(str(out / model))
+
+
+@paper.command("compare")
+def compare(
+    panel: PanelFile,
+    out: Annotated[Path, typer.Option(help="Takes residuals.csv, residuals.png and the runs")] = (
+        Path("results/paper-compare")
+    ),
+    jobs: Jobs = None,
+) -> None:
+    """Run the published panel as shipped and print the difference, rate by rate."""
+    from experiments.paper import panel_residuals, read_panel, score, worst
+    from experiments.paper_figure import draw_panel
+    from experiments.plots import save
+
+    published = read_panel(panel)
+    compared = panel_residuals(published, out, jobs=jobs)
+    compared.round(2).to_csv(out / "residuals.csv", index=False)
+    save(draw_panel(compared), out, "residuals")
+    short = compared.drop(columns=["model", "dataset"]).rename(columns=_short)
+    typer.echo(short.to_string(index=False, na_rep="", float_format=lambda v: f"{v:.1f}"))
+    typer.echo(worst(compared).to_string(index=False))
+    typer.echo(f"score {score(compared):.3f}; {out / 'residuals.csv'} {out / 'residuals.png'}")
+
+
+@paper.command("predict")
+def predict(
+    out: Annotated[Path, typer.Option(help="CSV to write")] = Path("results/paper_prediction.csv"),
+    runs: Annotated[Path, typer.Option(help="Parent directory of the runs")] = Path(
+        "results/experiments"
+    ),
+    jobs: Jobs = None,
+) -> None:
+    """Run the main figure for all models and data sets and write it in the panel's columns."""
+    from experiments.paper import predict as make
+
+    made = make(runs / "main-figure", jobs=jobs)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    made.to_csv(out, index=False)
+    typer.echo(f"{out}: {len(made)} rows")
+
+
+def _say(unknowns: Unknowns, score: float) -> None:
+    typer.echo(f"{score:.4f}  {unknowns}")
+
+
+def _short(column: str) -> str:
+    for part in ("_pct", "_attainment", "_ours"):
+        column = column.replace(part, "")
+    return column.replace("_published", " pub").replace("_error", " err")
