@@ -69,7 +69,7 @@ class PolicySource:
         seeds = np.random.SeedSequence(config.seed, spawn_key=(STREAMS[stream], instance_id))
         return PolicyContext(
             predictor=self._predictor(),
-            power=self.profile.truth(extrapolate=config.extrapolate),
+            power=self.profile.truth(extrapolate=True),
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=config.slo_ttft_s,
@@ -87,9 +87,10 @@ class PolicySource:
 
     def _predictor(self) -> Predictor:
         profile, config = self.profile, self.config
+        # a policy may wonder about batches that never run: its tables must not refuse them
         base = (
             profile.predictor()
             if config.predictor == "ecopred"
-            else profile.truth(extrapolate=config.extrapolate)
+            else profile.truth(extrapolate=True)
         )
         return ScaledPredictor.wrap(base, config.predictor_scale)

@@ -66,8 +66,10 @@ class Fleet(ABC):
         self._requests = requests
         self._log = log
         self._truth = profile.truth(extrapolate=config.extrapolate)
+        # a policy may wonder about batches that never run: its tables must not refuse them
+        self._known = profile.truth(extrapolate=True)
         self._predictor = ScaledPredictor.wrap(
-            profile.predictor() if config.predictor == "ecopred" else self._truth,
+            profile.predictor() if config.predictor == "ecopred" else self._known,
             config.predictor_scale,
         )
         engine = profile.meta.engine
@@ -163,7 +165,7 @@ class Fleet(ABC):
         return request.input_tokens + request.output_tokens <= self._kv_capacity
 
     def _refresh(self, instance: Instance) -> None:
-        instance.sync(self._now_s)
+        instance.refresh(self._now_s)
 
     def _hand_over(self, request: SimRequest, now_s: float) -> None:
         """Prefill is done: move the KV cache, at once or over the configured link."""
@@ -219,7 +221,7 @@ class Fleet(ABC):
         aim = self._config.aim_ratio or 1.0
         return PolicyContext(
             predictor=self._predictor,
-            power=self._truth,
+            power=self._known,
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=self._config.slo_ttft_s * aim,
@@ -232,6 +234,7 @@ class Fleet(ABC):
             actuation_s=self._config.actuation_latency_s,
             num_prefill=self._config.num_prefill,
             num_decode=self._config.num_decode,
+            truth=self._known,
             cluster=self._cluster,
         )
 

@@ -46,7 +46,7 @@ class Instance(ABC):
             truth,
             state.phase,
             clock_mhz=controller.initial_clock_mhz(),
-            actuation_s=config.actuation_latency_s,
+            actuation_s=0.0 if controller.acts_at_once else config.actuation_latency_s,
         )
         self.num_retractions = 0
         self.iteration_rows: list[IterationRow] | None = [] if config.record_iterations else None
@@ -91,6 +91,11 @@ class Instance(ABC):
             self.has_idle_changes = self.track.settle_idle(now_s)
             self.state.clock_mhz = self.track.clock_mhz
             self.state.energy_j = self.track.energy_j
+
+    def refresh(self, now_s: float) -> None:
+        """As `sync`, and book the energy of an idle instance up to `now_s`."""
+        self.has_idle_changes = self.has_idle_changes or not self.state.is_busy
+        self.sync(now_s)
 
     def settle(self, now_s: float) -> None:
         """Book time and energy up to `now_s`, at the end of idleness or of the run."""

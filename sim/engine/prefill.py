@@ -61,6 +61,8 @@ class PrefillInstance(Instance):
     def _begin(self, now_s: float) -> float:
         oldest_s, attention = self._form_batch(now_s)
         state = self.state
+        effective_batch = self._batch_tokens * self._batch_tokens / attention
+        state.effective_batch_size = effective_batch
         if not self._sees_next_batch and self._has_record:
             self._ask_controller(now_s)
         state.last_batch_size = self._batch_size
@@ -68,7 +70,6 @@ class PrefillInstance(Instance):
         state.last_queue_delay_s = now_s - oldest_s
         if self._sees_next_batch:
             self._ask_controller(now_s)
-        effective_batch = self._batch_tokens * self._batch_tokens / attention
         return self.track.begin_iteration(now_s, effective_batch, self._batch_tokens)
 
     def _form_batch(self, now_s: float) -> tuple[float, float]:

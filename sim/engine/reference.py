@@ -82,6 +82,9 @@ class SimpyFleet(Fleet):
         if self._all_sent and self._log.unresolved == 0 and not self._all_ended.triggered:
             self._all_ended.succeed()
 
+    def _refresh(self, instance: Instance) -> None:
+        instance.refresh(self.env.now)
+
     def _sample(self, timeline: Timeline) -> Generator[simpy.Event, None, None]:
         while True:
             yield self.env.timeout(timeline.sample(self.env.now) - self.env.now)

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 from profiles.errors import VoltanaError
+from sim.policies.base import PolicyContext
 
 
 def nearest_clock_mhz(clocks_mhz: Sequence[int], wanted_mhz: float) -> int:
@@ -27,6 +28,18 @@ def nearest_clock_mhz(clocks_mhz: Sequence[int], wanted_mhz: float) -> int:
 def clock_at_least_mhz(clocks_mhz: Sequence[int], wanted_mhz: float) -> int:
     """The slowest supported clock that is not slower than `wanted_mhz`; the top one above it."""
     return clocks_mhz[min(bisect_left(clocks_mhz, wanted_mhz), len(clocks_mhz) - 1)]
+
+
+def fastest_within_mhz(context: PolicyContext, batch_size: int, tokens: int, limit_w: float) -> int:
+    """A power cap as a clock: the fastest whose modelled power for the batch is within the limit.
+
+    The slowest if none is.
+    """
+    clocks, power_w = context.clocks_mhz, context.power.power_w
+    for clock in reversed(clocks):
+        if power_w(context.phase, clock, batch_size, tokens) <= limit_w:
+            return clock
+    return clocks[0]
 
 
 def require_clock(clocks_mhz: Sequence[int], clock_mhz: int, where: str) -> int:

@@ -1,7 +1,12 @@
-"""Policies by name: what `voltana list` shows and what a configuration may name."""
+"""Policies by name: what `voltana list` shows and what a configuration may name.
+
+A name with a dot is a module of yours that python can import; it holds `CONTROLLER = Entry(…)` or
+`ROUTER = Entry(…)`, as `experiments/own_policy.py` does.
+"""
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -9,6 +14,8 @@ from typing import Any, Final, Generic, TypeVar
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, PolicyContext, Router
 from sim.policies.controllers import (
+    agft,
+    budget,
     dualscale,
     ecofreq,
     ecomin,
@@ -16,7 +23,9 @@ from sim.policies.controllers import (
     fixed,
     greenllm,
     kairos,
+    oracle,
     profiled,
+    throttllm,
 )
 from sim.policies.routers import ecoroute, mdp, packing, simple, split
 from sim.policies.spec import (
@@ -60,6 +69,11 @@ CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
     "dualscale-mpc": Entry(make=dualscale.DualScale, parameters=dualscale.DualScaleParameters),
     "greenllm": Entry(make=greenllm.GreenLlm, parameters=greenllm.GreenLlmParameters),
     "kairos": Entry(make=kairos.Kairos, parameters=kairos.KairosParameters),
+    "throttllm": Entry(make=throttllm.Throttllm, parameters=throttllm.ThrottllmParameters),
+    "agft": Entry(make=agft.Agft, parameters=agft.AgftParameters),
+    "polca": Entry(make=budget.Polca, parameters=budget.PolcaParameters),
+    "rapid": Entry(make=budget.Rapid, parameters=budget.RapidParameters),
+    "oracle": Entry(make=oracle.Oracle, parameters=oracle.OracleParameters),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters),
@@ -99,6 +113,26 @@ def make_router(spec: str, context: PolicyContext) -> Router:
 def _make(text: str, context: PolicyContext, known: Mapping[str, Entry[P]], kind: str) -> P:
     spec = parse_spec(text)
     entry = known.get(spec.name)
+    if entry is None and "." in spec.name:
+        entry = _own(spec.name, kind)
     if entry is None:
         raise VoltanaError(f"unknown {kind} {spec.name!r}: {suggest(spec.name, known)}")
     return entry.make(bind_parameters(spec, entry.parameters), context)
+
+
+def _own(name: str, kind: str) -> Entry[Any]:
+    """The entry of a user's module."""
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        raise VoltanaError(
+            f"cannot import {kind} {name!r}: no module {error.name!r}; run in its folder or set "
+            "PYTHONPATH"
+        ) from None
+    entry = getattr(module, kind.upper(), None)
+    if not isinstance(entry, Entry):
+        raise VoltanaError(
+            f"module {name!r} holds no {kind}: it needs {kind.upper()} = Entry(make=…, "
+            "parameters=…)"
+        )
+    return entry

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.clocks import clock_list, fastest_within_mhz, spread_clocks_mhz
 from sim.policies.controllers.feedback import LatencyWindow
 from sim.policies.spec import parameter
 
@@ -145,11 +145,7 @@ class PowerCap(Controller):
         """The fastest clock within the cap for the batch of `state`."""
         p = self._parameters
         cap_w = p.draw_frac * self._natural_w if p.cap_w is None else p.cap_w
-        clocks = self._context.clocks_mhz
-        for clock in reversed(clocks):
-            if self._power_w(clock, state) <= cap_w:
-                return clock
-        return clocks[0]
+        return fastest_within_mhz(self._context, state.last_batch_size, state.last_tokens, cap_w)
 
     def _power_w(self, clock_mhz: int, state: InstanceState) -> float:
         return self._context.power.power_w(

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sim.policies.base import InstanceState, Phase, PolicyContext
+from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, PowerModel, Predictor
 
 CLOCKS = (1000, 1200, 1400)
 
@@ -43,6 +43,31 @@ class FlatPower:
         return 50.0
 
 
+class Known:
+    """A predictor and a power model taken for the truth."""
+
+    def __init__(self, predictor: Predictor, power: PowerModel) -> None:
+        self._predictor = predictor
+        self._power = power
+
+    def time_and_power(
+        self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
+    ) -> tuple[float, float]:
+        point = phase, frequency_mhz or CLOCKS[-1], round(batch_size), round(tokens)
+        return self._predictor.predict_s(*point), self._power.power_w(*point)
+
+    def idle_power_w(self, frequency_mhz: int) -> float:
+        return self._power.idle_power_w(frequency_mhz)
+
+
+def make_cluster(num_prefill: int = 1, num_decode: int = 1) -> Cluster:
+    """A fleet with nothing to do."""
+    cluster = Cluster()
+    cluster.prefill = [InstanceState(instance_id=i, phase="prefill") for i in range(num_prefill)]
+    cluster.decode = [InstanceState(instance_id=i, phase="decode") for i in range(num_decode)]
+    return cluster
+
+
 def make_context(
     predictor: Formula | None = None,
     *,
@@ -52,8 +77,9 @@ def make_context(
     clocks_mhz: tuple[int, ...] = CLOCKS,
     levels_mhz: tuple[int, ...] = (1000, 1400),
 ) -> PolicyContext:
+    predictor = predictor or LineFormula()
     return PolicyContext(
-        predictor=predictor or LineFormula(),
+        predictor=predictor,
         power=FlatPower(),
         clocks_mhz=clocks_mhz,
         default_levels_mhz=levels_mhz,
@@ -63,6 +89,8 @@ def make_context(
         kv_capacity_tokens=100_000,
         rng=np.random.default_rng(0),
         phase=phase,
+        truth=Known(predictor, FlatPower()),
+        cluster=make_cluster(),
     )
 
 

@@ -1,0 +1,274 @@
+"""Controllers of a whole fleet under one power budget: POLCA and RAPID.
+
+Each instance has its controller object, as everywhere; all of them share one plan (`Cluster.share`)
+that measures, decides for the fleet, and tells each what it may do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Final
+
+from sim.policies.base import (
+    DECODE,
+    PREFILL,
+    UNLOCKED_MHZ,
+    Cluster,
+    Controller,
+    InstanceState,
+    Phase,
+    PolicyContext,
+)
+from sim.policies.clocks import fastest_within_mhz, nearest_clock_mhz
+from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.spec import parameter
+
+_FULL_DECODE_REQUESTS: Final = 64
+_FULL_PREFILL_TOKENS: Final = 8192
+"""Our idea of a batch that keeps an instance busy, to size a budget where none is given."""
+
+
+def busy_power_w(context: PolicyContext, phase: Phase, clock_mhz: int) -> float:
+    """Modelled power of an instance with a full batch: 64 requests, or 8,192 prompt tokens."""
+    if phase == DECODE:
+        tokens = max(context.kv_capacity_tokens // 4, _FULL_DECODE_REQUESTS)
+        return context.power.power_w(DECODE, clock_mhz, _FULL_DECODE_REQUESTS, tokens)
+    return context.power.power_w(PREFILL, clock_mhz, 8, _FULL_PREFILL_TOKENS)
+
+
+def fleet_power_w(context: PolicyContext) -> float:
+    """Modelled power of the fleet, all of it busy at the top clock."""
+    top_mhz = context.clocks_mhz[-1]
+    return context.num_prefill * busy_power_w(
+        context, PREFILL, top_mhz
+    ) + context.num_decode * busy_power_w(context, DECODE, top_mhz)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolcaParameters:
+    """Parameters of `polca`: the source's where not said otherwise."""
+
+    budget_w: float | None = parameter(
+        None, "power budget of the fleet; none: share_frac of its modelled draw at full load", low=1
+    )
+    share_frac: float = parameter(
+        0.8, "budget as a part of that draw (ours; the source oversubscribes a row by 30 %)",
+        low=0.05, high=2.0,
+    )  # fmt: skip
+    low_frac: float = parameter(0.80, "budget's part above which decode is capped", low=0, high=1)
+    high_frac: float = parameter(
+        0.89, "budget's part above which decode is capped more, then prefill too", low=0, high=1
+    )
+    low_release_frac: float = parameter(
+        0.75, "budget's part below which decode is free again", low=0, high=1
+    )
+    high_release_frac: float = parameter(
+        0.84, "budget's part below which the harder caps and the brake are undone", low=0, high=1
+    )
+    mild_mhz: int = parameter(1275, "first cap of decode; snapped to a supported clock", low=1)
+    hard_mhz: int = parameter(1110, "second cap of decode; snapped", low=1)
+    prefill_mhz: int = parameter(1305, "cap of prefill; snapped", low=1)
+    lag_s: float = parameter(40.0, "time from a command to the caps in force", low=0)
+    brake_lag_s: float = parameter(5.0, "time from the brake's command to its effect", low=0)
+    period_s: float = parameter(2.0, "window of the fleet's measured power (ours)", low=0.01)
+
+
+FREE, MILD, HARD, HARD_ALL, BRAKE = range(5)
+"""Levels of POLCA's plan, from no caps to every instance at its lowest clock."""
+
+
+class PolcaPlan:
+    """Power of the fleet by its energy counters, and the level of caps that follows."""
+
+    def __init__(self, parameters: PolcaParameters, context: PolicyContext, fleet: Cluster) -> None:
+        p, clocks = parameters, context.clocks_mhz
+        self._parameters = p
+        self._fleet = fleet
+        self._budget_w = p.share_frac * fleet_power_w(context) if p.budget_w is None else p.budget_w
+        mild, hard, prefill = (
+            nearest_clock_mhz(clocks, f) for f in (p.mild_mhz, p.hard_mhz, p.prefill_mhz)
+        )
+        self._caps_mhz: dict[str, tuple[int, ...]] = {
+            PREFILL: (UNLOCKED_MHZ, UNLOCKED_MHZ, UNLOCKED_MHZ, prefill, clocks[0]),
+            DECODE: (UNLOCKED_MHZ, mild, hard, hard, clocks[0]),
+        }
+        self.level = FREE
+        """In force."""
+        self._commands: list[tuple[float, int]] = []
+        self._measured_s = self._energy_j = 0.0
+
+    def clock_mhz(self, phase: Phase, now_s: float) -> int:
+        """The phase's cap as a clock lock; 0 where there is none."""
+        while self._commands and self._commands[0][0] <= now_s:
+            self.level = self._commands.pop(0)[1]
+        elapsed_s = now_s - self._measured_s
+        if elapsed_s >= self._parameters.period_s:
+            energy_j = 0.0
+            for state in (*self._fleet.prefill, *self._fleet.decode):
+                state.refresh()
+                energy_j += state.energy_j
+            use = (energy_j - self._energy_j) / elapsed_s / self._budget_w
+            self._measured_s, self._energy_j = now_s, energy_j
+            self._command(self.next_level(use), now_s)
+        return self._caps_mhz[phase][self.level]
+
+    def next_level(self, use: float) -> int:
+        """The level to ask for at this power over budget, from the one in force."""
+        p, level = self._parameters, self.level
+        if use > 1.0:
+            return BRAKE
+        if use > p.high_frac:
+            return HARD if level < HARD else max(level, HARD_ALL)
+        if level >= HARD:
+            return MILD if use < p.high_release_frac else level
+        if use > p.low_frac:
+            return MILD
+        return FREE if use < p.low_release_frac else level
+
+    def _command(self, level: int, now_s: float) -> None:
+        """Send a command unless one is on its way; only the brake overtakes."""
+        asked = self._commands[-1][1] if self._commands else self.level
+        if level == asked or (self._commands and level != BRAKE):
+            return
+        p = self._parameters
+        if level == BRAKE:
+            self._commands = [(now_s + p.brake_lag_s, level)]
+        else:
+            self._commands.append((now_s + p.lag_s, level))
+
+
+class Polca(Controller):
+    """Clock caps by the fleet's power over its budget: decode first, then prefill, at last all.
+
+    p = measured power / budget, over the last 2 s. p > 0.80: decode at 1275 MHz. p > 0.89: decode
+    at 1110, and if that is in force already, prefill at 1305 MHz. p > 1: every instance at its
+    lowest clock (the brake). Below 0.84 the harder caps and the brake fall back to 1275, below 0.75
+    that goes too. A command acts 40 s later, the brake after 5 s; until then no other is sent,
+    but for the brake. Without a cap: no lock.
+
+    Source: RIVALS C10 (POLCA, arXiv 2308.12908). There decode stands for the low-priority jobs and
+    prefill for the high-priority ones; clocks are the A100's, snapped to the profile's; when the
+    brake is released is ours.
+    """
+
+    __slots__ = ("_phase", "_plan")
+
+    def __init__(self, parameters: PolcaParameters, context: PolicyContext) -> None:
+        fleet = context.observe_cluster("polca")
+        self._phase = context.phase
+        self._plan = fleet.share(
+            f"polca {parameters}", lambda: PolcaPlan(parameters, context, fleet)
+        )
+
+    def decide(self, state: InstanceState) -> int:
+        return self._plan.clock_mhz(self._phase, state.now_s)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RapidParameters:
+    """Parameters of `rapid`; the source's steps and thresholds are not published: all ours."""
+
+    budget_w: float | None = parameter(
+        None, "power budget of the fleet; none: share_frac of its modelled draw at full load", low=1
+    )
+    share_frac: float = parameter(0.7, "budget as a part of that draw", low=0.05, high=2.0)
+    period_s: float = parameter(0.5, "time between two looks (the source's)", low=0.01)
+    cooldown_s: float = parameter(3.0, "rest after a move (the source: 2 to 6)", low=0)
+    step_w: float = parameter(
+        20.0, "power an instance of the giving phase gives in a move", low=0.1
+    )
+    pressure_ratio: float = parameter(0.9, "p95 / promise above which a phase is pressed", low=0)
+    slack_ratio: float = parameter(0.8, "p95 / promise below which a phase can give", low=0)
+    queue_requests: int = parameter(8, "queued prompts an instance that are pressure too", low=1)
+    window_s: float = parameter(2.0, "window of the measured p95", low=0.01)
+
+
+class RapidPlan:
+    """The split of the budget between the phases; each instance of a phase has the same cap."""
+
+    def __init__(self, parameters: RapidParameters, context: PolicyContext, fleet: Cluster) -> None:
+        p, clocks = parameters, context.clocks_mhz
+        self._parameters = p
+        self._fleet = fleet
+        self._count = {PREFILL: context.num_prefill, DECODE: context.num_decode}
+        self._slo_s = {PREFILL: context.slo_ttft_s, DECODE: context.slo_itl_s}
+        self._most_w = {f: busy_power_w(context, f, clocks[-1]) for f in (PREFILL, DECODE)}
+        self._least_w = {f: busy_power_w(context, f, clocks[0]) for f in (PREFILL, DECODE)}
+        budget_w = p.share_frac * fleet_power_w(context) if p.budget_w is None else p.budget_w
+        full_w = fleet_power_w(context)
+        self.caps_w: dict[str, float] = {
+            phase: budget_w * self._most_w[phase] / full_w for phase in (PREFILL, DECODE)
+        }
+        """Power cap of one instance, by phase."""
+        self._windows = {phase: LatencyWindow(p.window_s) for phase in (PREFILL, DECODE)}
+        self._looked_s = self._moved_s = 0.0
+
+    def cap_w(self, phase: Phase, state: InstanceState) -> float:
+        """Take the caller's last iteration into account and return its cap."""
+        p, now_s = self._parameters, state.now_s
+        self._windows[phase].add(state, phase)
+        if now_s - self._looked_s >= p.period_s:
+            self._looked_s = now_s
+            if now_s - self._moved_s >= p.cooldown_s and self._move():
+                self._moved_s = now_s
+        return self.caps_w[phase]
+
+    def _move(self) -> bool:
+        prefill, decode = self._load(PREFILL), self._load(DECODE)
+        p = self._parameters
+        queued = sum(state.num_waiting for state in self._fleet.prefill)
+        pressed = prefill > p.pressure_ratio or queued > p.queue_requests * self._count[PREFILL]
+        if pressed and decode < p.slack_ratio:
+            return self.shift(DECODE, PREFILL)
+        if decode > p.pressure_ratio and prefill < p.slack_ratio:
+            return self.shift(PREFILL, DECODE)
+        return False
+
+    def _load(self, phase: Phase) -> float:
+        """The phase's p95 latency over its promise; 0 before there is any."""
+        p95_s = self._windows[phase].p95_s()
+        return 0.0 if p95_s is None else p95_s / self._slo_s[phase]
+
+    def shift(self, giver: Phase, taker: Phase) -> bool:
+        """Move a step of power, within both phases' limits; false if there is no room."""
+        given_w = min(
+            self._parameters.step_w, self.caps_w[giver] - self._least_w[giver],
+        ) * self._count[giver]  # fmt: skip
+        room_w = (self._most_w[taker] - self.caps_w[taker]) * self._count[taker]
+        moved_w = min(given_w, room_w)
+        if moved_w <= 1e-6:
+            return False
+        self.caps_w[giver] -= moved_w / self._count[giver]
+        self.caps_w[taker] += moved_w / self._count[taker]
+        return True
+
+
+class Rapid(Controller):
+    """A power budget that moves between prefill and decode, to the phase that misses its promise.
+
+    Every 0.5 s, unless power was moved within the cooldown: prefill pressed (p95 of queueing plus
+    batch time over the pressure ratio of the TTFT promise, or a long queue) and decode with slack
+    (p95 ITL below its slack ratio): each decode instance gives a step of its cap, and the prefill
+    instances share the sum; the other way round likewise. A cap stays between the modelled power of
+    a full batch at the lowest and at the top clock; the sum of all caps stays the budget. A cap
+    acts as the fastest clock whose modelled power for the present batch is within it. The first
+    split is in proportion to the phases' full draw.
+
+    Source: RIVALS C11 (RAPID, arXiv 2601.12241). Its role switch of whole GPUs is left out, as
+    fleets have fixed roles here; steps, thresholds and the first split are ours.
+    """
+
+    __slots__ = ("_context", "_plan")
+
+    def __init__(self, parameters: RapidParameters, context: PolicyContext) -> None:
+        fleet = context.observe_cluster("rapid")
+        self._context = context
+        self._plan = fleet.share(
+            f"rapid {parameters}", lambda: RapidPlan(parameters, context, fleet)
+        )
+
+    def decide(self, state: InstanceState) -> int:
+        cap_w = self._plan.cap_w(self._context.phase, state)
+        if state.last_batch_size == 0:
+            return self._context.clocks_mhz[0]
+        return fastest_within_mhz(self._context, state.last_batch_size, state.last_tokens, cap_w)
