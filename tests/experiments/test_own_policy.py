@@ -1,0 +1,44 @@
+"""A policy in a module of the user's own: the shipped example, and what goes wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from experiments.runs import run
+from profiles.errors import VoltanaError
+from sim.config import SimConfig
+from sim.metrics import clock_residency
+from sim.policies.registry import make_controller
+from tests.sim.policies.doubles import decode_state, make_context
+
+# clocks 1000, 1200, 1400; low 32, high 192: wanted = 1000 + 400·(load - 32)/160, rounded up
+RAMP = [(0, 1000), (32, 1000), (33, 1200), (112, 1200), (113, 1400), (500, 1400)]
+
+
+@pytest.mark.parametrize(("load", "clock"), RAMP)
+def test_the_ramp_by_hand(load: int, clock: int) -> None:
+    controller = make_controller("experiments.own_policy", make_context())
+    state = decode_state(waiting=load % 7)
+    state.num_running = load - load % 7
+    assert controller.decide(state) == clock
+
+
+def test_it_runs_in_the_simulator_by_its_module() -> None:
+    record = run(
+        SimConfig(rate_rps=30, duration_s=10, controller="experiments.own_policy:low=1,high=2")
+    )
+    # from two requests on it asks for the top clock, below for the lowest listed one
+    shares = clock_residency(record)["decode"]
+    assert set(shares) <= {"0", "1005", "1410"}
+    assert shares["1410"] > 0.9
+
+
+def test_mistakes_are_one_line() -> None:
+    for spec, words in (
+        ("no.such.module", "cannot import controller 'no.such.module': no module 'no'"),
+        ("experiments.plots", "holds no controller: it needs CONTROLLER = Entry"),
+        ("experiments.own_policy:hi=3", "did you mean 'high'"),
+    ):
+        with pytest.raises(VoltanaError, match="^[^\n]*$") as caught:
+            make_controller(spec, make_context())
+        assert words in str(caught.value)
