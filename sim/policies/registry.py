@@ -126,26 +126,7 @@ def _own(name: str, kind: str) -> Entry[Any]:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise VoltanaError(
-            f"cannot import {kind} {name!r}: no module {error.name!r}; set "
-            "PYTHONPATH to its folder"
-        ) from None
-    entry = getattr(module, kind.upper(), None)
-    if not isinstance(entry, Entry):
-        raise VoltanaError(
-            f"module {name!r} holds no {kind}: it needs {kind.upper()} = Entry(make=…, "
-            "parameters=…)"
-        )
-    return entry
-
-
-def _own(name: str, kind: str) -> Entry[Any]:
-    """The entry of a user's module."""
-    try:
-        module = importlib.import_module(name)
-    except ModuleNotFoundError as error:
-        raise VoltanaError(
-            f"cannot import {kind} {name!r}: no module {error.name!r}; set "
-            "PYTHONPATH to its folder"
+            f"cannot import {kind} {name!r}: no module {error.name!r}; set PYTHONPATH to its folder"
         ) from None
     entry = getattr(module, kind.upper(), None)
     if not isinstance(entry, Entry):

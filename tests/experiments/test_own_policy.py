@@ -39,6 +39,6 @@ def test_mistakes_are_one_line() -> None:
         ("experiments.plots", "holds no controller: it needs CONTROLLER = Entry"),
         ("experiments.own_policy:hi=3", "did you mean 'high'"),
     ):
-        with pytest.raises(VoltanaError, match="^[^\n]*$") as caught:
+        with pytest.raises(VoltanaError, match=r"^[^\n]*$") as caught:
             make_controller(spec, make_context())
         assert words in str(caught.value)
