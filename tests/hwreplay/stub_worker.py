@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import msgspec
+import uvloop
 import zmq
 from aiohttp import web
 
@@ -326,8 +327,11 @@ def main() -> None:
     parser.add_argument("--decode-s", type=float, default=0.002)
     parser.add_argument("--decode-request-s", type=float, default=0.0)
     parser.add_argument("--metrics")
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(_serve(parser.parse_args()))
+    with (
+        contextlib.suppress(KeyboardInterrupt),
+        asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,
+    ):
+        runner.run(_serve(parser.parse_args()))
 
 
 if __name__ == "__main__":
