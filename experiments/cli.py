@@ -10,8 +10,8 @@ import typer
 from profiles.errors import VoltanaError
 
 VERBS = (
-    "simulate", "sweep", "demo", "plot", "experiment", "frontier", "list", "profile_gpu",
-    "actuator", "router", "agent", "validate", "report",
+    "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "list",
+    "profile_gpu", "actuator", "router", "agent", "validate", "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 
