@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from hwreplay.batch_feed import ENVIRONMENT as BATCH_SOCKET
 from profiles.errors import VoltanaError
 from sim.policies.base import DECODE, PREFILL, Phase
 
@@ -49,6 +50,15 @@ class Server:
     """Where decode servers ask a prefill server for its KV; None for a decode server."""
     process: subprocess.Popen[bytes]
     log: Path
+    metrics: str | None = None
+    """ZMQ address of its forward-pass metrics, where they were asked for."""
+    batch_socket: Path | None = None
+    """Where its plug-in announces batches, where that was asked for."""
+
+    @property
+    def url(self) -> str:
+        """Base URL."""
+        return f"http://{HOST}:{self.port}"
 
     def is_ready(self) -> bool:
         """Whether the server answers its health check."""
@@ -64,7 +74,13 @@ class Server:
 
 @contextmanager
 def run_fleet(
-    directory: Path, logs: Path, *, num_prefill: int = 1, num_decode: int = 1, start_s: float = 180
+    directory: Path,
+    logs: Path,
+    *,
+    num_prefill: int = 1,
+    num_decode: int = 1,
+    start_s: float = 180,
+    sockets: Path | None = None,
 ) -> Iterator[list[Server]]:
     """Start a fleet, wait until every server is ready, and end it on exit.
 
@@ -74,6 +90,8 @@ def run_fleet(
         num_prefill: Prefill servers.
         num_decode: Decode servers.
         start_s: Longest time to wait for all of them.
+        sockets: Folder for the sockets of forward-pass metrics and batch notices, its path short
+            (a socket's may have 107 bytes); None publishes neither.
 
     Raises:
         VoltanaError: The engine is not installed, or a server died or was too late.
@@ -86,14 +104,16 @@ def run_fleet(
     servers: list[Server] = []
     try:
         for phase, instance_id in phases:
-            servers.append(_start(python, directory / "model", logs, phase, instance_id))
+            servers.append(_start(python, directory / "model", logs, phase, instance_id, sockets))
         _wait(servers, start_s)
         yield servers
     finally:
         _end(servers)
 
 
-def _start(python: Path, model: Path, logs: Path, phase: Phase, instance_id: int) -> Server:
+def _start(
+    python: Path, model: Path, logs: Path, phase: Phase, instance_id: int, sockets: Path | None
+) -> Server:
     port = _free_port()
     arguments = [*COMMON.split(), "--model-path", str(model), "--port", str(port)]
     arguments += ["--disaggregation-mode", phase]
@@ -102,11 +122,19 @@ def _start(python: Path, model: Path, logs: Path, phase: Phase, instance_id: int
         arguments += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
     else:  # without a backup on the host, a decode server without a GPU dies at start
         arguments += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
-    log = logs / f"{phase}-{instance_id}.log"
+    name = f"{phase}-{instance_id}"
+    environment, metrics, batch_socket = os.environ | ENVIRONMENT, None, None
+    if sockets is not None:
+        metrics, batch_socket = f"ipc://{sockets / name}", sockets / f"{name}.batch"
+        environment[BATCH_SOCKET] = str(batch_socket)
+        arguments += ["--enable-forward-pass-metrics", "--forward-pass-metrics-worker-id", name]
+        arguments += ["--forward-pass-metrics-ipc-name", metrics]
+        metrics += ".0"  # the engine adds its data-parallel rank
+    log = logs / f"{name}.log"
     with log.open("wb") as out:
         process = subprocess.Popen(
             [str(python), "-m", "sglang.launch_server", *arguments],
-            env=os.environ | ENVIRONMENT,
+            env=environment,
             stdout=out,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -118,6 +146,8 @@ def _start(python: Path, model: Path, logs: Path, phase: Phase, instance_id: int
         bootstrap_port=bootstrap_port,
         process=process,
         log=log,
+        metrics=metrics,
+        batch_socket=batch_socket,
     )
 
 
