@@ -77,7 +77,7 @@ def start_agent(config: AgentConfig, directory: Path) -> subprocess.Popen[bytes]
     ready_file(config, directory).unlink(missing_ok=True)
     with (directory / f"{config.name}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-m", "hwreplay.agent_main", str(path), str(os.getpid())],
+            [sys.executable, "-P", "-m", "hwreplay.agent_main", str(path), str(os.getpid())],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -31,7 +31,7 @@ def actuator(
     silence_s: Annotated[
         float, typer.Option(help="A client silent for so long loses its clocks, s")
     ] = 2.0,
-    max_rate: Annotated[float, typer.Option(help="Changes a client may make, per s")] = 500.0,
+    max_rate: Annotated[float, typer.Option(help="Changes a GPU may see, per s")] = 500.0,
     dry_run: Annotated[
         Path | None, typer.Option(help="Touch nothing: record each change in this JSONL file")
     ] = None,

@@ -35,6 +35,8 @@ from profiles.device.gpu import DeviceError
 from profiles.errors import VoltanaError
 
 MAX_PEERS: Final = 64
+MAX_SILENCE_S: Final = 60.0
+MAX_RATE_PER_S: Final = 1e6
 RETRY_S: Final = 0.5
 CREDENTIALS: Final = struct.Struct("3i")
 """SO_PEERCRED: process, user, group."""
@@ -53,19 +55,20 @@ class HelperConfig:
     silence_s: float = 2.0
     """A peer that says nothing for so long loses its GPUs and its connection."""
     max_rate_per_s: float = 500.0
-    """Changes a peer may make; twice as many in a burst. Giving back is never refused."""
+    """Changes a GPU may see, whoever asks; twice as many in a burst. Giving back is never
+    refused."""
 
     def __post_init__(self) -> None:
-        for name in ("silence_s", "max_rate_per_s"):
-            if not getattr(self, name) > 0:
-                raise VoltanaError(f"{name} must be > 0, got {getattr(self, name)}")
+        for name, most in (("silence_s", MAX_SILENCE_S), ("max_rate_per_s", MAX_RATE_PER_S)):
+            value = getattr(self, name)
+            if not 0 < value <= most:
+                raise VoltanaError(f"{name} must be > 0 and <= {most:g}, got {value}")
 
 
 @dataclass(slots=True, eq=False)
 class _Peer:
     connection: socket.socket
     heard_ns: int
-    tokens: float
     held: set[int] = field(default_factory=set)
 
 
@@ -85,6 +88,8 @@ class Helper:
         self._orphans: set[int] = set()
         """GPUs whose restoring failed: tried again until it works."""
         self._is_stopping = False
+        self._tokens = dict.fromkeys(backend.gpus, 2 * config.max_rate_per_s)
+        """Changes that each GPU may still see now: a new connection brings no new ones."""
         self._refilled_ns = time.monotonic_ns()
         self._selector = selectors.DefaultSelector()
         self._listener = _listen(config)
@@ -124,7 +129,11 @@ class Helper:
             self._restore(gpu)
 
     def _accept(self) -> None:
-        connection, _ = self._listener.accept()
+        try:
+            connection, _ = self._listener.accept()
+        except OSError as error:  # it has gone, or there are no descriptors left
+            _log(f"a peer could not be taken: {error}")
+            return
         connection.setblocking(False)
         credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, CREDENTIALS.size)
         pid, uid, _ = CREDENTIALS.unpack(credentials)
@@ -132,8 +141,7 @@ class Helper:
             _log(f"refused process {pid} of user {uid}")
             connection.close()
             return
-        tokens = 2 * self._config.max_rate_per_s
-        self._peers[connection] = _Peer(connection, time.monotonic_ns(), tokens)
+        self._peers[connection] = _Peer(connection, time.monotonic_ns())
         self._selector.register(connection, selectors.EVENT_READ)
 
     def _read(self, peer: _Peer) -> None:
@@ -189,9 +197,9 @@ class Helper:
                 return Status.OK
             if not self._backend.allows(gpu, request.value):
                 return Status.VALUE_NOT_ALLOWED
-            if peer.tokens < 1.0:
+            if self._tokens[gpu] < 1.0:
                 return Status.RATE_LIMITED
-            peer.tokens -= 1.0
+            self._tokens[gpu] -= 1.0
             self._owner[gpu] = peer
             peer.held.add(gpu)
             self._backend.hold(gpu, request.value)
@@ -205,8 +213,8 @@ class Helper:
         rate = self._config.max_rate_per_s
         gained = (now_ns - self._refilled_ns) * 1e-9 * rate
         self._refilled_ns = now_ns
-        for peer in self._peers.values():
-            peer.tokens = min(2 * rate, peer.tokens + gained)
+        for gpu, tokens in self._tokens.items():
+            self._tokens[gpu] = min(2 * rate, tokens + gained)
 
     def _release(self, peer: _Peer) -> None:
         for gpu in sorted(peer.held):
@@ -260,6 +268,8 @@ def run_helper(backend: Backend, config: HelperConfig, *, ready: Callable[[], No
 
 def _listen(config: HelperConfig) -> socket.socket:
     path = config.socket_path
+    if config.owner_uid != os.geteuid():
+        _check_directory(path.parent)
     _remove_stale(path)
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     listener.setblocking(False)
@@ -278,6 +288,25 @@ def _listen(config: HelperConfig) -> socket.socket:
     finally:
         os.umask(old_mask)
     return listener
+
+
+def _check_directory(directory: Path) -> None:
+    """Refuse a folder where another user could swap the socket for a file before it is given away.
+
+    Raises:
+        VoltanaError: It is not ours, or others may rename files in it.
+    """
+    try:
+        found = directory.stat()
+    except OSError:
+        return  # the bind says why
+    is_ours = found.st_uid in (0, os.geteuid())
+    is_open = bool(found.st_mode & (stat.S_IWGRP | stat.S_IWOTH))
+    if not is_ours or (is_open and not found.st_mode & stat.S_ISVTX):
+        raise VoltanaError(
+            f"the socket's folder must be one where only root renames files, {directory} is not: "
+            "name a path in /run"
+        )
 
 
 def _remove_stale(path: Path) -> None:

@@ -56,7 +56,8 @@ class Watchdog:
         """
         self._process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "profiles.device.watchdog"),
+                # -P: the owner may be root in a folder where others put modules.
+                *(sys.executable, "-P", "-m", "profiles.device.watchdog"),
                 str(previous_clock_mhz or 0),
                 *(_target(index, power_limits_w) for index in gpu_indices),
             ],

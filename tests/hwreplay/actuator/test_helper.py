@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hwreplay.actuator.client import ActuatorLostError, DryRunActuator, HelperActuator
+from hwreplay.actuator.helper import Helper, HelperConfig
 from hwreplay.actuator.protocol import Operation, Request, Status, parse_answer
 from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, beating, eventually, serving
@@ -109,6 +110,51 @@ def test_rate_limit_and_the_way_back_is_free(tmp_path: Path, recorder: Recorder)
     assert Status.RATE_LIMITED in answers[4:6]
     assert answers[-1] == Status.OK
     assert recorder.held == {}
+
+
+def test_a_new_connection_brings_no_new_changes(tmp_path: Path, recorder: Recorder) -> None:
+    """Eight at once at 4 per s, on GPU 0, however often the peer comes back; GPU 1 has its own."""
+    with serving(tmp_path / "s", recorder, max_rate_per_s=4.0):
+        found = [ask(tmp_path / "s", lock(0, ALLOWED_MHZ[i % 3]))[0] for i in range(10)]
+        assert found[:8] == [Status.OK] * 8
+        assert Status.RATE_LIMITED in found[8:]
+        assert ask(tmp_path / "s", lock(1, 705)) == [Status.OK]
+
+
+@pytest.mark.parametrize(
+    "limits", [{"silence_s": 61.0}, {"silence_s": 0.0}, {"silence_s": float("nan")},
+               {"max_rate_per_s": float("inf")}],
+)  # fmt: skip
+def test_limits_that_are_none_are_refused(tmp_path: Path, limits: dict[str, float]) -> None:
+    with pytest.raises(VoltanaError, match=f"{next(iter(limits))} must be > 0 and <="):
+        HelperConfig(socket_path=tmp_path, allowed_uids=frozenset(), owner_uid=0, **limits)
+
+
+def test_a_socket_for_another_user_needs_a_folder_that_nobody_else_renames_in(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root gives sockets away")
+    for mode, owner, is_good in (
+        (0o755, 0, True), (0o1777, 0, True), (0o777, 0, False), (0o775, 0, False),
+        (0o755, 4242, False),
+    ):  # fmt: skip
+        folder = tmp_path / f"{mode:o}-{owner}"
+        folder.mkdir()
+        folder.chmod(mode)
+        os.chown(folder, owner, -1)
+        config = HelperConfig(
+            socket_path=folder / "s", allowed_uids=frozenset({4242}), owner_uid=4242
+        )
+        if is_good:
+            helper = Helper(recorder, config)
+            assert (folder / "s").stat().st_uid == 4242
+            helper.stop()
+            helper.serve()
+        else:
+            with pytest.raises(VoltanaError, match="only root renames files"):
+                Helper(recorder, config)
+            assert not (folder / "s").exists()
 
 
 def test_silence_restores_and_the_client_learns_of_it(tmp_path: Path, recorder: Recorder) -> None:

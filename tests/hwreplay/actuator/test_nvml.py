@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -110,6 +112,32 @@ def test_restoring_is_tried_until_it_works(standin: Standin, tmp_path: Path) -> 
         assert not eventually(lambda: standin["locked_mhz"] == 0, limit_s=0.3)
         standin["lost"] = 0
         assert eventually(lambda: standin["locked_mhz"] == 0)
+
+
+def test_modules_in_the_working_folder_are_not_run(standin: Standin, tmp_path: Path) -> None:
+    """Root may stand in a folder where somebody has put a module of a name that is imported."""
+    trap = tmp_path / "trap"
+    for name in ("profiles", "json", "selectors", "pynvml"):
+        (trap / name).mkdir(parents=True)
+        (trap / name / "__init__.py").write_text(
+            f"open({str(tmp_path / 'sprung')!r}, 'a').write({name!r})\n"
+        )
+    command = [sys.executable, "-P", "-m", "experiments.cli", "actuator", str(tmp_path / "s")]
+    process = subprocess.Popen(
+        [*command, "--gpu", "0"], env=standin.env, cwd=trap, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stderr is not None
+        assert "listening on" in process.stderr.readline()
+        client = HelperActuator(tmp_path / "s", [0])
+        locked(standin, client, 1005)
+        process.kill()
+        assert eventually(lambda: standin["locked_mhz"] == 0)
+        client.close()
+    finally:
+        process.kill()
+        process.communicate()
+    assert not (tmp_path / "sprung").exists()
 
 
 def test_a_clock_the_card_lacks_is_one_line(standin: Standin, tmp_path: Path) -> None:
