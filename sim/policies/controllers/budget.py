@@ -37,11 +37,10 @@ def busy_power_w(context: PolicyContext, phase: Phase, clock_mhz: int) -> float:
 
 
 def fleet_power_w(context: PolicyContext) -> float:
-    """Modelled power of the fleet, all of it busy at the top clock."""
+    """Modelled power of the fleet, all of it busy at the top clock; 1 W at least."""
     top_mhz = context.clocks_mhz[-1]
-    return context.num_prefill * busy_power_w(
-        context, PREFILL, top_mhz
-    ) + context.num_decode * busy_power_w(context, DECODE, top_mhz)
+    prefill_w = context.num_prefill * busy_power_w(context, PREFILL, top_mhz)
+    return max(1.0, prefill_w + context.num_decode * busy_power_w(context, DECODE, top_mhz))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

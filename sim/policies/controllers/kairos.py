@@ -19,6 +19,9 @@ class KairosParameters:
     floor_tokens_per_s: float = parameter(
         20.0, "tokens per second of one request below which the top clock is taken", low=0
     )
+    hold_s: float = parameter(
+        1.0, "time that the top clock then stays, lest it flaps (ours)", low=0
+    )
     idle_s: float = parameter(5.0, "idle time before the lowest clock is locked (ours)", low=0)
 
 
@@ -27,18 +30,21 @@ class Kairos(Controller):
 
     u = resident context tokens / capacity. f = lowest + (top - lowest)·u / protect, snapped up;
     u > protect: the top clock. Decode: one request's rate, 1 / last iteration's time, below
-    `floor_tokens`: the top clock. Prefill counts its batch and its queue as context.
+    `floor_tokens`: the top clock, for `hold_s` at least. Prefill counts its batch and its queue as
+    context.
 
     Source: RIVALS C9 (KAIROS, arXiv 2604.16682). The source says only that the level is monotone
-    in u: the straight line is ours. Its admission cap is the engine's matter and left out.
+    in u: the straight line and the hold are ours. Its admission cap is the engine's matter
+    and left out.
     """
 
-    __slots__ = ("_capacity_tokens", "_clocks", "_parameters", "_phase")
+    __slots__ = ("_capacity_tokens", "_clocks", "_held_until_s", "_parameters", "_phase")
 
     def __init__(self, parameters: KairosParameters, context: PolicyContext) -> None:
         self._parameters = parameters
         self._clocks = context.clocks_mhz
         self._phase = context.phase
+        self._held_until_s = float("-inf")
         self._capacity_tokens = max(context.kv_capacity_tokens, 1)
 
     def initial_clock_mhz(self) -> int:
@@ -52,7 +58,8 @@ class Kairos(Controller):
         is_decode = self._phase == DECODE
         resident = state.kv_tokens if is_decode else state.last_tokens + state.waiting_tokens
         use = resident / self._capacity_tokens
-        starves = is_decode and state.last_duration_s * p.floor_tokens_per_s > 1.0
-        if use > p.protect_frac or starves:
+        if is_decode and state.last_duration_s * p.floor_tokens_per_s > 1.0:
+            self._held_until_s = state.now_s + p.hold_s
+        if use > p.protect_frac or state.now_s < self._held_until_s:
             return top
         return clock_at_least_mhz(self._clocks, low + (top - low) * use / p.protect_frac)

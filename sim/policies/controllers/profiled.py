@@ -99,7 +99,9 @@ class PowerCapParameters:
     draw_frac: float = parameter(
         0.85, "cap as a part of the natural draw (the source: 0.8 to 0.9)", low=0.05, high=1.0
     )
-    release_s: float = parameter(1.0, "window of the p95 latency that releases the cap", low=0.001)
+    release_s: float = parameter(
+        1.0, "window of the p95 latency that releases the cap, and for how long", low=0.001
+    )
 
 
 class PowerCap(Controller):
@@ -107,14 +109,17 @@ class PowerCap(Controller):
 
     Effective clock: the fastest whose modelled power for the present batch is within the cap; the
     slowest if none is. The natural draw is the most the top clock would have drawn in any batch so
-    far. While the p95 latency of the last `release_s` misses the promise the cap is released: the
-    top clock. Idle: the top clock's lock stays, as a cap leaves the clock alone.
+    far. While the p95 latency of the last `release_s` misses the promise, and for as long after,
+    the cap is released: the top clock. Idle: the top clock's lock stays, as a cap leaves the clock
+    alone.
 
     Source: RIVALS C12 (phase-decoupled power control, arXiv 2609.11133); the release window, and
     releasing by p95 instead of p99, are ours.
     """
 
-    __slots__ = ("_context", "_natural_w", "_parameters", "_slo_s", "_window")
+    __slots__ = (
+        "_context", "_natural_w", "_parameters", "_released_until_s", "_slo_s", "_window",
+    )  # fmt: skip
 
     def __init__(self, parameters: PowerCapParameters, context: PolicyContext) -> None:
         self._parameters = parameters
@@ -122,6 +127,7 @@ class PowerCap(Controller):
         self._slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
         self._window = LatencyWindow(parameters.release_s)
         self._natural_w = 0.0
+        self._released_until_s = -math.inf
 
     def initial_clock_mhz(self) -> int:
         return self._context.clocks_mhz[-1]
@@ -138,6 +144,8 @@ class PowerCap(Controller):
         self._natural_w = max(self._natural_w, natural_w)
         p95_s = self._window.p95_s()
         if p95_s is not None and p95_s > self._slo_s:
+            self._released_until_s = state.now_s + self._parameters.release_s
+        if state.now_s < self._released_until_s:
             return context.clocks_mhz[-1]
         return self.effective_clock_mhz(state)
 

@@ -54,10 +54,10 @@ def test_it_follows_a_drift() -> None:
     assert made.bound_s(0.03) >= 0.039
 
 
-def test_a_million_equal_observations_do_not_wind_it_up() -> None:
+def test_a_hundred_thousand_equal_observations_do_not_wind_it_up() -> None:
     """One batch size for hours cannot tell factor from fixed time; the next one reads well."""
     made = TimeCorrection(SCALE_S)
-    for _ in range(1_000_000):
+    for _ in range(100_000):
         made.observe(0.03, 0.033)
     assert made.correct_s(0.03) == pytest.approx(0.033, rel=1e-3)
     assert 0.011 <= made.correct_s(0.01) <= 0.013  # 10 % more, or 3 ms more
