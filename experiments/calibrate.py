@@ -20,7 +20,7 @@ from scipy.optimize import minimize
 
 from experiments.paper import below_overload, panel_residuals, score
 from profiles.build.a100 import Tuning, build_tuned
-from profiles.catalog import FILES
+from profiles.catalog import FILES, Profile
 from profiles.errors import VoltanaError
 from sim.config import read_toml
 
@@ -69,7 +69,7 @@ def fit(
     evaluate: Callable[[Unknowns], float],
     *,
     start: Unknowns | None = None,
-    max_evaluations: int = 120,
+    max_evaluations: int = 80,
 ) -> Fit:
     """Minimise a score by Nelder-Mead over the logarithms of the unknowns.
 
@@ -114,7 +114,7 @@ def fit_panel(
     directory: Path,
     *,
     workload: str,
-    max_evaluations: int = 120,
+    max_evaluations: int = 80,
     jobs: int | None = None,
     report: Callable[[Unknowns, float], None] = lambda _unknowns, _score: None,
 ) -> Fit:
@@ -153,6 +153,31 @@ def trial_profile(data: Path, directory: Path, tuning: Tuning, model: str = MODE
     if not all((made / file).is_file() for file in FILES):
         build_tuned(data, made, model, tuning, "a trial of a fit")
     return made
+
+
+def scaled_promises(unknowns: Unknowns, profile: Profile, of_fit: Profile) -> tuple[float, float]:
+    """TTFT and ITL promise of another model, in seconds, rounded like the fitted ones.
+
+    The publication gives each model promises of its own, which are not known. The rule is made
+    before any other panel is looked at: the promise is the same multiple of the unloaded latency
+    at the top clock. Unloaded ITL is a decode step of one request with 512 tokens of context,
+    unloaded TTFT a prefill of 250 tokens and such a step.
+    """
+    itl_s, of_fit_itl_s = _unloaded_itl_s(profile), _unloaded_itl_s(of_fit)
+    ttft_s, of_fit_ttft_s = _unloaded_ttft_s(profile), _unloaded_ttft_s(of_fit)
+    return (
+        round(unknowns.slo_ttft_s * ttft_s / of_fit_ttft_s, _ROUNDING["slo_ttft_s"]),
+        round(unknowns.slo_itl_s * itl_s / of_fit_itl_s, _ROUNDING["slo_itl_s"]),
+    )
+
+
+def _unloaded_itl_s(profile: Profile) -> float:
+    return profile.truth().predict_s("decode", profile.clocks_mhz[-1], 1, 512)
+
+
+def _unloaded_ttft_s(profile: Profile) -> float:
+    prefill_s = profile.truth().predict_s("prefill", profile.clocks_mhz[-1], 1, 250)
+    return prefill_s + _unloaded_itl_s(profile)
 
 
 def read_fitted(path: Path) -> Unknowns:

@@ -35,7 +35,7 @@ def fit(
         "results/paper-fit"
     ),
     workload: Annotated[str, typer.Option(help="Length distribution")] = "sharegpt-client",
-    max_evaluations: Annotated[int, typer.Option(min=1, help="Bound on the search")] = 120,
+    max_evaluations: Annotated[int, typer.Option(min=1, help="Bound on the search")] = 80,
     jobs: Jobs = None,
 ) -> None:
     """Fit both SLOs, the attention multiplier and the prefill host time to one panel.
