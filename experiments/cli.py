@@ -11,7 +11,7 @@ from profiles.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "list",
-    "profile_gpu", "actuator", "router", "agent", "validate", "report", "paper",
+    "profile_gpu", "actuator", "router", "agent", "replay", "validate", "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 
