@@ -1,11 +1,12 @@
-"""Run the points of a sweep in processes; resumable, one failure does not lose the others."""
+"""Run the points of a sweep side by side; resumable, one failure does not lose the others."""
 
 from __future__ import annotations
 
 import os
+import socket
+import zlib
+from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,24 +16,38 @@ import tomli_w
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.executors import Executor, Outcome, open_executor
 from experiments.grid import Point
-from experiments.runs import run
+from experiments.store import ResultStore, open_store
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
-from sim.metrics import summarise
-from sim.results import read_json, write_json
+from sim.results import write_json
 
 RESULTS = "results.csv"
 FAILURES = "failures.json"
+POINTS = "points"
+
+Configs = dict[str, SimConfig]
+Failures = dict[str, dict[str, Any]]
 
 
-def run_sweep(points: Sequence[Point], directory: Path, *, jobs: int | None = None) -> pd.DataFrame:
+def run_sweep(
+    points: Sequence[Point],
+    directory: Path,
+    *,
+    jobs: int | None = None,
+    engine: str = "processes",
+    store: str | Path | None = None,
+) -> pd.DataFrame:
     """Run every point that has no result yet and write the tidy table of all.
 
     Args:
         points: What to run; points with equal configurations share one run.
-        directory: Takes `config.toml`, `points/HASH.json`, `results.csv`, `failures.json`.
+        directory: Takes `config.toml`, `results.csv`, `failures.json`.
         jobs: Processes; all cores by default.
+        engine: One of `experiments.executors.ENGINES`.
+        store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
+            sweeps and machines; by default `points` in the directory.
 
     Returns:
         One row a point: its labels, its configuration and the numbers of its summary.
@@ -40,12 +55,15 @@ def run_sweep(points: Sequence[Point], directory: Path, *, jobs: int | None = No
     Raises:
         VoltanaError: Some points failed; those that finished are written all the same.
     """
-    store = directory / "points"
-    store.mkdir(parents=True, exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
+    results = open_store(store or directory / POINTS)
     _write_config(points, directory / "config.toml")
-    missing = {p.key: p.config for p in points if not (store / f"{p.key}.json").exists()}
-    failures = _run_missing(missing, store, jobs or os.cpu_count() or 1)
-    table = tidy(points, store)
+    missing = {p.key: p.config for p in points if not results.has(p.key)}
+    failures: Failures = {}
+    if missing:
+        with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
+            failures = _run_missing(missing, results, executor)
+    table = tidy(points, results)
     _write_text(table.to_csv(index=False), directory / RESULTS)
     write_json(failures, directory / FAILURES)
     if failures:
@@ -57,16 +75,14 @@ def run_sweep(points: Sequence[Point], directory: Path, *, jobs: int | None = No
     return table
 
 
-def tidy(points: Sequence[Point], store: Path) -> pd.DataFrame:
+def tidy(points: Sequence[Point], store: ResultStore | Path) -> pd.DataFrame:
     """Collect finished points: labels, configuration, summary, one column a number."""
-    rows = []
-    for point in points:
-        path = store / f"{point.key}.json"
-        if path.exists():
-            summary = read_json(path)
-            rows.append(
-                {**point.labels, **point.config.as_dict(), **flat_summary(summary), "hash": point.key}
-            )
+    results = open_store(store) if isinstance(store, Path) else store
+    rows = [
+        {**p.labels, **p.config.as_dict(), **flat_summary(results.get(p.key)), "hash": p.key}
+        for p in points
+        if results.has(p.key)
+    ]
     return pd.DataFrame(rows)
 
 
@@ -78,50 +94,60 @@ def read_results(directory: Path) -> pd.DataFrame:
         raise VoltanaError(f"no {RESULTS} in {directory}: is it a sweep's directory?") from None
 
 
-def _run_missing(
-    missing: dict[str, SimConfig], store: Path, jobs: int
-) -> dict[str, dict[str, Any]]:
-    failures: dict[str, dict[str, Any]] = {}
+def _run_missing(missing: Configs, store: ResultStore, executor: Executor) -> Failures:
+    """Run what is missing; the points that were running when a process died run again, alone."""
+    failures: Failures = {}
     with _progress(len(missing)) as progress:
-        if jobs == 1:
-            for key, config in missing.items():
-                _note(failures, key, config, _run_point(config, store / f"{key}.json"))
-                progress.advance(progress.task_ids[0])
-            return failures
-        with ProcessPoolExecutor(max_workers=min(jobs, max(len(missing), 1))) as pool:
-            futures = {
-                pool.submit(_run_point, config, store / f"{key}.json"): (key, config)
-                for key, config in missing.items()
-            }
-            for future in as_completed(futures):
-                key, config = futures[future]
-                _note(failures, key, config, _outcome(future))
-                progress.advance(progress.task_ids[0])
+        advance = progress.advance
+        task = progress.task_ids[0]
+        lost: Configs = {}
+        for key, outcome in _outcomes(missing, store, executor):
+            if outcome.is_lost:
+                lost[key] = missing[key]
+                continue
+            _keep(key, outcome, missing[key], store, failures)
+            advance(task)
+        for key, outcome in _outcomes(lost, store, executor, at_once=1):
+            _keep(key, outcome, missing[key], store, failures)
+            advance(task)
     return failures
 
 
-def _note(
-    failures: dict[str, dict[str, Any]], key: str, config: SimConfig, error: str | None
+def _outcomes(
+    configs: Configs, store: ResultStore, executor: Executor, *, at_once: int | None = None
+) -> Iterator[tuple[str, Outcome]]:
+    """How each point ended; known results are skipped. `at_once` bounds how many are under way."""
+    queue = deque(_own_order(configs))
+    running = 0
+    while queue or running:
+        while queue and running < (at_once or executor.capacity):
+            key = queue.popleft()
+            if store.has(key):  # another machine that shares the store was faster
+                yield key, Outcome()
+            else:
+                executor.submit(key, configs[key])
+                running += 1
+        if running:
+            for key, outcome in executor.wait():
+                running -= 1
+                yield key, outcome
+
+
+def _own_order(configs: Configs) -> list[str]:
+    """The points in an order of this process's own: those who share a store start far apart."""
+    keys = list(configs)
+    start = zlib.crc32(f"{socket.gethostname()} {os.getpid()}".encode()) % max(len(keys), 1)
+    return keys[start:] + keys[:start]
+
+
+def _keep(
+    key: str, outcome: Outcome, config: SimConfig, store: ResultStore, failures: Failures
 ) -> None:
-    if error is not None:
+    if outcome.summary is not None:
+        store.put(key, outcome.summary)
+    elif outcome.is_lost or outcome.error is not None:
+        error = outcome.error or "its process died (out of memory, or killed)"
         failures[key] = {"error": error, "config": config.as_dict()}
-
-
-def _outcome(future: Future[str | None]) -> str | None:
-    try:
-        return future.result()
-    except BrokenProcessPool:
-        return "a worker process died (out of memory, or killed)"
-
-
-def _run_point(config: SimConfig, path: Path) -> str | None:
-    """Run one point in a worker; returns the error of a bad configuration."""
-    try:
-        summary = summarise(run(config))
-    except VoltanaError as error:
-        return str(error)
-    write_json(summary, path)
-    return None
 
 
 @contextmanager
@@ -129,7 +155,7 @@ def _progress(total: int) -> Iterator[Progress]:
     columns = (
         TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True)) as progress:
+    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as progress:
         progress.add_task("sweep", total=total)
         yield progress
 

@@ -17,16 +17,23 @@ def sweep(
     config: Annotated[Path, typer.Argument(help="Sweep file, see below", metavar="CONFIG.toml")],
     out: Annotated[Path, typer.Option(help="Directory of the results")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    engine: Annotated[
+        str, typer.Option(help="processes, or ray: the cluster that RAY_ADDRESS names")
+    ] = "processes",
+    store: Annotated[
+        str | None,
+        typer.Option(help="Folder or fsspec URL of the points' results, to be shared"),
+    ] = None,
 ) -> None:
     """Run every point of a grid and write one tidy table, DIR/results.csv.
 
     The file has [base] with any configuration key, and [grid] with lists of values; a free axis
     such as [[grid.policy]] holds tables with a name. [static_pairs] clocks_mhz = [...] adds all
     pairs of fixed clocks. Finished points are kept by the hash of their configuration: run the
-    command again to go on after an interruption.
+    command again to go on after an interruption, or on several machines with one --store.
     """
     from experiments.grid import read_sweep
     from experiments.sweep import RESULTS, run_sweep
 
-    table = run_sweep(read_sweep(config), out, jobs=jobs)
+    table = run_sweep(read_sweep(config), out, jobs=jobs, engine=engine, store=store)
     typer.echo(f"{len(table)} points in {out / RESULTS}")
