@@ -35,7 +35,7 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
         target: Attainment drawn as the line to stay above.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 6.8), layout="constrained")
+        figure = Figure(figsize=(7.6, 6.2), layout="constrained")
         axes = figure.subplots(2, 2)
         for i, (policy, rows) in enumerate(frame.groupby("policy", sort=False)):
             style: dict[str, Any] = {
@@ -80,4 +80,6 @@ def _finish(grid: npt.NDArray[Any], target: float) -> None:
     grid[0, 1].axvline(100 * target, color="#999999", linestyle=":", linewidth=1)
     for place in ((1, 0), (1, 1)):
         grid[place].axhline(100 * target, color="#999999", linestyle=":", linewidth=1)
+        low, _ = grid[place].get_ylim()
+        grid[place].set_ylim(min(low, 100 * target - 1), 100.5)
     grid[0, 0].set_ylim(bottom=0)

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-import pooch
 import requests
 
 from profiles.errors import VoltanaError, nearest
@@ -109,6 +108,8 @@ def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
     local = _in_folder(trace)
     if local is not None:
         return local
+    import pooch  # slow to import, and only a download needs it
+
     pooch.get_logger().setLevel("WARNING")
     try:
         return Path(

@@ -1,0 +1,91 @@
+"""Figures of one run over time, and of energy against the tightness of a promise."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.figure import Figure
+
+from experiments.compare import BEST_PAIR, TARGET, best_pair, keeps_slo
+from experiments.grid import STATIC_PAIR
+from experiments.plots import COLOURS, MARKERS, STYLE
+from profiles.errors import VoltanaError
+from sim.policies.base import DECODE, PREFILL
+from sim.records import RunRecord
+
+PHASE_COLOURS: Final = {PREFILL: COLOURS[1], DECODE: COLOURS[2]}
+_ROWS: Final = (
+    ("clock_mhz", "clock lock (MHz)"),
+    ("batch_size", "batch (requests)"),
+    ("power_w", "power (W)"),
+)
+
+
+def run_figure(record: RunRecord) -> Figure:
+    """Clock, batch and power of one prefill and one decode instance over the run.
+
+    Raises:
+        VoltanaError: The run kept no time series.
+    """
+    if record.timeline is None:
+        raise VoltanaError("the run kept no time series: set timeline_interval_s")
+    frame = pd.DataFrame(dict(record.timeline))
+    first = frame[frame["instance_id"] == 0]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+        grid = figure.subplots(len(_ROWS), 1, sharex=True)
+        for axes, (column, label) in zip(grid, _ROWS, strict=True):
+            for phase, colour in PHASE_COLOURS.items():
+                rows = first[first["phase"] == phase]
+                values = rows[column].replace(0, np.nan) if column == "clock_mhz" else rows[column]
+                axes.step(
+                    rows["time_s"], values, where="post", color=colour, linewidth=1.0,
+                    label=f"{phase} 0",
+                )  # fmt: skip
+            axes.set_ylabel(label)
+        grid[-1].set_xlabel("time (s)")
+        handles, labels = grid[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def energy_against_itl_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
+    """Energy of each policy against the ITL promise; hollow where the promise is broken.
+
+    Args:
+        frame: Result of a sweep over `slo_itl_s` with a policy axis and static pairs, of which the
+            best one at each promise is drawn.
+        target: Attainment that TTFT and ITL must both reach.
+    """
+    rows = best_of_pairs(frame, target=target)
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+        axes = figure.subplots()
+        for i, (policy, part) in enumerate(rows.groupby("policy", sort=False)):
+            x, y = 1e3 * part["slo_itl_s"], part["energy_j"] / 1e3
+            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+            axes.plot(x, y, color=colour, linewidth=1.3)
+            for kept, face in ((True, colour), (False, "white")):
+                dots = part["keeps_slo"] == kept
+                axes.plot(
+                    x[dots], y[dots], marker, color=colour, markerfacecolor=face, markersize=6,
+                )  # fmt: skip
+            axes.plot([], [], marker=marker, color=colour, label=str(policy))
+        axes.set(xlabel="promised ITL (ms)", ylabel="energy of the run (kJ)")
+        axes.set_ylim(bottom=0)
+        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+    return figure
+
+
+def best_of_pairs(frame: pd.DataFrame, *, target: float = TARGET) -> pd.DataFrame:
+    """Policies as they are, and the best static pair at each ITL promise; with `keeps_slo`."""
+    frame = frame.assign(keeps_slo=keeps_slo(frame, target))
+    is_pair = frame["policy"].str.startswith(STATIC_PAIR)
+    best = [best_pair(part) for _, part in frame[is_pair].groupby("slo_itl_s")]
+    columns = ["slo_itl_s", "policy", "clocks", "energy_j", "ttft_attainment", "itl_attainment"]
+    joined = pd.concat([frame[~is_pair].assign(clocks=""), *best], ignore_index=True)
+    assert set(joined["policy"]) >= {BEST_PAIR}
+    return joined[[*columns, "keeps_slo"]]
