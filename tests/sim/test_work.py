@@ -1,0 +1,94 @@
+"""A guard on work, not on time: how often the inner loop does what, with stated limits.
+
+Counts are deterministic, so a limit is a little above what was counted when it was set; a change
+that needs more work has to raise it, and to say why.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Callable
+from types import CodeType, FrameType
+
+import pytest
+
+from experiments.runs import cached_profile, workload_of
+from profiles import ecopred, step_model
+from sim.config import SimConfig, make_config
+from sim.engine.log import ExactLog
+from sim.engine.loop import CoalescedFleet
+from sim.records import RunRecord
+
+
+def fleet_of(config: SimConfig) -> CoalescedFleet:
+    workload = workload_of(config)
+    return CoalescedFleet(config, cached_profile(config.profile), (workload,), ExactLog(workload))
+
+
+def count_calls(run: Callable[[], RunRecord]) -> tuple[RunRecord, Counter[CodeType]]:
+    """Calls of Python functions, by their code."""
+    calls: Counter[CodeType] = Counter()
+
+    def note(frame: FrameType, event: str, _: object) -> None:
+        if event == "call":
+            calls[frame.f_code] += 1
+
+    sys.setprofile(note)
+    try:
+        record = run()
+    finally:
+        sys.setprofile(None)
+    return record, calls
+
+
+def iterations(record: RunRecord) -> int:
+    return sum(i.num_iterations for i in record.instances)
+
+
+@pytest.mark.parametrize(
+    ("rate_rps", "most_events"),
+    [(60.0, 3.0), (20.0, 5.0), (2.0, 6.0)],  # counted 2.6, 4.3 and 5.4
+)
+def test_events_per_request(rate_rps: float, most_events: float) -> None:
+    """An event is an arrival, the end of a run of iterations, or a waking: a handful a request,
+    however many iterations there are (98 a request at 2 requests/s)."""
+    fleet = fleet_of(make_config({"rate_rps": rate_rps, "duration_s": 60.0}))
+    record = fleet.run()
+    per_request = fleet.num_events / len(record.requests.arrival_s)
+    assert per_request <= most_events, f"{per_request:.2f} events a request"
+
+
+def test_model_calls_per_iteration() -> None:
+    """Truth and predictor are asked once for a run of iterations, not once for each."""
+    config = make_config({"rate_rps": 2.0, "duration_s": 60.0})
+    record, calls = count_calls(fleet_of(config).run)
+    files = (step_model.__file__, ecopred.__file__)
+    asked = sum(n for code, n in calls.items() if code.co_filename in files)
+    per_iteration = asked / iterations(record)
+    assert per_iteration <= 0.12, f"{per_iteration:.3f} calls an iteration"  # counted 0.102
+
+
+@pytest.mark.parametrize(
+    ("rate_rps", "most_calls"),
+    [(60.0, 97.0), (20.0, 120.0), (2.0, 153.0)],  # counted 88, 109 and 139
+)
+def test_python_calls_per_request(rate_rps: float, most_calls: float) -> None:
+    """All work there is, as function calls."""
+    config = make_config({"rate_rps": rate_rps, "duration_s": 60.0})
+    record, calls = count_calls(fleet_of(config).run)
+    per_request = sum(calls.values()) / len(record.requests.arrival_s)
+    assert per_request <= most_calls, f"{per_request:.1f} calls a request"
+
+
+def test_work_per_request_does_not_grow_with_the_batch_or_the_fleet() -> None:
+    """Ten times the instances at ten times the rate: the same calls a request, within 15 %."""
+    costs = []
+    for scale in (1, 10):
+        settings = {
+            "rate_rps": 20.0 * scale, "num_prefill": scale, "num_decode": 3 * scale,
+            "duration_s": 60.0 / scale, "router": "two-choices",
+        }  # fmt: skip
+        record, calls = count_calls(fleet_of(make_config(settings)).run)
+        costs.append(sum(calls.values()) / len(record.requests.arrival_s))
+    assert costs[1] == pytest.approx(costs[0], rel=0.15), costs
