@@ -32,15 +32,10 @@ def router(
 
     Example: voltana router --config fleet.toml --port 8000
     """
-    import asyncio
     import dataclasses
-    import logging
-
-    import uvloop
 
     from hwreplay.router.config import read_router_config, read_token
-    from hwreplay.router.service import serve_router
-    from profiles.catalog import load_profile
+    from hwreplay.router.service import run_router
 
     made = read_router_config(config, token=read_token(token_file))
     made = dataclasses.replace(
@@ -48,13 +43,4 @@ def router(
         host=made.host if host is None else host,
         port=made.port if port is None else port,
     )
-    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
-    if not made.is_loopback and made.token is None:
-        logging.warning("open to the network without a token: anybody who reaches it may use it")
-    profile = load_profile(made.sim.profile)
-
-    def ready(bound: int) -> None:
-        typer.echo(f"routing on http://{made.host}:{bound}", err=True)
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        runner.run(serve_router(made, profile, ready))
+    run_router(made, lambda url: typer.echo(f"routing on {url}", err=True))

@@ -12,6 +12,7 @@ from typing import Final
 
 import aiohttp
 import msgspec
+import uvloop
 from aiohttp import web
 
 from hwreplay.clock import RunClock
@@ -27,7 +28,7 @@ from hwreplay.router.prometheus import (
     RouterMetrics,
 )
 from hwreplay.router.proxy import Call, Pair, PassedError, Proxy, RequestFailedError
-from profiles.catalog import Profile
+from profiles.catalog import Profile, load_profile
 from profiles.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.router")
@@ -288,10 +289,28 @@ def _error(status: int, message: str) -> web.Response:
     )
 
 
+def run_router(config: RouterConfig, ready: Callable[[str], None]) -> None:
+    """Load the profile and serve until SIGTERM or SIGINT, on uvloop.
+
+    Args:
+        config: What to serve.
+        ready: Called with the base URL once requests are taken.
+
+    Raises:
+        VoltanaError: No such profile, or the address cannot be bound.
+    """
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
+    if not config.is_loopback and config.token is None:
+        LOG.warning("open to the network without a token: anybody who reaches it may use it")
+    profile = load_profile(config.sim.profile)
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve_router(config, profile, ready))
+
+
 async def serve_router(
-    config: RouterConfig, profile: Profile, ready: Callable[[int], None]
+    config: RouterConfig, profile: Profile, ready: Callable[[str], None]
 ) -> None:
-    """Serve until SIGTERM or SIGINT. `ready` is called with the port once requests are taken.
+    """Serve until SIGTERM or SIGINT. `ready` is called with the base URL.
 
     Raises:
         VoltanaError: The address cannot be bound.
@@ -314,7 +333,7 @@ async def serve_router(
         ended = asyncio.Event()
         for number in (signal.SIGTERM, signal.SIGINT):
             asyncio.get_running_loop().add_signal_handler(number, ended.set)
-        ready(int(runner.addresses[0][1]))
+        ready(f"http://{config.host}:{runner.addresses[0][1]}")
         await ended.wait()
     finally:
         await runner.cleanup()

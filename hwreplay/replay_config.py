@@ -1,0 +1,145 @@
+"""What a replay is told, in one TOML file: `[simulate]`, `[fleet]`, `[router]` and `[replay]`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+from hwreplay.router.config import WorkerConfig, read_limits, read_workers
+from profiles.errors import VoltanaError, nearest
+from sim.config import SimConfig, make_config, read_toml
+from sim.policies.base import DECODE, PREFILL, Phase
+
+FLEET_KEYS: Final = ("engine", "prefill", "decode", "batch_sockets")
+REPLAY_KEYS: Final = ("actuator", "gpus", "power_w", "vocabulary", "drain_s", "rest_s")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReplayConfig:
+    """One replay."""
+
+    sim: SimConfig
+    workers: tuple[WorkerConfig, ...] = ()
+    """Servers that run already; empty when they are started here."""
+    engine: Path | None = None
+    """Folder of `make engine`: start its servers, as many as `sim` says."""
+    batch_sockets: Mapping[str, Path] = field(default_factory=dict)
+    """Where a running server's plug-in announces batches, e.g. {"prefill-0": /run/p0.batch}."""
+    router_limits: Mapping[str, Any] = field(default_factory=dict)
+    actuator: Path | None = None
+    """Socket of `voltana actuator`; none records decisions and touches nothing."""
+    gpus: Mapping[Phase, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    """Cards of each instance, e.g. {"prefill": ((0,),), "decode": ((1,),)}."""
+    power_w: float | None = None
+    """Stated power of each instance, on a machine without cards that count."""
+    vocabulary: tuple[int, int] = (3, 512)
+    drain_s: float = 60.0
+    rest_s: float = 1.5
+    """Silence before and after the measured part."""
+
+    def __post_init__(self) -> None:
+        if (self.engine is None) == (not self.workers):
+            raise VoltanaError("[fleet] must name either engine or prefill and decode servers")
+        if (self.power_w is None) == (not self.gpus):
+            raise VoltanaError(
+                "[replay] must have either gpus (the cards of each instance) or power_w (a stated "
+                "power, W, where no card counts energy)"
+            )
+        if self.power_w is not None and not self.power_w > 0:
+            raise VoltanaError(f"power_w must be > 0, got {self.power_w}")
+        for worker in self.workers:
+            if worker.metrics is None:
+                raise VoltanaError(
+                    f"{worker.name} must publish forward-pass metrics and name them, e.g. "
+                    f'metrics = "ipc:///tmp/{worker.name}.0": start SGLang with '
+                    "--enable-forward-pass-metrics --forward-pass-metrics-ipc-name "
+                    f"ipc:///tmp/{worker.name}"
+                )
+        if self.gpus:
+            counts: dict[Phase, int] = {
+                PREFILL: self.sim.num_prefill,
+                DECODE: self.sim.num_decode,
+            }
+            for phase, count in counts.items():
+                if len(self.gpus.get(phase, ())) != count:
+                    raise VoltanaError(f"gpus.{phase} must list the cards of {count} instances")
+
+    def gpus_of(self, phase: Phase, instance_id: int) -> tuple[int, ...]:
+        """Cards of one instance; none where power is stated."""
+        return self.gpus[phase][instance_id] if self.gpus else ()
+
+
+def read_replay_config(path: Path) -> ReplayConfig:
+    """Read a replay's TOML file; relative paths in it start at the present folder.
+
+    Raises:
+        VoltanaError: The file cannot be read, or a key or value is wrong.
+    """
+    data, where = read_toml(path), str(path)
+    for table in data:
+        if table not in ("simulate", "fleet", "router", "replay"):
+            raise VoltanaError(
+                f"unknown table [{table}] ({where})"
+                f"{nearest(table, ('simulate', 'fleet', 'router', 'replay'))}"
+            )
+    fleet, own = data.get("fleet", {}), data.get("replay", {})
+    _check_keys(fleet, FLEET_KEYS, "[fleet]", where)
+    _check_keys(own, REPLAY_KEYS, "[replay]", where)
+    simulate = dict(data.get("simulate", {}))
+    workers: tuple[WorkerConfig, ...] = ()
+    if "engine" not in fleet:
+        workers = read_workers(fleet, where)
+        simulate["num_prefill"] = sum(w.phase == PREFILL for w in workers)
+        simulate["num_decode"] = sum(w.phase == DECODE for w in workers)
+    return ReplayConfig(
+        sim=make_config(simulate, where=where),
+        workers=workers,
+        engine=_path(fleet, "engine"),
+        batch_sockets={k: Path(v) for k, v in fleet.get("batch_sockets", {}).items()},
+        router_limits=read_limits(data.get("router", {}), where),
+        actuator=_path(own, "actuator"),
+        gpus=_gpus(own.get("gpus", {}), where),
+        vocabulary=_vocabulary(own.get("vocabulary", (3, 512)), where),
+        **{k: _number(own, k, where) for k in ("power_w", "drain_s", "rest_s") if k in own},
+    )
+
+
+def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], name: str, where: str) -> None:
+    for key in table:
+        if key not in known:
+            raise VoltanaError(f"unknown key {key!r} of {name} ({where}){nearest(key, known)}")
+
+
+def _path(table: Mapping[str, Any], key: str) -> Path | None:
+    return Path(str(table[key])) if key in table else None
+
+
+def _number(table: Mapping[str, Any], key: str, where: str) -> float:
+    value = table[key]
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        raise VoltanaError(f"{key} must be a number, got {value!r} ({where})")
+    return float(value)
+
+
+def _vocabulary(value: object, where: str) -> tuple[int, int]:
+    match value:
+        case [int() as low, int() as high] if 0 <= low < high:
+            return low, high
+    raise VoltanaError(f"vocabulary must be two rising token ids, got {value!r} ({where})")
+
+
+def _gpus(value: object, where: str) -> dict[Phase, tuple[tuple[int, ...], ...]]:
+    found: dict[Phase, tuple[tuple[int, ...], ...]] = {}
+    phases: tuple[Phase, Phase] = (PREFILL, DECODE)
+    try:
+        assert isinstance(value, dict)
+        for phase in phases:
+            if phase in value:
+                found[phase] = tuple(tuple(int(g) for g in cards) for cards in value[phase])
+    except (AssertionError, TypeError, ValueError):
+        raise VoltanaError(
+            f"gpus must be e.g. {{prefill = [[0]], decode = [[1]]}}, got {value!r} ({where})"
+        ) from None
+    return found

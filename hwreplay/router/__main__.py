@@ -1,0 +1,40 @@
+"""`python -m hwreplay.router CONFIG.toml`: a router whose address is its first line of output."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Final
+
+from hwreplay.router.config import read_router_config
+from hwreplay.router.service import run_router
+from profiles.errors import VoltanaError
+
+POLL_S: Final = 0.5
+
+
+def main() -> None:
+    """Run one router; it ends with its parent."""
+    threading.Thread(target=_end_with, args=(os.getppid(),), daemon=True).start()
+    try:
+        run_router(
+            read_router_config(Path(sys.argv[1])),
+            lambda url: print(url, flush=True),  # noqa: T201 (this is the output)
+        )
+    except VoltanaError as error:
+        sys.stderr.write(f"voltana router: {error}\n")
+        sys.exit(2)
+
+
+def _end_with(parent_pid: int) -> None:
+    while os.getppid() == parent_pid:
+        time.sleep(POLL_S)
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+if __name__ == "__main__":
+    main()
