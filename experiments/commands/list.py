@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import re
+import shutil
+import textwrap
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from sim.policies.registry import Entry
 
+_LABEL = re.compile(r"[A-Z][A-Za-z]*(, [a-z ]+)?: ")
 KINDS = ("profiles", "controllers", "routers", "workloads")
 
 
@@ -19,36 +25,41 @@ def register(app: typer.Typer) -> None:
 
 def list_names(
     kind: Annotated[str, typer.Argument(help=" or ".join(KINDS), metavar="KIND")],
+    name: Annotated[
+        str | None, typer.Argument(help="One controller or router, with its whole rule.")
+    ] = None,
 ) -> None:
     """List profiles, controllers, routers or workloads, each with a line of explanation.
 
-    Controllers and routers come with their parameters, defaults and meaning; they are given on the
-    command line as name:key=value,key=value, lists joined by +, as in
-    ecofreq:margin=0.1,frequencies=1005+1410.
+    Controllers and routers come with their parameters (default, unit, meaning) and their source;
+    with NAME one of them with its whole rule. They are given on the command line as
+    name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
     from profiles.errors import VoltanaError, nearest
 
     printers = {
-        "profiles": _profiles, "controllers": _controllers, "routers": _routers,
+        "profiles": _profiles, "controllers": _policies, "routers": _policies,
         "workloads": _workloads,
     }  # fmt: skip
     if kind not in printers:
         raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, printers)}")
-    for line in printers[kind]():
+    if name is not None and printers[kind] is not _policies:
+        raise VoltanaError(f"{kind} are listed all at once, got {name!r}: leave it out")
+    for line in printers[kind](kind, name):
         typer.echo(line)
 
 
-def _profiles() -> list[str]:
+def _profiles(kind: str, name: str | None) -> list[str]:
     from profiles.catalog import list_profiles, load_profile
     from profiles.ecopred import fit_report
 
     lines = []
-    for name in list_profiles():
-        profile = load_profile(name)
+    for found in list_profiles():
+        profile = load_profile(found)
         meta = profile.meta
         statuses = sorted({p.status for p in meta.provenance.values()})
         lines.append(
-            f"{name}: {meta.gpu.name}, {meta.model.name}, TP{meta.model.tensor_parallel}, "
+            f"{found}: {meta.gpu.name}, {meta.model.name}, TP{meta.model.tensor_parallel}, "
             f"{meta.clocks.supported_mhz[0]}-{meta.clocks.supported_mhz[-1]} MHz, "
             f"{' and '.join(statuses)}"
         )
@@ -61,28 +72,58 @@ def _profiles() -> list[str]:
     return lines
 
 
-def _controllers() -> list[str]:
-    from sim.policies.registry import CONTROLLERS
+def _policies(kind: str, name: str | None) -> list[str]:
+    from profiles.errors import VoltanaError, nearest
+    from sim.policies.registry import CONTROLLERS, ROUTERS
 
-    return [line for name, entry in CONTROLLERS.items() for line in _policy(name, entry)]
+    entries: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controllers" else ROUTERS
+    width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
+    if name is None:
+        lines = [line for key, entry in entries.items()
+                 for line in ("", *_policy(key, entry, width, whole=False))]  # fmt: skip
+        return lines[1:]
+    if name not in entries:
+        raise VoltanaError(f"no {kind[:-1]} called {name!r}{nearest(name, entries)}")
+    return _policy(name, entries[name], width, whole=True)
 
 
-def _routers() -> list[str]:
-    from sim.policies.registry import ROUTERS
+def _policy(name: str, entry: Entry[Any], width: int, *, whole: bool) -> list[str]:
+    lines = _wrap(f"{name}: {entry.rule}", "", width)
+    if whole:
+        lines += _paragraphs(entry.description, width)
+    infos = entry.parameter_infos
+    keys = max((len(info.key) + len(info.default) + 1 for info in infos), default=0)
+    units = max((len(info.unit) for info in infos), default=0)
+    for info in infos:
+        cell = f"    {info.key}={info.default}".ljust(keys + 6) + info.unit.ljust(units + 2)
+        lines += _wrap(info.meaning, cell, width)
+    return [*lines, *_wrap(f"source: {entry.source}", "    ", width)]
 
-    return [line for name, entry in ROUTERS.items() for line in _policy(name, entry)]
 
+def _paragraphs(description: str, width: int) -> list[str]:
+    """A docstring but for its first line, which the list shows anyway, filled to the width.
 
-def _policy(name: str, entry: Entry[Any]) -> list[str]:
-    lines = [f"{name}: {entry.rule}"]
-    lines += [
-        f"    {info.key}={info.default}  {info.meaning} ({info.kind})"
-        for info in entry.parameter_infos
-    ]
+    A line that begins with a label ("Decode: ") begins a new paragraph.
+    """
+    lines: list[str] = []
+    text = ""
+    for line in [*description.splitlines()[1:], ""]:
+        if text and (not line.strip() or _LABEL.match(line)):
+            lines += _wrap(text, "    ", width)
+            text = ""
+        text = f"{text} {line.strip()}".strip()
     return lines
 
 
-def _workloads() -> list[str]:
+def _wrap(text: str, head: str, width: int) -> list[str]:
+    """`text` after `head`, further lines under its beginning (4 columns in at least)."""
+    below = " " * max(len(head), 4)
+    return textwrap.wrap(
+        text, width, initial_indent=head, subsequent_indent=below, break_on_hyphens=False
+    )
+
+
+def _workloads(kind: str, name: str | None) -> list[str]:
     from sim.workload.generate import list_workloads
 
-    return [f"{name}: {text}" for name, text in list_workloads().items()]
+    return [f"{found}: {text}" for found, text in list_workloads().items()]

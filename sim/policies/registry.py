@@ -7,6 +7,8 @@ A name with a dot is a module of yours that python can import; it holds `CONTROL
 from __future__ import annotations
 
 import importlib
+import inspect
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
@@ -37,6 +39,7 @@ from sim.policies.spec import (
 )
 
 P = TypeVar("P", Controller, Router)
+_SOURCE: Final = "Source: "
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,8 +55,23 @@ class Entry(Generic[P]):
         return (self.make.__doc__ or "").strip().splitlines()[0]
 
     @property
+    def description(self) -> str:
+        """The class's docstring without its source."""
+        return inspect.cleandoc(self.make.__doc__ or "").partition(_SOURCE)[0].strip()
+
+    @property
+    def source(self) -> str:
+        """Where the rule comes from, and what in it is ours: of the class, else of its module."""
+        module = sys.modules[self.make.__module__]
+        for text in (self.make.__doc__, module.__doc__):
+            found = inspect.cleandoc(text or "").partition(_SOURCE)[2]
+            if found:
+                return " ".join(found.partition("\n\n")[0].split())
+        return ""
+
+    @property
     def parameter_infos(self) -> tuple[ParameterInfo, ...]:
-        """Parameters with default and meaning."""
+        """Parameters with default, unit and meaning."""
         return describe_parameters(self.parameters)
 
 

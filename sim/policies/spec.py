@@ -19,10 +19,12 @@ from profiles.errors import VoltanaError
 
 T = TypeVar("T")
 
-UNIT_SUFFIXES: Final = (
-    "_frac", "_mhz", "_s", "_j", "_w", "_tokens", "_per_s", "_mhz_per_s", "_ratio", "_requests",
-)  # fmt: skip
-"""Endings that the command line lets the user leave out, as the parameter's help names the unit."""
+UNITS: Final = {
+    "_frac": "fraction", "_mhz": "MHz", "_s": "s", "_j": "J", "_w": "W", "_tokens": "tokens",
+    "_per_s": "1/s", "_mhz_per_s": "MHz/s", "_ratio": "ratio", "_requests": "requests",
+    "_iterations": "iterations",
+}  # fmt: skip
+"""Units by a field's ending, which the command line lets the user leave out."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,6 +45,8 @@ class ParameterInfo:
     name: str
     """Field of the parameter dataclass; its last word is the unit."""
     kind: str
+    unit: str
+    """Unit for people; the kind or the choices where there is none."""
     default: str
     meaning: str
 
@@ -111,10 +115,14 @@ def short_key(name: str) -> str:
         >>> short_key("dwell_s"), short_key("frequencies_mhz"), short_key("tile")
         ('dwell', 'frequencies', 'tile')
     """
-    for suffix in sorted(UNIT_SUFFIXES, key=len, reverse=True):
+    return name.removesuffix(_suffix(name))
+
+
+def _suffix(name: str) -> str:
+    for suffix in sorted(UNITS, key=len, reverse=True):
         if name.endswith(suffix) and len(name) > len(suffix):
-            return name[: -len(suffix)]
-    return name
+            return suffix
+    return ""
 
 
 def bind_parameters(spec: PolicySpec, parameters: type[T]) -> T:
@@ -155,6 +163,7 @@ def describe_parameters(parameters: type[object]) -> tuple[ParameterInfo, ...]:
             key=short_key(item.name),
             name=item.name,
             kind=_kind(hints[item.name]),
+            unit=_unit(item, _kind(hints[item.name])),
             default="required" if item.default is MISSING else _show(item.default),
             meaning=str(item.metadata.get("meaning", "")),
         )
@@ -162,9 +171,18 @@ def describe_parameters(parameters: type[object]) -> tuple[ParameterInfo, ...]:
     )
 
 
+def _unit(item: Field[Any], kind: str) -> str:
+    suffix = _suffix(item.name)
+    if suffix == "_per_s" and item.name.endswith("_tokens_per_s"):
+        return "tokens/s"
+    return UNITS.get(suffix) or "|".join(item.metadata.get("choices", ())) or kind
+
+
 def _show(value: object) -> str:
     if value is None or value == ():
-        return "profile"
+        return "none"
+    if value == "":
+        return "required"
     if isinstance(value, tuple):
         return "+".join(str(part) for part in value)
     return str(value).lower() if isinstance(value, bool) else str(value)
@@ -184,7 +202,7 @@ def _convert(text: str, hint: Any, where: str) -> object:  # noqa: ANN401 (a typ
         return tuple(_convert(part, get_args(hint)[0], where) for part in text.split("+"))
     if get_origin(hint) is types.UnionType:
         inner = next(option for option in get_args(hint) if option is not type(None))
-        return None if text.lower() == "profile" else _convert(text, inner, where)
+        return None if text.lower() == "none" else _convert(text, inner, where)
     if hint is bool:
         return _convert_bool(text, where)
     if hint is str:

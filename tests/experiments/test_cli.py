@@ -98,7 +98,7 @@ def test_help_exists(verb: str) -> None:
 def test_list_names_and_explains(kind: str) -> None:
     done = voltana("list", kind)
     assert done.returncode == 0, done.stderr
-    assert all(": " in line or line.startswith("    ") for line in done.stdout.splitlines())
+    assert all(": " in line or line.startswith("    ") for line in done.stdout.split("\n") if line)
     assert len(done.stdout.splitlines()) >= 3
 
 

@@ -91,7 +91,7 @@ class Agft(Controller):
     all slower ones).
     Idle for three windows: the lowest clock; the window that this interrupts is forgotten.
 
-    Source: RIVALS C8 (AGFT, arXiv 2508.01744, and its code). Ours: the constant feature in place of
+    Source: AGFT, arXiv 2508.01744, and its code. Ours: the constant feature in place of
     the prefix-hit rate, which no driver here shows; that a breach drops the slower clocks too;
     which standard deviation is meant; the number of levels.
     """

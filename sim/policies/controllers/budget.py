@@ -145,7 +145,7 @@ class Polca(Controller):
     that goes too. A command acts 40 s later, the brake after 5 s; until then no other is sent,
     but for the brake. Without a cap: no lock.
 
-    Source: RIVALS C10 (POLCA, arXiv 2308.12908). There decode stands for the low-priority jobs and
+    Source: POLCA, arXiv 2308.12908. There decode stands for the low-priority jobs and
     prefill for the high-priority ones; clocks are the A100's, snapped to the profile's; when the
     brake is released is ours.
     """
@@ -253,7 +253,7 @@ class Rapid(Controller):
     acts as the fastest clock whose modelled power for the present batch is within it. The first
     split is in proportion to the phases' full draw.
 
-    Source: RIVALS C11 (RAPID, arXiv 2601.12241). Its role switch of whole GPUs is left out, as
+    Source: RAPID, arXiv 2601.12241. Its role switch of whole GPUs is left out, as
     fleets have fixed roles here; steps, thresholds and the first split are ours.
     """
 

@@ -44,7 +44,7 @@ class DualScale(Controller):
     is applied. Decode: the lowest clock with T <= SLO; above `kv_limit` of the KV cache or
     with requests waiting, the top one.
 
-    Source: RIVALS C6 (DualScale, arXiv 2602.18755, tier 2; formerly BiScale). Which segments its
+    Source: DualScale (formerly BiScale), arXiv 2602.18755, tier 2. Which segments its
     search tries is not known to us: prefixes and suffixes, greedily, are ours.
     """
 

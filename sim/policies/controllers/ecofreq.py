@@ -45,7 +45,7 @@ class EcoFreq(Controller):
     There is no energy term, no hysteresis and no use of measured latency, exactly as in the
     reference. Its `tps_threshold` and `rps_threshold`, off in the reference's demo, are left out.
 
-    Source: VOLTANALLM §4 (reference code freq_manager.py); levels: the profile's default list,
+    Source: VoltanaLLM v0.1, arXiv 2509.04827 (freq_manager.py); levels: the profile's default list,
     [1005, 1410] on the A100. Our default margin is 0: the reference's demo aims above its SLO.
     """
 

@@ -64,7 +64,8 @@ class Pid(Controller):
     measurement, through a first-order filter; the integral stands still while the output is
     saturated and the error would drive it further (conditional anti-windup).
 
-    Source: RIVALS C14, the mission's wording; gains are ours: tune them for a profile.
+    Source: textbook control (Åström and Hägglund, PID Controllers, 1995); gains are ours: tune
+    them for a profile.
     """
 
     __slots__ = (
@@ -138,7 +139,7 @@ class Miad(Controller):
     Every period: p95 > SLO·danger or somebody waits: f·rise, at most the top clock; p95 <
     SLO·slack: f - fall. Needs no model.
 
-    Source: RIVALS C7 (µ-Serve, FREESH).
+    Source: µ-Serve (ATC 2024) and FREESH, arXiv 2511.00807; constants are ours.
     """
 
     __slots__ = (

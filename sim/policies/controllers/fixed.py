@@ -22,7 +22,7 @@ class Static(Controller):
 
     `static` alone locks the top clock: the "static-max" every saving is counted against.
 
-    Source: RIVALS C0, the baseline of every paper named there.
+    Source: the baseline of every paper on the subject.
     """
 
     __slots__ = ("_clock_mhz",)
@@ -50,7 +50,7 @@ class NoParameters:
 class Boost(Controller):
     """Never lock: the driver runs its top clock when busy and sinks to its idle clock when not.
 
-    Source: RIVALS C0 `boost`; what a GPU does out of the box.
+    Source: NVIDIA's driver; what a GPU does out of the box.
     """
 
     __slots__ = ()

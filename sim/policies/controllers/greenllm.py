@@ -41,7 +41,7 @@ class GreenLlm(Controller):
     (Little: rate · SLO). Every 20 ms: p95 ITL of the last 200 ms > SLO: f + 15 MHz; < slack·SLO:
     f - 15 MHz; clamped to the band, snapped up to a supported clock.
 
-    Source: RIVALS C5 (GreenLLM, arXiv 2508.16449). Its queue formula, slack ratio, bins and band
+    Source: GreenLLM, arXiv 2508.16449. Its queue formula, slack ratio, bins and band
     table are not published in what we saw; its quadratic latency and cubic power are the profile's
     predictor and power model here. The queues split by length are the router `length-split`.
     """

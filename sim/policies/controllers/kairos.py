@@ -33,7 +33,7 @@ class Kairos(Controller):
     `floor_tokens`: the top clock, for `hold_s` at least. Prefill counts its batch and its queue as
     context.
 
-    Source: RIVALS C9 (KAIROS, arXiv 2604.16682). The source says only that the level is monotone
+    Source: KAIROS, arXiv 2604.16682. The source says only that the level is monotone
     in u: the straight line and the hold are ours. Its admission cap is the engine's matter
     and left out.
     """

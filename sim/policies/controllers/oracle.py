@@ -52,7 +52,7 @@ class Oracle(Controller):
     It knows no future arrivals and is greedy, so it is no lower bound; it shows what exactness and
     speed are worth to a rule like EcoMin's.
 
-    Source: ours; RIVALS C3 names the objective.
+    Source: ours.
     """
 
     __slots__ = ("_itl_s", "_levels_mhz", "_park", "_top_mhz", "_truth", "_ttft_s")

@@ -27,8 +27,9 @@ class Window(Controller):
     keep delay + T(f, load) <= SLO; among them the least P·T. The top clock if there is none, or
     if the queue is longer than at the last decision. Until the first window ends: the top clock.
 
-    Source: RIVALS C2 (instance manager of DynamoLLM, simplified); its p99 tables are the latency
-    predictor here, and its overload rule and our seven levels (the paper: 200 MHz steps) are ours.
+    Source: the instance manager of DynamoLLM, arXiv 2408.00741, simplified; its p99 tables are the
+    latency predictor here, and its overload rule and the seven levels (the paper: steps of 200 MHz)
+    are ours.
     """
 
     __slots__ = (
@@ -113,7 +114,7 @@ class PowerCap(Controller):
     the cap is released: the top clock. Idle: the top clock's lock stays, as a cap leaves the clock
     alone.
 
-    Source: RIVALS C12 (phase-decoupled power control, arXiv 2609.11133); the release window, and
+    Source: phase-decoupled power control, arXiv 2609.11133; the release window, and
     releasing by p95 instead of p99, are ours.
     """
 

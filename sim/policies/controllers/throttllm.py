@@ -64,7 +64,7 @@ class Throttllm(Controller):
     iteration to end and for its own), and the same for the oldest that waits behind it, with T of
     the whole queue on top; the source runs both phases on one instance, so this rule is ours.
 
-    Source: RIVALS C4 (throttLL'eM, arXiv 2408.05235). Its admission control, which keeps a request
+    Source: throttLL'eM, arXiv 2408.05235. Its admission control, which keeps a request
     queued that would break the projection, is the engine's matter and missing here: near
     saturation the batch outgrows what was projected. Its switch cost of about 200 ms is the
     driver's actuation latency.

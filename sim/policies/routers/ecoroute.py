@@ -2,7 +2,7 @@
 
 Both pick the prefill instance at random and the decode instance at arrival, before prefill.
 Below n = the router's open requests towards an instance, load = its KV tokens in use and queued.
-Source: VOLTANALLM §5 (reference code echo_lb.py, policies `fadr` and `tile_aware`).
+Source: VoltanaLLM v0.1, arXiv 2509.04827 (echo_lb.py, policies `fadr` and `tile_aware`).
 """
 
 from __future__ import annotations

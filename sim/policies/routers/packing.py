@@ -38,7 +38,7 @@ class SloPack(Router):
     ITL(n + 1) <= (1 - headroom)·SLO at the top clock; if none does, the one with the fewest
     requests. Prefill: fewest open requests. Leaves instances idle at low load.
 
-    Source: RIVALS R7 (llm-d energy-routing study, slo_packing).
+    Source: the llm-d energy-routing study of 2026, its policy slo_packing.
     """
 
     __slots__ = ("_context", "_limit_s")
@@ -80,7 +80,8 @@ class LatencyHeadroom(Router):
     99 % of requests go to instances with positive headroom if there is one. TTFT of a prefill
     instance is predicted as the time of all its queued tokens and this prompt in one batch.
 
-    Source: RIVALS R8 (llm-d / GIE latency scorer); the two phases are picked separately here.
+    Source: the latency scorer of llm-d and the Gateway API inference extension; the two phases are
+    picked separately here.
     """
 
     __slots__ = ("_context", "_explore", "_pack", "_target")
@@ -129,7 +130,7 @@ class MinDeltaEnergy(Router):
     ITL <= SLO - guard. The rise is P·T·(1/T) = P after minus P before, as the token rate is given;
     one that would miss the promise at every level comes last. Ties: fewest requests.
 
-    Source: RIVALS R6, the reference authors' unused `_fadr_jiahuan`; guard of 3 ms as there.
+    Source: VoltanaLLM's code, its authors' unused `_fadr_jiahuan`; guard of 3 ms as there.
     """
 
     __slots__ = ("_context", "_limit_s")

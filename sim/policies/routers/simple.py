@@ -1,7 +1,7 @@
 """Routers that need no model: random, in turn, and by the least of what is counted.
 
 Each picks the prefill and the decode instance by the same rule, independently.
-Source: RIVALS R0-R3; every serving system ships some of them.
+Source: common practice; every serving system ships some of them.
 """
 
 from __future__ import annotations

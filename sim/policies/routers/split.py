@@ -27,7 +27,7 @@ class KairosRouter(Router):
     Use is KV tokens in use or queued, with this prompt, over capacity. Instances of high index
     stay idle at low load. Prefill: fewest open requests.
 
-    Source: RIVALS R9 (KAIROS, arXiv 2604.16682).
+    Source: KAIROS, arXiv 2604.16682.
     """
 
     __slots__ = ("_capacity_tokens", "_fill")
@@ -61,7 +61,7 @@ class LengthSplit(Router):
     the others the short ones; within a group the fewest queued tokens, then the fewest requests. A
     lone prefill instance takes both. Decode: fewest open requests.
 
-    Source: RIVALS R10 (GreenLLM, arXiv 2508.16449).
+    Source: GreenLLM, arXiv 2508.16449.
     """
 
     __slots__ = ("_parameters",)

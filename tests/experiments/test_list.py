@@ -1,0 +1,83 @@
+"""`voltana list controllers|routers`: complete, and readable on a narrow and a wide terminal."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+
+from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from sim.policies.spec import describe_parameters
+from tests.conftest import ROOT
+
+KINDS: dict[str, Mapping[str, Entry[Any]]] = {"controllers": CONTROLLERS, "routers": ROUTERS}
+
+
+def show(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.cli", "list", *arguments],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
+        env=os.environ | {"COLUMNS": str(columns)},
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_rule_parameters_and_source_within_the_width(kind: str, columns: int) -> None:
+    done = show(kind, columns=columns)
+    assert done.returncode == 0, done.stderr
+    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    parts = done.stdout.split("\n\n")
+    assert [part.partition(":")[0] for part in parts] == list(KINDS[kind])
+    for part, (name, entry) in zip(parts, KINDS[kind].items(), strict=True):
+        text = " ".join(part.split())
+        assert text.startswith(f"{name}: {entry.rule}")
+        assert entry.source
+        assert text.endswith(f"source: {entry.source}")
+        for info in entry.parameter_infos:
+            assert f" {info.key}={info.default} {info.unit} {info.meaning}" in text
+            assert info.meaning
+
+
+@pytest.mark.parametrize("columns", [80, 120])
+@pytest.mark.parametrize("name", ["agft", "greenllm", "static"])
+def test_the_whole_rule_of_one_policy(name: str, columns: int) -> None:
+    entry = CONTROLLERS[name]
+    done = show("controllers", name, columns=columns)
+    assert max(len(line) for line in done.stdout.splitlines()) <= columns
+    assert " ".join(entry.description.split()) in " ".join(done.stdout.split())
+    assert done.stdout.startswith(f"{name}: ")
+    assert re.search(r"^    source: ", done.stdout, re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["controllers", "ecofrek"], "no controller called 'ecofrek': did you mean 'ecofreq'"),
+        (["routers", "ecorute"], "no router called 'ecorute': did you mean 'ecoroute'"),
+        (["profiles", "a100"], "profiles are listed all at once, got 'a100': leave it out"),
+    ],
+)
+def test_mistakes(arguments: list[str], words: str) -> None:
+    done = show(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_units_come_from_names() -> None:
+    entries: list[Entry[Any]] = [*CONTROLLERS.values(), *ROUTERS.values()]
+    units = {
+        info.name: info.unit for entry in entries for info in describe_parameters(entry.parameters)
+    }
+    assert units["ki_mhz_per_s"] == "MHz/s"
+    assert units["floor_tokens_per_s"] == "tokens/s"
+    assert units["margin_frac"] == "fraction"
+    assert units["idle_s"] == "s"
+    assert units["num_levels"] == "integer"
+    assert units["mode"] == "pack|spread"
