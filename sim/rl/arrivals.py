@@ -44,8 +44,14 @@ class Cost:
     """Of all instances."""
     decode_energy_j: float
     """Of the decode instances: the part that the choice of one of them can change."""
-    late_tokens: int
+    late_gaps: int
+    late_first_tokens: int
     elapsed_s: float
+
+    @property
+    def late_tokens(self) -> int:
+        """Tokens that came later than promised."""
+        return self.late_gaps + self.late_first_tokens
 
 
 class ArrivalSimulation:
@@ -91,7 +97,7 @@ class ArrivalSimulation:
             decode_controller=self._hold if levels_mhz else None,
         )
         self._drains = drains
-        self._booked = (0.0, 0.0, 0)
+        self._booked = (0.0, 0.0, 0, 0)
         self._oracle = config.length_oracle
         self.record: RunRecord | None = None
         """What the run left behind, once it has ended."""
@@ -158,11 +164,13 @@ class ArrivalSimulation:
     def _cost(self, elapsed_s: float) -> Cost:
         decode_j = _energy_j(self._fleet.decode)
         total_j = decode_j + _energy_j(self._fleet.prefill)
-        before, self._booked = self._booked, (total_j, decode_j, self._log.late_tokens)
+        before, log = self._booked, self._log
+        self._booked = (total_j, decode_j, log.late_gaps, log.late_first_tokens)
         return Cost(
             energy_j=total_j - before[0],
             decode_energy_j=decode_j - before[1],
-            late_tokens=self._log.late_tokens - before[2],
+            late_gaps=log.late_gaps - before[2],
+            late_first_tokens=log.late_first_tokens - before[3],
             elapsed_s=elapsed_s,
         )
 
@@ -177,7 +185,7 @@ class CountingLog:
     def __init__(self, workload: Workload, config: SimConfig) -> None:
         self._log = ExactLog(workload)
         self._slo_ttft_s, self._slo_itl_s = config.slo_ttft_s, config.slo_itl_s
-        self.late_tokens = 0
+        self.late_gaps = self.late_first_tokens = 0
         self.unresolved = 0
 
     def arrive(self, request: SimRequest) -> None:
@@ -187,7 +195,7 @@ class CountingLog:
         self._log.assign(request)
 
     def first_token(self, request: SimRequest, now_s: float) -> None:
-        self.late_tokens += now_s - request.arrival_s > self._slo_ttft_s
+        self.late_first_tokens += now_s - request.arrival_s > self._slo_ttft_s
         self._log.first_token(request, now_s)
 
     def finish(self, request: SimRequest, now_s: float) -> None:
@@ -202,7 +210,7 @@ class CountingLog:
         self._log.retract(request)
 
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
-        self.late_tokens += weight * count_above(self._slo_itl_s, first_s, step_s, count)
+        self.late_gaps += weight * count_above(self._slo_itl_s, first_s, step_s, count)
         self._log.gaps(first_s, step_s, count, weight)
 
     def results(self) -> dict[str, Any]:

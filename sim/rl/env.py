@@ -33,8 +33,8 @@ class RoutingEnv(gymnasium.Env[Float32Array, int]):
         make_workload: The requests of an episode, from a seed.
         penalty_j: Joules that a late token is taken to cost, >= 0.
         levels_mhz: Clocks the action chooses from, ascending; none: routing only.
-        counts_prefill: Whether the prefill instances' energy is in the reward. The action does
-            not change it; without it there is less noise to learn from.
+        counts_prefill: Whether the reward has prefill instances' energy and late first tokens.
+            The action hardly changes them; without them there is less noise to learn from.
         drains: Whether the last step lasts until every request has ended (`terminated`), or the
             episode is cut at the last arrival (`truncated`), as fits an endless stream.
         window_s: Memory of the observed arrival rate.
@@ -97,8 +97,10 @@ class RoutingEnv(gymnasium.Env[Float32Array, int]):
         instance, level = divmod(int(action), levels)
         clock_mhz = self._levels_mhz[level] if self._levels_mhz else None
         cost = run.accept(instance, clock_mhz)
-        energy_j = cost.energy_j if self._counts_prefill else cost.decode_energy_j
-        reward_j = -(energy_j + self._penalty_j * cost.late_tokens)
+        if self._counts_prefill:
+            reward_j = -(cost.energy_j + self._penalty_j * cost.late_tokens)
+        else:
+            reward_j = -(cost.decode_energy_j + self._penalty_j * cost.late_gaps)
         info = {
             "energy_j": cost.energy_j,
             "decode_energy_j": cost.decode_energy_j,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import numpy as np
@@ -31,6 +31,7 @@ class StateGrid:
     kv_nodes_tokens: tuple[float, ...]
     """KV tokens a request, ascending."""
     levels_mhz: tuple[int, ...]
+    _nodes: tuple[float, ...] = field(init=False, repr=False, compare=False, default=())
 
     def __post_init__(self) -> None:
         edges = self.batch_edges_requests
@@ -40,6 +41,7 @@ class StateGrid:
             values = getattr(self, name)
             if not values or values[0] <= 0 or not _ascends(values):
                 raise VoltanaError(f"{name} must be positive and ascending, got {values}")
+        object.__setattr__(self, "_nodes", tuple(self.batch_nodes_requests.tolist()))
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -76,9 +78,29 @@ class StateGrid:
         level = _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
         return (batch * len(self.kv_nodes_tokens) + kv) * len(self.levels_mhz) + level
 
-    def locate_instance(self, state: InstanceState) -> int:
-        """State number of a live decode instance: its open requests, and KV in use or queued."""
-        return self.locate(state.open_requests, state.kv_load_tokens, state.clock_mhz)
+    def blend(self, requests: int, kv_tokens: int, clock_mhz: int) -> tuple[int, int, float]:
+        """Linear interpolation in the batch size between bucket nodes.
+
+        Returns:
+            State numbers below and above, and the weight of the one above. The empty batch is a
+            state of its own; beyond the outer nodes of the others their state stands alone.
+        """
+        nodes = self._nodes
+        stride = self.num_states // len(nodes)
+        kv = _nearest(self.kv_nodes_tokens, kv_tokens / requests) if requests else 0
+        other = kv * len(self.levels_mhz)
+        other += _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
+        low = bisect_right(nodes, requests) - 1
+        if low == 0 and requests > 0:
+            return stride + other, stride + other, 0.0
+        below = low * stride + other
+        if low == 0 or low + 1 >= len(nodes):
+            return below, below, 0.0
+        return below, below + stride, (requests - nodes[low]) / (nodes[low + 1] - nodes[low])
+
+    def blend_instance(self, state: InstanceState) -> tuple[int, int, float]:
+        """`blend` of a live decode instance: its open requests, and KV in use or queued."""
+        return self.blend(state.open_requests, state.kv_load_tokens, state.clock_mhz)
 
 
 def batch_edges(max_requests: int, width: int = 8) -> tuple[int, ...]:

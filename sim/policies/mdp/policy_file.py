@@ -2,9 +2,8 @@
 
 A NumPy archive (.npz) without pickled objects: `meta`, a JSON text, and arrays by kind:
 
-- joint: `choices`, bit i set where instance i is a best choice. Shape (rates, S, …, S), uint8.
-- index: `index_j`, the long-run cost of accepting a request. Shape (rates, roles, S), J; one role
-  serves every instance, else role i is instance i's.
+- table: `delta_k`, the long-run cost of sending a request to each member of group k, which are
+  the instances in order, by the states of all members. Shape (rates, S, …, S, members), J.
 - network: `weight_k`, `bias_k` for layers k = 0, 1, …: rectified in between, an action a row at
   the end, the greatest value wins.
 """
@@ -25,8 +24,8 @@ import numpy.typing as npt
 from profiles.errors import VoltanaError
 from sim.policies.mdp.grid import StateGrid
 
-Kind = Literal["joint", "index", "network"]
-KINDS: Final = ("joint", "index", "network")
+Kind = Literal["table", "network"]
+KINDS: Final = ("table", "network")
 FORMAT: Final = "voltana-mdp-policy"
 VERSION: Final = 1
 _KEYS: Final = (
@@ -123,21 +122,28 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
 
 
 def _check_arrays(policy: PolicyFile, path: Path) -> None:
-    states, rates = policy.grid.num_states, len(policy.rates_rps)
-    if policy.kind == "joint":
-        good = _shape(policy, "choices") == (rates, *(states,) * policy.num_instances)
-    elif policy.kind == "index":
-        shape = _shape(policy, "index_j")
-        good = len(shape) == 3 and shape[::2] == (rates, states)
-        good = good and shape[1] in (1, policy.num_instances)
+    if policy.kind == "table":
+        good = sum(len(group) for group in group_members(policy.arrays)) == policy.num_instances
+        states, rates = policy.grid.num_states, len(policy.rates_rps)
+        for name, values in policy.arrays.items():
+            members = values.shape[-1] if values.ndim else 0
+            good &= name.startswith("delta_")
+            good &= values.shape == (rates, *(states,) * members, members)
     else:
-        good = "weight_0" in policy.arrays
-    if not good or not rates:
+        layers = sum(name.startswith("weight_") for name in policy.arrays)
+        names = {f"{part}_{k}" for k in range(layers) for part in ("weight", "bias")}
+        good = layers > 0 and names == set(policy.arrays)
+    if not good or not policy.rates_rps:
         raise VoltanaError(f"{path} has arrays that do not fit its grid: train the policy again")
 
 
-def _shape(policy: PolicyFile, name: str) -> tuple[int, ...]:
-    return policy.arrays[name].shape if name in policy.arrays else ()
+def group_members(arrays: Mapping[str, npt.NDArray[Any]]) -> list[range]:
+    """The instances of each group of a table."""
+    groups: list[range] = []
+    while (name := f"delta_{len(groups)}") in arrays:
+        first = groups[-1].stop if groups else 0
+        groups.append(range(first, first + arrays[name].shape[-1]))
+    return groups
 
 
 def _grid_json(grid: StateGrid) -> dict[str, list[float]]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from profiles.errors import VoltanaError
 from sim.policies.base import InstanceState, PolicyContext, RequestView, Router
 from sim.policies.mdp.observation import RateMeter, observe
-from sim.policies.mdp.policy_file import PolicyFile, load_policy
+from sim.policies.mdp.policy_file import PolicyFile, group_members, load_policy
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
 
@@ -43,10 +45,13 @@ class MdpRouter(Router):
 
     The MDP: state (batch bucket, KV bucket, clock level) of every decode instance; an action a
     request, its instance; cost = energy (J) + penalty · tokens later than the ITL promise. The
-    file holds its exact solution (joint), an index that each instance computes from its own state
-    (factored, or learned by Q-learning), or a network. It serves the profile it was made for.
-    Prefill: fewest open requests. Once instances are missing, a joint policy or a network cannot
-    be read any more, and the fewest open requests win.
+    file holds the long-run cost of each choice, exact for two instances, by pairs for more, or
+    learned; or a network. It serves the profile and the number of instances it was made for.
+    Prefill: fewest open requests. While an instance is missing the policy cannot be read, and
+    the fewest open requests win.
+
+    Source: ours; solvers and learners are textbook (Puterman, Markov Decision Processes, 1994;
+    Sutton and Barto, Reinforcement Learning, 2018).
     """
 
     __slots__ = ("_decider", "_meter", "_num_instances")
@@ -57,18 +62,18 @@ class MdpRouter(Router):
                 "mdp needs a trained policy, mdp:policy=FILE: make one with voltana train mdp"
             )
         policy = load_policy(Path(parameters.policy), profile_hash=context.profile_hash)
-        if not _any_size(policy) and policy.num_instances != context.num_decode:
+        if policy.num_instances != context.num_decode:
             raise VoltanaError(
                 f"{parameters.policy} was trained for {policy.num_instances} decode instances,"
                 f" this fleet has {context.num_decode}: train it again with that number"
             )
-        self._num_instances = None if policy.kind == "index" else policy.num_instances
+        self._num_instances = policy.num_instances
         self._decider = make_decider(policy, context)
         self._meter = RateMeter(parameters.window_s)
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         rate_rps = self._meter.arrive(request.arrival_s)
-        if self._num_instances not in (None, len(decode)):
+        if self._num_instances != len(decode):
             chosen = least(decode, lambda s: s.open_requests)
         else:
             chosen = self._decider.choose(request, decode, rate_rps)
@@ -77,58 +82,32 @@ class MdpRouter(Router):
 
 def make_decider(policy: PolicyFile, context: PolicyContext) -> Decider:
     """The rule of a policy file."""
-    if policy.kind == "joint":
-        return JointTable(policy)
-    if policy.kind == "index":
-        return IndexTable(policy)
-    return Network(policy, context)
+    return Table(policy) if policy.kind == "table" else Network(policy, context)
 
 
-class JointTable(Decider):
-    """Looks the joint state up. Of several best instances the one with the fewest requests."""
+class Table(Decider):
+    """The least long-run cost, interpolated linearly in the batch sizes between buckets.
+
+    Costs that differ by less than a billionth are equal; of equals the fewest requests win.
+    """
 
     def __init__(self, policy: PolicyFile) -> None:
         self._grid = policy.grid
         self._rates = policy.rates_rps
-        self._choices = policy.arrays["choices"]
+        self._groups = [
+            (members, policy.arrays[f"delta_{k}"])
+            for k, members in enumerate(group_members(policy.arrays))
+        ]
 
     def choose(self, request: RequestView, decode: States, rate_rps: float) -> int:
-        states = tuple(self._grid.locate_instance(s) for s in decode)
-        mask = int(self._choices[(nearest_rate(self._rates, rate_rps), *states)])
-        best = [i for i in range(len(decode)) if mask >> i & 1] or range(len(decode))
+        at = nearest_rate(self._rates, rate_rps)
+        blends = [self._grid.blend_instance(state) for state in decode]
+        costs: list[float] = []
+        for members, delta_j in self._groups:
+            costs += _interpolate(delta_j[at], [blends[i] for i in members])
+        limit = min(costs) + 1e-9 * (1.0 + abs(min(costs)))
+        best = [i for i, cost in enumerate(costs) if cost <= limit]
         return min(best, key=lambda i: decode[i].open_requests)
-
-
-class IndexTable(Decider):
-    """The least marginal cost, interpolated linearly in the batch size between buckets."""
-
-    def __init__(self, policy: PolicyFile) -> None:
-        grid = policy.grid
-        self._grid = grid
-        self._rates = policy.rates_rps
-        self._nodes: list[float] = grid.batch_nodes_requests.tolist()
-        self._stride = grid.num_states // grid.num_batch
-        self._index: list[list[list[float]]] = policy.arrays["index_j"].astype(float).tolist()
-
-    def choose(self, request: RequestView, decode: States, rate_rps: float) -> int:
-        roles = self._index[nearest_rate(self._rates, rate_rps)]
-
-        def cost(position: int) -> tuple[float, int]:
-            state = decode[position]
-            role = roles[state.instance_id if len(roles) > 1 else 0]
-            return self._at(role, state), state.open_requests
-
-        return min(range(len(decode)), key=cost)
-
-    def _at(self, index_j: list[float], state: InstanceState) -> float:
-        other = self._grid.locate_instance(state) % self._stride
-        nodes, requests = self._nodes, state.open_requests
-        low = bisect_right(nodes, requests) - 1
-        if low + 1 >= len(nodes) or low == 0:  # beyond the table; or empty, which is exact
-            return index_j[low * self._stride + other]
-        weight = (requests - nodes[low]) / (nodes[low + 1] - nodes[low])
-        before = index_j[low * self._stride + other]
-        return before + weight * (index_j[(low + 1) * self._stride + other] - before)
 
 
 class Network(Decider):
@@ -157,5 +136,16 @@ def nearest_rate(rates_rps: Sequence[float], rate_rps: float) -> int:
     return min(range(len(rates_rps)), key=lambda i: max(rate / rates_rps[i], rates_rps[i] / rate))
 
 
-def _any_size(policy: PolicyFile) -> bool:
-    return policy.kind == "index" and policy.arrays["index_j"].shape[1] == 1
+def _interpolate(
+    delta_j: npt.NDArray[Any], blends: Sequence[tuple[int, int, float]]
+) -> list[float]:
+    """Multilinear between the states below and above of each member. Shape (members,)."""
+    total = np.zeros(delta_j.shape[-1])
+    for corner in product((False, True), repeat=len(blends)):
+        weight = 1.0
+        for is_above, blend in zip(corner, blends, strict=True):
+            weight *= blend[2] if is_above else 1.0 - blend[2]
+        if weight > 0.0:
+            states = tuple(b[1] if up else b[0] for up, b in zip(corner, blends, strict=True))
+            total += weight * delta_j[states]
+    return list(total.tolist())

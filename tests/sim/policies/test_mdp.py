@@ -59,6 +59,15 @@ def test_states_are_numbered_batch_then_kv_then_level() -> None:
     assert GRID.batch_nodes_requests.tolist() == [0.0, 2.5, 6.5]
 
 
+def test_states_are_blended_between_nodes() -> None:
+    """4 requests lie 1.5 of 4 above the node 2.5; below it, and at empty, a bucket stands alone."""
+    assert GRID.blend(4, 400, 1000) == (4, 8, 0.375)
+    assert GRID.blend(4, 800, 1400) == (7, 11, 0.375)
+    assert GRID.blend(0, 0, 1000) == (0, 0, 0.0)
+    assert GRID.blend(1, 100, 1000) == (4, 4, 0.0)
+    assert GRID.blend(500, 500, 1000) == (8, 8, 0.0)
+
+
 def test_buckets_end_at_the_steps_of_decode_time() -> None:
     for width in (1, 2, 4, 8, 16):
         edges = batch_edges(256, width)
@@ -66,42 +75,43 @@ def test_buckets_end_at_the_steps_of_decode_time() -> None:
         assert edges[:3] == (0, 1, 2)
 
 
-def test_a_joint_policy_is_looked_up(tmp_path: Path) -> None:
-    """Bit i of the mask is instance i; two bits: the fewest requests."""
-    choices = np.full((1, 12, 12), 0b11, dtype=np.uint8)
-    busy, empty = decode_state(opened=6, kv=600, clock=1000), decode_state(clock=1000)
-    choices[0, 8, 0] = 0b01
-    router = router_of(policy("joint", {"choices": choices}), tmp_path / "p.npz")
-    assert pick(router, busy, empty) == 0
-    assert pick(router, empty, busy) == 0
-    assert pick(router, decode_state(opened=7, kv=700, clock=1400), empty) == 1
-    assert pick(router, busy) == 0  # one instance left: the table cannot be read
-    assert pick(router, busy, busy, empty) == 2
-
-
-def test_an_index_is_interpolated_between_buckets(tmp_path: Path) -> None:
-    """Index 10, 30, 50 J at 0, 2.5 and 6.5 requests: 4 requests cost 30 + 20·1.5/4 = 37.5 J."""
-    index = np.repeat([10.0, 30.0, 50.0], 4).reshape(1, 1, 12)
-    router = router_of(policy("index", {"index_j": index}), tmp_path / "p.npz")
-    assert pick(router, decode_state(opened=4), decode_state(opened=3)) == 1
+def test_a_pair_is_looked_up_and_interpolated(tmp_path: Path) -> None:
+    """Sending to 0 costs 10, 30, 50 J at 0, 2.5, 6.5 requests, to 1 always 35 J: with 3 requests
+    32.5 J, with 4 37.5 J. Equal costs: the fewest requests."""
+    delta_j = np.empty((1, 12, 12, 2))
+    delta_j[..., 0] = np.repeat([10.0, 30.0, 50.0], 4)[:, None]
+    delta_j[..., 1] = 35.0
+    router = router_of(policy("table", {"delta_0": delta_j}), tmp_path / "p.npz")
+    assert pick(router, decode_state(opened=3), decode_state()) == 0
     assert pick(router, decode_state(opened=4), decode_state()) == 1
-    falling = np.repeat([40.0, 30.0, 50.0], 4).reshape(1, 1, 12)
-    router = router_of(policy("index", {"index_j": falling}), tmp_path / "q.npz")
-    assert pick(router, decode_state(), decode_state(opened=4)) == 1  # 37.5 J is less than 40 J
-    assert pick(router, decode_state(), decode_state(opened=5)) == 0  # 42.5 J is more
+    assert pick(router, decode_state(opened=7)) == 0  # one instance left: it cannot be read
+    delta_j[..., 0] = 35.0
+    router = router_of(policy("table", {"delta_0": delta_j}), tmp_path / "q.npz")
+    assert pick(router, decode_state(opened=4), decode_state(opened=3)) == 1
+    assert pick(router, decode_state(opened=3), decode_state(opened=4)) == 0
 
 
-def test_roles_follow_the_instance_and_not_its_position(tmp_path: Path) -> None:
-    index = np.stack([np.full(12, 5.0), np.full(12, 1.0)])[None]
-    router = router_of(policy("index", {"index_j": index}), tmp_path / "p.npz")
-    assert pick(router, decode_state(index=0), decode_state(index=1)) == 1
-    assert pick(router, decode_state(index=1), decode_state(index=0)) == 0
+def test_groups_compete(tmp_path: Path) -> None:
+    """Instances 0 and 1 are a pair, 2 stands alone at 20 J; what a member of the pair costs
+    depends on the other: 10 J beside an empty one, else 30 J."""
+    pair = np.full((1, 12, 12, 2), 30.0)
+    pair[0, :, :4, 0] = pair[0, :4, :, 1] = 10.0
+    single = np.full((1, 12, 1), 20.0)
+    made = policy("table", {"delta_0": pair, "delta_1": single}, num_instances=3)
+    made.save(tmp_path / "p.npz")
+    context = make_context().__class__(**_two_decode() | {"num_decode": 3})
+    router = make_router(f"mdp:policy={tmp_path / 'p.npz'}", context)
+    busy, empty = decode_state(opened=6, kv=600), decode_state()
+    assert pick(router, busy, empty, empty) == 0
+    assert pick(router, empty, busy, empty) == 1
+    assert pick(router, busy, busy, busy) == 2
 
 
 def test_the_nearest_rate_is_used(tmp_path: Path) -> None:
     """Arrivals 0.1 s apart are 10/s: nearer to 10 than to 100. At 10/s instance 0 is the choice."""
-    choices = np.stack([np.full((12, 12), 1), np.full((12, 12), 2)]).astype(np.uint8)
-    made = policy("joint", {"choices": choices}, rates_rps=(10.0, 100.0))
+    delta_j = np.zeros((2, 12, 12, 2))
+    delta_j[0, ..., 1] = delta_j[1, ..., 0] = 1.0
+    made = policy("table", {"delta_0": delta_j}, rates_rps=(10.0, 100.0))
     slow, fast = (router_of(made, tmp_path / "p.npz") for _ in range(2))
     a, b = decode_state(), decode_state()
     assert [pick(slow, a, b, arrival_s=0.1 * k) for k in range(20)][-1] == 0
@@ -145,11 +155,11 @@ def test_observation_by_hand() -> None:
 
 
 def test_a_policy_file_comes_back_as_it_was(tmp_path: Path) -> None:
-    made = policy("index", {"index_j": np.arange(12.0).reshape(1, 1, 12)}, seeds=(1, 2))
+    made = policy("table", {"delta_0": np.arange(288.0).reshape(1, 12, 12, 2)}, seeds=(1, 2))
     made.save(tmp_path / "p.npz")
     read = load_policy(tmp_path / "p.npz", profile_hash="0")
     assert dataclasses.replace(read, arrays={}) == dataclasses.replace(made, arrays={})
-    np.testing.assert_array_equal(read.arrays["index_j"], made.arrays["index_j"])
+    np.testing.assert_array_equal(read.arrays["delta_0"], made.arrays["delta_0"])
     assert [p.name for p in tmp_path.iterdir()] == ["p.npz"]
 
 
@@ -162,7 +172,7 @@ def rewrite(path: Path, **changes: object) -> None:
 
 def test_a_foreign_or_broken_file_is_refused_in_one_line(tmp_path: Path) -> None:
     path = tmp_path / "p.npz"
-    made = policy("index", {"index_j": np.zeros((1, 2, 12))})
+    made = policy("table", {"delta_0": np.zeros((1, 12, 12, 2))})
 
     def refused(words: str, decode: int = 2) -> None:
         with pytest.raises(VoltanaError, match=words) as caught:
@@ -190,7 +200,9 @@ def test_a_foreign_or_broken_file_is_refused_in_one_line(tmp_path: Path) -> None
     refused("was trained for 2 decode instances, this fleet has 3", decode=3)
     rewrite(path, kind="spell")
     refused("lacks kind")
-    rewrite(path, kind="joint")
+    rewrite(path, kind="network")
+    refused("arrays that do not fit")
+    dataclasses.replace(made, arrays={"delta_0": np.zeros((1, 12, 1))}).save(path)
     refused("arrays that do not fit")
 
 

@@ -76,10 +76,10 @@ def test_the_same_decisions_make_the_same_run(
     )
 
 
-def late_tokens(record: RunRecord) -> int:
-    """Counted from the finished record, every gap on its own."""
+def late_tokens(record: RunRecord) -> tuple[int, int]:
+    """Gaps and first tokens, counted from the finished record one by one."""
     gaps = int(record.itl_weight[record.itl_s > record.slo_itl_s].sum())
-    return gaps + int((ttft_s(record) > record.slo_ttft_s).sum())
+    return gaps, int((ttft_s(record) > record.slo_ttft_s).sum())
 
 
 @pytest.mark.parametrize("counts_prefill", [True, False])
@@ -97,8 +97,10 @@ def test_rewards_add_up_to_the_cost_of_the_run(profile: Profile, counts_prefill:
     assert steps == len(record.requests) == 300
     counted = [i for i in record.instances if counts_prefill or i.phase == "decode"]
     energy_j = sum(i.busy_energy_j + i.idle_energy_j for i in counted)
-    late = late_tokens(record)
-    assert late > 1000
+    gaps, first_tokens = late_tokens(record)
+    assert gaps > 1000
+    assert first_tokens > 10
+    late = gaps + first_tokens if counts_prefill else gaps
     assert total == pytest.approx(-(energy_j + 3.0 * late), rel=1e-9)
 
 
