@@ -1,7 +1,7 @@
 """Starts real SGLang prefill and decode servers on this machine's CPU, on loopback only.
 
 `make engine` installs what they need. Each server is a process group of its own, and leaving the
-context ends all of them, however it is left.
+context ends all of them, however it is left, and removes the shared memory that they leave.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,12 +25,16 @@ from sim.policies.base import DECODE, PREFILL, Phase
 HOST: Final = "127.0.0.1"
 POLL_S: Final = 0.5
 END_S: Final = 10.0
+SHARED_MEMORY: Final = "/dev/shm/"
+PROCESS_GROUP: Final = 2
+"""Its field in /proc/PID/stat, counted after the command's name."""
 ENVIRONMENT: Final = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
     "OMP_NUM_THREADS": "1",
     "MC_FORCE_TCP": "1",
     "MOONCAKE_PROTOCOL": "tcp",
+    "SGLANG_HOST_IP": HOST,
 }
 COMMON: Final = (
     "--skip-tokenizer-init --device cpu --attention-backend torch_native --dtype bfloat16"
@@ -50,6 +54,10 @@ class Server:
     """Where decode servers ask a prefill server for its KV; None for a decode server."""
     process: subprocess.Popen[bytes]
     log: Path
+    command: tuple[str, ...] = field(repr=False)
+    environment: Mapping[str, str] = field(repr=False)
+    shared_memory: set[Path] = field(default_factory=set, repr=False)
+    """Files in /dev/shm that its processes made: they outlive a crash."""
     metrics: str | None = None
     """ZMQ address of its forward-pass metrics, where they were asked for."""
     batch_socket: Path | None = None
@@ -59,6 +67,19 @@ class Server:
     def url(self) -> str:
         """Base URL."""
         return f"http://{HOST}:{self.port}"
+
+    def kill(self) -> None:
+        """End all its processes at once, as a crash of the machine would."""
+        self.shared_memory.update(find_shared_memory(self.process.pid))
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        self.clean()
+
+    def clean(self) -> None:
+        """Remove what its processes have left in shared memory; they must have ended."""
+        for path in self.shared_memory:
+            path.unlink(missing_ok=True)
+        self.shared_memory.clear()
 
     def is_ready(self) -> bool:
         """Whether the server answers its health check."""
@@ -130,25 +151,52 @@ def _start(
         arguments += ["--enable-forward-pass-metrics", "--forward-pass-metrics-worker-id", name]
         arguments += ["--forward-pass-metrics-ipc-name", metrics]
         metrics += ".0"  # the engine adds its data-parallel rank
+    command = (str(python), "-m", "sglang.launch_server", *arguments)
     log = logs / f"{name}.log"
-    with log.open("wb") as out:
-        process = subprocess.Popen(
-            [str(python), "-m", "sglang.launch_server", *arguments],
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
     return Server(
         phase=phase,
         instance_id=instance_id,
         port=port,
         bootstrap_port=bootstrap_port,
-        process=process,
+        process=_spawn(command, environment, log),
         log=log,
+        command=command,
+        environment=environment,
         metrics=metrics,
         batch_socket=batch_socket,
     )
+
+
+def restart(servers: list[Server], server: Server, *, start_s: float = 180) -> Server:
+    """Start a killed server of a fleet again, on the same ports, and wait until it is ready.
+
+    Args:
+        servers: What `run_fleet` gave; the new server takes the old one's place.
+        server: The old one.
+        start_s: Longest time to wait.
+
+    Raises:
+        VoltanaError: It died again or was too late.
+    """
+    server.clean()
+    process = _spawn(server.command, server.environment, server.log)
+    found = replace(server, process=process)
+    servers[servers.index(server)] = found
+    _wait([found], start_s)
+    return found
+
+
+def _spawn(
+    command: tuple[str, ...], environment: Mapping[str, str], log: Path
+) -> subprocess.Popen[bytes]:
+    with log.open("ab") as out:
+        return subprocess.Popen(
+            command,
+            env=environment,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
 
 
 def _free_port() -> int:
@@ -169,9 +217,13 @@ def _wait(servers: list[Server], limit_s: float) -> None:
             if time.monotonic() > deadline_s:
                 raise VoltanaError(f"{server.phase} not ready in {limit_s} s: see {server.log}")
         time.sleep(POLL_S if waiting else 0.0)
+    for server in servers:
+        server.shared_memory.update(find_shared_memory(server.process.pid))
 
 
 def _end(servers: list[Server]) -> None:
+    for server in servers:
+        server.shared_memory.update(find_shared_memory(server.process.pid))
     for number in (signal.SIGTERM, signal.SIGKILL):
         for server in servers:
             try:
@@ -183,3 +235,22 @@ def _end(servers: list[Server]) -> None:
                 server.process.wait(END_S)
             except subprocess.TimeoutExpired:
                 continue
+    for server in servers:
+        server.clean()
+
+
+def find_shared_memory(process_group: int) -> list[Path]:
+    """Files in /dev/shm that the processes of a group have mapped: load reports, semaphores."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            if int(stat.read_text().rsplit(")", 1)[1].split()[PROCESS_GROUP]) != process_group:
+                continue
+            maps = (stat.parent / "maps").read_text()
+        except OSError:
+            continue  # it has just ended
+        for line in maps.splitlines():
+            path = line.partition(SHARED_MEMORY)[2]
+            if path and not path.endswith(" (deleted)"):
+                found.add(Path(SHARED_MEMORY + path))
+    return sorted(found)

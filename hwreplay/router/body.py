@@ -21,7 +21,7 @@ PATHS: Final = (GENERATE, COMPLETIONS, CHAT)
 CHARACTERS_PER_TOKEN: Final = 4.0
 """How a prompt that comes as text is counted: the router has no tokenizer."""
 DEFAULT_NEW_TOKENS: Final = {GENERATE: 128, COMPLETIONS: 16, CHAT: 128}
-MAX_TOKEN_ID: Final = 2**31 - 1
+END_OF_IDS: Final = 2**31
 
 
 class BadRequestError(VoltanaError):
@@ -63,8 +63,13 @@ _params: Final = msgspec.json.Decoder(dict[str, Any] | None)
 _messages: Final = msgspec.json.Decoder(list[dict[str, msgspec.Raw]])
 
 
-def parse_body(path: str, data: bytes) -> Body:
+def parse_body(path: str, data: bytes, vocab_size: int | None = None) -> Body:
     """Check a body.
+
+    Args:
+        path: What is asked for, one of `PATHS`.
+        data: The body.
+        vocab_size: Token ids must lie below.
 
     Raises:
         BadRequestError: Malformed JSON, a missing field, a wrong type or a value out of range.
@@ -74,10 +79,11 @@ def parse_body(path: str, data: bytes) -> Body:
     except _UNREADABLE as error:
         raise BadRequestError(f"the body must be a JSON object: {error}") from None
     stream = _read(fields, "stream", _flag, default=False)
+    top = vocab_size or END_OF_IDS
     if path == GENERATE:
-        tokens, new_tokens, is_exact = _generate(fields)
+        tokens, new_tokens, is_exact = _generate(fields, top)
     else:
-        tokens, new_tokens, is_exact = _openai(path, fields)
+        tokens, new_tokens, is_exact = _openai(path, fields, top)
     if new_tokens < 1:
         raise BadRequestError(f"the number of new tokens must be >= 1, got {new_tokens}")
     return Body(
@@ -90,13 +96,13 @@ def parse_body(path: str, data: bytes) -> Body:
     )
 
 
-def _generate(fields: dict[str, msgspec.Raw]) -> tuple[int, int, bool]:
+def _generate(fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]:
     if ("text" in fields) == ("input_ids" in fields):
         raise BadRequestError("a request must have either text or input_ids")
     if "text" in fields:
         tokens = _count_text(_read(fields, "text", _text))
     else:
-        tokens = _count_ids(_read(fields, "input_ids", _ids))
+        tokens = _count_ids(_read(fields, "input_ids", _ids), top)
     params = _read(fields, "sampling_params", _params, default=None) or {}
     new_tokens = params.get("max_new_tokens")
     if new_tokens is None:
@@ -108,10 +114,10 @@ def _generate(fields: dict[str, msgspec.Raw]) -> tuple[int, int, bool]:
     return tokens, new_tokens, params.get("ignore_eos") is True
 
 
-def _openai(path: str, fields: dict[str, msgspec.Raw]) -> tuple[int, int, bool]:
+def _openai(path: str, fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]:
     if _read(fields, "n", _count, default=1) not in (None, 1):
         raise BadRequestError("n must be 1: send one request for each answer")
-    tokens = _count_messages(fields) if path == CHAT else _count_prompt(fields)
+    tokens = _count_messages(fields) if path == CHAT else _count_prompt(fields, top)
     new_tokens = _read(fields, "max_tokens", _count, default=None)
     if path == CHAT and new_tokens is None:
         new_tokens = _read(fields, "max_completion_tokens", _count, default=None)
@@ -119,7 +125,7 @@ def _openai(path: str, fields: dict[str, msgspec.Raw]) -> tuple[int, int, bool]:
     return tokens, DEFAULT_NEW_TOKENS[path] if new_tokens is None else new_tokens, is_exact
 
 
-def _count_prompt(fields: dict[str, msgspec.Raw]) -> int:
+def _count_prompt(fields: dict[str, msgspec.Raw], top: int) -> int:
     if "prompt" not in fields:
         raise BadRequestError("a request must have a prompt")
     prompt = _read(fields, "prompt", _prompt)
@@ -129,7 +135,7 @@ def _count_prompt(fields: dict[str, msgspec.Raw]) -> int:
         return _count_text(prompt)
     if not all(isinstance(token, int) for token in prompt):
         raise BadRequestError("a request must have one prompt: send several as several requests")
-    return _count_ids([token for token in prompt if isinstance(token, int)])
+    return _count_ids([token for token in prompt if isinstance(token, int)], top)
 
 
 def _count_messages(fields: dict[str, msgspec.Raw]) -> int:
@@ -150,11 +156,11 @@ def _count_text(text: str) -> int:
     return max(round(len(text) / CHARACTERS_PER_TOKEN), 1)
 
 
-def _count_ids(ids: list[int]) -> int:
+def _count_ids(ids: list[int], top: int) -> int:
     if not ids:
         raise BadRequestError("the prompt must not be empty")
-    if min(ids) < 0 or max(ids) > MAX_TOKEN_ID:
-        raise BadRequestError(f"token ids must be in 0..{MAX_TOKEN_ID}")
+    if min(ids) < 0 or max(ids) >= top:
+        raise BadRequestError(f"token ids must be in 0..{top - 1}")
     return len(ids)
 
 

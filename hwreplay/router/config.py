@@ -78,6 +78,9 @@ class RouterConfig:
     max_queued: int = 1024
     """Requests that wait for a place; more are answered 429."""
     max_body_bytes: int = 16 * 2**20
+    vocab_size: int | None = None
+    """The model's: token ids must lie below; none = not checked. SGLang checks none either, and an
+    id that the model does not have ends the server."""
     max_attempts: int = 3
     """Pairs that a request which has not started may be tried on."""
     connect_s: float = 2.0
@@ -95,7 +98,7 @@ class RouterConfig:
     def __post_init__(self) -> None:
         for name in _POSITIVE:
             value = getattr(self, name)
-            if not (value > 0 and math.isfinite(value)):
+            if value is not None and not (value > 0 and math.isfinite(value)):
                 raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
         if self.max_queued < 0:
             raise VoltanaError(f"max_queued must be >= 0, got {self.max_queued}")
@@ -120,8 +123,8 @@ class RouterConfig:
 
 
 _POSITIVE: Final = (
-    "max_open", "max_body_bytes", "max_attempts", "connect_s", "first_token_s", "client_stall_s",
-    "health_period_s", "health_timeout_s", "stale_s",
+    "max_open", "max_body_bytes", "vocab_size", "max_attempts", "connect_s", "first_token_s",
+    "client_stall_s", "health_period_s", "health_timeout_s", "stale_s",
 )  # fmt: skip
 _LIMITS: Final = {f.name for f in fields(RouterConfig)} - {"workers", "sim", "token"}
 

@@ -177,7 +177,8 @@ class RouterService:
         arrival_s = self.clock.now_s()
         try:
             self._authorise(request)
-            body = parse_body(request.path, await self._read(request))
+            data = await self._read(request)
+            body = parse_body(request.path, data, self._config.vocab_size)
             sink = ClientSink(request, self._config, is_stream=body.is_stream)
             call = Call(
                 request_id=self.fleet.new_id(),

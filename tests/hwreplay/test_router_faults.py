@@ -238,6 +238,22 @@ def test_requests_that_are_none_never_reach_a_server() -> None:
     asyncio.run(play())
 
 
+def test_an_id_the_model_lacks_is_refused() -> None:
+    """SGLang checks no id: one outside its embedding ends the server, and a retry the next."""
+
+    async def play() -> None:
+        async with bench(vocab_size=512) as b:
+            assert (await b.generate(511, 1))[0] == 200  # ids 1 to 511
+            assert (await b.generate(512, 1))[0] == 400
+            prompt = {"prompt": [5, 512], "max_tokens": 1}
+            async with b.client.post(b.url + "/v1/completions", json=prompt) as answer:
+                assert answer.status == 400
+                assert "0..511" in (await answer.json())["error"]["message"]
+            assert len(b.fleet.prefill[0].seen) == 1
+
+    asyncio.run(play())
+
+
 def test_fuzzed_bytes_are_answered_and_counted() -> None:
     """400 mutations of a good body over live HTTP: each one is served or refused, never lost."""
 
