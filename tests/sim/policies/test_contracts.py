@@ -75,7 +75,7 @@ TIMES = [
 def context_of(times: Formula, power: Power, phase: Phase) -> PolicyContext:
     return dataclasses.replace(
         make_context(times, phase=phase), power=power, truth=Known(times, power),
-        cluster=make_cluster(),
+        cluster=make_cluster(2, 2), num_prefill=2, num_decode=2,
     )  # fmt: skip
 
 
@@ -159,7 +159,7 @@ def play_constant(name: str, phase: Phase, batch: int, seconds: float) -> list[t
     state = busy_state(phase, batch, 1000 * batch)
     fleet = context.cluster
     assert fleet is not None
-    setattr(fleet, phase, [state])
+    setattr(fleet, phase, [state, InstanceState(instance_id=1, phase=phase)])
     clock, history = made.initial_clock_mhz(), []
     state.last_duration_s = 0.0
     while state.now_s < seconds:
@@ -271,16 +271,17 @@ def test_a_tighter_promise_never_lowers_the_clock(name: str) -> None:
 
 
 def router_spec(name: str, directory: Path, profile_hash: str) -> str:
-    """`mdp` needs a policy: an index that rises with the batch, for any number of instances."""
+    """`mdp` needs a policy: here each of two instances costs more the fuller it is."""
     if name != "mdp":
         return name
     grid = StateGrid(
         batch_edges_requests=(0, 1, 4, 16), kv_nodes_tokens=(100.0,), levels_mhz=(700, 1400)
     )
+    cost_j = np.arange(grid.num_states, dtype=float).reshape(1, -1, 1)
     made = PolicyFile(
-        kind="index", solver="factored", profile="synthetic", profile_hash=profile_hash,
+        kind="table", solver="factored", profile="synthetic", profile_hash=profile_hash,
         num_instances=2, rates_rps=(10.0,), grid=grid, parameters={}, seeds=(), provenance={},
-        result={}, arrays={"index_j": np.arange(grid.num_states, dtype=float).reshape(1, 1, -1)},
+        result={}, arrays={"delta_0": cost_j, "delta_1": cost_j},
     )  # fmt: skip
     path = directory / "policy.npz"
     made.save(path)
