@@ -29,12 +29,12 @@ from hwreplay.context import PolicySource
 from hwreplay.control import ControlLoop
 from hwreplay.energy_meter import EnergyMeter
 from hwreplay.events import Event, apply_event, topic_of
-from hwreplay.metrics_feed import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from hwreplay.reports import Report, ReportSender
 from hwreplay.tracker import InstanceTracker
 from profiles.catalog import load_profile
 from profiles.device.constant import ConstantPowerGpu
 from profiles.device.nvml import NvmlGpu
+from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.results import write_json

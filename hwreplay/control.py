@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from hwreplay.actuator.client import Actuator, ActuatorLostError
 from hwreplay.batch_feed import BatchNotice, Kind
 from hwreplay.loop_report import LoopReport, SafeState
-from hwreplay.metrics_feed import IterationMetrics
 from hwreplay.tracker import InstanceTracker
+from profiles.engines.sglang_metrics import IterationMetrics
 from sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
 
 

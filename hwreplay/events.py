@@ -12,8 +12,8 @@ import msgspec
 import zmq
 import zmq.asyncio
 
-from hwreplay.metrics_feed import MAX_QUEUED_RECORDS
 from hwreplay.tracker import InstanceTracker
+from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
 from profiles.errors import VoltanaError
 from sim.policies.base import Phase
 

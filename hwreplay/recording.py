@@ -11,10 +11,10 @@ from typing import BinaryIO, Final
 import msgspec
 
 from hwreplay.clock import RunClock
-from hwreplay.metrics_feed import IterationMetrics, MetricsError, MetricsFeed
+from hwreplay.metrics_feed import MetricsFeed
 from hwreplay.router.config import WorkerConfig
-from hwreplay.tracker import step_time_s
 from profiles.device.gpu import DeviceError, Gpu, UnsupportedQueryError
+from profiles.engines.sglang_metrics import IterationMetrics, MetricsError, step_time_s
 from profiles.errors import VoltanaError
 from sim.policies.base import PREFILL, Phase
 

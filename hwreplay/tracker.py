@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
 
-from hwreplay.metrics_feed import IterationMetrics
+from profiles.engines.sglang_metrics import IterationMetrics, step_time_s
 from sim.policies.base import PREFILL, InstanceState, Phase, RunningRequest, WaitingRequest
 
 QUEUED: Final = 0
@@ -21,9 +21,6 @@ QUEUED: Final = 0
 ARRIVING: Final = 1
 """Decode: prefill is done, the KV is on its way or waits for room."""
 RUNNING: Final = 2
-
-BACK_TO_BACK_S: Final = 0.005
-"""A pass that begins so soon after the last one ended followed it without a pause."""
 
 
 @dataclass(slots=True)
@@ -381,16 +378,3 @@ class InstanceTracker:
                     output_tokens=request.output_tokens if self._length_oracle else None,
                     first_token_s=request.first_token_s,
                 )
-
-
-def step_time_s(record: IterationMetrics, previous: IterationMetrics | None) -> float:
-    """Duration of an iteration from boundary to boundary, as profiles count it.
-
-    The engine reports the forward pass alone. Where one pass follows another, the time between
-    their ends is the whole iteration, scheduling included.
-    """
-    if previous is None or previous.is_heartbeat or record.sequence != previous.sequence + 1:
-        return record.wall_time_s
-    if record.start_s - previous.received_s > BACK_TO_BACK_S:
-        return record.wall_time_s
-    return max(record.received_s - previous.received_s, record.wall_time_s)

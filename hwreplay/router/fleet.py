@@ -13,12 +13,13 @@ import aiohttp
 from hwreplay.clock import RunClock
 from hwreplay.context import PolicySource
 from hwreplay.events import SNAPSHOT_S, Event, EventPublisher, Kind
-from hwreplay.metrics_feed import MetricsError, MetricsFeed
+from hwreplay.metrics_feed import MetricsFeed
 from hwreplay.reports import ReportFeed
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig, WorkerConfig
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.tracker import InstanceTracker
+from profiles.engines.sglang_metrics import MetricsError
 from profiles.errors import VoltanaError
 from sim.policies.base import DECODE, PREFILL, Phase, RequestView
 

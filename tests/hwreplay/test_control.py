@@ -10,8 +10,8 @@ from hwreplay.actuator.client import ActuatorLostError
 from hwreplay.batch_feed import BatchNotice, Kind
 from hwreplay.control import ControlLoop, StaleLimits
 from hwreplay.loop_report import MAX_SAFE_STATES, Latencies, LoopReport
-from hwreplay.metrics_feed import IterationMetrics
 from hwreplay.tracker import InstanceTracker
+from profiles.engines.sglang_metrics import IterationMetrics
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, IdlePlan, InstanceState, Phase
 

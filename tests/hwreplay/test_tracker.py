@@ -10,8 +10,14 @@ import zmq
 
 from hwreplay.clock import RunClock
 from hwreplay.events import Event, EventFeed, EventPublisher, apply_event
-from hwreplay.metrics_feed import IterationMetrics, MetricsError, MetricsFeed, parse_metrics
-from hwreplay.tracker import InstanceTracker, step_time_s
+from hwreplay.metrics_feed import MetricsFeed
+from hwreplay.tracker import InstanceTracker
+from profiles.engines.sglang_metrics import (
+    IterationMetrics,
+    MetricsError,
+    parse_metrics,
+    step_time_s,
+)
 from sim.policies.base import Phase
 
 # Made by SGLang 0.5.23: worker decode-0, counter 7, 3.1 ms, 3 requests of 120 context tokens in
