@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from experiments.identity import run_key
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, SimConfig, make_config, read_toml
 
@@ -39,8 +40,8 @@ class Point:
 
     @property
     def key(self) -> str:
-        """File name of its result: the configuration's hash."""
-        return self.config.content_hash()
+        """Name of its result; see `experiments.identity`."""
+        return run_key(self.config)
 
 
 def read_sweep(path: Path) -> list[Point]:

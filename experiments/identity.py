@@ -1,0 +1,79 @@
+"""The key under which a run's result is kept: configuration, profile, data and program together.
+
+A changed table, trace, policy or simulator gives another key, so that a kept result is never that
+of another program. Of the policies count the files of those that the configuration names, and what
+all policies share.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Final
+
+import sim
+from experiments.runs import cached_profile
+from profiles import step_model
+from profiles.errors import VoltanaError
+from sim.config import SimConfig
+from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from sim.policies.spec import parse_spec
+
+_SHARED: Final = ("*.py", "engine/*.py", "workload/*.py", "workload/data/*", "policies/*.py")
+
+
+def run_key(config: SimConfig) -> str:
+    """First 16 hex digits of a SHA-256 over what determines the result.
+
+    A configuration that cannot run (it names a profile that is not there, say) has a key too.
+    """
+    parts = [config.content_hash(), _program()]
+    try:
+        parts.append(cached_profile(config.profile).content_hash)
+    except VoltanaError as error:
+        parts.append(str(error))
+    for spec in (config.prefill_controller_spec, config.decode_controller_spec):
+        parts += map(_content, _policy_files(spec, CONTROLLERS))
+    parts += map(_content, _policy_files(config.router, ROUTERS))
+    if config.trace is not None and Path(config.trace).is_file():
+        parts.append(_content(Path(config.trace)))
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
+    """The source of a policy, and the files that its parameters name."""
+    spec = parse_spec(text)
+    entry = known.get(spec.name)
+    source = inspect.getsourcefile(entry.make) if entry is not None else _own_module(spec.name)
+    if source is not None:
+        yield Path(source)
+    yield from (Path(value) for value in spec.arguments.values() if Path(value).is_file())
+
+
+def _own_module(name: str) -> str | None:
+    """The file of a user's policy, given by its module's name."""
+    try:
+        found = importlib.util.find_spec(name) if "." in name else None
+    except ModuleNotFoundError:
+        return None
+    return found.origin if found else None
+
+
+@lru_cache(maxsize=1)
+def _program() -> str:
+    folders = (Path(sim.__file__).parent, _SHARED), (Path(step_model.__file__).parent, ("*.py",))
+    paths = [p for folder, patterns in folders for each in patterns for p in folder.glob(each)]
+    return "".join(_content(path) for path in sorted(paths))
+
+
+def _content(path: Path) -> str:
+    return _digest(path, path.stat().st_mtime_ns)
+
+
+@lru_cache(maxsize=1024)
+def _digest(path: Path, changed_ns: int) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

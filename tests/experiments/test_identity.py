@@ -1,0 +1,62 @@
+"""The key of a run changes with everything that can change the result, and with nothing else."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+import profiles
+from experiments.identity import run_key
+from experiments.runs import cached_profile
+from sim.config import make_config
+
+
+def key(**settings: object) -> str:
+    cached_profile.cache_clear()
+    return run_key(make_config(dict(settings)))
+
+
+def test_the_configuration_counts() -> None:
+    assert key() == key()
+    assert len({key(), key(seed=2), key(controller="boost"), key(router="least-kv")}) == 4
+
+
+def test_the_profile_s_numbers_count(tmp_path: Path) -> None:
+    """A copy whose tables differ in one digit."""
+    source = Path(profiles.__file__).parent / "data" / "a100-80g-sxm" / "llama-3.1-8b"
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    before = key(profile=str(copy))
+    assert key(profile=str(copy)) == before
+    table = copy / "idle.csv"
+    header, first, *rest = table.read_text().splitlines()
+    table.write_text("\n".join([header, f"{first}.5", *rest]) + "\n")
+    assert key(profile=str(copy)) != before
+
+
+def test_a_trace_s_rows_count(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,10\n")
+    before = key(trace=str(trace))
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,11\n")
+    assert key(trace=str(trace)) != before
+
+
+def test_the_source_of_the_policy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A policy of the user's own, in a package of its own."""
+    package = tmp_path / "mine"
+    package.mkdir()
+    (package / "__init__.py").write_text("")
+    module = package / "policy.py"
+    module.write_text("# one\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before, other = key(controller="mine.policy"), key(controller="ecofreq")
+    module.write_text("# two\n")
+    assert key(controller="mine.policy") != before
+    assert key(controller="ecofreq") == other
+
+
+def test_what_cannot_run_has_a_key_too() -> None:
+    assert len({key(profile="nowhere"), key(controller="nothing"), key(router="no.module")}) == 3
