@@ -1,0 +1,90 @@
+"""The documentation builds without a warning, needs no network and names what there is."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from experiments.cli import make_app
+from experiments.docs_tables import TABLES, table
+from experiments.suite import list_experiments
+from profiles.errors import VoltanaError
+from sim.config import KEYS
+from sim.policies.registry import CONTROLLERS, ROUTERS
+from tests.conftest import ROOT
+
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+@pytest.mark.slow
+def test_it_builds_without_a_warning_and_loads_nothing_from_a_network(tmp_path: Path) -> None:
+    pytest.importorskip("mkdocstrings", reason="pip install 'voltana[docs]'")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+        env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "WARNING" not in done.stderr
+    pages = {p.relative_to(tmp_path / "site").as_posix() for p in tmp_path.rglob("*.html")}
+    assert {"index.html", "policies.html", "api/policies.html", "nomenclature.html"} <= pages
+    loaded = [
+        tag
+        for page in (tmp_path / "site").rglob("*.html")
+        for tag in re.findall(r"<(?:script|img|link)\b[^>]*>", page.read_text(encoding="utf-8"))
+        if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag) and "canonical" not in tag
+    ]
+    assert loaded == []
+
+
+def test_tables_show_what_the_code_has() -> None:
+    for name, known in (
+        ("controllers", CONTROLLERS),
+        ("routers", ROUTERS),
+        ("experiments", list_experiments()),
+        ("configuration", KEYS),
+    ):
+        shown = re.findall(r"^\| `([^`]+)` \|", table(name), flags=re.MULTILINE)
+        assert shown == list(known)
+    with pytest.raises(VoltanaError, match="no table 'router': did you mean"):
+        table("router")
+
+
+def test_every_mark_names_a_table() -> None:
+    for page in PAGES:
+        for name in re.findall(r"<!-- table: (\S+) -->", page.read_text(encoding="utf-8")):
+            assert name in TABLES, page
+
+
+def commands_of(page: Path) -> list[str]:
+    """`voltana …` lines of code blocks, continuations joined."""
+    text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+    found = re.findall(r"^ {4}(?:\$ |sudo )?(voltana .*)$", text, flags=re.MULTILINE)
+    return [line.partition("  #")[0].strip() for line in found]
+
+
+COMMANDS = [(page.relative_to(ROOT).as_posix(), c) for page in PAGES for c in commands_of(page)]
+
+
+def test_there_are_commands_to_check() -> None:
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("page", "line"), COMMANDS)
+def test_commands_in_the_text_exist_with_their_options(page: str, line: str) -> None:
+    command: Any = typer.main.get_command(make_app())
+    words = shlex.split(line)[1:]
+    while hasattr(command, "commands") and words:
+        assert words[0] in command.commands, f"{page}: no verb {words[0]}"
+        command = command.commands[words.pop(0)]
+    known = {option for parameter in command.params for option in parameter.opts}
+    used = {word.partition("=")[0] for word in words if word.startswith("--")}
+    assert used <= known, f"{page}: {line}"
