@@ -6,41 +6,34 @@ context ends all of them, however it is left, and removes the shared memory that
 
 from __future__ import annotations
 
-import http.client
 import os
-import signal
-import socket
 import subprocess
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
 
 from hwreplay.batch_feed import ENVIRONMENT as BATCH_SOCKET
+from profiles.engines.sglang_server import (
+    CPU_ARGUMENTS,
+    CPU_DECODE_ARGUMENTS,
+    CPU_ENVIRONMENT,
+    HOST,
+    PAIR_ARGUMENTS,
+    clean,
+    end,
+    find_shared_memory,
+    free_port,
+    is_ready,
+    kill,
+    metrics_arguments,
+    spawn,
+    wait_ready,
+)
 from profiles.errors import VoltanaError
 from sim.policies.base import DECODE, PREFILL, Phase
 
-HOST: Final = "127.0.0.1"
-POLL_S: Final = 0.5
-END_S: Final = 10.0
-SHARED_MEMORY: Final = "/dev/shm/"
-PROCESS_GROUP: Final = 2
-"""Its field in /proc/PID/stat, counted after the command's name."""
-ENVIRONMENT: Final = {
-    "SGLANG_USE_CPU_ENGINE": "1",
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-    "MC_FORCE_TCP": "1",
-    "MOONCAKE_PROTOCOL": "tcp",
-    "SGLANG_HOST_IP": HOST,
-}
-COMMON: Final = (
-    "--skip-tokenizer-init --device cpu --attention-backend torch_native --dtype bfloat16"
-    f" --host {HOST} --max-total-tokens 8192 --max-running-requests 16 --mem-fraction-static 0.1"
-    " --sleep-on-idle --disaggregation-transfer-backend mooncake"
-)
+__all__ = ["HOST", "Server", "find_shared_memory", "restart", "run_fleet"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,27 +63,11 @@ class Server:
 
     def kill(self) -> None:
         """End all its processes at once, as a crash of the machine would."""
-        self.shared_memory.update(find_shared_memory(self.process.pid))
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-        self.clean()
-
-    def clean(self) -> None:
-        """Remove what its processes have left in shared memory; they must have ended."""
-        for path in self.shared_memory:
-            path.unlink(missing_ok=True)
-        self.shared_memory.clear()
+        kill(self)
 
     def is_ready(self) -> bool:
         """Whether the server answers its health check."""
-        connection = http.client.HTTPConnection(HOST, self.port, timeout=5.0)
-        try:
-            connection.request("GET", "/health")
-            return connection.getresponse().status == http.client.OK
-        except OSError:
-            return False
-        finally:
-            connection.close()
+        return is_ready(self.port)
 
 
 @contextmanager
@@ -126,31 +103,30 @@ def run_fleet(
     try:
         for phase, instance_id in phases:
             servers.append(_start(python, directory / "model", logs, phase, instance_id, sockets))
-        _wait(servers, start_s)
+        wait_ready(servers, start_s)
         yield servers
     finally:
-        _end(servers)
+        end(servers)
 
 
 def _start(
     python: Path, model: Path, logs: Path, phase: Phase, instance_id: int, sockets: Path | None
 ) -> Server:
-    port = _free_port()
-    arguments = [*COMMON.split(), "--model-path", str(model), "--port", str(port)]
-    arguments += ["--disaggregation-mode", phase]
-    bootstrap_port = _free_port() if phase == PREFILL else None
+    port = free_port()
+    arguments = [*CPU_ARGUMENTS, *PAIR_ARGUMENTS, "--max-total-tokens", "8192"]
+    arguments += ["--model-path", str(model), "--port", str(port), "--disaggregation-mode", phase]
+    bootstrap_port = free_port() if phase == PREFILL else None
     if bootstrap_port is not None:
         arguments += ["--disaggregation-bootstrap-port", str(bootstrap_port)]
-    else:  # without a backup on the host, a decode server without a GPU dies at start
-        arguments += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+    else:
+        arguments += CPU_DECODE_ARGUMENTS
     name = f"{phase}-{instance_id}"
-    environment, metrics, batch_socket = os.environ | ENVIRONMENT, None, None
+    environment, metrics, batch_socket = os.environ | CPU_ENVIRONMENT, None, None
     if sockets is not None:
-        metrics, batch_socket = f"ipc://{sockets / name}", sockets / f"{name}.batch"
+        batch_socket = sockets / f"{name}.batch"
         environment[BATCH_SOCKET] = str(batch_socket)
-        arguments += ["--enable-forward-pass-metrics", "--forward-pass-metrics-worker-id", name]
-        arguments += ["--forward-pass-metrics-ipc-name", metrics]
-        metrics += ".0"  # the engine adds its data-parallel rank
+        published, metrics = metrics_arguments(name, sockets)
+        arguments += published
     command = (str(python), "-m", "sglang.launch_server", *arguments)
     log = logs / f"{name}.log"
     return Server(
@@ -158,7 +134,7 @@ def _start(
         instance_id=instance_id,
         port=port,
         bootstrap_port=bootstrap_port,
-        process=_spawn(command, environment, log),
+        process=spawn(command, environment, log),
         log=log,
         command=command,
         environment=environment,
@@ -178,79 +154,9 @@ def restart(servers: list[Server], server: Server, *, start_s: float = 180) -> S
     Raises:
         VoltanaError: It died again or was too late.
     """
-    server.clean()
-    process = _spawn(server.command, server.environment, server.log)
+    clean(server)
+    process = spawn(server.command, server.environment, server.log)
     found = replace(server, process=process)
     servers[servers.index(server)] = found
-    _wait([found], start_s)
+    wait_ready([found], start_s)
     return found
-
-
-def _spawn(
-    command: tuple[str, ...], environment: Mapping[str, str], log: Path
-) -> subprocess.Popen[bytes]:
-    with log.open("ab") as out:
-        return subprocess.Popen(
-            command,
-            env=environment,
-            stdout=out,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
-
-
-def _wait(servers: list[Server], limit_s: float) -> None:
-    deadline_s = time.monotonic() + limit_s
-    waiting = list(servers)
-    while waiting:
-        waiting = [server for server in waiting if not server.is_ready()]
-        for server in waiting:
-            if server.process.poll() is not None:
-                code = server.process.returncode
-                raise VoltanaError(f"{server.phase} server ended with {code}: see {server.log}")
-            if time.monotonic() > deadline_s:
-                raise VoltanaError(f"{server.phase} not ready in {limit_s} s: see {server.log}")
-        time.sleep(POLL_S if waiting else 0.0)
-    for server in servers:
-        server.shared_memory.update(find_shared_memory(server.process.pid))
-
-
-def _end(servers: list[Server]) -> None:
-    for server in servers:
-        server.shared_memory.update(find_shared_memory(server.process.pid))
-    for number in (signal.SIGTERM, signal.SIGKILL):
-        for server in servers:
-            try:
-                os.killpg(server.process.pid, number)
-            except ProcessLookupError:
-                continue
-        for server in servers:
-            try:
-                server.process.wait(END_S)
-            except subprocess.TimeoutExpired:
-                continue
-    for server in servers:
-        server.clean()
-
-
-def find_shared_memory(process_group: int) -> list[Path]:
-    """Files in /dev/shm that the processes of a group have mapped: load reports, semaphores."""
-    found = set()
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            if int(stat.read_text().rsplit(")", 1)[1].split()[PROCESS_GROUP]) != process_group:
-                continue
-            maps = (stat.parent / "maps").read_text()
-        except OSError:
-            continue  # it has just ended
-        for line in maps.splitlines():
-            path = line.partition(SHARED_MEMORY)[2]
-            if path and not path.endswith(" (deleted)"):
-                found.add(Path(SHARED_MEMORY + path))
-    return sorted(found)
