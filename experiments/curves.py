@@ -1,4 +1,7 @@
-"""The figure of an experiment: a column of axes a panel, a row a measure, a curve a series."""
+"""The figure of an experiment: a column of axes a panel, a row a measure, a curve a series.
+
+One panel alone lies down: its measures stand side by side.
+"""
 
 from __future__ import annotations
 
@@ -61,10 +64,14 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
             raise VoltanaError(f"[figure] names {wanted!r}{nearest(wanted, frame.columns)}")
     panels = list(dict.fromkeys(frame[PANEL]))
     styles = _styles(frame, spec)
+    flat = len(panels) == 1
     with mpl.rc_context(STYLE):
-        size = (max(3.1 * len(panels), 4.2), 2.3 * len(measures) + 0.8)
+        size = _size(len(panels), len(measures))
         figure = Figure(figsize=size, layout="constrained")
-        grid = figure.subplots(len(measures), len(panels), squeeze=False, sharex="col")
+        rows, columns = (1, len(measures)) if flat else (len(measures), len(panels))
+        grid = figure.subplots(rows, columns, squeeze=False, sharex="col")
+        if flat:  # the one panel lies down: its measures side by side
+            grid = grid.T
         for column, panel in enumerate(panels):
             part = frame[frame[PANEL] == panel]
             for row, measure in enumerate(measures):
@@ -76,6 +83,14 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
             ncols=_legend_columns(labels, size[0]),
         )  # fmt: skip
     return figure
+
+
+def _size(num_panels: int, num_measures: int) -> tuple[float, float]:
+    """Inches: panels are narrower where there are many."""
+    if num_panels == 1:
+        return 3.1 * num_measures, 3.3
+    width = 3.1 if num_panels <= 3 else 2.4
+    return max(width * num_panels, 4.2), 2.1 * num_measures + 0.8
 
 
 def _legend_columns(labels: list[str], width_in: float) -> int:
@@ -137,4 +152,5 @@ def _label(
                 axes.set_ylim(bottom=0)
     for column, panel in enumerate(panels):
         grid[0, column].set_title(panel, fontsize=9)
-        grid[-1, column].set_xlabel(spec.x_label)
+        for axes in grid[:, column] if len(panels) == 1 else grid[-1:, column]:
+            axes.set_xlabel(spec.x_label, fontsize=8 if len(panels) > 3 else 9)
