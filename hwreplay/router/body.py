@@ -22,6 +22,7 @@ CHARACTERS_PER_TOKEN: Final = 4.0
 """How a prompt that comes as text is counted: the router has no tokenizer."""
 DEFAULT_NEW_TOKENS: Final = {GENERATE: 128, COMPLETIONS: 16, CHAT: 128}
 END_OF_IDS: Final = 2**31
+MAX_TOP_LOGPROBS: Final = 1024
 
 
 class BadRequestError(VoltanaError):
@@ -55,6 +56,7 @@ _UNREADABLE: Final = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _encoder: Final = msgspec.json.Encoder()
 _object: Final = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _ids: Final = msgspec.json.Decoder(list[int])
+_optional_ids: Final = msgspec.json.Decoder(list[int] | None)
 _prompt: Final = msgspec.json.Decoder(str | list[str | int | list[int]])
 _text: Final = msgspec.json.Decoder(str)
 _flag: Final = msgspec.json.Decoder(bool | None)
@@ -103,6 +105,7 @@ def _generate(fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]
         tokens = _count_text(_read(fields, "text", _text))
     else:
         tokens = _count_ids(_read(fields, "input_ids", _ids), top)
+    _check_logprobs(fields, tokens, top)
     params = _read(fields, "sampling_params", _params, default=None) or {}
     new_tokens = params.get("max_new_tokens")
     if new_tokens is None:
@@ -112,6 +115,20 @@ def _generate(fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]
     if params.get("n", 1) != 1:
         raise BadRequestError("n must be 1: send one request for each answer")
     return tokens, new_tokens, params.get("ignore_eos") is True
+
+
+def _check_logprobs(fields: dict[str, msgspec.Raw], input_tokens: int, top: int) -> None:
+    """Ranges that SGLang 0.5.23 does not check and whose violation ends its server."""
+    start = _read(fields, "logprob_start_len", _count, default=None)
+    if start is not None and not -1 <= start <= input_tokens:
+        raise BadRequestError(f"logprob_start_len must be in -1..{input_tokens}, got {start}")
+    most = min(top, MAX_TOP_LOGPROBS)
+    number = _read(fields, "top_logprobs_num", _count, default=None)
+    if number is not None and not 0 <= number <= most:
+        raise BadRequestError(f"top_logprobs_num must be in 0..{most}, got {number}")
+    ids = _read(fields, "token_ids_logprob", _optional_ids, default=None)
+    if ids:
+        _count_ids(ids, top)
 
 
 def _openai(path: str, fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]:
