@@ -59,6 +59,7 @@ _ids: Final = msgspec.json.Decoder(list[int])
 _optional_ids: Final = msgspec.json.Decoder(list[int] | None)
 _prompt: Final = msgspec.json.Decoder(str | list[str | int | list[int]])
 _text: Final = msgspec.json.Decoder(str)
+_optional_text: Final = msgspec.json.Decoder(str | None)
 _flag: Final = msgspec.json.Decoder(bool | None)
 _count: Final = msgspec.json.Decoder(int | None)
 _params: Final = msgspec.json.Decoder(dict[str, Any] | None)
@@ -105,6 +106,7 @@ def _generate(fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]
         tokens = _count_text(_read(fields, "text", _text))
     else:
         tokens = _count_ids(_read(fields, "input_ids", _ids), top)
+    _read(fields, "rid", _optional_text, default=None)  # a list ends the stream, not the request
     _check_logprobs(fields, tokens, top)
     params = _read(fields, "sampling_params", _params, default=None) or {}
     new_tokens = params.get("max_new_tokens")

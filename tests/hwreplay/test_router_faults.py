@@ -219,6 +219,7 @@ WRONG: list[tuple[str, Any]] = [
     ("a huge number of logprobs", {"input_ids": [1], "top_logprobs_num": 10**6}),
     ("logprobs from before the prompt", {"input_ids": [1], "logprob_start_len": -100}),
     ("logprobs of no token", {"input_ids": [1], "token_ids_logprob": [2**40]}),
+    ("two names", {"input_ids": [1], "rid": ["a", "b"]}),
     ("stream as text", {"input_ids": [1], "stream": "yes"}),
 ]
 
