@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from profiles.catalog import Profile, load_profile
 from sim.config import SimConfig
 from sim.engine.simulate import simulate
 from sim.records import RunRecord
-from sim.workload.generate import make_workload
+from sim.workload.generate import diurnal_swing, make_workload, stream_diurnal
 from sim.workload.traces import open_trace
 from sim.workload.workload import Workload
 
@@ -39,10 +40,43 @@ def workload_of(config: SimConfig) -> Workload:
     return made if config.time_scale == 1.0 else made.scaled(config.time_scale)
 
 
-def run(config: SimConfig) -> RunRecord:
-    """Load what the configuration names and simulate it."""
+def stream_of(config: SimConfig) -> Iterator[Workload] | None:
+    """The same requests part by part in bounded memory; None where only `workload_of` has them.
+
+    A streamed day needs metrics=sketch, see `sim.engine.simulate`.
+    """
+    swing = diurnal_swing(config.arrivals)
+    if config.metrics != "sketch" or config.trace is not None or swing is None:
+        return None
+    duration_s = config.duration_s or DEFAULT_DURATION_S
+    parts = stream_diurnal(
+        config.workload,
+        mean_rps=config.rate_rps,
+        duration_s=duration_s,
+        seed=config.seed,
+        swing=swing,
+        period_s=duration_s,
+    )
+    return parts if config.time_scale == 1.0 else (p.scaled(config.time_scale) for p in parts)
+
+
+def run(
+    config: SimConfig,
+    *,
+    spill: Path | None = None,
+    watch: Callable[[Iterator[Workload]], Iterator[Workload]] = iter,
+) -> RunRecord:
+    """Load what the configuration names and simulate it.
+
+    Args:
+        config: What to run.
+        spill: See `sim.engine.simulate.simulate`.
+        watch: Looks at the parts of a streamed workload as they go by; for progress.
+    """
     profile: Profile = cached_profile(config.profile)
-    return simulate(config, profile, workload_of(config))
+    parts = stream_of(config)
+    requests = workload_of(config) if parts is None else watch(parts)
+    return simulate(config, profile, requests, spill=spill)
 
 
 @lru_cache(maxsize=4)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from profiles.errors import VoltanaError
 from sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
+from sim.workload.generate import PART_REQUESTS
+from sim.workload.workload import Workload
 
 _SET_HELP = "Set any configuration key, repeatable; the keys are listed below"
 _WIDTH = max(len(key) for key in KEYS)
@@ -45,9 +49,16 @@ def simulate(
     slo_itl_ms: Annotated[float | None, typer.Option(help="Promised ITL, ms")] = None,
     settings: Annotated[list[str] | None, typer.Option("--set", help=_SET_HELP)] = None,
     out: Annotated[Path | None, typer.Option(help="Write the run directory here")] = None,
+    spill: Annotated[
+        Path | None,
+        typer.Option(help="With metrics=sketch: a parquet file, one row a request as it ends"),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
     """Simulate one configuration and print its energy, latency and attainment.
+
+    A run too long to keep (ten million requests take minutes): --set metrics=sketch, with
+    --set arrivals=diurnal for a day that is drawn as it is simulated.
 
     Example: voltana simulate --workload sharegpt --rate 60 --controller ecofreq --router ecoroute
     """
@@ -62,10 +73,15 @@ def simulate(
     values = read_toml(config) if config else {}
     values |= {key: value for key, value in options.items() if value is not None}
     values |= parse_settings(settings or [])
-    _run(make_config(values, where=str(config) if config else "command line"), out, as_json=json)
+    _run(
+        make_config(values, where=str(config) if config else "command line"),
+        out,
+        spill,
+        as_json=json,
+    )
 
 
-def _run(config: SimConfig, out: Path | None, *, as_json: bool) -> None:
+def _run(config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bool) -> None:
     from experiments.runs import run
     from experiments.show import summary_json, summary_table
     from sim.metrics import summarise
@@ -73,6 +89,25 @@ def _run(config: SimConfig, out: Path | None, *, as_json: bool) -> None:
 
     if out is not None:
         refuse_existing(out)
-    record = run(config)
+    if spill is not None and spill.exists():
+        raise VoltanaError(f"{spill} is there already: name another file")
+    record = run(config, spill=spill, watch=_watch(config))
     summary = summarise(record) if out is None else write_run(record, out)
     typer.echo(summary_json(summary) if as_json else summary_table(config, summary))
+
+
+def _watch(config: SimConfig) -> Callable[[Iterator[Workload]], Iterator[Workload]]:
+    """A bar of the requests that have arrived, where a workload comes part by part."""
+    from rich.console import Console
+    from rich.progress import track
+
+    from experiments.runs import DEFAULT_DURATION_S
+
+    expected = config.rate_rps * (config.duration_s or DEFAULT_DURATION_S)
+
+    def watched(parts: Iterator[Workload]) -> Iterator[Workload]:
+        yield from track(
+            parts, "simulating", total=-(-expected // PART_REQUESTS), console=Console(stderr=True)
+        )
+
+    return watched

@@ -24,6 +24,10 @@ Gaps = Callable[[np.random.Generator, int], FloatArray]
 """Draws that many gaps with mean 1."""
 
 
+PART_REQUESTS: Final = 65_536
+"""Requests that a stream draws at a time, each block from a seed of its own."""
+
+
 def list_workloads() -> dict[str, str]:
     """Names that `make_workload` takes, with one line of explanation."""
     return list_lengths()
@@ -137,7 +141,7 @@ def stream_diurnal(
     seed: int,
     swing: float = SWING,
     period_s: float = DAY_S,
-    chunk_requests: int = 65_536,
+    chunk_requests: int = PART_REQUESTS,
 ) -> Iterator[Workload]:
     """An inhomogeneous Poisson day, chunk by chunk in bounded memory.
 
@@ -156,8 +160,8 @@ def stream_diurnal(
     total = float(cumulative(np.array([duration_s]))[0])
     reached, block = 0.0, 0
     while reached < total:
-        gaps = _stream(seed, "arrivals", block).standard_exponential(_BLOCK)
-        inputs, outputs = draw_lengths(name, _BLOCK, _stream(seed, "lengths", block))
+        gaps = _stream(seed, "arrivals", block).standard_exponential(PART_REQUESTS)
+        inputs, outputs = draw_lengths(name, PART_REQUESTS, _stream(seed, "lengths", block))
         sums = reached + np.cumsum(gaps)
         kept = int(np.searchsorted(sums, total, side="left"))
         times = _invert(cumulative, sums[:kept], duration_s)
@@ -170,9 +174,6 @@ def stream_diurnal(
                 name=f"{name}, diurnal",
             )
         reached, block = float(sums[-1]), block + 1
-
-
-_BLOCK = 65_536
 
 
 def _join(parts: list[Workload], name: str) -> Workload:

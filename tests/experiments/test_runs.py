@@ -1,0 +1,38 @@
+"""A streamed day is the same day."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from experiments.runs import run, stream_of, workload_of
+from sim.config import make_config
+from sim.metrics import summarise
+from sim.sketches import RELATIVE_ERROR
+
+DAY = {"arrivals": "diurnal:swing=0.5", "rate_rps": 20.0, "duration_s": 120.0, "time_scale": 0.8}
+
+
+def test_a_streamed_day_gives_what_the_whole_day_gives(tmp_path: Path) -> None:
+    spill = tmp_path / "rows.parquet"
+    exact = summarise(run(make_config(DAY)))
+    seen = []
+    streamed = run(
+        make_config({**DAY, "metrics": "sketch"}),
+        spill=spill,
+        watch=lambda parts: (seen.append(len(p)) or p for p in parts),  # type: ignore[func-returns-value]
+    )
+    sketched = summarise(streamed)
+    for name in ("energy_j", "makespan_s", "attainment", "itl_attainment"):
+        assert sketched[name] == pytest.approx(exact[name], rel=1e-9), name
+    assert sketched["ttft_s"]["p90"] == pytest.approx(
+        exact["ttft_s"]["p90"], rel=2 * RELATIVE_ERROR
+    )
+    assert sum(seen) == len(pd.read_parquet(spill)) == len(workload_of(make_config(DAY)))
+
+
+@pytest.mark.parametrize("settings", [{}, {"metrics": "sketch", "arrivals": "poisson"}])
+def test_only_a_sketched_day_is_streamed(settings: dict[str, str]) -> None:
+    assert stream_of(make_config({**DAY, **settings})) is None
