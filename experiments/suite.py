@@ -115,14 +115,15 @@ def read_experiment(path: Path, *, quick: bool = False) -> Experiment:
 def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
     """Add `saving_pct`, and reduce static pairs to the best one where the figure asks for it.
 
-    The saving is of energy, against the baseline series at the same x in the same panel.
+    The saving is of energy, against the baseline series at the same x in the same panel, run for
+    run: a seed is compared with the same seed, whose requests are the same.
 
     Raises:
         VoltanaError: The baseline, or the series to match, is named but was not run.
     """
     if PANEL not in frame:
         frame = frame.assign(**{PANEL: ""})
-    keys = [PANEL, figure.x]
+    keys = [PANEL, figure.x, *(["seed"] if "seed" in frame else [])]
     if figure.match is not None:
         frame = _with_matched_pair(frame, figure.series, figure.match, keys)
     if figure.baseline is None:

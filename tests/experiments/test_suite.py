@@ -110,6 +110,14 @@ def test_savings_and_the_matched_pair_by_hand() -> None:
     assert made.loc[made["policy"] == MATCHED_PAIR, "clocks"].tolist() == ["1200/1200"]
 
 
+def test_seeds_are_compared_pairwise() -> None:
+    frame = pd.concat([results().assign(seed=s) for s in (1, 2)], ignore_index=True)
+    frame["energy_j"] *= frame["seed"]  # other requests: everything costs more
+    made = with_saving(frame, spec())
+    saved = made[made["policy"] == "p"].set_index(["rate_rps", "seed"])["saving_pct"]
+    assert saved.to_dict() == pytest.approx({(10, 1): 30, (10, 2): 30, (20, 1): 25, (20, 2): 25})
+
+
 @pytest.mark.parametrize("figure", [spec(baseline="nobody"), spec(match="nobody")])
 def test_a_named_series_must_have_run(figure: FigureSpec) -> None:
     with pytest.raises(VoltanaError, match="no policy called 'nobody'"):
