@@ -10,7 +10,7 @@ import typer
 from profiles.errors import VoltanaError
 
 VERBS = (
-    "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "list",
+    "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "train", "list",
     "profile_gpu", "actuator", "router", "agent", "replay", "validate", "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""

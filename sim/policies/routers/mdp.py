@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -114,18 +114,23 @@ class Network(Decider):
     """A trained network's action of greatest value; see `sim.policies.mdp.observation`."""
 
     def __init__(self, policy: PolicyFile, context: PolicyContext) -> None:
-        count = sum(name.startswith("weight_") for name in policy.arrays)
-        self._layers = [(policy.arrays[f"weight_{k}"], policy.arrays[f"bias_{k}"])
-                        for k in range(count)]  # fmt: skip
+        self._arrays = policy.arrays
         self._top_mhz = context.clocks_mhz[-1]
 
     def choose(self, request: RequestView, decode: States, rate_rps: float) -> int:
-        values = observe(request, decode, rate_rps, self._top_mhz)
-        for number, (weight, bias) in enumerate(self._layers):
-            values = weight @ values + bias
-            if number + 1 < len(self._layers):
-                values = np.maximum(values, 0.0)
-        return int(np.argmax(values))
+        return int(
+            np.argmax(forward(self._arrays, observe(request, decode, rate_rps, self._top_mhz)))
+        )
+
+
+def forward(arrays: Mapping[str, npt.NDArray[Any]], values: npt.NDArray[Any]) -> npt.NDArray[Any]:
+    """Output of a policy file's network, rectified between its layers."""
+    count = len(arrays) // 2
+    for k in range(count):
+        values = arrays[f"weight_{k}"] @ values + arrays[f"bias_{k}"]
+        if k + 1 < count:
+            values = np.maximum(values, 0.0)
+    return values
 
 
 def nearest_rate(rates_rps: Sequence[float], rate_rps: float) -> int:

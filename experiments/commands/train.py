@@ -1,0 +1,98 @@
+"""`voltana train`: routing policies from the routing MDP."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, cast
+
+import typer
+
+from sim.config import make_config, parse_settings, read_toml
+
+if TYPE_CHECKING:
+    from experiments.training import Algorithm, Solver
+    from sim.rl.model import ClockRule
+
+train = typer.Typer(
+    name="train", help="Solve or learn a policy and write its file.", no_args_is_help=True
+)
+
+
+def register(app: typer.Typer) -> None:
+    """Add the verb."""
+    app.add_typer(train)
+
+
+@train.callback()
+def _verbs() -> None:
+    """Keeps `train` a group: what is trained is named after it."""
+
+
+@train.command("mdp")
+def train_mdp(
+    out: Annotated[Path, typer.Option(help="Policy file to write, for mdp:policy=FILE")],
+    rate: Annotated[
+        list[float],
+        typer.Option(help="Arrival rate, requests/s; repeat it: the router takes the nearest"),
+    ],
+    decode: Annotated[int | None, typer.Option(help="Decode instances; 2 by default")] = None,
+    solver: Annotated[
+        str,
+        typer.Option(
+            help="vi: exact, two instances; factored: by groups; q: Q-learning on the simulator;"
+            " sb3: a network, needs the extra rl"
+        ),
+    ] = "factored",
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file of configuration keys; options override it")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
+    ] = None,
+    penalty_j: Annotated[float, typer.Option(help="Joules that a late token counts as")] = 1.0,
+    clock_rule: Annotated[
+        str,
+        typer.Option(
+            help="Clocks in the model: ecofreq, ecomin, or free (bounds what control could save)"
+        ),
+    ] = "ecofreq",
+    width: Annotated[int, typer.Option(help="Requests of a batch bucket")] = 8,
+    max_requests: Annotated[int, typer.Option(help="Largest batch of the model")] = 300,
+    kv_buckets: Annotated[int, typer.Option(help="Buckets of KV tokens a request")] = 1,
+    group: Annotated[int, typer.Option(help="factored: instances of a group")] = 2,
+    episodes: Annotated[int, typer.Option(help="q: episodes")] = 40,
+    episode_s: Annotated[float, typer.Option(help="q, sb3: seconds of an episode")] = 200.0,
+    steps: Annotated[int, typer.Option(help="sb3: arrivals to learn from")] = 100_000,
+    algorithm: Annotated[str, typer.Option(help="sb3: ppo or dqn")] = "ppo",
+    seed: Annotated[int, typer.Option(help="q, sb3: seed of everything drawn")] = 1,
+) -> None:
+    """Train the `mdp` router for a fleet and a load; print its cost and bounds.
+
+    Cost is energy of the decode instances plus penalty times tokens later than the ITL promise,
+    per second, on the model of sim/rl/model.py. The file says which profile it was made for and
+    is refused with any other. q goes on from OUT.checkpoint if it was interrupted.
+    Example: voltana train mdp --rate 30 --out mdp.npz --set slo_itl_s=0.045
+    """
+    from experiments.training import TrainingPlan, describe
+    from experiments.training import train as run
+
+    values = (read_toml(config) if config else {}) | parse_settings(settings or [])
+    if decode is not None:
+        values["num_decode"] = decode
+    plan = TrainingPlan(
+        config=make_config(values, where=str(config) if config else "command line"),
+        rates_rps=tuple(sorted(set(rate))),
+        solver=cast("Solver", solver),
+        penalty_j=penalty_j,
+        clock_rule=cast("ClockRule", clock_rule),
+        width_requests=width,
+        max_requests=max_requests,
+        kv_buckets=kv_buckets,
+        group_size=group,
+        episodes=episodes,
+        episode_s=episode_s,
+        steps=steps,
+        algorithm=cast("Algorithm", algorithm),
+        seed=seed,
+    )  # the plan checks the words
+    typer.echo(describe(run(plan, out), out))
