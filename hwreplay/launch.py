@@ -12,6 +12,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Final
 
 from hwreplay.batch_feed import ENVIRONMENT as BATCH_SOCKET
 from profiles.engines.sglang_server import (
@@ -32,6 +33,10 @@ from profiles.engines.sglang_server import (
 )
 from profiles.errors import VoltanaError
 from sim.policies.base import DECODE, PREFILL, Phase
+
+REPLAY_ARGUMENTS: Final = ("--max-total-tokens", "8192", "--incremental-streaming-output")
+"""Each event of a stream holds its new tokens alone: without it a long answer costs the servers
+more with every token, on the cores that they compute on."""
 
 __all__ = ["HOST", "Server", "find_shared_memory", "restart", "run_fleet"]
 
@@ -113,7 +118,7 @@ def _start(
     python: Path, model: Path, logs: Path, phase: Phase, instance_id: int, sockets: Path | None
 ) -> Server:
     port = free_port()
-    arguments = [*CPU_ARGUMENTS, *PAIR_ARGUMENTS, "--max-total-tokens", "8192"]
+    arguments = [*CPU_ARGUMENTS, *PAIR_ARGUMENTS, *REPLAY_ARGUMENTS]
     arguments += ["--model-path", str(model), "--port", str(port), "--disaggregation-mode", phase]
     bootstrap_port = free_port() if phase == PREFILL else None
     if bootstrap_port is not None:
