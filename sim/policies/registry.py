@@ -29,7 +29,7 @@ from sim.policies.controllers import (
     profiled,
     throttllm,
 )
-from sim.policies.routers import ecoroute, mdp, packing, simple, split
+from sim.policies.routers import consolidate, ecoroute, mdp, packing, simple, split
 from sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -102,6 +102,9 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "ecoroute": Entry(make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters),
     "ecoroute-tile": Entry(make=ecoroute.EcoRouteTile, parameters=ecoroute.EcoRouteTileParameters),
     "slo-pack": Entry(make=packing.SloPack, parameters=packing.SloPackParameters),
+    "consolidate": Entry(
+        make=consolidate.Consolidate, parameters=consolidate.ConsolidateParameters
+    ),
     "latency-headroom": Entry(
         make=packing.LatencyHeadroom, parameters=packing.LatencyHeadroomParameters
     ),

@@ -10,6 +10,7 @@ larger batch, not the present one, has to keep the promise.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Final
 
 from sim.policies.base import (
     DECODE,
@@ -28,7 +29,18 @@ from sim.policies.spec import parameter
 class EcoMinParameters:
     """Parameters of `ecomin`; all defaults are ours."""
 
-    headroom_frac: float = parameter(0.05, "part of the promise kept in reserve", low=0, high=0.9)
+    headroom_frac: float = parameter(
+        0.15, "part of the promise kept in reserve; below 0 aims past it", low=-1.0, high=0.9
+    )
+    reserve_frac: float = parameter(
+        0.25, "decode: further part kept in reserve below the clock of least energy a token",
+        low=0, high=0.9,
+    )  # fmt: skip
+    drain_gaps_ratio: float = parameter(
+        5.0,
+        "decode: mean gaps between new requests after which, without one, a batch is draining",
+        low=0,
+    )
     quantile_ratio: float = parameter(
         0.95, "quantile of observed / corrected time that corrected times are multiplied by",
         low=0.5, high=0.999,
@@ -40,16 +52,26 @@ class EcoMinParameters:
         500.0, "iterations that the least-squares correction of predictions looks back", low=2
     )
     dwell_s: float = parameter(0.25, "shortest time before the clock may fall again", low=0)
-    idle_s: float = parameter(1.0, "idle time before parking at the least idle power", low=0)
+    idle_s: float = parameter(0.05, "idle time before parking at the least idle power", low=0)
     num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
     frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
+
+
+_GAP_STEP: Final = 0.1
+"""Weight of the last gap between new requests in their mean."""
+_SHORTEST_GAP_S: Final = 0.05
+"""About an iteration: shorter gaps cannot be told."""
 
 
 class EcoMin(Controller):
     """Least energy per token among the clocks whose corrected prediction keeps the promise.
 
     Decode: among clocks f with q·T(f, b', t') <= SLO·(1 - headroom), the one with the least power;
-    b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b.
+    b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b. Below the
+    clock of least energy an iteration, where power falls by little and the batch grows by much, the
+    limit is lower by SLO·reserve, so that chance does not force far dearer clocks soon after. A
+    batch that no request has joined for `drain_gaps` mean gaps is draining: its work is given, not
+    its rate, and it runs no slower than that clock.
     Prefill: among clocks with delay + q·T <= limit and 2·q·T <= limit (who arrives during the batch
     waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
     (P - idle)·T.
@@ -61,12 +83,13 @@ class EcoMin(Controller):
     for little. A rise of the clock acts at once, a fall waits for `dwell_s`.
     Idle: after `idle_s` lock the clock of least idle power.
 
-    Source: ours; RIVALS C3 names the idea (EcoFreq with an energy term).
+    Source: ours; EcoFreq with an energy term.
     """
 
     __slots__ = (
-        "_changed_s", "_context", "_correction", "_decision_mhz", "_levels_mhz", "_park_mhz",
-        "_predicted_at_mhz", "_settings", "_top_mhz",
+        "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz", "_gap_s",
+        "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz", "_settings",
+        "_top_mhz",
     )  # fmt: skip
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
@@ -86,6 +109,9 @@ class EcoMin(Controller):
         self._predicted_at_mhz = -1
         self._changed_s = 0.0
         self._park_mhz = min((UNLOCKED_MHZ, *self._levels_mhz), key=context.power.idle_power_w)
+        self._park_w = context.power.idle_power_w(self._park_mhz)
+        self._open = 0
+        self._came_s = self._gap_s = 0.0
 
     def decide(self, state: InstanceState) -> int:
         if state.last_batch_size > 0:
@@ -120,17 +146,44 @@ class EcoMin(Controller):
             return self._top_mhz
         batch = max(state.num_running, state.last_batch_size)
         tokens = max(state.kv_tokens, state.last_tokens)
-        limit_s = self._context.slo_itl_s * (1.0 - self._settings.headroom_frac)
+        settings = self._settings
+        limit_s = self._context.slo_itl_s * (1.0 - settings.headroom_frac)
+        roomy_s = limit_s - self._context.slo_itl_s * settings.reserve_frac
         now_s = self._predict_s(state.clock_mhz or self._top_mhz, batch, tokens)
+        bottom_mhz = self._bottom_mhz(batch, tokens)
+        if self._is_draining(state):
+            roomy_s = 0.0
         best_mhz, best_w = self._top_mhz, float("inf")
         for clock in self._levels_mhz:
+            if clock == bottom_mhz:
+                roomy_s = limit_s
             growth = max(self._predict_s(clock, batch, tokens) / now_s, 1.0)
             settled_s = self._predict_s(clock, int(batch * growth), int(tokens * growth))
-            if self._correction.ratio * settled_s <= limit_s:
+            if self._correction.ratio * settled_s <= roomy_s:
                 power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
                 if power_w < best_w:
                     best_mhz, best_w = clock, power_w
         return best_mhz
+
+    def _bottom_mhz(self, batch: int, tokens: int) -> int:
+        """The clock of least energy above idle for the work of one iteration."""
+        power = self._context.power
+
+        def energy_j(clock: int) -> float:
+            above_w = power.power_w(DECODE, clock, batch, tokens) - self._park_w
+            return above_w * self._predict_s(clock, batch, tokens)
+
+        return min(self._levels_mhz, key=energy_j)
+
+    def _is_draining(self, state: InstanceState) -> bool:
+        """Whether requests leave and none has come for longer than chance explains."""
+        if state.open_requests > self._open:
+            gap_s = state.now_s - self._came_s
+            self._gap_s += _GAP_STEP * (gap_s - self._gap_s)
+            self._came_s = state.now_s
+        self._open = state.open_requests
+        quiet_s = state.now_s - self._came_s
+        return quiet_s > self._settings.drain_gaps_ratio * max(self._gap_s, _SHORTEST_GAP_S)
 
     def _for_prefill(self, state: InstanceState) -> int:
         context = self._context

@@ -139,8 +139,39 @@ def test_falls_wait_for_the_dwell_and_rises_do_not() -> None:
     assert made.decide(state) == 1000
 
 
+class FlatterPower(CubicPower):
+    """150 W + 20 W·f/1400: power says slow, energy (P - 50 W)·T says fast."""
+
+    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        return 150.0 + 20.0 * frequency_mhz / 1400
+
+
+def flatter(spec: str) -> Any:  # noqa: ANN401
+    return make_controller(spec, replace(make_context(LineFormula()), power=FlatterPower()))
+
+
+def test_below_the_cheapest_clock_a_reserve_is_kept() -> None:
+    """(P - 50)·T goes as 114.3/1000, 117.1/1200, 120/1400: the cheapest work is at 1400 MHz.
+
+    10 requests, 10,000 tokens, now at 1400 MHz: settled at 1000 MHz 28 ms, at 1200 MHz 11 requests
+    and 11,666 tokens = 18.9 ms. Half of the 50 ms in reserve leaves 1200; no reserve leaves 1000.
+    """
+    assert flatter("ecomin:headroom=0,dwell=0,reserve=0.5").decide(busy(10, 10_000)) == 1200
+    assert flatter("ecomin:headroom=0,dwell=0,reserve=0").decide(busy(10, 10_000)) == 1000
+
+
+def test_a_draining_batch_does_not_run_below_the_cheapest_clock() -> None:
+    """10 requests come at 2 s (mean gap 0.1·2 s); 5 gaps are 1 s: quiet since 2.9, 3.1 s."""
+    made = flatter("ecomin:headroom=0,dwell=0,reserve=0")
+    state = busy(10, 10_000)
+    for now_s, known, expected in ((2.0, 10, 1000), (2.9, 10, 1000), (3.1, 10, 1400),
+                                   (3.2, 11, 1000)):  # fmt: skip
+        state.now_s, state.open_requests = now_s, known
+        assert made.decide(state) == expected
+
+
 def test_idle_parks_at_the_least_idle_power() -> None:
-    assert controller().on_idle(decode_state()) == IdlePlan(after_s=1.0, clock_mhz=1000)
+    assert controller().on_idle(decode_state()) == IdlePlan(after_s=0.05, clock_mhz=1000)
 
 
 def test_a_constant_load_does_not_flap() -> None:

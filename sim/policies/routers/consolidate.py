@@ -1,0 +1,180 @@
+"""Consolidation: as few decode instances as cost the least power, the others left to rest. Ours."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from sim.policies.base import DECODE, PREFILL, InstanceState, PolicyContext, RequestView, Router
+from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.spec import parameter
+
+States = Sequence[InstanceState]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ConsolidateParameters:
+    """Parameters of `consolidate`; all defaults are ours."""
+
+    headroom_frac: float = parameter(
+        0.1, "part of the ITL promise kept free on the instances in use", low=-1.0, high=0.9
+    )
+    period_s: float = parameter(0.25, "time between two looks at how many are needed", low=0.001)
+    memory_s: float = parameter(3.0, "time constant of the mean token rate", low=0.0)
+    dwell_s: float = parameter(5.0, "shortest time before one fewer is used again", low=0.0)
+    gain_frac: float = parameter(
+        0.05, "part of the power that one fewer has to save", low=0.0, high=1.0
+    )
+    prefill_frac: float = parameter(
+        0.7, "part of the TTFT promise that prefill queues may be packed to; 0 spreads", low=0,
+        high=1,
+    )  # fmt: skip
+    num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
+    frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
+
+
+class Consolidate(Router):
+    """New requests go to the first k decode instances; k is the number that needs the least power.
+
+    A busy decode instance draws nearly the same power whatever its batch, an idle one a fifth of
+    it. The fleet's token rate R is the sum of n/T over the instances (n running requests, T
+    predicted at the present clock), averaged over `memory_s`. For each k, R/k each: at a clock f
+    the batch settles at the least b with b >= R/k·T(f, b) (Little's law), and the least power of
+    those f with T <= SLO·(1 - headroom) is k's price, less the idle power that k instances would
+    draw anyway. Every `period_s` the cheapest k is taken: a larger one at once, one fewer if it
+    saves `gain_frac` and the last change is `dwell_s` ago. If no k keeps the promise: all. Among
+    the k, the fewest open requests; where one more would break the promise at the top clock (the
+    next tile of a batch may cost a quarter more time), k grows by one. An instance that is left
+    out finishes what it has and falls idle; its controller then parks it.
+
+    Prefill: the fullest instance where the running batch, the queue and this prompt together take
+    no more than prefill_frac·SLO_TTFT at its clock (fuller batches cost less energy a token), else
+    the one that has the least before it.
+
+    Source: ours. Near: KAIROS's consolidate-then-spread and slo-pack, which fill one instance to
+    its limit first.
+    """
+
+    __slots__ = (
+        "_active", "_changed_s", "_context", "_levels_mhz", "_limit_s", "_park_w", "_planned_s",
+        "_prefill_s", "_rate", "_settings",
+    )  # fmt: skip
+
+    def __init__(self, parameters: ConsolidateParameters, context: PolicyContext) -> None:
+        clocks = context.clocks_mhz
+        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
+        self._levels_mhz = clock_list(clocks, parameters.frequencies_mhz, spread, "consolidate")
+        self._settings = parameters
+        self._context = context
+        self._limit_s = context.slo_itl_s * (1.0 - parameters.headroom_frac)
+        self._prefill_s = context.slo_ttft_s * parameters.prefill_frac
+        self._park_w = min(context.power.idle_power_w(clock) for clock in self._levels_mhz)
+        self._active = 1
+        self._rate = 0.0
+        self._planned_s = 0.0
+        self._changed_s = float("-inf")
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+        elapsed_s = request.arrival_s - self._planned_s
+        if elapsed_s >= self._settings.period_s:
+            self._planned_s = request.arrival_s
+            self._plan(decode, elapsed_s)
+        tokens = request.input_tokens
+        return self._pick_prefill(tokens, prefill), self._pick_decode(tokens, decode)
+
+    def _pick_decode(self, tokens: int, decode: States) -> int:
+        active = min(self._active, len(decode))
+        chosen = min(range(active), key=lambda i: decode[i].open_requests)
+        state = decode[chosen]
+        if active < len(decode) and not self._keeps(state.open_requests + 1, state, tokens):
+            self._use(active + 1)
+            return active
+        return chosen
+
+    def _keeps(self, batch: int, state: InstanceState, tokens: int) -> bool:
+        c = self._context
+        context_tokens = state.kv_load_tokens + tokens
+        return (
+            c.predictor.predict_s(DECODE, c.clocks_mhz[-1], batch, context_tokens) <= self._limit_s
+        )
+
+    def _use(self, active: int) -> None:
+        if active != self._active:
+            self._active = active
+            self._changed_s = self._planned_s
+
+    def _pick_prefill(self, tokens: int, prefill: States) -> int:
+        waits_s = [self._prefill_wait_s(state, tokens) for state in prefill]
+        fits = [i for i, wait_s in enumerate(waits_s) if wait_s <= self._prefill_s]
+        if fits:
+            return max(fits, key=lambda i: (waits_s[i], -i))
+        return min(range(len(prefill)), key=lambda i: waits_s[i])
+
+    def _prefill_wait_s(self, state: InstanceState, tokens: int) -> float:
+        """Predicted time to the end of a prompt's prefill, were it sent there."""
+        predict_s = self._context.predictor.predict_s
+        clock = state.clock_mhz or self._context.clocks_mhz[-1]
+        own_s = predict_s(PREFILL, clock, state.num_waiting + 1, state.waiting_tokens + tokens)
+        if state.num_running == 0:
+            return own_s
+        return own_s + predict_s(PREFILL, clock, state.num_running, max(state.kv_tokens, 1))
+
+    def _plan(self, decode: States, elapsed_s: float) -> None:
+        """Choose how many instances new requests go to."""
+        c, settings = self._context, self._settings
+        running = sum(s.num_running for s in decode)
+        rate = sum(
+            s.num_running
+            / c.predictor.predict_s(
+                DECODE, s.clock_mhz or c.clocks_mhz[-1], s.num_running, max(s.kv_tokens, 1)
+            )
+            for s in decode
+            if s.num_running
+        )
+        self._rate += (rate - self._rate) * elapsed_s / (elapsed_s + settings.memory_s)
+        if not running:
+            return
+        context_tokens = sum(s.kv_tokens for s in decode) / running
+        active = min(self._active, len(decode))
+        wanted = self._cheapest(active, context_tokens, len(decode))
+        if wanted > active:
+            self._use(wanted)
+        elif wanted < active and self._planned_s - self._changed_s >= settings.dwell_s:
+            self._use(active - 1)
+
+    def _cheapest(self, active: int, context_tokens: float, most: int) -> int:
+        best, best_w = most, float("inf")
+        for k in range(1, most + 1):
+            total_w = k * self._price_w(self._rate / k, context_tokens)
+            if k < active:  # it has to be worth the change
+                total_w *= 1.0 + self._settings.gain_frac
+            if total_w < best_w:
+                best, best_w = k, total_w
+        return best
+
+    def _price_w(self, rate: float, context_tokens: float) -> float:
+        """Least power above idle at that token rate; infinite if the promise can't be kept."""
+        best_w = float("inf")
+        for clock in self._levels_mhz:
+            batch = self._settled_batch(rate, context_tokens, clock)
+            if batch is not None:
+                tokens = max(int(batch * context_tokens), 1)
+                power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
+                best_w = min(best_w, power_w - self._park_w)
+        return best_w
+
+    def _settled_batch(self, rate: float, context_tokens: float, clock: int) -> int | None:
+        """The least b (in steps) with b >= rate·T(b), if the promise is kept there."""
+        predict_s = self._context.predictor.predict_s
+        for batch in range(_STEP, int(rate * self._limit_s) + 2 * _STEP, _STEP):
+            time_s = predict_s(DECODE, clock, batch, max(int(batch * context_tokens), 1))
+            if time_s > self._limit_s:
+                return None
+            if batch >= rate * time_s:
+                return batch
+        return None
+
+
+_STEP: Final = 8
+"""Batch sizes looked at: every graph size of the engine."""
