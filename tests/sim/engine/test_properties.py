@@ -34,7 +34,9 @@ POLICY = st.fixed_dictionaries(
     {
         "controller": st.sampled_from(
             ["static:f=700", "static", "boost", "ecofreq", "ecofreq:idle=0.1,margin=0.2",
-             "ecofreq:frequencies=700+1000+1400"]
+             "ecofreq:frequencies=700+1000+1400", "ecomin", "throttllm", "oracle",
+             "agft:window=0.05,settle=0.01,num_baseline=2", "rapid:period=0.05,cooldown=0.1",
+             "polca:budget=700,lag=0.05,brake_lag=0.02,period=0.05"]
         ),
         "router": st.sampled_from(
             ["random", "round-robin", "least-requests", "least-kv", "ecoroute", "ecoroute:tile=2",
