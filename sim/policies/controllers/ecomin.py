@@ -88,8 +88,8 @@ class EcoMin(Controller):
 
     __slots__ = (
         "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz", "_gap_s",
-        "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz", "_settings",
-        "_top_mhz",
+        "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz", "_rankings",
+        "_settings", "_top_mhz",
     )  # fmt: skip
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
@@ -110,6 +110,7 @@ class EcoMin(Controller):
         self._changed_s = 0.0
         self._park_mhz = min((UNLOCKED_MHZ, *self._levels_mhz), key=context.power.idle_power_w)
         self._park_w = context.power.idle_power_w(self._park_mhz)
+        self._rankings: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
         self._open = 0
         self._came_s = self._gap_s = 0.0
 
@@ -144,36 +145,40 @@ class EcoMin(Controller):
     def _for_decode(self, state: InstanceState) -> int:
         if state.num_waiting > 0:
             return self._top_mhz
+        settings, ratio = self._settings, self._correction.ratio
         batch = max(state.num_running, state.last_batch_size)
         tokens = max(state.kv_tokens, state.last_tokens)
-        settings = self._settings
         limit_s = self._context.slo_itl_s * (1.0 - settings.headroom_frac)
         roomy_s = limit_s - self._context.slo_itl_s * settings.reserve_frac
-        now_s = self._predict_s(state.clock_mhz or self._top_mhz, batch, tokens)
-        bottom_mhz = self._bottom_mhz(batch, tokens)
         if self._is_draining(state):
             roomy_s = 0.0
-        best_mhz, best_w = self._top_mhz, float("inf")
-        for clock in self._levels_mhz:
-            if clock == bottom_mhz:
-                roomy_s = limit_s
+        now_s = self._predict_s(state.clock_mhz or self._top_mhz, batch, tokens)
+        bottom_mhz, by_power = self._ranking(batch, tokens)
+        for clock in by_power:
             growth = max(self._predict_s(clock, batch, tokens) / now_s, 1.0)
             settled_s = self._predict_s(clock, int(batch * growth), int(tokens * growth))
-            if self._correction.ratio * settled_s <= roomy_s:
-                power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
-                if power_w < best_w:
-                    best_mhz, best_w = clock, power_w
-        return best_mhz
+            if ratio * settled_s <= (roomy_s if clock < bottom_mhz else limit_s):
+                return clock
+        return self._top_mhz
 
-    def _bottom_mhz(self, batch: int, tokens: int) -> int:
-        """The clock of least energy above idle for the work of one iteration."""
-        power = self._context.power
+    def _ranking(self, batch: int, tokens: int) -> tuple[int, tuple[int, ...]]:
+        """The clock of least energy above idle for one such iteration; all clocks by power.
 
-        def energy_j(clock: int) -> float:
-            above_w = power.power_w(DECODE, clock, batch, tokens) - self._park_w
-            return above_w * self._predict_s(clock, batch, tokens)
-
-        return min(self._levels_mhz, key=energy_j)
+        Worked out once for batches alike: neither turns on a few tokens.
+        """
+        key = batch >> 2, tokens >> 11
+        ranking = self._rankings.get(key)
+        if ranking is None:
+            power, predictor = self._context.power, self._context.predictor
+            watts = {f: power.power_w(DECODE, f, batch, tokens) for f in self._levels_mhz}
+            above_j = {
+                f: (watts[f] - self._park_w) * predictor.predict_s(DECODE, f, batch, tokens)
+                for f in self._levels_mhz
+            }
+            bottom_mhz = min(self._levels_mhz, key=lambda f: above_j[f])
+            ranking = bottom_mhz, tuple(sorted(self._levels_mhz, key=lambda f: watts[f]))
+            self._rankings[key] = ranking
+        return ranking
 
     def _is_draining(self, state: InstanceState) -> bool:
         """Whether requests leave and none has come for longer than chance explains."""
