@@ -47,7 +47,8 @@ class TrainingPlan:
     rates_rps: tuple[float, ...]
     """Ascending; learners take one."""
     solver: Solver = "factored"
-    penalty_j: float = 1.0
+    penalty_j: float = 0.1
+    """Of a late token: about what a token's energy is (ours)."""
     clock_rule: ClockRule = "ecofreq"
     width_requests: int = 8
     """Batch buckets beyond the smallest ones."""

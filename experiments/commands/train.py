@@ -49,7 +49,9 @@ def train_mdp(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
     ] = None,
-    penalty_j: Annotated[float, typer.Option(help="Joules that a late token counts as")] = 1.0,
+    penalty_j: Annotated[
+        float, typer.Option(help="Joules that a late token counts as; more is safer")
+    ] = 0.1,
     clock_rule: Annotated[
         str,
         typer.Option(
