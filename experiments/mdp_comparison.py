@@ -1,0 +1,137 @@
+"""The mdp router beside others on two fleets: the table of docs/mdp.md.
+
+python -m experiments.mdp_comparison --out results/mdp
+
+trains the policies that are missing, runs what has not been run and prints Markdown.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import pandas as pd
+
+from experiments.compare import keeps_slo
+from experiments.grid import STATIC_PAIR, Point, expand
+from experiments.sweep import run_sweep
+from experiments.training import TrainingPlan, train
+from profiles.errors import VoltanaError
+from sim.config import make_config
+
+SEEDS: Final = (21, 22, 23)
+ROUTERS: Final = ("round-robin", "ecoroute", "min-delta-energy")
+REFERENCE: Final = "ecofreq + ecoroute"
+BEST_PAIR: Final = "best static pair + ecoroute"
+BASE: Final = {
+    "workload": "sharegpt", "duration_s": 120, "slo_ttft_s": 0.6, "slo_itl_s": 0.045,
+    "controller": "ecofreq",
+}  # fmt: skip
+PAIR_CLOCKS_MHZ: Final = (1005, 1095, 1200, 1410)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Setting:
+    """A fleet, the loads it is compared at, and the policies trained for it."""
+
+    name: str
+    num_prefill: int
+    num_decode: int
+    rates_rps: tuple[float, ...]
+
+    @property
+    def base(self) -> dict[str, Any]:
+        """Configuration keys of every run."""
+        return {**BASE, "num_prefill": self.num_prefill, "num_decode": self.num_decode}
+
+
+SETTINGS: Final = (
+    Setting(name="2P2D", num_prefill=2, num_decode=2, rates_rps=(20, 30, 36)),
+    Setting(name="1P4D", num_prefill=1, num_decode=4, rates_rps=(15, 20, 25)),
+)
+
+
+def compare_setting(setting: Setting, out: Path, *, jobs: int | None = None) -> pd.DataFrame:
+    """Train, run and average over seeds: one row a rate and policy."""
+    policy = out / f"{setting.name}.npz"
+    if not policy.exists():
+        train(TrainingPlan(config=make_config(setting.base), rates_rps=setting.rates_rps), policy)
+    frame = run_sweep(_points(setting, policy), out / setting.name, jobs=jobs)
+    numbers = ["energy_j", "ttft_attainment", "itl_attainment", "energy_per_output_token_j"]
+    means = frame.groupby(["rate_rps", "policy"], sort=False)[numbers].mean().reset_index()
+    means = means.assign(keeps_slo=keeps_slo(means))
+    rows = [_at_rate(at_rate) for _, at_rate in means.groupby("rate_rps", sort=True)]
+    return pd.concat(rows, ignore_index=True)
+
+
+def _points(setting: Setting, policy: Path) -> list[Point]:
+    routers = {f"ecofreq + {name}": name for name in ROUTERS}
+    routers["ecofreq + mdp"] = f"mdp:policy={policy}"
+    data = {
+        "base": setting.base,
+        "grid": {
+            "rate_rps": list(setting.rates_rps),
+            "seed": list(SEEDS),
+            "policy": [{"name": name, "router": router} for name, router in routers.items()],
+        },
+        "static_pairs": {"clocks_mhz": list(PAIR_CLOCKS_MHZ), "router": "ecoroute"},
+    }
+    return expand(data, "mdp comparison")
+
+
+def _at_rate(frame: pd.DataFrame) -> pd.DataFrame:
+    """The policies, the best static pair last; savings against `REFERENCE`."""
+    is_pair = frame["policy"].str.startswith(STATIC_PAIR)
+    pairs, rest = frame[is_pair], frame[~is_pair]
+    kept = pairs[pairs["keeps_slo"]]
+    if kept.empty:
+        worse = pairs[["ttft_attainment", "itl_attainment"]].min(axis=1)
+        best = pairs.loc[[worse.idxmax()]]
+    else:
+        best = kept.loc[[kept["energy_j"].idxmin()]]
+    clocks = best["policy"].iloc[0].removeprefix(f"{STATIC_PAIR} ")
+    rows = pd.concat([rest, best.assign(policy=f"{BEST_PAIR} ({clocks})")])
+    reference_j = float(rest.loc[rest["policy"] == REFERENCE, "energy_j"].iloc[0])
+    return rows.assign(saving_pct=100.0 * (1.0 - rows["energy_j"] / reference_j))
+
+
+def markdown(setting: Setting, frame: pd.DataFrame) -> str:
+    """The table of one fleet."""
+    head = [
+        f"{setting.name}, requests/s", "policy", "energy kJ", "J/token", "saving %", "TTFT ok",
+        "ITL ok", "keeps SLO",
+    ]  # fmt: skip
+    rows = [head, ["---:", "---", *["---:"] * 5, "---"]]
+    rows += [
+        [
+            f"{row['rate_rps']:g}", str(row["policy"]), f"{row['energy_j'] / 1e3:.1f}",
+            f"{row['energy_per_output_token_j']:.4f}", f"{row['saving_pct']:.1f}",
+            f"{100 * row['ttft_attainment']:.2f} %", f"{100 * row['itl_attainment']:.2f} %",
+            "yes" if row["keeps_slo"] else "no",
+        ]
+        for row in frame.to_dict("records")
+    ]  # fmt: skip
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Print the tables."""
+    parser = argparse.ArgumentParser(description="The mdp router beside others.")
+    parser.add_argument("--out", type=Path, default=Path("results/mdp"))
+    parser.add_argument("--jobs", type=int, default=None)
+    chosen = parser.parse_args(arguments)
+    for setting in SETTINGS:
+        frame = compare_setting(setting, chosen.out, jobs=chosen.jobs)
+        sys.stdout.write(f"{markdown(setting, frame)}\n\n")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except VoltanaError as error:
+        sys.stderr.write(f"{error}\n")
+        raise SystemExit(2) from None
