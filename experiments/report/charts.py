@@ -15,7 +15,7 @@ from plotly.subplots import make_subplots
 from experiments.compare import BEST_PAIR, best_pair
 from experiments.curves import MEASURES
 from experiments.plots import COLOURS
-from experiments.report.collect import ID, KEEPS, RUN, SAVING, Residency, Results
+from experiments.report.collect import ID, KEEPS, SAVING, Residency, Results
 from experiments.report.series import RunSeries
 
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star")
@@ -96,14 +96,16 @@ def curves(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
     figure = make_subplots(
         rows=2, cols=2, shared_xaxes=True, horizontal_spacing=0.09, vertical_spacing=0.06
     )
+    is_number = pd.api.types.is_numeric_dtype(rows[results.x])
     for i, measure in enumerate(measures):
         place = {"row": i // 2 + 1, "col": i % 2 + 1}
         for name, part in _curve_rows(results, rows):
-            y = measure.of(part).groupby(part[results.x]).mean().sort_index()
+            y = measure.of(part).groupby(part[results.x], sort=is_number).mean()
             style = styles[name]
             figure.add_trace(
                 go.Scatter(
-                    x=y.index, y=y, name=name, legendgroup=name, showlegend=i == 0,
+                    x=y.index * results.x_scale if is_number else y.index,
+                    y=y, name=name, legendgroup=name, showlegend=i == 0,
                     mode="lines+markers",
                     line={"color": style["colour"], "dash": style["dash"], "width": 1.8},
                     marker={"symbol": style["symbol"], "size": 7},
@@ -114,7 +116,7 @@ def curves(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
         if measure.is_percentage:
             figure.add_hline(100 * results.target, line={"color": GREY, "dash": "dot"}, **place)
         if i + 2 >= len(measures):
-            figure.update_xaxes(title_text=_axis_name(results.x), showticklabels=True, **place)
+            figure.update_xaxes(title_text=results.x_label, showticklabels=True, **place)
     return _finish(figure, height=600)
 
 
@@ -248,10 +250,6 @@ def _add_ttft(figure: go.Figure, run: RunSeries, row: int) -> None:
         annotation_text="SLO", annotation_position="top right",
     )  # fmt: skip
     figure.update_yaxes(title_text="TTFT (ms)", fixedrange=True, row=row, col=1)
-
-
-def _axis_name(name: str | None) -> str:
-    return {"rate_rps": "request rate (requests/s)", RUN: "run"}.get(str(name), str(name))
 
 
 def _finish(figure: go.Figure, *, height: int, hover: str = "closest") -> go.Figure:

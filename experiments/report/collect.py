@@ -24,6 +24,7 @@ RUN: Final = "run"
 ID: Final = "id"
 SAVING: Final = "saving_pct"
 KEEPS: Final = "keeps_slo"
+_AXES: Final = {"rate_rps": "request rate (requests/s)"}
 Residency = Mapping[str, Mapping[str, float]]
 
 
@@ -43,7 +44,9 @@ class Results:
     loads: tuple[str, ...]
     """Columns that make up a load point: only rows equal in these may be compared."""
     x: str | None
-    """The numeric one of `loads` that curves run along."""
+    """The one of `loads` that curves run along: the experiment's, or a numeric one."""
+    x_label: str
+    x_scale: float
     baseline: str | None
     target: float
     residency: Mapping[str, Residency]
@@ -76,9 +79,11 @@ class Results:
         kept = table[table[KEEPS] & ~self.is_static_pair.loc[table.index]]
         others = kept[kept[self.series].astype(str) != self.baseline]
         kept = kept if others.empty else others
-        if self.x is not None:
+        if kept.empty:
+            return None
+        if self.x is not None and pd.api.types.is_numeric_dtype(kept[self.x]):
             kept = kept[kept[self.x] == kept[self.x].max()]
-        return None if kept.empty else self.load_name(kept.iloc[-1])
+        return self.load_name(kept.iloc[-1])
 
     def load_name(self, row: pd.Series[Any], *, without: str | None = None) -> str:
         """A row's load point in words."""
@@ -172,29 +177,38 @@ def _results(
     residency: Mapping[str, Residency],
     run_directories: Mapping[str, Path],
 ) -> Results:
-    loads = () if series == RUN else _loads(table, series)
+    loads = () if series == RUN else _loads(table, series, figure.x if figure else None)
     wanted = figure.baseline if figure and figure.baseline else STATIC_MAX
     baseline = wanted if wanted in set(table[series].astype(str)) else None
     table = table.assign(**{KEEPS: keeps_slo(table, target)})
     if baseline is not None:
         table = _with_saving(table, series, loads, baseline)
+    x = _horizontal(table, loads, figure)
+    is_asked = figure is not None and figure.x == x
     return Results(
         directory=directory, title=directory.resolve().name, question=question, table=table,
-        series=series, loads=loads, x=_horizontal(table, loads, figure), baseline=baseline,
-        target=target, residency=residency, run_directories=run_directories,
+        series=series, loads=loads, x=x, baseline=baseline, target=target, residency=residency,
+        x_label=figure.x_label if figure and is_asked else _AXES.get(str(x), str(x)),
+        x_scale=figure.x_scale if figure and is_asked else 1.0,
+        run_directories=run_directories,
     )  # fmt: skip
 
 
-def _loads(table: pd.DataFrame, series: str) -> tuple[str, ...]:
-    """Columns that vary within a series; a key that follows from a label is not named twice."""
+def _loads(table: pd.DataFrame, series: str, x: str | None) -> tuple[str, ...]:
+    """Columns that vary within a series; what follows from a label, or from x, is not named twice.
+
+    Repeats (`seed`) are no load of their own.
+    """
     labels = [name for name in _labels(table) if name != series]
+    keys = [key for key in KEYS if key in table and key not in ("seed", series)]
+    first = [*([x] if x in table.columns and x is not None and x != series else []), *labels]
     chosen: list[str] = []
-    for name in [*labels, *(key for key in KEYS if key in table)]:
-        if name in ("seed", series) or not _varies(table, name, by=series):
-            continue
-        if all(_varies(table, name, by=label) for label in chosen if label in labels):
+    for name in dict.fromkeys([*first, *keys]):
+        if _varies(table, name, by=series) and all(
+            _varies(table, name, by=other) for other in chosen if other in first
+        ):
             chosen.append(name)
-    return tuple(chosen)
+    return tuple(sorted(chosen, key=[*labels, *keys].index))
 
 
 def _varies(table: pd.DataFrame, name: str, *, by: str) -> bool:
@@ -202,9 +216,10 @@ def _varies(table: pd.DataFrame, name: str, *, by: str) -> bool:
 
 
 def _horizontal(table: pd.DataFrame, loads: Sequence[str], figure: FigureSpec | None) -> str | None:
-    wanted = [figure.x] if figure else []
+    if figure and figure.x in loads:
+        return figure.x
     numeric = [n for n in loads if pd.api.types.is_numeric_dtype(table[n])]
-    return next((n for n in [*wanted, "rate_rps", *numeric] if n in numeric), None)
+    return next((n for n in ("rate_rps", *numeric) if n in numeric), None)
 
 
 def _with_saving(

@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 
 from experiments.grid import expand
-from experiments.report.charts import pareto_front
+from experiments.report.charts import curves, pareto_front, styles_of
 from experiments.report.collect import collect
 from experiments.report.page import write_report
 from experiments.report.series import choose, series_of
 from experiments.runs import run
+from experiments.suite import find_experiment, read_experiment
 from experiments.sweep import run_sweep
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
@@ -75,6 +76,22 @@ def test_a_sweep_is_compared_within_its_load_points(sweep: Path) -> None:
         assert saving["static-max"] == 0
         expected = 100 * (1 - energy_j["pid"] / energy_j["static-max"])
         assert saving["pid"] == pytest.approx(expected, rel=1e-12)
+
+
+def test_an_experiment_brings_its_question_and_its_axis(tmp_path: Path) -> None:
+    chosen = read_experiment(find_experiment("slo-tightness"), quick=True)
+    panel = chosen.points[0].labels["panel"]
+    directory = tmp_path / "slo-tightness-quick"
+    run_sweep([p for p in chosen.points if p.labels["panel"] == panel], directory, jobs=1)
+    results = collect(directory)
+    assert results.question == chosen.question
+    assert results.baseline == chosen.figure.baseline
+    # the axis of slo_ttft_s follows from it, and it is drawn in ms
+    assert results.loads == (chosen.figure.x,) == ("slo_itl_s",)
+    drawn = curves(results, results.table, styles_of(results))
+    promises_ms = sorted({1e3 * p.config.slo_itl_s for p in chosen.points})
+    assert list(drawn.data[0].x) == pytest.approx(promises_ms, rel=1e-12)
+    assert "ms" in drawn.layout.xaxis3.title.text
 
 
 def test_series_of_a_sweep_are_the_same_runs_again(sweep: Path) -> None:
