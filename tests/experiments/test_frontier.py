@@ -19,7 +19,11 @@ from experiments.frontier import KnobSearch, Load, PairSearch, Search, search_fr
 from experiments.frontier_report import frontier_table, markdown_table, text_table
 from experiments.frontier_study import make_study, read_study
 from experiments.intervals import saving_pct, t_interval
+from experiments.runs import workload_of
+from experiments.suite import CONFIGS
 from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.workload.traces import open_trace
 
 Law = Callable[[Any], tuple[float, float]]
 """Key of a trial -> attainment and energy."""
@@ -205,3 +209,23 @@ def test_the_command_writes_table_and_figure(tmp_path: Path) -> None:
         "frontier.csv", "frontier.md", "frontier.png", "frontier.svg",
     }  # fmt: skip
     assert (out / "frontier.md").read_text().startswith("Who?\n\n**low: least energy")
+
+
+@pytest.mark.parametrize("name", ["contest-sharegpt", "contest-sharegpt-large"])
+def test_the_contests_are_studies(name: str) -> None:
+    """The shipped files are read, and compare what the document says they compare."""
+    chosen, question = read_study(CONFIGS / f"{name}.toml")
+    assert "calibrated" in question
+    assert len(chosen.repeats) == 5
+    assert {c.name for c in chosen.contenders} >= {"ecofreq + ecoroute", "ecomin + consolidate"}
+    assert {c.name: c.knob for c in chosen.contenders}["ecomin + consolidate"] == "headroom"
+
+
+def test_parts_of_a_trace_are_its_repeats(shared_data: Path, monkeypatch: Any) -> None:  # noqa: ANN401
+    monkeypatch.setenv("VOLTANA_DATA", str(shared_data))
+    chosen, _ = read_study(CONFIGS / "contest-azure.toml")
+    parts = [workload_of(make_config({**chosen.base, **r})) for r in chosen.repeats]
+    whole = open_trace("azure-conv-2023")
+    # the last request arrives at the very end of the last part, which is open there
+    assert sum(len(p) for p in parts) == len(whole) - 1
+    assert min(len(p) for p in parts) > 1000
