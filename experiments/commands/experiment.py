@@ -59,9 +59,16 @@ def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) ->
     from experiments.plots import save
     from experiments.suite import with_saving
     from experiments.sweep import run_sweep
+    from profiles.errors import VoltanaError
 
     directory = out / (f"{chosen.name}-quick" if quick else chosen.name)
-    frame = with_saving(run_sweep(chosen.points, directory, jobs=jobs), chosen.figure)
+    results = run_sweep(chosen.points, directory, jobs=jobs)
+    if len(results) < len(chosen.points):
+        raise VoltanaError(
+            f"{len(chosen.points) - len(results)} of {len(chosen.points)} runs have no result in "
+            f"{directory}: run again"
+        )
+    frame = with_saving(results, chosen.figure)
     typer.echo(f"{chosen.name}: {chosen.question}")
     typer.echo(_table(chosen, frame))
     paths = save(draw_experiment(chosen, frame), directory, chosen.name)
