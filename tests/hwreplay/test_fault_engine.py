@@ -1,0 +1,405 @@
+"""Faults on the real engine: servers killed, agents frozen, metrics dropped, rude clients.
+
+Whatever happens the router and the agents stay up, and every request sent ends as completed,
+failed, cancelled or rejected, by the client's count and by the router's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+import pytest
+import tomli_w
+from prometheus_client.parser import text_string_to_metric_families
+
+from hwreplay.clock import RunClock
+from hwreplay.control import StaleLimits
+from hwreplay.launch import Server, restart
+from hwreplay.load import LoadConfig, LoadGenerator, LoadReport
+from sim.workload.workload import Workload
+from tests.conftest import ROOT
+from tests.hwreplay.actuator.conftest import eventually, helper_process
+from tests.hwreplay.conftest import EngineFleet
+from tests.hwreplay.metrics_relay import MetricsRelay
+from tests.hwreplay.test_engine_pair import OUTPUT_TOKENS, PROMPT, agent_config, agents, through
+from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
+from tests.profiles.device.standin import Standin
+
+pytestmark = [pytest.mark.engine, pytest.mark.slow]
+
+VOCAB_SIZE = 512
+BACK_S = 300.0
+"""The tests' machine may be busy: a server needs 20 to 100 s to start."""
+STALL_S = 1.5
+LONG_S = 3.0
+"""A silence that no busy machine makes; where staleness begins, test_control.py says."""
+
+
+class Gate:
+    """The router's process in front of the fleet."""
+
+    def __init__(self, url: str, process: subprocess.Popen[str], fleet: EngineFleet) -> None:
+        self.url = url
+        self.process = process
+        self.fleet = fleet
+
+    async def counts(self) -> dict[str, int]:
+        """The router's count by outcome."""
+        return {
+            labels["outcome"]: int(value)
+            for name, labels, value in await self._samples()
+            if name == "voltana_requests_total"
+        }
+
+    async def health(self) -> dict[str, Any]:
+        async with aiohttp.ClientSession() as client, client.get(self.url + "/health") as answer:
+            found: dict[str, Any] = await answer.json()
+            return found
+
+    async def settled(self, sent: int) -> dict[str, int]:
+        """The counts once every request has ended; nothing is in flight then."""
+        async with asyncio.timeout(120):
+            while sum((await self.counts()).values()) < sent:
+                await asyncio.sleep(0.1)
+        in_flight = {n: v for n, _, v in await self._samples() if n in IN_FLIGHT}
+        assert in_flight == dict.fromkeys(IN_FLIGHT, 0.0)
+        assert self.process.poll() is None
+        return await self.counts()
+
+    async def until_healthy(self) -> None:
+        async with asyncio.timeout(BACK_S):
+            while (await self.health())["out"]:
+                await asyncio.sleep(0.2)
+
+    async def play(self, workload: Workload, path: Path) -> LoadReport:
+        config = LoadConfig(url=self.url, drain_s=240.0)
+        return await LoadGenerator(workload, config, RunClock(), path).run()
+
+    async def _samples(self) -> list[tuple[str, dict[str, str], float]]:
+        async with aiohttp.ClientSession() as client, client.get(self.url + "/metrics") as answer:
+            text = await answer.text()
+        return [
+            (s.name, s.labels, s.value)
+            for family in text_string_to_metric_families(text)
+            for s in family.samples
+        ]
+
+
+IN_FLIGHT = ("voltana_in_flight", "voltana_queued")
+
+
+@contextmanager
+def gate(fleet: EngineFleet, directory: Path, **limits: Any) -> Iterator[Gate]:  # noqa: ANN401
+    tables: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
+    for server in fleet.servers:
+        table: dict[str, Any] = {"url": server.url, "metrics": server.metrics}
+        if server.bootstrap_port is not None:
+            table["bootstrap_port"] = server.bootstrap_port
+        tables[server.phase].append(table)
+    whole = {
+        "simulate": {
+            "router": "round-robin", "kv_capacity_tokens": 8192, "max_running_requests": 16
+        },
+        "fleet": tables,
+        "router": {"port": 0, "vocab_size": VOCAB_SIZE} | limits,
+    }  # fmt: skip
+    path = directory / "router.toml"
+    path.write_text(tomli_w.dumps(whole))
+    with (directory / "router.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "hwreplay.router", str(path)],
+            cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
+        )  # fmt: skip
+    try:
+        assert process.stdout is not None
+        url = process.stdout.readline().strip()
+        assert url, (directory / "router.log").read_text()
+        yield Gate(url, process, fleet)
+    finally:
+        process.terminate()
+        process.wait()
+        assert process.stdout is not None
+        process.stdout.close()
+
+
+def body(input_tokens: int, output_tokens: int, **more: object) -> dict[str, Any]:
+    ids = [3 + i % (VOCAB_SIZE - 3) for i in range(input_tokens)]
+    params = {"temperature": 0.0, "max_new_tokens": output_tokens, "ignore_eos": True}
+    return {"input_ids": ids, "sampling_params": params, "stream": True} | more
+
+
+def steady(count: int, rate_per_s: float, input_tokens: int, output_tokens: int) -> Workload:
+    """Equal requests at equal distances, from half a second on."""
+    return Workload(
+        arrival_s=0.5 + np.arange(count) / rate_per_s,
+        input_tokens=np.full(count, input_tokens),
+        output_tokens=np.full(count, output_tokens),
+    )
+
+
+def still_serves(fleet: EngineFleet) -> bool:
+    """Both pairs agree on the tokens of a prompt."""
+    found = [through(fleet.prefill, decode, PROMPT) for decode in fleet.decode]
+    return found[0] == found[1] and len(found[0][1]) == OUTPUT_TOKENS
+
+
+def test_500_streams_at_once_some_of_which_leave(engine_fleet: EngineFleet, tmp_path: Path) -> None:
+    """Each tenth client goes away after its first piece; every other one gets all its tokens."""
+    sent, output_tokens = 500, 8
+    before = through(engine_fleet.prefill, engine_fleet.decode[0], PROMPT)
+
+    async def one(client: aiohttp.ClientSession, url: str, number: int) -> str:
+        async with client.post(url + "/generate", json=body(16, output_tokens)) as answer:
+            assert answer.status == 200, await answer.read()
+            if number % 10 == 0:
+                await answer.content.readany()
+                answer.close()
+                return "left"
+            data = await answer.read()
+        assert data.endswith(b"data: [DONE]\n\n")
+        assert f'"completion_tokens":{output_tokens},'.encode() in data
+        return "whole"
+
+    async def play(found: Gate) -> tuple[Counter[str], dict[str, int]]:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            ends = await asyncio.gather(*(one(client, found.url, n) for n in range(sent)))
+        return Counter(ends), await found.settled(sent)
+
+    with gate(engine_fleet, tmp_path) as found:
+        ends, counts = asyncio.run(play(found))
+    assert ends == {"whole": 450, "left": 50}
+    assert sum(counts.values()) == sent
+    assert (counts["failed"], counts["rejected"]) == (0, 0)
+    assert counts["completed"] >= 450  # one that left may have had all its tokens under way
+    assert through(engine_fleet.prefill, engine_fleet.decode[0], PROMPT) == before
+
+
+def test_a_client_that_stops_reading_is_dropped_and_its_work_with_it(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    async def play(found: Gate) -> dict[str, int]:
+        data = json.dumps(body(16, 3500)).encode()
+        host, port = found.url.removeprefix("http://").split(":")
+        head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+        head += f"Content-Length: {len(data)}\r\n\r\n"
+        with socket.socket() as slow:
+            slow.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            slow.connect((host, int(port)))
+            slow.sendall(head.encode() + data)
+            async with aiohttp.ClientSession() as client:
+                async with client.post(found.url + "/generate", json=body(16, 20)) as answer:
+                    assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+                counts = await found.settled(2)
+                async with asyncio.timeout(60):
+                    while sum([await num_running(client, d) for d in found.fleet.decode]):
+                        await asyncio.sleep(0.1)
+        return counts
+
+    with gate(engine_fleet, tmp_path, client_stall_s=STALL_S) as found:
+        counts = asyncio.run(play(found))
+    assert counts == {"completed": 1, "failed": 0, "cancelled": 1, "rejected": 0}
+    assert still_serves(engine_fleet)
+
+
+async def num_running(client: aiohttp.ClientSession, server: Server) -> int:
+    """By the engine's own word."""
+    async with client.get(server.url + "/v1/loads?include=core") as answer:
+        loads = (await answer.json())["loads"]
+    return sum(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
+
+
+def params(**more: object) -> dict[str, Any]:
+    whole = body(8, 4)
+    return whole | {"sampling_params": whole["sampling_params"] | more}
+
+
+STRANGE = [
+    body(5000, 4),  # longer than the model's context
+    params(max_new_tokens=10**9), params(max_new_tokens=10**30), params(temperature=-1),
+    params(temperature="warm"), params(top_p=5), params(top_k=-7), params(stop=["a"]),
+    params(stop_token_ids=["x"]), params(min_new_tokens=100), params(nonsense=1),
+    params(repetition_penalty=-1), params(logit_bias={"999999": 5}),
+    body(8, 4, rid=["a", "b"]), body(8, 4, bootstrap_room="x", bootstrap_host=7),
+    body(8, 4, return_logprob=True, top_logprobs_num=10**6),
+    body(8, 4, return_logprob=True, logprob_start_len=-100),
+    body(8, 4, return_logprob=True, token_ids_logprob=[10**6]),
+    body(8, 4, priority="high"), body(8, 4, return_logprob="yes"), body(8, 4, lora_path="none"),
+    body(8, 4, session_params={"id": "x"}), body(8, 4, data_parallel_rank=7),
+]  # fmt: skip
+
+
+def test_malformed_requests_end_and_the_engine_goes_on(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """Fuzzed JSON, huge bodies, ids out of the vocabulary, and what only the engine can refuse."""
+    rng = np.random.default_rng(11)
+    good = json.dumps(body(6, 2)).encode()
+    bodies = [json.dumps(strange).encode() for strange in STRANGE]
+    bodies += [b"", b"{", b"[" * 100_000, b"\xff" * 50, b'{"input_ids":' + b"1" * 10_000 + b"}"]
+    bodies += [json.dumps(body(6, 2) | {"input_ids": [5, 10**6]}).encode(), b" " * 300_000]
+    for _ in range(60):
+        data = bytearray(good)
+        for position in rng.integers(0, len(data), rng.integers(1, 5)):
+            data[position] = rng.integers(0, 256)
+        bodies.append(bytes(data))
+
+    async def play(found: Gate) -> tuple[Counter[int], dict[str, int]]:
+        statuses: Counter[int] = Counter()
+        async with aiohttp.ClientSession() as client:
+            for data in bodies:
+                async with (
+                    asyncio.timeout(60),
+                    client.post(found.url + "/generate", data=data) as answer,
+                ):
+                    await answer.read()
+                    statuses[answer.status] += 1
+        assert (await found.health())["out"] == []
+        return statuses, await found.settled(len(bodies))
+
+    with gate(engine_fleet, tmp_path, max_body_bytes=250_000) as found:
+        statuses, counts = asyncio.run(play(found))
+    assert sum(counts.values()) == sum(statuses.values()) == len(bodies)
+    assert statuses[413] == 1
+    assert statuses[400] > len(STRANGE) // 2
+    assert still_serves(engine_fleet)
+
+
+def test_a_frozen_agent_loses_the_clock_while_its_engine_serves(
+    engine_fleet: EngineFleet,
+    standin: Standin,  # noqa: F811
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for key, value in standin.env.items():
+        monkeypatch.setenv(key, value)
+    server = engine_fleet.decode[0]
+    config = agent_config(server, actuator_socket=str(tmp_path / "helper"), gpus=(0,))
+    with (
+        helper_process(standin, tmp_path / "helper", "--silence-s", "0.6"),
+        agents([config], tmp_path) as (agent,),
+    ):
+        time.sleep(2.0)
+        through(engine_fleet.prefill, server, PROMPT)
+        assert eventually(lambda: standin["locked_mhz"] == 1005)
+        agent.send_signal(signal.SIGSTOP)
+        first = through(engine_fleet.prefill, server, PROMPT)
+        assert eventually(lambda: standin["locked_mhz"] == 0)
+        agent.send_signal(signal.SIGCONT)
+
+        def locks_again() -> bool:
+            assert through(engine_fleet.prefill, server, PROMPT) == first
+            return standin["locked_mhz"] == 1005
+
+        assert eventually(locks_again, 60)
+    assert eventually(lambda: standin["locked_mhz"] == 0)
+
+
+def test_dropped_metrics_unlock_while_requests_go_on(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """A relay between engine and agent lets nothing pass for a while."""
+    server = engine_fleet.decode[0]
+    assert server.metrics is not None
+    with MetricsRelay(server.metrics, tmp_path / "relay") as relay:
+        config = agent_config(
+            server,
+            metrics_address=relay.address,
+            batch_socket=None,
+            settings={"controller": "static:f=1005"},
+            stale=StaleLimits(least_s=LONG_S, most_s=LONG_S),
+        )
+        decisions = tmp_path / "agent-decode-0.decisions.jsonl"
+
+        def clocks() -> list[int]:
+            return [json.loads(line)["clock_mhz"] for line in decisions.read_text().splitlines()]
+
+        with agents([config], tmp_path):
+            time.sleep(2.0)
+            assert clocks() == [1005]
+            tokens = through(engine_fleet.prefill, server, PROMPT, 300)
+            assert clocks() == [1005]
+            relay.drop_after(100)  # in the middle of the next answer
+            assert through(engine_fleet.prefill, server, PROMPT, 300) == tokens
+            assert eventually(lambda: clocks() == [1005, 0])
+            relay.let_pass()
+            assert through(engine_fleet.prefill, server, PROMPT, 300) == tokens
+            assert eventually(lambda: clocks() == [1005, 0, 1005])
+    report = json.loads((tmp_path / "agent-decode-0.report.json").read_text())
+    assert report["counts"]["safe_states"] >= 1
+    assert "no metrics for" in report["safe_states"][0]["reason"]
+
+
+def test_a_killed_decode_server_fails_what_it_had_begun(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """The other server goes on alone, and both serve when the killed one is back."""
+    sent = 60
+
+    async def play(found: Gate) -> tuple[LoadReport, dict[str, int], LoadReport]:
+        run = asyncio.create_task(found.play(steady(sent, 15, 24, 150), tmp_path / "rows"))
+        await asyncio.sleep(2.5)
+        await asyncio.to_thread(engine_fleet.decode[0].kill)
+        report = await run
+        counts = await found.settled(sent)
+        assert (await found.health())["out"] == ["decode-0"]
+        old = engine_fleet.decode[0]
+        await asyncio.to_thread(restart, engine_fleet.servers, old, start_s=BACK_S)
+        await found.until_healthy()
+        again = await found.play(steady(10, 10, 24, 8), tmp_path / "again")
+        return report, counts, again
+
+    with gate(engine_fleet, tmp_path) as found:
+        report, counts, again = asyncio.run(play(found))
+    assert report.is_complete
+    assert sum(report.counts.values()) == sum(counts.values()) == sent
+    assert report.counts == {k: v for k, v in counts.items() if v}
+    assert 0 < counts["failed"] < sent
+    assert counts["completed"] > sent // 3
+    assert all("decode-0" in reason for reason in report.reasons)
+    assert again.counts == {"completed": 10}
+    assert still_serves(engine_fleet)
+
+
+def test_a_killed_prefill_server_stops_new_requests_until_it_is_back(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """It was the only one: nothing new can start, what decodes already goes on to its end."""
+    sent = 60
+
+    async def play(found: Gate) -> tuple[LoadReport, dict[str, int], LoadReport]:
+        run = asyncio.create_task(found.play(steady(sent, 15, 24, 150), tmp_path / "rows"))
+        await asyncio.sleep(2.5)
+        await asyncio.to_thread(engine_fleet.prefill.kill)
+        report = await run
+        counts = await found.settled(sent)
+        assert (await found.health())["out"] == ["prefill-0"]
+        old = engine_fleet.prefill
+        await asyncio.to_thread(restart, engine_fleet.servers, old, start_s=BACK_S)
+        await found.until_healthy()
+        again = await found.play(steady(10, 10, 24, 8), tmp_path / "again")
+        return report, counts, again
+
+    with gate(engine_fleet, tmp_path) as found:
+        report, counts, again = asyncio.run(play(found))
+    assert report.is_complete
+    assert sum(report.counts.values()) == sum(counts.values()) == sent
+    assert report.counts == {k: v for k, v in counts.items() if v}
+    assert counts["completed"] > 0
+    assert counts["failed"] > 0
+    assert all("prefill" in reason for reason in report.reasons)
+    assert again.counts == {"completed": 10}
+    assert still_serves(engine_fleet)
