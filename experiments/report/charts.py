@@ -27,6 +27,12 @@ MAX_INSTANCES: Final = 4
 """More instances of a phase than this are drawn as their mean."""
 MAX_DOTS: Final = 3000
 
+PANELS: Final = (
+    ("clock_mhz", "clock lock (MHz)"),
+    ("batch_size", "batch (requests)"),
+    ("num_waiting", "queue (requests)"),
+    ("power_w", "power (W)"),
+)
 Styles = dict[str, dict[str, Any]]
 
 
@@ -122,10 +128,7 @@ def curves(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
 
 def timeline(run: RunSeries) -> go.Figure:
     """Clock, batch, queue, power and TTFT of one run; they zoom together."""
-    panels = (
-        ("clock_mhz", "clock lock (MHz)"), ("batch_size", "batch (requests)"),
-        ("num_waiting", "queue (requests)"), ("power_w", "power (W)"),
-    )  # fmt: skip
+    panels = [(c, label) for c, label in PANELS if c in run.timeline]
     total = len(panels) + (run.ttft is not None)
     figure = make_subplots(rows=total, cols=1, shared_xaxes=True, vertical_spacing=0.025)
     for name, frame, style in _instances(run.timeline):

@@ -32,7 +32,7 @@ class RunSeries:
 
     label: str
     timeline: pd.DataFrame
-    """Columns of `RunRecord.timeline`."""
+    """Columns of `RunRecord.timeline`, `num_waiting` and `kv_tokens` only if they are known."""
     ttft: pd.DataFrame | None
     """`arrival_s` and `ttft_s`, one row a request; None if the run keeps no rows."""
     slo_ttft_s: float
@@ -72,27 +72,62 @@ def _row_of(table: pd.DataFrame, text: str) -> pd.Series[Any]:
 
 
 def series_of(results: Results, row: pd.Series[Any]) -> RunSeries:
-    """Read or simulate the time series of one row.
+    """The time series of one row: as the run kept it, simulated again, or from its iterations.
 
     Raises:
-        VoltanaError: The run kept none and cannot be simulated again here.
+        VoltanaError: There is none of these, or its configuration names what is not here.
     """
-    directory = results.run_directories.get(str(row[ID]))
     label = _label(results, row)
-    if directory is not None:
-        kept = directory / "timeline.parquet"
-        settings = read_json(directory / "settings.json")
-        if kept.exists():
-            return RunSeries(
-                label=label, timeline=pd.read_parquet(kept), slo_ttft_s=settings["slo_ttft_s"],
-                ttft=_kept_ttft(directory / "requests.parquet"), note="as the run kept it",
-            )  # fmt: skip
-        config = _config(settings, str(directory))
-        makespan_s = read_json(directory / SUMMARY)["makespan_s"]
-    else:
+    directory = results.run_directories.get(str(row[ID]))
+    if directory is None:
         values = {k: _plain(row[k]) for k in KEYS if k in row.index and not pd.isna(row[k])}
-        config, makespan_s = _config(values, label), float(row["makespan_s"])
-    return _again(config, label, makespan_s, float(row["energy_j"]))
+        return _again(make_config(values, where=label), label, row["makespan_s"], row["energy_j"])
+    settings = read_json(directory / "settings.json")
+    if (directory / "timeline.parquet").exists():
+        frame = pd.read_parquet(directory / "timeline.parquet")
+        return _kept(directory, label, frame, settings["slo_ttft_s"], "as the run kept it")
+    if "controller" in settings and set(settings) <= set(KEYS):
+        config = make_config(settings, where=str(directory))
+        summary = read_json(directory / SUMMARY)
+        return _again(config, label, summary["makespan_s"], summary["energy_j"])
+    if (directory / "iterations.parquet").exists():
+        frame = from_iterations(pd.read_parquet(directory / "iterations.parquet"))
+        note = "from its iterations: batch and power while they run, queues are not known"
+        return _kept(directory, label, frame, settings["slo_ttft_s"], note)
+    raise VoltanaError(f"{directory} kept neither time series nor iterations")
+
+
+def from_iterations(iterations: pd.DataFrame) -> pd.DataFrame:
+    """Time series from one row an iteration: bins of equal length, an instance each.
+
+    Args:
+        iterations: Columns of `IterationTable`.
+
+    Returns:
+        `time_s` (start of the bin), `phase`, `instance_id`, `clock_mhz` (last), `batch_size` (mean
+        over time) and `power_w` (energy over busy time) of the bins in which an iteration began.
+    """
+    width_s = max(float((iterations["start_s"] + iterations["duration_s"]).max()), 1e-9) / SAMPLES
+    rows = iterations.assign(
+        time_s=(iterations["start_s"] // width_s) * width_s,
+        weight=iterations["batch_size"] * iterations["duration_s"],
+    )
+    bins = rows.groupby(["phase", "instance_id", "time_s"]).agg(
+        clock_mhz=("clock_mhz", "last"), weight=("weight", "sum"),
+        energy_j=("energy_j", "sum"), busy_s=("duration_s", "sum"),
+    )  # fmt: skip
+    busy_s = bins["busy_s"].where(bins["busy_s"] > 0)
+    found = bins.assign(batch_size=bins["weight"] / busy_s, power_w=bins["energy_j"] / busy_s)
+    return found.drop(columns=["weight", "energy_j", "busy_s"]).reset_index()
+
+
+def _kept(
+    directory: Path, label: str, timeline: pd.DataFrame, slo_ttft_s: float, note: str
+) -> RunSeries:
+    return RunSeries(
+        label=label, timeline=timeline, slo_ttft_s=slo_ttft_s, note=note,
+        ttft=_kept_ttft(directory / "requests.parquet"),
+    )  # fmt: skip
 
 
 def _again(config: SimConfig, label: str, makespan_s: float, energy_j: float) -> RunSeries:
@@ -119,12 +154,6 @@ def _again(config: SimConfig, label: str, makespan_s: float, energy_j: float) ->
         slo_ttft_s=config.slo_ttft_s,
         note=note,
     )
-
-
-def _config(values: dict[str, Any], where: str) -> SimConfig:
-    if "controller" not in values or not set(values) <= set(KEYS):
-        raise VoltanaError(f"{where} kept no time series and is no simulated run")
-    return make_config(values, where=where)
 
 
 def _kept_ttft(path: Path) -> pd.DataFrame | None:

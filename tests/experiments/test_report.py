@@ -18,7 +18,7 @@ from experiments.grid import expand
 from experiments.report.charts import curves, pareto_front, styles_of
 from experiments.report.collect import collect
 from experiments.report.page import write_report
-from experiments.report.series import choose, series_of
+from experiments.report.series import choose, from_iterations, series_of
 from experiments.runs import run
 from experiments.suite import find_experiment, read_experiment
 from experiments.sweep import run_sweep
@@ -132,6 +132,35 @@ def test_a_run_and_a_folder_of_runs(tmp_path: Path) -> None:
     assert found.note == "as the run kept it"
     assert set(found.timeline["phase"]) == {"prefill", "decode"}
     assert list(collect(tmp_path).table["run"]) == ["a", "b"]
+
+
+def test_a_replayed_run_shows_its_iterations_and_is_never_simulated_again(tmp_path: Path) -> None:
+    """A replay's settings hold more than a simulation's: what it did is what it wrote down."""
+    record = run(replace(CONFIG, timeline_interval_s=None, record_iterations=True))
+    write_run(record, tmp_path / "a")
+    settings = tmp_path / "a" / "settings.json"
+    extra = {"is_power_measured": True}
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | extra))
+    results = collect(tmp_path / "a")
+    found = series_of(results, choose(results, ())[0])
+    assert "from its iterations" in found.note
+    assert "num_waiting" not in found.timeline
+
+
+def test_bins_of_iterations_by_hand() -> None:
+    # 600 bins of 0.1 s: two iterations begin in the first, one in the 11th, it ends at 60 s
+    rows = pd.DataFrame(
+        {
+            "phase": "decode", "instance_id": 0, "start_s": [0.0, 0.06, 1.05],
+            "duration_s": [0.06, 0.02, 58.95], "batch_size": [2, 4, 5], "tokens": 1,
+            "clock_mhz": [1005, 1410, 1200], "energy_j": [12.0, 8.0, 5895.0],
+        }
+    )  # fmt: skip
+    found = from_iterations(rows)
+    assert found["time_s"].tolist() == pytest.approx([0.0, 1.0])
+    assert found["clock_mhz"].tolist() == [1410, 1200]
+    assert found["batch_size"].tolist() == pytest.approx([2.5, 5.0])  # (2·60 + 4·20) / 80
+    assert found["power_w"].tolist() == pytest.approx([250.0, 100.0])  # 20 J / 80 ms
 
 
 def test_a_sketched_run_has_a_report_too(tmp_path: Path) -> None:
