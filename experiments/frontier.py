@@ -33,8 +33,8 @@ ATTAINMENTS: Final = ("attainment", "ttft_attainment", "itl_attainment", "worse"
 """What can be held equal: see NOMENCLATURE.md; `worse` is the lower of TTFT's and ITL's."""
 COARSE: Final = 5
 """Positions of the knob tried first."""
-ROUNDS: Final = 6
-"""Further rounds: the bracket shrinks to 1/256 of the range."""
+ROUNDS: Final = 4
+"""Further rounds: the bracket shrinks to 1/64 of the range."""
 _SCREENED: Final = 4
 """Static pairs tried on all repeats at a time, the least energy of the first repeat first."""
 
