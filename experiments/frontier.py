@@ -104,6 +104,8 @@ class Search(ABC):
 
     def __init__(self, name: str, repeats: int, target: float) -> None:
         self.name = name
+        self.knob = ""
+        """What is turned, for the reader."""
         self.tried: dict[Any, Trial] = {}
         self._repeats = repeats
         self._target = target
@@ -135,6 +137,7 @@ class KnobSearch(Search):
 
     def __init__(self, contender: Contender, repeats: int, target: float) -> None:
         super().__init__(contender.name, repeats, target)
+        self.knob = contender.knob
         self._contender = contender
         self._round = 0
 

@@ -67,7 +67,8 @@ def frontier_table(
             energies = [float(e) for e in trial.rows["energy_j"]] if len(trial.rows) else []
             energy = t_interval(energies)
             row: dict[str, Any] = {
-                "load": load, "policy": search.name, "knob": trial.value, "reached": reached,
+                "load": load, "policy": search.name, "reached": reached,
+                "knob": f"{search.knob} {trial.value}".strip(),
                 "attainment": trial.attainment, "energy_j": energy.mean,
                 "energy_half_j": energy.half,
             }  # fmt: skip
