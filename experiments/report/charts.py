@@ -172,7 +172,7 @@ def residency(rows: list[tuple[str, Residency]]) -> go.Figure:
                 hovertemplate="%{y}: %{x:.2f} %",
             )
         )  # fmt: skip
-    figure.update_layout(barmode="stack", legend={"traceorder": "normal"})
+    figure.update_layout(barmode="stack", showlegend=True, legend={"traceorder": "normal"})
     figure.update_xaxes(title_text="share of busy time (%)", range=[0, 100])
     figure.update_yaxes(autorange="reversed", automargin=True)
     return _finish(figure, height=130 + 26 * len(bars))

@@ -289,6 +289,8 @@ def _provenance(results: Results) -> str:
         f"Simulated numbers are as good as the profile below them.</p>"
     )
     parts = [intro]
+    if "is_power_measured" in results.table and not results.table["is_power_measured"].all():
+        parts.append("<p>Power of a replayed run is a stated constant here, not a measurement.</p>")
     names: list[Any] = []
     if "profile" in results.table:
         names = list(results.table["profile"].dropna().unique())
