@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,6 +42,9 @@ def run(
     ),
     quick: Annotated[bool, typer.Option("--quick", help="Smoke size: 10 s, few points")] = False,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    figures: Annotated[
+        Path | None, typer.Option(help="Folder that takes a copy of each NAME.png")
+    ] = None,
 ) -> None:
     """Run an experiment and draw its figure: OUT/NAME/results.csv, NAME.png and NAME.svg.
 
@@ -51,10 +55,14 @@ def run(
 
     names = list(list_experiments()) if name == "all" else [name]
     for each in names:
-        _run_one(read_experiment(find_experiment(each), quick=quick), out, quick=quick, jobs=jobs)
+        chosen = read_experiment(find_experiment(each), quick=quick)
+        picture = _run_one(chosen, out, quick=quick, jobs=jobs)
+        if figures is not None:
+            figures.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(picture, figures / picture.name)
 
 
-def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) -> None:
+def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) -> Path:
     from experiments.curves import draw_experiment
     from experiments.plots import save
     from experiments.suite import with_saving
@@ -73,6 +81,7 @@ def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) ->
     typer.echo(_table(chosen, frame))
     paths = save(draw_experiment(chosen, frame), directory, chosen.name)
     typer.echo(" ".join(map(str, [*paths, directory / "results.csv"])))
+    return paths[0]
 
 
 def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
