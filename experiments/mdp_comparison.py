@@ -31,7 +31,7 @@ BASE: Final = {
     "workload": "sharegpt", "duration_s": 120, "slo_ttft_s": 0.6, "slo_itl_s": 0.045,
     "controller": "ecofreq",
 }  # fmt: skip
-PAIR_CLOCKS_MHZ: Final = (1005, 1095, 1200, 1410)
+PAIR_CLOCKS_MHZ: Final = (1005, 1095, 1410)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

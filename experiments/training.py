@@ -34,6 +34,8 @@ Algorithm = Literal["ppo", "dqn"]
 ALGORITHMS: Final = ("ppo", "dqn")
 Arrays = dict[str, npt.NDArray[Any]]
 Result = dict[str, Any]
+TOLERANCE: Final = 1e-3
+"""Relative width of the bounds at which a solution is taken."""
 LENGTHS: Final = 100_000
 """Requests from which mean lengths are taken, where they are drawn."""
 
@@ -47,13 +49,13 @@ class TrainingPlan:
     rates_rps: tuple[float, ...]
     """Ascending; learners take one."""
     solver: Solver = "factored"
-    penalty_j: float = 0.1
-    """Of a late token: about what a token's energy is (ours)."""
+    penalty_j: float = 0.15
+    """Of a late token: about two tokens' energy (ours)."""
     clock_rule: ClockRule = "ecofreq"
-    width_requests: int = 8
+    width_requests: int = 16
     """Batch buckets beyond the smallest ones."""
     max_requests: int = 300
-    kv_buckets: int = 1
+    kv_buckets: int = 3
     group_size: int = 2
     episodes: int = 40
     episode_s: float = 200.0

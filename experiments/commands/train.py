@@ -51,16 +51,16 @@ def train_mdp(
     ] = None,
     penalty_j: Annotated[
         float, typer.Option(help="Joules that a late token counts as; more is safer")
-    ] = 0.1,
+    ] = 0.15,
     clock_rule: Annotated[
         str,
         typer.Option(
             help="Clocks in the model: ecofreq, ecomin, or free (bounds what control could save)"
         ),
     ] = "ecofreq",
-    width: Annotated[int, typer.Option(help="Requests of a batch bucket")] = 8,
+    width: Annotated[int, typer.Option(help="Requests of a batch bucket")] = 16,
     max_requests: Annotated[int, typer.Option(help="Largest batch of the model")] = 300,
-    kv_buckets: Annotated[int, typer.Option(help="Buckets of KV tokens a request")] = 1,
+    kv_buckets: Annotated[int, typer.Option(help="Buckets of KV tokens a request")] = 3,
     group: Annotated[int, typer.Option(help="factored: instances of a group")] = 2,
     episodes: Annotated[int, typer.Option(help="q: episodes")] = 40,
     episode_s: Annotated[float, typer.Option(help="q, sb3: seconds of an episode")] = 200.0,
