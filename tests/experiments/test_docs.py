@@ -29,7 +29,7 @@ def test_it_builds_without_a_warning_and_loads_nothing_from_a_network(tmp_path: 
     pytest.importorskip("mkdocstrings", reason="pip install 'voltana[docs]'")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")],
-        cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=900,
         env=os.environ | {"NO_MKDOCS_2_WARNING": "1"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr

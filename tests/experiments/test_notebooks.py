@@ -45,7 +45,9 @@ def test_notebook_is_stripped_narrated_and_without_logic(path: Path) -> None:
 def test_notebook_runs(path: Path) -> None:
     notebook = read(path)
     # the longest cell takes some 20 s; a machine under load may need several times that
-    NotebookClient(notebook, timeout=300, resources={"metadata": {"path": str(ROOT)}}).execute()
+    NotebookClient(
+        notebook, timeout=300, startup_timeout=300, resources={"metadata": {"path": str(ROOT)}}
+    ).execute()
     outputs = [o for cell in notebook.cells for o in cell.get("outputs", ())]
     assert any("image/png" in o.get("data", {}) for o in outputs)
     assert any({"text/html", "text/markdown"} & set(o.get("data", {})) for o in outputs)

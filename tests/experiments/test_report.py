@@ -39,6 +39,8 @@ GRID = {
     },
     "static_pairs": {"clocks_mhz": [1005, 1410]},
 }
+PATIENCE_MS = 300_000
+"""A page takes 3 s on an idle machine and a minute on one that is busy with something else."""
 CONFIG = SimConfig(rate_rps=20, duration_s=4, timeline_interval_s=0.1)
 
 
@@ -193,9 +195,10 @@ def browser() -> Iterator[Any]:
     path = chromium()
     if path is None:
         pytest.skip("no chromium: apt-get install chromium, or playwright install chromium")
-    flags = ["--no-sandbox"] if os.geteuid() == 0 else []
+    # a container may have next to no /dev/shm, and root no sandbox
+    flags = ["--disable-dev-shm-usage", *(["--no-sandbox"] if os.geteuid() == 0 else [])]
     with playwright.sync_playwright() as driver:
-        started = driver.chromium.launch(executable_path=path, args=flags)
+        started = driver.chromium.launch(executable_path=path, args=flags, timeout=PATIENCE_MS)
         yield started
         started.close()
 
@@ -207,6 +210,7 @@ class Watched:
         self.page = browser.new_context(
             offline=True, viewport={"width": 1280, "height": 900}
         ).new_page()
+        self.page.set_default_timeout(PATIENCE_MS)
         self.said: list[str] = []
         self.requested: list[str] = []
         self.page.on("console", lambda message: self.said.append(message.text))
