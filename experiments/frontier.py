@@ -5,7 +5,7 @@ bisection between the cheapest that reaches the target and the next one that doe
 attainment nor energy need be monotone in the knob: all that has been tried counts, the answer is
 the least energy among everything tried that reaches the target, and a policy that never reaches
 it is reported so. Fixed clocks are searched as pairs: a coarse grid, then a pattern search around
-the best pair down to the profile's smallest step. Attainment is that of all repeats together;
+the best pair, down to a few of the profile's steps. Attainment is that of all repeats together;
 savings are taken repeat by repeat, on the same requests.
 """
 
@@ -222,7 +222,7 @@ class PairSearch(Search):
 
     def _around(self) -> dict[tuple[int, int, int], Trial]:
         best = self.best()
-        while best is not None and self._step_mhz >= self._least_mhz:
+        while best is not None and self._step_mhz >= 4 * self._least_mhz:
             self._step_mhz //= 2
             at = next(k for k, t in self.tried.items() if t is best)
             found = {}
