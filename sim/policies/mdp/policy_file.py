@@ -23,6 +23,7 @@ import numpy.typing as npt
 
 from profiles.errors import VoltanaError
 from sim.policies.mdp.grid import StateGrid
+from sim.policies.mdp.observation import size
 
 Kind = Literal["table", "network"]
 KINDS: Final = ("table", "network")
@@ -130,11 +131,24 @@ def _check_arrays(policy: PolicyFile, path: Path) -> None:
             good &= name.startswith("delta_")
             good &= values.shape == (rates, *(states,) * members, members)
     else:
-        layers = sum(name.startswith("weight_") for name in policy.arrays)
-        names = {f"{part}_{k}" for k in range(layers) for part in ("weight", "bias")}
-        good = layers > 0 and names == set(policy.arrays)
+        good = _is_network(policy)
     if not good or not policy.rates_rps:
         raise VoltanaError(f"{path} has arrays that do not fit its grid: train the policy again")
+
+
+def _is_network(policy: PolicyFile) -> bool:
+    """Whether layers follow one another from an observation to an action an instance."""
+    layers = sum(name.startswith("weight_") for name in policy.arrays)
+    names = {f"{part}_{k}" for k in range(layers) for part in ("weight", "bias")}
+    if layers == 0 or names != set(policy.arrays):
+        return False
+    width = size(policy.num_instances)
+    for k in range(layers):
+        rows = len(policy.arrays[f"bias_{k}"])
+        if policy.arrays[f"weight_{k}"].shape != (rows, width):
+            return False
+        width = rows
+    return width == policy.num_instances
 
 
 def group_members(arrays: Mapping[str, npt.NDArray[Any]]) -> list[range]:

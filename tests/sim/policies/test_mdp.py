@@ -204,6 +204,9 @@ def test_a_foreign_or_broken_file_is_refused_in_one_line(tmp_path: Path) -> None
     refused("arrays that do not fit")
     dataclasses.replace(made, arrays={"delta_0": np.zeros((1, 12, 1))}).save(path)
     refused("arrays that do not fit")
+    layer = {"weight_0": np.zeros((3, 10)), "bias_0": np.zeros(3)}  # a third action
+    policy("network", layer).save(path)
+    refused("arrays that do not fit")
 
 
 def test_mdp_without_a_file_says_how_to_get_one() -> None:
