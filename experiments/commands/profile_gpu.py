@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,11 +16,12 @@ from profiles.errors import VoltanaError, nearest
 if TYPE_CHECKING:
     from profiles.catalog import Profile
     from profiles.device.gpu import Gpu
-    from profiles.engines.base import Engine, Phase
+    from profiles.engines.base import Engine, EngineFacts, Phase
     from profiles.measure.campaign import Plan, Progress
     from profiles.measure.journal import Journal
 
-ENGINES = ("torch",)
+ENGINES = ("torch", "sglang")
+SERVING = "serving.toml"
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -49,6 +51,17 @@ def profile(
     trials: Annotated[int, typer.Option(help="Phase-shifted trials of a point")] = 3,
     max_batch: Annotated[int, typer.Option(help="Largest decode batch")] = 1024,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a point")] = 10_000_000,
+    attach: Annotated[
+        Path | None,
+        typer.Option(help="sglang: TOML file naming servers that run already, as for replay"),
+    ] = None,
+    pair: Annotated[
+        bool, typer.Option("--pair", help="sglang: start prefill and decode apart, not one server")
+    ] = False,
+    server_python: Annotated[
+        Path, typer.Option(help="sglang: Python of the environment SGLang is installed in")
+    ] = Path(sys.executable),
+    server_args: Annotated[str, typer.Option(help="sglang: further arguments of a server")] = "",
     allow_shared: Annotated[
         bool, typer.Option("--allow-shared", help="Go on although others use the card")
     ] = False,
@@ -62,6 +75,16 @@ def profile(
     With clock control (root), several clocks; they are put back on exit, Ctrl-C and kill -9:
 
         sudo voltana profile --model llama-3.1-8b --frequencies 1005,1200,1410 --out a100
+
+    SGLang, started here (or running already: --attach FILE); times come from its own metrics, and
+    OUT/serving.toml holds what a request spends outside the iterations:
+
+        voltana profile --engine sglang --model DIR --frequencies current --out h200
+
+    The real SGLang on a CPU (`make engine`), prefill and decode apart, the power a stated constant:
+
+        voltana profile --engine sglang --pair --device cpu --power-w 100 --out cpu
+        --server-python .engine/venv/bin/python --model .engine/model --budget 3m --window 0.2
 
     Without a GPU, to see it work:
 
@@ -85,7 +108,12 @@ def profile(
             max_tokens=max_tokens,
             protocol=protocol,
         )
-        made = _measure(card, _engine(model, device, dtype), plan, out, allow_shared=allow_shared)
+        if engine == "torch":
+            chosen = _torch(model, device, dtype)
+        else:
+            launch = (server_python, pair, server_args, out / "logs")
+            chosen = _sglang(model, device, attach, launch)
+        made = _measure(card, chosen, plan, out, allow_shared=allow_shared)
     typer.echo(_summary(made, out))
 
 
@@ -96,25 +124,47 @@ def _measure(card: Gpu, engine: Engine, plan: Plan, out: Path, *, allow_shared: 
     from profiles.measure.journal import Journal
     from profiles.measure.report import write_report
 
-    run = {
+    log = Journal.open(out / "journal.jsonl")
+    with ClockSession([card], allow_shared=allow_shared) as session:
+        if not engine.is_attached:
+            measure_bare_idle([card], plan, session, log)
+        with engine, _progress() as progress:
+            facts = engine.facts
+            log.describe(_run_of(card, facts, plan))
+            Campaign(engine, [card], plan, session, log, progress).run()
+            _measure_serving(engine, out)
+    made = assemble(out, log, [card.identity], facts)
+    write_report(made, out / "report")
+    _warn_of_failures(log)
+    return made
+
+
+def _run_of(card: Gpu, facts: EngineFacts, plan: Plan) -> dict[str, object]:
+    return {
         "gpu": card.identity.uuid,
-        "engine": engine.facts.engine_name,
-        "model": engine.facts.model_name,
-        "notes": dict(engine.facts.notes),
+        "engine": facts.engine_name,
+        "model": facts.model_name,
+        "notes": dict(facts.notes),
         "is_power_measured": card.identity.is_power_measured,
         "power_limit_w": card.identity.power_limit_w,
         "is_clock_left_alone": plan.clocks_mhz is None,
         "window_s": plan.protocol.window_s,
     }
-    log = Journal.open(out / "journal.jsonl", run)
-    with ClockSession([card], allow_shared=allow_shared) as session:
-        measure_bare_idle([card], plan, session, log)
-        with engine, _progress() as progress:
-            Campaign(engine, [card], plan, session, log, progress).run()
-    made = assemble(out, log, [card.identity], engine.facts)
-    write_report(made, out / "report")
-    _warn_of_failures(log)
-    return made
+
+
+def _measure_serving(engine: Engine, out: Path) -> None:
+    """What a request spends outside the iterations; only a serving engine has it."""
+    import tomli_w
+
+    from profiles.engines.base import NotHeldError
+
+    try:
+        table = engine.measure_serving()
+    except NotHeldError as error:
+        typer.echo(f"voltana: no {SERVING}: {error}", err=True)
+        return
+    if table is not None:
+        (out / SERVING).write_text(tomli_w.dumps(table), encoding="utf-8")
 
 
 @contextmanager
@@ -130,7 +180,35 @@ def _open_gpu(index: int, power_w: float | None) -> Iterator[Gpu]:
         yield card
 
 
-def _engine(model: str, device: str, dtype: str) -> Engine:
+def _sglang(
+    model: str, device: str, attach: Path | None, plan: tuple[Path, bool, str, Path]
+) -> Engine:
+    """Servers to attach to, or to start: (Python, a pair?, further arguments, logs)."""
+    try:
+        from profiles.engines import sglang_fleet
+        from profiles.engines.sglang import SglangEngine
+    except ModuleNotFoundError as error:
+        raise VoltanaError(
+            f"--engine sglang needs {error.name}: pip install 'voltana[replay]'"
+        ) from None
+    from profiles.engines.llama_config import load_shape
+
+    shape = load_shape(model)
+    if attach is not None:
+        return SglangEngine(lambda: sglang_fleet.attach(attach), shape, is_attached=True)
+    python, is_pair, arguments, logs = plan
+    launch = sglang_fleet.LaunchPlan(
+        python=python,
+        model=model,
+        logs=logs,
+        is_cpu=device == "cpu",
+        is_pair=is_pair,
+        arguments=arguments,
+    )
+    return SglangEngine(lambda: sglang_fleet.start_servers(launch), shape)
+
+
+def _torch(model: str, device: str, dtype: str) -> Engine:
     try:
         from profiles.engines.torch_llama import TorchEngine
     except ModuleNotFoundError as error:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Final, Literal, Protocol, Self
+from typing import Any, Final, Literal, Protocol, Self
 
 from profiles.errors import VoltanaError
 
@@ -16,6 +16,10 @@ PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
 
 class OutOfMemoryError(VoltanaError):
     """A point needs more memory than there is; it is recorded and the rest goes on."""
+
+
+class NotHeldError(VoltanaError):
+    """The engine does not run a point as asked for; it is recorded and the rest goes on."""
 
 
 class EngineCrashError(VoltanaError):
@@ -33,7 +37,7 @@ class Point:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Window:
-    """Iterations that ran back to back."""
+    """Iterations at one point, in one stretch back to back or in several."""
 
     iteration_s: tuple[float, ...]
     """Duration of each, boundary to boundary, host work included."""
@@ -41,9 +45,8 @@ class Window:
     """From the first boundary to the last; longer than the sum if the engine had to wait."""
     tokens: float
     """Mean over the iterations of what the point calls tokens."""
-    start_ns: int
-    """Monotonic clock at the first boundary."""
-    end_ns: int
+    spans_ns: tuple[tuple[int, int], ...]
+    """Start and end (monotonic clock) of each stretch that held the point: energy counts there."""
 
 
 class Workload(Protocol):
@@ -68,6 +71,8 @@ class EngineFacts:
     kv_capacity_tokens: int
     graph_batch_sizes: tuple[int, ...]
     """Batch sizes with a captured CUDA graph; a batch in between is padded to the next."""
+    min_context_tokens: int = 1
+    """Shortest context, per request, that decode can be held at."""
     notes: Mapping[str, str]
     """Anything that qualifies the numbers: dtype, attention kernel, random weights."""
 
@@ -88,13 +93,17 @@ class Engine(Protocol):
     def facts(self) -> EngineFacts: ...
 
     @property
-    def process_ids(self) -> frozenset[int]:
-        """Processes of the engine other than this one's descendants (an attached server)."""
+    def is_attached(self) -> bool:
+        """Whether its model is loaded before `__enter__`: bare idle power cannot be measured."""
+
+    def measure_serving(self) -> Mapping[str, Any] | None:
+        """What a request spends outside the iterations, as `serving.toml` holds it; or nothing."""
 
     def open(self, point: Point) -> AbstractContextManager[Workload]:
         """Prepare a point.
 
         Raises:
             OutOfMemoryError: It does not fit.
+            NotHeldError: The engine runs it otherwise than asked for.
             EngineCrashError: The engine died.
         """

@@ -49,6 +49,20 @@ class LlamaConfig:
         return layers + 2 * self.vocab_size * self.hidden_size + self.hidden_size
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelShape:
+    """What a serving engine's profile says of any decoder with a KV cache."""
+
+    name: str
+    vocab_size: int
+    max_context_tokens: int
+    kv_numbers_per_token: int
+
+    def kv_bytes_per_token(self, element_bytes: int) -> int:
+        """Keys and values of one token, all layers."""
+        return self.kv_numbers_per_token * element_bytes
+
+
 BUILT_IN: Final = {
     "toy": LlamaConfig(
         name="toy",
@@ -84,6 +98,30 @@ def load_config(name_or_path: str) -> LlamaConfig:
     """
     if name_or_path in BUILT_IN:
         return BUILT_IN[name_or_path]
+    path = _config_path(name_or_path)
+    return _from_json(_read_json(path), path)
+
+
+def load_shape(name_or_path: str) -> ModelShape:
+    """As `load_config`, but for any model whose `config.json` tells heads and layers.
+
+    Raises:
+        VoltanaError: Neither a built-in shape nor such a file.
+    """
+    if name_or_path in BUILT_IN:
+        config = BUILT_IN[name_or_path]
+    else:
+        path = _config_path(name_or_path)
+        config = _from_json(_read_json(path), path, has_any_type=True)
+    return ModelShape(
+        name=config.name,
+        vocab_size=config.vocab_size,
+        max_context_tokens=config.max_context_tokens,
+        kv_numbers_per_token=config.kv_bytes_per_token(1),
+    )
+
+
+def _config_path(name_or_path: str) -> Path:
     path = Path(name_or_path)
     path = path / "config.json" if path.is_dir() else path
     if not path.is_file():
@@ -91,11 +129,19 @@ def load_config(name_or_path: str) -> LlamaConfig:
             f"--model must be a built-in shape or a config.json, got {name_or_path!r}"
             f"{nearest(name_or_path, BUILT_IN)}"
         )
-    return _from_json(json.loads(path.read_text(encoding="utf-8")), path)
+    return path
 
 
-def _from_json(data: Mapping[str, Any], path: Path) -> LlamaConfig:
-    if data.get("model_type") not in ("llama", "mistral"):
+def _read_json(path: Path) -> Mapping[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, ValueError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+    return found
+
+
+def _from_json(data: Mapping[str, Any], path: Path, *, has_any_type: bool = False) -> LlamaConfig:
+    if not has_any_type and data.get("model_type") not in ("llama", "mistral"):
         raise VoltanaError(
             f"the torch engine knows Llama-shaped models, got model_type "
             f"{data.get('model_type')!r} ({path}): profile this one with --engine sglang"
@@ -114,7 +160,7 @@ def _from_json(data: Mapping[str, Any], path: Path) -> LlamaConfig:
             vocab_size=int(data["vocab_size"]),
             max_context_tokens=int(data["max_position_embeddings"]),
             rope_theta=float(rope.get("rope_theta") or data.get("rope_theta") or 10_000.0),
-            rms_norm_eps=float(data["rms_norm_eps"]),
+            rms_norm_eps=float(data.get("rms_norm_eps", 1e-5)),
         )
     except KeyError as error:
         raise VoltanaError(f"config.json must have {error} ({path}): complete it") from None

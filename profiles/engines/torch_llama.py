@@ -68,8 +68,11 @@ class TorchEngine:
             torch.cuda.empty_cache()
 
     @property
-    def process_ids(self) -> frozenset[int]:
-        return frozenset()
+    def is_attached(self) -> bool:
+        return False
+
+    def measure_serving(self) -> None:
+        return None
 
     @property
     def facts(self) -> EngineFacts:
@@ -164,8 +167,7 @@ class _Loop:
             iteration_s=tuple((after - before) * 1e-9 for before, after in steps),
             elapsed_s=(boundaries_ns[-1] - boundaries_ns[0]) * 1e-9,
             tokens=float(self._tokens),
-            start_ns=boundaries_ns[0],
-            end_ns=boundaries_ns[-1],
+            spans_ns=((boundaries_ns[0], boundaries_ns[-1]),),
         )
 
     def _synchronize(self) -> None:

@@ -15,8 +15,12 @@ from profiles.engines.base import EngineFacts, Phase
 from profiles.errors import VoltanaError
 from profiles.measure.journal import Journal
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
+from profiles.tables import POINT
 
 MIN_POINTS: Final = 2
+MAX_HELD: Final = 4
+"""Multiple of the shortest context that can be held, up to which a row is extended."""
+HELD: Final = "not-measured-held-from-next-tokens"
 
 
 def assemble(
@@ -28,7 +32,7 @@ def assemble(
     was read most often while they ran.
     """
     alone_mhz = _observed_clock_mhz(log)
-    frames = {phase: _phase_frame(log, phase, alone_mhz) for phase in ("prefill", "decode")}
+    frames = {phase: _phase_frame(log, phase, alone_mhz, facts) for phase in ("prefill", "decode")}
     idle = _idle_frame(log, alone_mhz)
     clocks_mhz = tuple(sorted({clock or alone_mhz for clock, _ in log.points}))
     meta = ProfileMeta(
@@ -58,7 +62,7 @@ def _observed_clock_mhz(log: Journal) -> int:
     return statistics.mode(seen) if seen else 0
 
 
-def _phase_frame(log: Journal, phase: Phase, alone_mhz: int) -> pd.DataFrame:
+def _phase_frame(log: Journal, phase: Phase, alone_mhz: int, facts: EngineFacts) -> pd.DataFrame:
     rows = [
         {
             "frequency_mhz": clock or alone_mhz,
@@ -79,7 +83,23 @@ def _phase_frame(log: Journal, phase: Phase, alone_mhz: int) -> pd.DataFrame:
             "raise --budget, add the phase to --phases, or re-run with the same --out to go on"
         )
     frame = pd.DataFrame(rows)
-    return frame.sort_values(["frequency_mhz", "batch_size", "tokens", "trial"], ignore_index=True)
+    if phase == "decode" and facts.min_context_tokens > 1:
+        frame = pd.concat([frame, _held_rows(frame, facts.min_context_tokens)])
+    frame = frame.sort_values([*POINT, "trial"], ignore_index=True)
+    # Two points asked for may have been held at the same tokens: their trials become one point's.
+    return frame.assign(trial=frame.groupby(list(POINT)).cumcount())
+
+
+def _held_rows(frame: pd.DataFrame, min_context_tokens: int) -> pd.DataFrame:
+    """The shortest measured context of each batch size, stated for a context of 1 too.
+
+    An engine that serves real prompts cannot be held there; over so few tokens time hardly changes.
+    """
+    key = ["frequency_mhz", "batch_size"]
+    shortest = frame[frame["tokens"] == frame.groupby(key)["tokens"].transform("min")]
+    context = shortest["tokens"] / shortest["batch_size"]
+    shortest = shortest[(context > 1) & (context <= MAX_HELD * min_context_tokens)]
+    return shortest.assign(tokens=shortest["batch_size"], flags=HELD)
 
 
 def _idle_frame(log: Journal, alone_mhz: int) -> pd.DataFrame:

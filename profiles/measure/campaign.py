@@ -10,7 +10,14 @@ from typing import Final
 
 from profiles.device.gpu import Gpu
 from profiles.device.lock import ClockSession
-from profiles.engines.base import Engine, EngineCrashError, OutOfMemoryError, Phase, Point
+from profiles.engines.base import (
+    Engine,
+    EngineCrashError,
+    NotHeldError,
+    OutOfMemoryError,
+    Phase,
+    Point,
+)
 from profiles.errors import VoltanaError
 from profiles.measure.grid import design, next_refinement
 from profiles.measure.journal import Journal
@@ -112,7 +119,7 @@ class Campaign:
             return
         try:
             trials = measure_point(self.engine, self.gpus, point, self.plan.protocol)
-        except (OutOfMemoryError, EngineCrashError) as error:
+        except (OutOfMemoryError, NotHeldError, EngineCrashError) as error:
             self.log.add_failure(clock_mhz, point, str(error))
         else:
             self.log.add_point(clock_mhz, point, trials)

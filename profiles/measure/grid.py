@@ -41,11 +41,12 @@ def design(
         points = [Point(phase=phase, batch_size=b, tokens=t) for t in tokens for b in (1, 2, 4)]
         return _spread([p for p in points if p.tokens % p.batch_size == 0])
     limit = min(facts.max_running_requests, max_batch_size)
+    contexts = sorted({max(context, facts.min_context_tokens) for context in CONTEXT_TOKENS})
     cap = min(facts.kv_capacity_tokens, max_tokens)
     points = [
         Point(phase=phase, batch_size=batch, tokens=batch * context)
         for batch in batch_sizes(facts, limit=limit)
-        for context in CONTEXT_TOKENS
+        for context in contexts
         if batch * context <= cap and context <= facts.max_context_tokens
     ]
     return _spread(points)

@@ -20,32 +20,46 @@ Key = tuple[int, Point]
 
 @dataclass(slots=True)
 class Journal:
-    """One JSON object a line; the first is the run's description."""
+    """One JSON object a line, one of them the run's description."""
 
     path: Path
+    run: dict[str, Any] | None = None
     points: dict[Key, list[Trial]] = field(default_factory=dict)
     failures: dict[Key, str] = field(default_factory=dict)
     idle_w: dict[tuple[int, bool], list[float]] = field(default_factory=dict)
     """(clock in MHz, 0 unlocked; model loaded?) -> power of each trial."""
 
     @staticmethod
-    def open(path: Path, run: Mapping[str, Any]) -> Journal:
-        """Open or resume.
-
-        Args:
-            path: The file.
-            run: What the run measures (GPU, engine, model, protocol); must equal the file's.
+    def open(path: Path) -> Journal:
+        """Open or resume; `describe` the run before anything but idle power is added.
 
         Raises:
-            VoltanaError: The file belongs to another run, or is damaged before its last line.
+            VoltanaError: The file is damaged before its last line.
         """
         journal = Journal(path)
         path.parent.mkdir(parents=True, exist_ok=True)
-        if not path.exists():
-            journal._append({"kind": "run", **run})
-            return journal
-        journal._read(json.loads(json.dumps(run)))
+        if path.exists():
+            journal._read()
         return journal
+
+    def describe(self, run: Mapping[str, Any]) -> None:
+        """State what the run measures (GPU, engine, model, protocol).
+
+        Raises:
+            VoltanaError: The file belongs to another run.
+        """
+        plain = json.loads(json.dumps(run))
+        if self.run is None:
+            self.run = plain
+            self._append({"kind": "run", **plain})
+            return
+        before = self.run
+        changed = sorted(k for k in before.keys() | plain.keys() if before.get(k) != plain.get(k))
+        if changed:
+            raise VoltanaError(
+                f"a resumed run must repeat its settings, got another {', '.join(changed)} "
+                f"({self.path}): use the same, or a new --out"
+            )
 
     def add_point(self, clock_mhz: int, point: Point, trials: list[Trial]) -> None:
         """Record a finished point."""
@@ -74,7 +88,7 @@ class Journal:
             file.flush()
             os.fsync(file.fileno())
 
-    def _read(self, run: Mapping[str, Any]) -> None:
+    def _read(self) -> None:
         text = self.path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         if complete != text:  # the last line was being written when the run died
@@ -87,17 +101,12 @@ class Journal:
                     f"every line must be JSON, got {line[:40]!r} ({self.path}:{number}): "
                     "remove that line, or start with a new --out"
                 ) from None
-            self._take(entry, run)
+            self._take(entry)
 
-    def _take(self, entry: dict[str, Any], run: Mapping[str, Any]) -> None:
+    def _take(self, entry: dict[str, Any]) -> None:
         kind = entry.pop("kind")
         if kind == "run":
-            changed = sorted(k for k in entry.keys() | run.keys() if entry.get(k) != run.get(k))
-            if changed:
-                raise VoltanaError(
-                    f"a resumed run must repeat its settings, got another {', '.join(changed)} "
-                    f"({self.path}): use the same, or a new --out"
-                )
+            self.run = entry
         elif kind == "idle":
             self.idle_w[entry["clock_mhz"], entry["is_loaded"]] = entry["power_w"]
         elif kind == "failure":

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from types import TracebackType
 from typing import Final, Self
@@ -22,6 +22,8 @@ from profiles.errors import VoltanaError
 
 SAMPLE_S: Final = 0.05
 MAX_GAP_S: Final = 1.0
+MIN_COVERED: Final = 0.5
+"""Share of the time at a point that samples must span, for its power to be the point's own."""
 
 
 def integrate_j(
@@ -161,10 +163,39 @@ class PowerMeter:
 
     @property
     def reading(self) -> Reading:
-        """The window's energy and conditions. Raises what the sampler ran into."""
+        """Energy and conditions from start to stop. Raises what the sampler ran into."""
         if self._error is not None:
             raise self._error
         return summarise(self._samples)
+
+    def reading_within(self, spans_ns: Sequence[tuple[int, int]]) -> tuple[Reading, bool]:
+        """The same of the stretches alone that held a point.
+
+        Args:
+            spans_ns: Start and end of each, monotonic clock.
+
+        Returns:
+            The reading, and whether the samples cover the spans. Where they do not (spans shorter
+            than the sampling period), it is the whole window's, pauses included.
+        """
+        whole = self.reading
+        parts = [
+            summarise(inside)
+            for start, end in spans_ns
+            if len(inside := [s for s in self._samples if start <= s.at_ns <= end]) > 1
+        ]
+        covered_s = sum(part.duration_s for part in parts)
+        if covered_s < MIN_COVERED * sum((end - start) * 1e-9 for start, end in spans_ns):
+            return whole, False
+        return (
+            replace(
+                whole,
+                energy_j=sum(part.energy_j for part in parts),
+                duration_s=covered_s,
+                source=" and ".join(sorted({part.source for part in parts})),
+            ),
+            True,
+        )
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_S):

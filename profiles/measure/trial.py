@@ -9,12 +9,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from profiles.device.gpu import Gpu
-from profiles.engines.base import Engine, Point, Workload
+from profiles.engines.base import Engine, Point, Window, Workload
 from profiles.errors import VoltanaError
 from profiles.measure.power import PowerMeter, Reading
 
 NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""
+GAPS: Final = "power-with-pauses"
+"""Flag: the stretches at the point were too short to sample, power is that of the whole window."""
+THROTTLED: Final = "throttle-"
+"""What a flag for throttling begins with."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,6 +57,11 @@ class Trial:
     num_iterations: int
     flags: tuple[str, ...]
 
+    @property
+    def is_throttled(self) -> bool:
+        """Whether heat or power held the clock down."""
+        return any(flag.startswith(THROTTLED) for flag in self.flags)
+
 
 def measure_point(
     engine: Engine, gpus: Sequence[Gpu], point: Point, protocol: Protocol
@@ -67,10 +76,10 @@ def measure_point(
         workload.run(min_duration_s=0.0, min_iterations=protocol.warm_up_iterations)
         for number in range(protocol.num_trials):
             trial = _run_trial(workload, gpus, protocol, number)
-            for _ in range(protocol.num_retries if trial.flags else 0):
+            for _ in range(protocol.num_retries if trial.is_throttled else 0):
                 time.sleep(protocol.cooling_s)
                 trial = _run_trial(workload, gpus, protocol, number)
-                if not trial.flags:
+                if not trial.is_throttled:
                     break
             trials.append(trial)
     return trials
@@ -93,14 +102,16 @@ def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, numb
         window = workload.run(
             min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations
         )
-    return _trial(window.iteration_s, window.tokens, meter.reading)
+    return _trial(window, *meter.reading_within(window.spans_ns))
 
 
-def _trial(iteration_s: Sequence[float], tokens: float, reading: Reading) -> Trial:
-    ordered = sorted(iteration_s)
+def _trial(window: Window, reading: Reading, is_covered: bool) -> Trial:
+    ordered = sorted(window.iteration_s)
     quarter = len(ordered) // 4
+    flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
+    flags += [] if is_covered else [GAPS]
     return Trial(
-        tokens=tokens,
+        tokens=window.tokens,
         time_s=statistics.median(ordered),
         spread_s=(ordered[-1 - quarter] - ordered[quarter]) / 2,
         power_w=reading.power_w,
@@ -108,5 +119,5 @@ def _trial(iteration_s: Sequence[float], tokens: float, reading: Reading) -> Tri
         temperature_c=reading.highest_temperature_c,
         clock_mhz=reading.lowest_clock_mhz,
         num_iterations=len(ordered),
-        flags=tuple(f"throttle-{reason}" for reason in sorted(reading.throttle)),
+        flags=tuple(flags),
     )

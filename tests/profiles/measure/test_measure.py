@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -39,6 +40,12 @@ TRIAL = Trial(
     num_iterations=32,
     flags=("throttle-power",),
 )
+
+
+def opened(path: Path, run: dict[str, Any]) -> Journal:
+    log = Journal.open(path)
+    log.describe(run)
+    return log
 
 
 def sample(at_s: float, power_w: float, energy_j: float | None, *flags: str) -> Sample:
@@ -124,24 +131,24 @@ def test_a_journal_survives_a_torn_last_line_and_resumes(tmp_path: Path) -> None
     run = {"gpu": "a", "notes": {"dtype": "float32"}}
     done = Point(phase="decode", batch_size=4, tokens=64)
     failed = Point(phase="decode", batch_size=8, tokens=64)
-    log = Journal.open(path, run)
+    log = opened(path, run)
     log.add_point(1005, done, [TRIAL, TRIAL])
     log.add_failure(1005, failed, "out of memory")
     log.add_idle(0, is_loaded=True, power_w=[60.0])
     with path.open("a") as file:
         file.write('{"kind": "point", "clo')
-    again = Journal.open(path, run)
+    again = opened(path, run)
     assert again.points == {(1005, done): [TRIAL, TRIAL]}
     assert again.failures == {(1005, failed): "out of memory"}
     assert again.idle_w == {(0, True): [60.0]}
     assert again.is_done(1005, failed)
     assert not again.is_done(1410, done)
     again.add_idle(1005, is_loaded=True, power_w=[61.0])
-    assert len(Journal.open(path, run).idle_w) == 2
+    assert len(opened(path, run).idle_w) == 2
 
 
 def test_a_journal_of_another_run_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "journal.jsonl"
-    Journal.open(path, {"gpu": "a", "model": "toy"})
+    opened(path, {"gpu": "a", "model": "toy"})
     with pytest.raises(VoltanaError, match="got another gpu"):
-        Journal.open(path, {"gpu": "b", "model": "toy"})
+        opened(path, {"gpu": "b", "model": "toy"})

@@ -1,0 +1,325 @@
+"""The `sglang` engine: holds operating points on real SGLang servers, started here or attached to.
+
+Decode: a batch of N prompts whose answers are long enough that all N run together for a while; the
+context grows by one token a pass around the one asked for. Prefill: a burst of B prompts and one
+output token. The times come from SGLang's own forward-pass metrics; passes that are not the point
+asked for (a batch still filling, a burst taken in two) do not count.
+
+    decode     prompts ──► batch fills … [ N streams, N streams, … N streams ] … batch empties
+    prefill    burst ──► [ one pass ] ──► burst ──► [ one pass ] …
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from types import TracebackType
+from typing import Any, Final, Self
+
+from profiles.engines.base import EngineFacts, NotHeldError, Point, Window, Workload
+from profiles.engines.llama_config import ModelShape
+from profiles.engines.sglang_client import SETTLE_S, Client, Endpoint, Records, Servers, get_json
+from profiles.engines.sglang_metrics import IterationMetrics
+from profiles.engines.sglang_serving import fit_overheads, measure_passages, serving_table
+from profiles.errors import VoltanaError
+
+CONTEXT_MARGIN: Final = 8
+"""A prompt that fills the context is not taken whole: its answer needs room too."""
+MIN_OUTPUT_TOKENS: Final = 32
+USUAL_OUTPUT_TOKENS: Final = 128
+MAX_OUTPUT_TOKENS: Final = 1024
+MIN_RUN: Final = 3
+"""Passes at the point, one after the other, that make a span worth timing."""
+MISSING_S: Final = 2.0
+MAX_HANDSHAKE_S: Final = 0.5
+MAX_MISSES: Final = 8
+"""Bursts in a row that the engine may take apart before the point is given up."""
+
+
+class SglangEngine:
+    """Servers with a loaded model."""
+
+    def __init__(
+        self,
+        open_servers: Callable[[], AbstractContextManager[Servers]],
+        shape: ModelShape,
+        *,
+        is_attached: bool = False,
+    ) -> None:
+        """Remember where the servers come from; `__enter__` starts or attaches.
+
+        Args:
+            open_servers: Gives the servers, ready, for as long as its context lasts.
+            shape: Of the model that they serve.
+            is_attached: They run already.
+        """
+        self._open_servers = open_servers
+        self._shape = shape
+        self._is_attached = is_attached
+        self._stack = ExitStack()
+        self._servers: Servers | None = None
+        self._client: Client | None = None
+        self._records: dict[Endpoint, Records] = {}
+        self._info: dict[Endpoint, dict[str, Any]] = {}
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            servers = stack.enter_context(self._open_servers())
+            for endpoint in {servers.prefill: 0, servers.decode: 0}:
+                self._info[endpoint] = _server_info(endpoint)
+                self._records[endpoint] = stack.enter_context(Records(endpoint.metrics))
+            self._client = Client(servers, self._shape.vocab_size)
+            stack.callback(self._client.close)
+            self._servers = servers
+            self._stack = stack.pop_all()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._stack.close()
+        self._servers = self._client = None
+
+    @property
+    def is_attached(self) -> bool:
+        return self._is_attached
+
+    def measure_serving(self) -> Mapping[str, Any]:
+        passages = measure_passages(self.client, self.records(self.servers.prefill), self.facts)
+        overheads = fit_overheads(passages, self.facts.kv_bytes_per_token)
+        return serving_table(overheads, self.facts, self.kv_reserve_tokens)
+
+    @property
+    def servers(self) -> Servers:
+        """The servers, while they are open."""
+        assert self._servers is not None, "enter the engine first"
+        return self._servers
+
+    @property
+    def client(self) -> Client:
+        """Sends prompts, while the servers are open."""
+        assert self._client is not None, "enter the engine first"
+        return self._client
+
+    def records(self, endpoint: Endpoint) -> Records:
+        """What a server reports."""
+        return self._records[endpoint]
+
+    @property
+    def kv_reserve_tokens(self) -> int | None:
+        """KV tokens that decode keeps free for each request at admission; None without a pair."""
+        reserve = self._info[self.servers.decode].get("num_reserved_decode_tokens")
+        return int(reserve) if self.servers.is_pair and reserve is not None else None
+
+    @property
+    def facts(self) -> EngineFacts:
+        prefill, decode = (self._info[e] for e in (self.servers.prefill, self.servers.decode))
+        chunk_tokens = int(prefill.get("chunked_prefill_size") or -1)
+        budget_tokens = int(prefill["max_prefill_tokens"])
+        context_tokens = int(decode.get("context_length") or self._shape.max_context_tokens)
+        return EngineFacts(
+            engine_name="sglang",
+            engine_version=str(decode["version"]),
+            model_name=self._shape.name,
+            tensor_parallel=int(decode["tp_size"]),
+            kv_bytes_per_token=self._shape.kv_bytes_per_token(_kv_element_bytes(decode)),
+            max_context_tokens=context_tokens,
+            max_prefill_tokens=min(budget_tokens, chunk_tokens if chunk_tokens > 0 else 2**31),
+            max_running_requests=int(decode["max_running_requests"]),
+            kv_capacity_tokens=int(decode["max_total_num_tokens"]),
+            graph_batch_sizes=_graph_batch_sizes(decode),
+            min_context_tokens=1 + MIN_OUTPUT_TOKENS // 2,
+            notes={
+                "servers": "prefill and decode apart" if self.servers.is_pair else "one for both",
+                "device": str(decode.get("device")),
+                "dtype": str(decode.get("dtype")),
+                "attention": str(decode.get("attention_backend")),
+                "overlap": "off" if decode.get("disable_overlap_schedule") else "on",
+                "kv reserve": f"{decode.get('num_reserved_decode_tokens')} tokens a request",
+            },
+        )
+
+    @contextmanager
+    def open(self, point: Point) -> Iterator[Workload]:
+        """A point, held by repeated batches of prompts; nothing runs before `Workload.run`."""
+        if point.tokens % point.batch_size:
+            raise VoltanaError(
+                f"tokens must be a multiple of batch_size, got {point.tokens} and "
+                f"{point.batch_size}: the sglang engine sends equal prompts"
+            )
+        if point.phase == "prefill":
+            yield _Bursts(point, self.client, self.records(self.servers.prefill), self.facts)
+        else:
+            yield _HeldStreams(point, self.client, self.records(self.servers.decode), self.facts)
+
+
+class _Bursts:
+    """Prefill: one burst at a time, its pass timed by the engine itself."""
+
+    def __init__(self, point: Point, client: Client, records: Records, facts: EngineFacts) -> None:
+        self._point = point
+        self._client = client
+        self._records = records
+        length = point.tokens // point.batch_size
+        self._prompt_tokens = min(length, facts.max_context_tokens - CONTEXT_MARGIN)
+
+    def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
+        passes: list[IterationMetrics] = []
+        num_misses = 0
+        while len(passes) < min_iterations or sum(p.wall_time_s for p in passes) < min_duration_s:
+            found = self._burst()
+            passes += found
+            num_misses = 0 if found else num_misses + 1
+            if not found:
+                self._client.handshake_s = min(2 * self._client.handshake_s, MAX_HANDSHAKE_S)
+            if num_misses >= MAX_MISSES:
+                raise NotHeldError(
+                    f"a burst must run in one pass, {num_misses} in a row of "
+                    f"{self._point.batch_size} prompts with {self._point.tokens} tokens did not: "
+                    "the engine takes fewer tokens at once (chunked prefill, its own limits)"
+                )
+        spans = [(p.start_s, p.received_s) for p in passes]
+        return _window([p.wall_time_s for p in passes], self._tokens, spans)
+
+    @property
+    def _tokens(self) -> int:
+        return self._prompt_tokens * self._point.batch_size
+
+    def _burst(self) -> list[IterationMetrics]:
+        """Send one; its pass, or nothing if it did not run as one."""
+        self._records.take()
+        lengths = [self._prompt_tokens] * self._point.batch_size
+        self._client.start(lengths, 1, is_burst=True).result()
+        seen_tokens, deadline_s = 0, time.monotonic() + MISSING_S
+        found = []
+        while seen_tokens < self._tokens and time.monotonic() < deadline_s:
+            for record in self._records.take():
+                seen_tokens += record.sum_prefill_tokens
+                if _is_prefill(record, self._point.batch_size, self._tokens):
+                    found.append(record)
+            time.sleep(SETTLE_S / 10)
+        return found
+
+
+class _HeldStreams:
+    """Decode: N answers at once, timed while all N run."""
+
+    def __init__(self, point: Point, client: Client, records: Records, facts: EngineFacts) -> None:
+        self._batch_size = point.batch_size
+        self._context = point.tokens // point.batch_size
+        self._client = client
+        self._records = records
+        self._most_tokens = min(
+            facts.max_context_tokens - 1, facts.kv_capacity_tokens // point.batch_size
+        )
+        self._output_tokens = min(max(self._context // 2, MIN_OUTPUT_TOKENS), USUAL_OUTPUT_TOKENS)
+
+    def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
+        runs: list[list[IterationMetrics]] = []
+        iteration_s: list[float] = []
+        while len(iteration_s) < min_iterations or sum(iteration_s) < min_duration_s:
+            found = full_runs(self._round(), self._batch_size)
+            if not found:
+                self._lengthen()
+            runs += found
+            iteration_s += [step for run in found for step in steps_s(run)]
+        tokens = [r.sum_decode_kv_tokens for run in runs for r in run[1:]]
+        spans = [(run[0].received_s, run[-1].received_s) for run in runs]
+        return _window(iteration_s, sum(tokens) / len(tokens), spans)
+
+    def _round(self) -> list[IterationMetrics]:
+        """All records while one batch of answers is made."""
+        output = min(self._output_tokens, self._most_tokens - 1)
+        prompt = max(self._context - output // 2, 1)
+        prompt = min(prompt, self._most_tokens - output)
+        self._records.take()
+        self._client.start([prompt] * self._batch_size, output).result()
+        time.sleep(SETTLE_S)
+        return self._records.take()
+
+    def _lengthen(self) -> None:
+        """Prompts reach decode one by one: the first must not end before the last has come."""
+        if self._output_tokens >= min(MAX_OUTPUT_TOKENS, self._most_tokens - 1):
+            raise NotHeldError(
+                f"{self._batch_size} streams at a context of {self._context} tokens must run "
+                "together, they never did: the engine admits fewer (its KV memory, its reserve "
+                "for each request, or its limit of running requests)"
+            )
+        self._output_tokens *= 2
+
+
+def full_runs(records: Sequence[IterationMetrics], batch_size: int) -> list[list[IterationMetrics]]:
+    """Stretches of consecutive decode passes of just this batch size, `MIN_RUN` or longer."""
+    runs: list[list[IterationMetrics]] = []
+    for record in records:
+        if record.num_decode_requests != batch_size or record.num_prefill_requests:
+            continue
+        if runs and runs[-1][-1].sequence + 1 == record.sequence:
+            runs[-1].append(record)
+        else:
+            runs.append([record])
+    return [run for run in runs if len(run) >= MIN_RUN]
+
+
+def steps_s(run: Sequence[IterationMetrics]) -> list[float]:
+    """Duration from boundary to boundary of every pass of a run but the first.
+
+    A pass's own time is exact; when its record reaches us is not (a busy engine sends several at
+    once), so that the host's time between passes is averaged over the run.
+
+    Returns:
+        Shape (len(run) - 1,).
+    """
+    passes_s = [record.wall_time_s for record in run[1:]]
+    between_s = (run[-1].received_s - run[0].received_s - sum(passes_s)) / len(passes_s)
+    return [pass_s + max(between_s, 0.0) for pass_s in passes_s]
+
+
+def _is_prefill(record: IterationMetrics, batch_size: int, tokens: int) -> bool:
+    """Whether a pass is just this burst, nothing cached, nothing else."""
+    seen = (record.num_prefill_requests, record.sum_prefill_tokens, record.num_decode_requests)
+    return seen == (batch_size, tokens, 0) and record.sum_prefill_kv_tokens == 0
+
+
+def _window(
+    iteration_s: Sequence[float], tokens: float, spans_s: Sequence[tuple[float, float]]
+) -> Window:
+    return Window(
+        iteration_s=tuple(iteration_s),
+        elapsed_s=spans_s[-1][1] - spans_s[0][0],
+        tokens=float(tokens),
+        spans_ns=tuple((round(a * 1e9), round(b * 1e9)) for a, b in spans_s),
+    )
+
+
+def _server_info(endpoint: Endpoint) -> dict[str, Any]:
+    """Arguments and state of a server, in one mapping."""
+    info = dict(get_json(f"{endpoint.url}/server_info"))
+    state = (info.get("internal_states") or [{}])[0]
+    for name in ("max_running_requests", "max_total_num_tokens"):
+        limit = state.get(f"effective_{name}_per_dp") or info.get(name) or state.get(name)
+        if limit is None:
+            raise VoltanaError(
+                f"SGLang must name its {name}, {endpoint.url}/server_info does not: "
+                "use SGLang 0.5.14 to 0.5.23"
+            )
+        info[name] = limit
+    return info
+
+
+def _kv_element_bytes(info: dict[str, Any]) -> int:
+    """Bytes of a number in the KV cache."""
+    kind = str(info.get("kv_cache_dtype"))
+    kind = str(info.get("dtype")) if kind == "auto" else kind
+    if kind.startswith("fp8"):
+        return 1
+    return 4 if kind == "float32" else 2
+
+
+def _graph_batch_sizes(info: dict[str, Any]) -> tuple[int, ...]:
+    sizes = info.get("cuda_graph_bs_decode") or info.get("cuda_graph_bs") or ()
+    return () if info.get("disable_cuda_graph") else tuple(int(size) for size in sizes)
