@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pandas as pd
@@ -11,6 +12,7 @@ from experiments.runs import run, stream_of, workload_of
 from sim.config import make_config
 from sim.metrics import summarise
 from sim.sketches import RELATIVE_ERROR
+from sim.workload.workload import Workload
 
 DAY = {"arrivals": "diurnal:swing=0.5", "rate_rps": 20.0, "duration_s": 120.0, "time_scale": 0.8}
 
@@ -19,10 +21,16 @@ def test_a_streamed_day_gives_what_the_whole_day_gives(tmp_path: Path) -> None:
     spill = tmp_path / "rows.parquet"
     exact = summarise(run(make_config(DAY)))
     seen = []
+
+    def watch(parts: Iterator[Workload]) -> Iterator[Workload]:
+        for part in parts:
+            seen.append(len(part))
+            yield part
+
     streamed = run(
         make_config({**DAY, "metrics": "sketch"}),
         spill=spill,
-        watch=lambda parts: (seen.append(len(p)) or p for p in parts),  # type: ignore[func-returns-value]
+        watch=watch,
     )
     sketched = summarise(streamed)
     for name in ("energy_j", "makespan_s", "attainment", "itl_attainment"):
