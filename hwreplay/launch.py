@@ -6,6 +6,7 @@ context ends all of them, however it is left, and removes the shared memory that
 
 from __future__ import annotations
 
+import http.client
 import os
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -109,6 +110,8 @@ def run_fleet(
         for phase, instance_id in phases:
             servers.append(_start(python, directory / "model", logs, phase, instance_id, sockets))
         wait_ready(servers, start_s)
+        for server in servers:
+            _freeze_garbage(server)
         yield servers
     finally:
         end(servers)
@@ -146,6 +149,16 @@ def _start(
         metrics=metrics,
         batch_socket=batch_socket,
     )
+
+
+def _freeze_garbage(server: Server) -> None:
+    """Keep Python's collector off what was loaded at start: a full collection stops all streams."""
+    connection = http.client.HTTPConnection(HOST, server.port, timeout=10.0)
+    try:
+        connection.request("POST", "/freeze_gc")
+        connection.getresponse().read()
+    finally:
+        connection.close()
 
 
 def restart(servers: list[Server], server: Server, *, start_s: float = 180) -> Server:

@@ -11,6 +11,7 @@ that was cut off is worth what it had reached.
 from __future__ import annotations
 
 import asyncio
+import gc
 import shutil
 import subprocess
 import sys
@@ -92,6 +93,8 @@ def replay(
                 runner.run(_play(run, workload, progress))
         except KeyboardInterrupt:
             progress("interrupted: keeping what has ended", 0)
+        finally:
+            gc.unfreeze()
     wall_s = (time.monotonic_ns() - started_ns) * 1e-9
     state = read_json(directory / STATE)
     write_json(state | {"wall_s": wall_s, "agents": _agent_reports(run)}, directory / STATE)
@@ -180,6 +183,8 @@ async def _play(run: _Run, workload: Workload, progress: Progress) -> None:
         state["is_power_measured"] = energy.is_measured
         progress("warming up", 0)
         await _warm_up(run, url)
+        gc.collect()
+        gc.freeze()  # a collection that walks every library's objects would send requests late
         start_ns = time.monotonic_ns()
         state["start_s"] = (start_ns - run.clock.start_ns) * 1e-9
         write_json(state, run.directory / STATE)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import hmac
 import logging
 import signal
@@ -304,6 +305,8 @@ def run_router(config: RouterConfig, ready: Callable[[str], None]) -> None:
     if not config.is_loopback and config.token is None:
         LOG.warning("open to the network without a token: anybody who reaches it may use it")
     profile = load_profile(config.sim.profile)
+    gc.collect()
+    gc.freeze()  # a collection that walks every library's objects stops all streams for 0.1 s
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_router(config, profile, ready))
 
