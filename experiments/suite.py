@@ -121,8 +121,8 @@ def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
     Raises:
         VoltanaError: The baseline, or the series to match, is named but was not run.
     """
-    if PANEL not in frame:
-        frame = frame.assign(**{PANEL: ""})
+    panel = frame[PANEL].fillna("") if PANEL in frame else ""  # an empty name is NaN in a CSV
+    frame = frame.assign(**{PANEL: panel})
     keys = [PANEL, figure.x, *(["seed"] if "seed" in frame else [])]
     if figure.match is not None:
         frame = _with_matched_pair(frame, figure.series, figure.match, keys)
