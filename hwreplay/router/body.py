@@ -22,7 +22,8 @@ CHARACTERS_PER_TOKEN: Final = 4.0
 """How a prompt that comes as text is counted: the router has no tokenizer."""
 DEFAULT_NEW_TOKENS: Final = {GENERATE: 128, COMPLETIONS: 16, CHAT: 128}
 END_OF_IDS: Final = 2**31
-MAX_TOP_LOGPROBS: Final = 1024
+MAX_TOP_LOGPROBS: Final = 128
+"""What a prefill server can hand to a decode server."""
 
 
 class BadRequestError(VoltanaError):
@@ -124,18 +125,23 @@ def _check_logprobs(fields: dict[str, msgspec.Raw], input_tokens: int, top: int)
     start = _read(fields, "logprob_start_len", _count, default=None)
     if start is not None and not -1 <= start <= input_tokens:
         raise BadRequestError(f"logprob_start_len must be in -1..{input_tokens}, got {start}")
-    most = min(top, MAX_TOP_LOGPROBS)
-    number = _read(fields, "top_logprobs_num", _count, default=None)
-    if number is not None and not 0 <= number <= most:
-        raise BadRequestError(f"top_logprobs_num must be in 0..{most}, got {number}")
+    _check_top_logprobs(fields, "top_logprobs_num", top)
     ids = _read(fields, "token_ids_logprob", _optional_ids, default=None)
     if ids:
         _count_ids(ids, top)
 
 
+def _check_top_logprobs(fields: dict[str, msgspec.Raw], name: str, top: int) -> None:
+    most = min(top, MAX_TOP_LOGPROBS)
+    number = _read(fields, name, _count, default=None)
+    if number is not None and not 0 <= number <= most:
+        raise BadRequestError(f"{name} must be in 0..{most}, got {number}")
+
+
 def _openai(path: str, fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]:
     if _read(fields, "n", _count, default=1) not in (None, 1):
         raise BadRequestError("n must be 1: send one request for each answer")
+    _check_top_logprobs(fields, "top_logprobs" if path == CHAT else "logprobs", top)
     tokens = _count_messages(fields) if path == CHAT else _count_prompt(fields, top)
     new_tokens = _read(fields, "max_tokens", _count, default=None)
     if path == CHAT and new_tokens is None:
