@@ -190,6 +190,8 @@ class PairSearch(Search):
         self._step_mhz = max(_steps(study.coarse_mhz), default=0)
         self._least_mhz = min(_steps(study.clocks_mhz), default=1)
         self._is_coarse = True
+        self._looked_at: list[tuple[int, int]] = []
+        """Neighbours that were tried on the first repeat last."""
 
     def propose(self) -> dict[tuple[int, int, int], Trial]:
         if not self.tried:
@@ -203,16 +205,14 @@ class PairSearch(Search):
         return self._around()
 
     def _next_screened(self) -> list[tuple[int, int]]:
-        """The next pairs to try on all repeats; none once one of those tried has kept the target.
+        """The next pairs of the grid to try on all repeats; none once one of those has kept it.
 
         A pair that misses by far on the first repeat is passed over; one whose energy there is
         higher than that of a pair that kept the target comes later, and is never needed.
         """
         if self.best() is not None or self._repeats == 1:
             return []
-        first = [(k, t) for k, t in self.tried.items() if k[2] == 1]
-        slack = min(0.02, 1.0 - self._study.target + 0.01)
-        near = [(k, t) for k, t in first if t.attainment >= self._study.target - slack]
+        near = [(k, t) for k, t in self.tried.items() if k[2] == 1 and self._is_near(t)]
         near.sort(key=lambda item: item[1].energy_j)
         rest = [k[:2] for k, _ in near if (*k[:2], self._repeats) not in self.tried]
         if not near and not self.complete():  # nothing comes near: the fastest says how near
@@ -220,20 +220,33 @@ class PairSearch(Search):
             return [(top, top)]
         return rest[:_SCREENED]
 
+    def _is_near(self, first: Trial) -> bool:
+        """Whether a pair that did so on the first repeat may keep the target on all."""
+        return first.attainment >= self._target - min(0.02, 1.01 - self._target)
+
     def _around(self) -> dict[tuple[int, int, int], Trial]:
+        """Neighbours of the best pair: on the first repeat, then the better ones on all."""
         best = self.best()
-        while best is not None and self._step_mhz >= 4 * self._least_mhz:
+        if best is None:
+            return {}
+        at = next(k for k, t in self.tried.items() if t is best)
+        first_j = self.tried[*at[:2], 1].energy_j
+        better = [
+            pair for pair in self._looked_at
+            if self._is_near(self.tried[*pair, 1]) and self.tried[*pair, 1].energy_j < first_j
+            and (*pair, self._repeats) not in self.tried
+        ]  # fmt: skip
+        self._looked_at = []
+        if better:
+            return {(p, d, self._repeats): self._trial(p, d) for p, d in better}
+        while not self._looked_at and self._step_mhz >= 4 * self._least_mhz:
             self._step_mhz //= 2
-            at = next(k for k, t in self.tried.items() if t is best)
-            found = {}
             for dp, dd in product((-self._step_mhz, 0, self._step_mhz), repeat=2):
                 clocks = self._study.clocks_mhz
                 p, d = nearest_clock_mhz(clocks, at[0] + dp), nearest_clock_mhz(clocks, at[1] + dd)
-                if (p, d, self._repeats) not in self.tried:
-                    found[p, d, self._repeats] = self._trial(p, d)
-            if found:
-                return found
-        return {}
+                if (p, d, 1) not in self.tried and (p, d) not in self._looked_at:
+                    self._looked_at.append((p, d))
+        return {(p, d, 1): self._trial(p, d, 1) for p, d in self._looked_at}
 
     def _trial(self, prefill_mhz: int, decode_mhz: int, repeats: int | None = None) -> Trial:
         settings = {

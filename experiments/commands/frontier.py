@@ -40,6 +40,10 @@ def frontier(
         typer.Option(help="attainment, ttft_attainment, itl_attainment or worse (of the two)"),
     ] = None,
     seeds: Annotated[int, typer.Option(min=1, help="Repeats, with seeds 11, 12, …")] = 5,
+    only: Annotated[
+        list[str] | None,
+        typer.Option("--load", help="Of the file's loads only these, by name, repeatable"),
+    ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
     ] = None,
@@ -73,6 +77,8 @@ def frontier(
             changed["target"] = target
         if attainment is not None:
             changed["attainment"] = attainment
+        if only:
+            changed["loads"] = [load for load in study.loads if load.name in only]
         study = dataclasses.replace(study, **changed)
     else:
         study = make_study(
