@@ -30,21 +30,29 @@ _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 def check_free(gpu: Gpu, *, allowed_pids: frozenset[int] = frozenset()) -> None:
-    """Refuse a card that other processes use.
+    """Refuse a card that other processes use; call it before an own process opens the card.
 
-    Own processes (this one and its descendants) and `allowed_pids` do not count.
+    Own processes (this one and its descendants) and `allowed_pids` do not count. In a container
+    NVML may number processes as the host does, or as 0: such a process is in no list that can be
+    read here, so it counts as foreign. An own one cannot be among them while none has been started.
 
     Raises:
         GpuBusyError: The message lists the foreign process ids.
     """
-    foreign = {
-        pid for pid in gpu.process_ids() - allowed_pids if not _is_own(pid) and pid != os.getpid()
-    }
-    if foreign:
-        raise GpuBusyError(
-            f"GPU {gpu.identity.index} must be free, got processes {sorted(foreign)} on it: "
-            "end them, or pass --allow-shared and accept wrong power"
-        )
+    foreign = sorted(pid for pid in gpu.process_ids() - allowed_pids if not _is_own(pid))
+    if not foreign:
+        return
+    hidden = [pid for pid in foreign if not Path(f"/proc/{pid}").exists()]
+    where = (
+        f"; {hidden} are not in this container's process list (another PID namespace): look with "
+        "nvidia-smi on the host"
+        if hidden
+        else ""
+    )
+    raise GpuBusyError(
+        f"GPU {gpu.identity.index} must be free, got processes {foreign} on it{where}: "
+        "end them, or pass --allow-shared and accept wrong power"
+    )
 
 
 def _is_own(pid: int) -> bool:

@@ -177,11 +177,12 @@ def main(arguments: Sequence[str]) -> int:
 
     for target in targets:
         NvmlGpu(int(target.partition("=")[0])).close()
-    os.write(sys.stdout.fileno(), HELLO)
     state = ARMED
     try:
+        os.write(sys.stdout.fileno(), HELLO)  # from here on the owner may lock
         state = _watch(parent_pid)
     finally:  # told to terminate: restore rather than leave a lock without a guard
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         is_restored = state != ARMED or _restore(targets, previous_clock_mhz)
     return 0 if is_restored else 1
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import TracebackType
-from typing import Any, Final, Self
+from typing import Any, Final, Protocol, Self
 
 import torch
 
@@ -22,6 +22,8 @@ MAX_PREFILL_TOKENS: Final = 16384
 MAX_RUNNING_REQUESTS: Final = 1024
 NUM_GRAPH_WARM_UP: Final = 3
 
+Step = Callable[[], torch.Tensor]
+
 
 class TorchEngine:
     """A model in this process."""
@@ -33,6 +35,7 @@ class TorchEngine:
         device: str = "cuda",
         dtype: str = "bfloat16",
         has_graphs: bool = True,
+        graphs: Graphs | None = None,
     ) -> None:
         """Remember what to load; `__enter__` loads.
 
@@ -41,6 +44,7 @@ class TorchEngine:
             device: "cuda", "cuda:N" or "cpu".
             dtype: Name of a torch floating type.
             has_graphs: Replay decode from a CUDA graph (cuda only).
+            graphs: What records decode in place of CUDA.
         """
         if device.startswith("cuda") and not torch.cuda.is_available():
             raise VoltanaError(
@@ -50,7 +54,8 @@ class TorchEngine:
         self._config = config
         self._device = torch.device(device)
         self._dtype: torch.dtype = getattr(torch, dtype)
-        self._has_graphs = has_graphs and self._device.type == "cuda"
+        is_recorded = has_graphs and self._device.type == "cuda"
+        self._graphs = graphs or (CudaGraphs() if is_recorded else None)
         self._model: Llama | None = None
 
     def __enter__(self) -> Self:
@@ -95,7 +100,7 @@ class TorchEngine:
                 "weights": "random",
                 "kv cache": "contiguous",
                 "attention": "torch scaled_dot_product_attention",
-                "decode": "CUDA graph" if self._has_graphs else "eager",
+                "decode": "eager" if self._graphs is None else "CUDA graph",
                 "device": str(self._device),
             },
         )
@@ -140,8 +145,8 @@ class TorchEngine:
         def step() -> torch.Tensor:
             return model.forward(ids, start, cache).argmax(dim=-1)
 
-        if self._has_graphs and point.phase == "decode":
-            return _captured(step)
+        if self._graphs is not None and point.phase == "decode":
+            return captured(step, self._graphs)
         return step
 
 
@@ -175,21 +180,44 @@ class _Loop:
             torch.cuda.synchronize(self._device)
 
 
-def _captured(step: Callable[[], torch.Tensor]) -> Callable[[], object]:
-    """Capture `step` into a CUDA graph; returns its replay."""
-    cuda: Any = torch.cuda
-    stream = cuda.Stream()
-    stream.wait_stream(cuda.current_stream())
-    with cuda.stream(stream):
+class Graphs(Protocol):
+    """Records work once and repeats it without the host."""
+
+    def side_stream(self) -> AbstractContextManager[object]:
+        """Work inside runs apart from the current stream and is waited for at the end."""
+
+    def record(self, step: Step) -> Callable[[], object]:
+        """Run `step` once, recording; returns what repeats it."""
+
+
+class CudaGraphs:
+    """CUDA graphs of the current device."""
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        cuda: Any = torch.cuda
+        stream = cuda.Stream()
+        stream.wait_stream(cuda.current_stream())
+        with cuda.stream(stream):
+            yield
+        cuda.current_stream().wait_stream(stream)
+
+    def record(self, step: Step) -> Callable[[], object]:
+        cuda: Any = torch.cuda
+        graph = cuda.CUDAGraph()
+        with cuda.graph(graph):
+            output = step()
+
+        def replay() -> object:
+            graph.replay()
+            return output, step  # keeps alive the tensors that the graph reads and writes
+
+        return replay
+
+
+def captured(step: Step, graphs: Graphs) -> Callable[[], object]:
+    """Warm `step` up on a side stream, as capture demands, and record it; returns its replay."""
+    with graphs.side_stream():
         for _ in range(NUM_GRAPH_WARM_UP):
             step()
-    cuda.current_stream().wait_stream(stream)
-    graph = cuda.CUDAGraph()
-    with cuda.graph(graph):
-        output = step()
-
-    def replay() -> object:
-        graph.replay()
-        return output, step  # keeps alive the tensors that the graph reads and writes
-
-    return replay
+    return graphs.record(step)

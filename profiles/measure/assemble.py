@@ -17,6 +17,7 @@ from profiles.measure.journal import Journal
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
 from profiles.tables import POINT
 
+BARE_IDLE: Final = "idle_bare.csv"
 MIN_POINTS: Final = 2
 MAX_HELD: Final = 4
 """Multiple of the shortest context that can be held, up to which a row is extended."""
@@ -53,6 +54,7 @@ def assemble(
         clocks=ClocksMeta(supported_mhz=clocks_mhz, default_levels_mhz=clocks_mhz),
         provenance=_provenance(log, identities[0], facts, has_control=alone_mhz == 0),
     )
+    write_bare_idle(directory, log, alone_mhz)
     return write_profile(directory, meta, frames["prefill"], frames["decode"], idle)
 
 
@@ -71,6 +73,7 @@ def _phase_frame(log: Journal, phase: Phase, alone_mhz: int, facts: EngineFacts)
             "trial": number,
             "time_s": trial.time_s,
             "power_w": trial.power_w,
+            "spread_s": trial.spread_s,
             "flags": ";".join(trial.flags),
         }
         for (clock, point), trials in log.points.items()
@@ -99,7 +102,8 @@ def _held_rows(frame: pd.DataFrame, min_context_tokens: int) -> pd.DataFrame:
     shortest = frame[frame["tokens"] == frame.groupby(key)["tokens"].transform("min")]
     context = shortest["tokens"] / shortest["batch_size"]
     shortest = shortest[(context > 1) & (context <= MAX_HELD * min_context_tokens)]
-    return shortest.assign(tokens=shortest["batch_size"], flags=HELD)
+    held: pd.DataFrame = shortest.assign(tokens=shortest["batch_size"], flags=HELD)
+    return held
 
 
 def _idle_frame(log: Journal, alone_mhz: int) -> pd.DataFrame:
@@ -112,6 +116,24 @@ def _idle_frame(log: Journal, alone_mhz: int) -> pd.DataFrame:
     if alone_mhz:  # the one clock left alone idles as the driver has it
         rows += [row | {"frequency_mhz": alone_mhz} for row in rows if row["frequency_mhz"] == 0]
     return pd.DataFrame(rows).sort_values(["frequency_mhz", "trial"], ignore_index=True)
+
+
+def write_bare_idle(directory: Path, log: Journal, alone_mhz: int) -> None:
+    """Write `idle_bare.csv`: idle power before the model was loaded, columns as in `idle.csv`.
+
+    Nothing is written where the model was there first (attached servers).
+    """
+    rows = [
+        {"frequency_mhz": clock, "trial": trial, "power_w": power_w}
+        for (clock, is_loaded), powers_w in sorted(log.idle_w.items())
+        if not is_loaded
+        for trial, power_w in enumerate(powers_w)
+    ]
+    if alone_mhz:
+        rows += [row | {"frequency_mhz": alone_mhz} for row in rows if row["frequency_mhz"] == 0]
+    if rows:
+        frame = pd.DataFrame(rows)
+        frame.to_csv(directory / BARE_IDLE, index=False, float_format="%.6g")
 
 
 def _gpu_meta(identity: GpuIdentity) -> GpuMeta:

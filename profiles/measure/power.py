@@ -22,6 +22,8 @@ from profiles.errors import VoltanaError
 
 SAMPLE_S: Final = 0.05
 MAX_GAP_S: Final = 1.0
+EDGE_NS: Final = 10_000_000
+"""A sample so close to a stretch belongs to it: those taken at start and stop of the meter do."""
 MIN_COVERED: Final = 0.5
 """Share of the time at a point that samples must span, for its power to be the point's own."""
 
@@ -182,7 +184,7 @@ class PowerMeter:
         parts = [
             summarise(inside)
             for start, end in spans_ns
-            if len(inside := [s for s in self._samples if start <= s.at_ns <= end]) > 1
+            if len(inside := self._samples_within(start - EDGE_NS, end + EDGE_NS)) > 1
         ]
         covered_s = sum(part.duration_s for part in parts)
         if covered_s < MIN_COVERED * sum((end - start) * 1e-9 for start, end in spans_ns):
@@ -196,6 +198,9 @@ class PowerMeter:
             ),
             True,
         )
+
+    def _samples_within(self, start_ns: int, end_ns: int) -> list[Sample]:
+        return [sample for sample in self._samples if start_ns <= sample.at_ns <= end_ns]
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_S):

@@ -15,6 +15,7 @@ from profiles.measure.power import PowerMeter, Reading
 
 NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""
+COOLING_POLL_S: Final = 0.5
 GAPS: Final = "power-with-pauses"
 """Flag: the stretches at the point were too short to sample, power is that of the whole window."""
 THROTTLED: Final = "throttle-"
@@ -29,11 +30,19 @@ class Protocol:
     min_iterations: int = 32
     num_trials: int = 3
     warm_up_iterations: int = 5
-    cooling_s: float = 10.0
     num_retries: int = 2
-    """Of a trial that ran into thermal or power throttling."""
+    """Of a trial that ran into thermal or power throttling, each after cooling."""
+    cool_by_c: float = 10.0
+    """A card has cooled when it is this much below the temperature at which it throttled."""
+    cooling_limit_s: float = 120.0
+    """Longest wait for that."""
 
     def __post_init__(self) -> None:
+        if min(self.cool_by_c, self.cooling_limit_s, self.num_retries) < 0:
+            raise VoltanaError(
+                f"cool_by_c, cooling_limit_s and num_retries must be >= 0, got {self.cool_by_c}, "
+                f"{self.cooling_limit_s}, {self.num_retries}: see --cooling"
+            )
         if self.window_s <= 0 or min(self.min_iterations, self.num_trials) < 1:
             raise VoltanaError(
                 f"window_s must be > 0, min_iterations and num_trials >= 1, got {self.window_s}, "
@@ -77,12 +86,28 @@ def measure_point(
         for number in range(protocol.num_trials):
             trial = _run_trial(workload, gpus, protocol, number)
             for _ in range(protocol.num_retries if trial.is_throttled else 0):
-                time.sleep(protocol.cooling_s)
+                target_c = trial.temperature_c - protocol.cool_by_c
+                cool_down(gpus, target_c, limit_s=protocol.cooling_limit_s)
                 trial = _run_trial(workload, gpus, protocol, number)
                 if not trial.is_throttled:
                     break
             trials.append(trial)
     return trials
+
+
+def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
+    """Let the cards rest until the hottest is at `target_c` or below, or the limit has passed.
+
+    Returns:
+        Temperature of the hottest card at the end.
+    """
+    deadline_ns = time.monotonic_ns() + int(limit_s * 1e9)
+    while True:
+        temperature_c = max(gpu.temperature_c() for gpu in gpus)
+        left_s = (deadline_ns - time.monotonic_ns()) * 1e-9
+        if temperature_c <= target_c or left_s <= 0:
+            return temperature_c
+        time.sleep(min(COOLING_POLL_S, left_s))
 
 
 def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:

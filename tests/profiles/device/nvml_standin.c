@@ -18,7 +18,7 @@ typedef struct {
     unsigned power_mw;
     unsigned throttle_bits;
     unsigned stuck_mhz;       /* >0: the clock that is read, whatever is locked */
-    unsigned foreign_pid;     /* >0: a process on the card */
+    unsigned foreign_pid;     /* >0: a process on the card; all ones: pid 0, an unseen one */
     unsigned num_locks;
     unsigned num_resets;
     unsigned num_energy_reads;
@@ -100,7 +100,7 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *h, unsigned *n, Process *out) 
     if (!s->foreign_pid) { *n = 0; return OK; }
     if (*n < 1 || !out) { *n = 1; return INSUFFICIENT_SIZE; }
     memset(out, 0, sizeof *out);
-    *n = 1; out[0].pid = s->foreign_pid; return OK;
+    *n = 1; out[0].pid = s->foreign_pid == ~0u ? 0 : s->foreign_pid; return OK;
 }
 int nvmlDeviceGetGraphicsRunningProcesses_v3(void *h, unsigned *n, Process *out) { (void)h; (void)out; GUARD; *n = 0; return OK; }
 int nvmlDeviceSetGpuLockedClocks(void *h, unsigned low, unsigned high) {

@@ -177,6 +177,21 @@ def test_refuses_a_card_in_use_unless_told_otherwise(standin: Standin) -> None:
     assert rest == ["shared", "attached"]
 
 
+@pytest.mark.parametrize(("state", "pid"), [(2**32 - 1, 0), (2**31 - 1, 2**31 - 1)])
+def test_a_process_of_another_pid_namespace_is_foreign_and_said_to_be_elsewhere(
+    standin: Standin, state: int, pid: int
+) -> None:
+    """In a container NVML shows host pids, or 0. No pid here is 2**31 - 1: pid_max is lower."""
+    standin["foreign_pid"] = state
+    out = standin.run(
+        OPEN + "try:\n    with ClockSession([gpu]):\n        print('entered')\n"
+        "except g.GpuBusyError as e:\n    print(e)\n"
+    )
+    assert f"got processes [{pid}] on it; [{pid}] are not in this container's" in out
+    assert "nvidia-smi on the host" in out
+    assert out.count("\n") == 0
+
+
 def test_own_children_do_not_count_as_foreign(standin: Standin) -> None:
     out = standin.run(
         OPEN + "import os, struct, subprocess, sys\n"

@@ -3,17 +3,26 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 
+from torch import Tensor  # noqa: E402
+
+from profiles.device.constant import ConstantPowerGpu  # noqa: E402
+from profiles.device.lock import ClockSession  # noqa: E402
 from profiles.engines.base import Point  # noqa: E402
 from profiles.engines.llama import KvCache, Llama  # noqa: E402
 from profiles.engines.llama_config import BUILT_IN, load_config  # noqa: E402
-from profiles.engines.torch_llama import TorchEngine  # noqa: E402
+from profiles.engines.torch_llama import NUM_GRAPH_WARM_UP, TorchEngine, captured  # noqa: E402
 from profiles.errors import VoltanaError  # noqa: E402
+from profiles.measure.campaign import Campaign, Plan  # noqa: E402
+from profiles.measure.journal import Journal  # noqa: E402
+from profiles.measure.trial import Protocol  # noqa: E402
 
 TOY = BUILT_IN["toy"]
 
@@ -156,3 +165,79 @@ def test_cuda_without_cuda_is_one_clear_message() -> None:
         pytest.skip("this machine has CUDA")
     with pytest.raises(VoltanaError, match="--device cpu"):
         TorchEngine(TOY, device="cuda")
+
+
+class RecordedCalls:
+    """A recorder on the CPU: repeats the step itself, and counts."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+
+    @contextmanager
+    def side_stream(self) -> Iterator[None]:
+        self.calls.append("enter")
+        yield
+        self.calls.append("leave")
+
+    def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+        self.calls.append("record")
+        output = step()
+
+        def replay() -> object:
+            self.calls.append("replay")
+            output.copy_(step())
+            return output
+
+        return replay
+
+
+def test_decode_is_warmed_up_apart_then_recorded_then_replayed_and_prefill_is_not() -> None:
+    graphs = RecordedCalls()
+    with TorchEngine(TOY, device="cpu", dtype="float32", graphs=graphs) as engine:
+        with engine.open(Point(phase="prefill", batch_size=1, tokens=8)) as workload:
+            workload.run(min_duration_s=0.0, min_iterations=2)
+        assert graphs.calls == []
+        with engine.open(Point(phase="decode", batch_size=1, tokens=8)) as workload:
+            workload.run(min_duration_s=0.0, min_iterations=2)
+    assert graphs.calls == ["enter", "leave", "record", "replay", "replay"]
+
+
+def test_a_recorded_step_ran_on_the_side_stream_before() -> None:
+    """Capture forbids first-time work (allocations, autotuning): it has happened by then."""
+    graphs, seen = RecordedCalls(), []
+
+    def step() -> Tensor:
+        seen.append(tuple(graphs.calls))
+        made: Tensor = torch.zeros(1)
+        return made
+
+    captured(step, graphs)
+    assert seen == [*[("enter",)] * NUM_GRAPH_WARM_UP, ("enter", "leave", "record")]
+
+
+def test_out_of_memory_at_a_point_is_recorded_and_the_rest_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The engine's own forward runs; from batch 4 on it raises what torch raises on a full card."""
+    forward = Llama.forward
+
+    def full_from_batch_4(self: Llama, ids: Tensor, start: int, cache: KvCache) -> object:
+        if ids.shape[0] >= 4:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore")
+        return forward(self, ids, start, cache)
+
+    monkeypatch.setattr(Llama, "forward", full_from_batch_4)
+    log = Journal.open(tmp_path / "journal.jsonl")
+    plan = Plan(
+        clocks_mhz=None, phases=("decode",), budget_s=0.0, max_batch_size=4, max_tokens=16,
+        protocol=Protocol(window_s=0.001, min_iterations=1, num_trials=1),
+    )  # fmt: skip
+    gpus = [ConstantPowerGpu(100.0)]
+    with TorchEngine(TOY, device="cpu", dtype="float32") as engine, ClockSession(gpus) as session:
+        Campaign(engine, gpus, plan, session, log, lambda *_: None).run()
+    ((failed, reason),) = log.failures.items()
+    assert failed[1] == Point(phase="decode", batch_size=4, tokens=4)
+    assert reason.endswith("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert [point.batch_size for _, point in log.points] == [1]
+    again = Journal.open(tmp_path / "journal.jsonl")
+    assert again.is_done(*failed)

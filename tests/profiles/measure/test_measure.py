@@ -96,6 +96,22 @@ def test_a_meter_on_a_constant_device_reads_that_constant() -> None:
     assert meter.reading.power_w == pytest.approx(150.0, rel=0.02)
 
 
+def test_energy_counts_within_the_stretches_alone() -> None:
+    """100 W while the point is held, 20 W in the pause between: the pause must not count."""
+    meter = PowerMeter([ConstantPowerGpu(1.0)])
+    powers_w = {0: 100.0, 1: 100.0, 2: 100.0, 3: 20.0, 4: 20.0, 5: 100.0, 6: 100.0, 7: 100.0}
+    meter._samples.extend(sample(0.1 * n, power_w, None) for n, power_w in powers_w.items())
+    spans_ns = ((0, 200_000_000), (500_000_000, 700_000_000))
+    reading, is_covered = meter.reading_within(spans_ns)
+    assert is_covered
+    assert reading.power_w == pytest.approx(100.0)
+    assert reading.duration_s == pytest.approx(0.4)
+    whole, is_covered = meter.reading_within(((120_000_000, 180_000_000),))
+    assert not is_covered  # no two samples in so short a stretch
+    assert whole == meter.reading
+    assert whole.power_w < 90.0
+
+
 def test_batch_sizes_straddle_every_suspected_step() -> None:
     sizes = batch_sizes(FACTS, limit=1024)
     for step in (8, 64, 120, 128, 256, 896, 160):

@@ -1,0 +1,64 @@
+"""A throttled trial is run again once the card has cooled, through the real binding."""
+
+from __future__ import annotations
+
+import json
+
+from tests.profiles.device.standin import Standin
+
+THERMAL_BIT = 0x20
+SETUP = """
+import json, os, struct, threading, time
+from contextlib import contextmanager
+from profiles.device.nvml import NvmlGpu
+from profiles.engines.base import Point, Window
+from profiles.measure.trial import Protocol, measure_point
+from tests.profiles.device.standin import FIELDS
+
+def put(**values):
+    with open(os.environ["VOLTANA_NVML_STATE"], "r+b") as file:
+        for name, value in values.items():
+            file.seek(4 * FIELDS.index(name))
+            file.write(struct.pack("<I", value))
+
+class Busy:
+    num_runs = 0
+
+    @contextmanager
+    def open(self, point):
+        yield self
+
+    def run(self, *, min_duration_s, min_iterations):
+        Busy.num_runs += 1
+        start_ns = time.monotonic_ns()
+        time.sleep(0.1)
+        end_ns = time.monotonic_ns()
+        return Window(iteration_s=(0.1,), elapsed_s=0.1, tokens=8.0, spans_ns=((start_ns, end_ns),))
+
+def measure(**protocol):
+    rules = Protocol(window_s=0.1, min_iterations=1, num_trials=1, **protocol)
+    with NvmlGpu(0) as gpu:
+        point = Point(phase="decode", batch_size=1, tokens=8)
+        (trial,) = measure_point(Busy(), [gpu], point, rules)
+    print(json.dumps([trial.flags, trial.temperature_c, Busy.num_runs]))
+"""
+
+
+def test_a_hot_card_is_waited_for_and_measured_again(standin: Standin) -> None:
+    """Hot at 88 C; it cools to 70 C a second later, and only then is the trial repeated."""
+    standin["temperature_c"], standin["throttle_bits"] = 88, THERMAL_BIT
+    out = standin.run(
+        SETUP + "timer = threading.Timer(1.0, lambda: put(temperature_c=70, throttle_bits=0))\n"
+        "timer.start()\nmeasure(cool_by_c=10.0, cooling_limit_s=600.0, num_retries=1)"
+    )
+    flags, temperature_c, num_runs = json.loads(out)
+    assert (flags, temperature_c) == ([], 70.0)
+    assert num_runs == 3  # warm-up, the throttled one, the one that counts
+
+
+def test_a_card_that_stays_hot_ends_the_wait_and_the_trial_keeps_its_flag(standin: Standin) -> None:
+    standin["temperature_c"], standin["throttle_bits"] = 88, THERMAL_BIT
+    out = standin.run(SETUP + "measure(cool_by_c=10.0, cooling_limit_s=0.05, num_retries=2)")
+    flags, temperature_c, num_runs = json.loads(out)
+    assert (flags, temperature_c) == (["throttle-thermal"], 88.0)
+    assert num_runs == 1 + 1 + 2
