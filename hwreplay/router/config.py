@@ -83,6 +83,8 @@ class RouterConfig:
     id that the model does not have ends the server."""
     max_attempts: int = 3
     """Pairs that a request which has not started may be tried on."""
+    max_lost: int = 2
+    """A request that was on so many servers when they died is given up: it may be the reason."""
     connect_s: float = 2.0
     first_token_s: float = 600.0
     """Longest wait for a first token."""
@@ -123,8 +125,8 @@ class RouterConfig:
 
 
 _POSITIVE: Final = (
-    "max_open", "max_body_bytes", "vocab_size", "max_attempts", "connect_s", "first_token_s",
-    "client_stall_s", "health_period_s", "health_timeout_s", "stale_s",
+    "max_open", "max_body_bytes", "vocab_size", "max_attempts", "max_lost", "connect_s",
+    "first_token_s", "client_stall_s", "health_period_s", "health_timeout_s", "stale_s",
 )  # fmt: skip
 _LIMITS: Final = {f.name for f in fields(RouterConfig)} - {"workers", "sim", "token"}
 

@@ -59,10 +59,14 @@ class PassedError(VoltanaError):
 class _AttemptError(VoltanaError):
     """An attempt has come to nothing; another pair may do."""
 
-    def __init__(self, reason: str, message: str, worker: Worker | None) -> None:
+    def __init__(
+        self, reason: str, message: str, worker: Worker | None, *, was_there: bool = False
+    ) -> None:
+        """`was_there`: the server was lost with the request on it."""
         super().__init__(message)
         self.reason = reason
         self.worker = worker
+        self.was_there = was_there
 
 
 @dataclass(slots=True, kw_only=True)
@@ -109,6 +113,7 @@ class Proxy:
         """
         excluded: set[Worker] = set()
         failed: _AttemptError | None = None
+        lost = 0
         for attempt in range(self._config.max_attempts):
             try:
                 pair = self._fleet.choose(call.request_id, call.arrival_s, call.body, excluded)
@@ -124,6 +129,11 @@ class Proxy:
                 if call.is_begun:
                     raise RequestFailedError(error.reason, str(error)) from None
                 failed = error
+                lost += error.was_there
+                if lost >= self._config.max_lost:
+                    raise RequestFailedError(
+                        error.reason, f"{error}; it is not tried again, {lost} servers died with it"
+                    ) from None
                 excluded |= set(pair) if error.worker is None else {error.worker}
             else:
                 return
@@ -146,7 +156,8 @@ class Proxy:
             self._fleet.release(pair, call.request_id)
         if task.cancelled():
             lost = next((w for w in pair if not w.is_healthy), None)
-            raise _AttemptError("server_lost", attempt.loss or "it was cancelled", lost)
+            why = attempt.loss or "it was cancelled"
+            raise _AttemptError("server_lost", why, lost, was_there=True)
         task.result()
 
     async def _run(self, call: Call, pair: Pair) -> None:
@@ -265,7 +276,8 @@ class Proxy:
         else:
             worker.check_now.set()
         reason = "timeout" if isinstance(error, TimeoutError) else "server_lost"
-        return _AttemptError(reason, message, worker)
+        was_there = not isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
+        return _AttemptError(reason, message, worker, was_there=was_there)
 
     @staticmethod
     async def _refusal(answer: aiohttp.ClientResponse, worker: Worker) -> VoltanaError:

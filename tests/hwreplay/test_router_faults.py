@@ -258,6 +258,30 @@ def test_an_id_the_model_lacks_is_refused() -> None:
     asyncio.run(play())
 
 
+def test_a_request_that_ends_its_servers_does_not_end_the_fleet() -> None:
+    """Two of four prefill servers die with it, and it is given up; others are still served."""
+
+    async def play() -> None:
+        times = StubTimes(prefill_base_s=1.0)
+        async with bench(4, 1, times=times, max_attempts=4, health_period_s=0.05) as b:
+            poison = asyncio.create_task(b.generate(4, 3))
+            left = list(b.fleet.prefill)
+            for _ in range(2):
+                async with asyncio.timeout(10):
+                    while not (hit := [server for server in left if server.seen]):
+                        await asyncio.sleep(0.02)
+                left.remove(hit[0])
+                await hit[0].die()
+            status, data = await poison
+            assert status == 502
+            assert b"not tried again, 2 servers died with it" in data
+            assert (await b.generate(4, 3))[0] == 200
+            counts = await settled(b, 2)
+            assert (counts["completed"], counts["failed"]) == (1, 1)
+
+    asyncio.run(play())
+
+
 def test_fuzzed_bytes_are_answered_and_counted() -> None:
     """400 mutations of a good body over live HTTP: each one is served or refused, never lost."""
 
