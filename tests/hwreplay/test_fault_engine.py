@@ -191,8 +191,11 @@ def test_500_streams_at_once_some_of_which_leave(engine_fleet: EngineFleet, tmp_
 def test_a_client_that_stops_reading_is_dropped_and_its_work_with_it(
     engine_fleet: EngineFleet, tmp_path: Path
 ) -> None:
+    """Logprobs make its answer longer than what the kernel's buffers take (some 4 MB)."""
+
     async def play(found: Gate) -> dict[str, int]:
-        data = json.dumps(body(16, 3500)).encode()
+        whole = body(16, 3500, return_logprob=True, top_logprobs_num=128)
+        data = json.dumps(whole).encode()
         host, port = found.url.removeprefix("http://").split(":")
         head = f"POST /generate HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
         head += f"Content-Length: {len(data)}\r\n\r\n"
