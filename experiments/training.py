@@ -49,13 +49,15 @@ class TrainingPlan:
     rates_rps: tuple[float, ...]
     """Ascending; learners take one."""
     solver: Solver = "factored"
-    penalty_j: float = 0.15
-    """Of a late token: about two tokens' energy (ours)."""
+    penalty_j: float = 0.1
+    """Of a late token: about what a token's energy is (ours)."""
     clock_rule: ClockRule = "ecofreq"
-    width_requests: int = 16
+    clock_state: bool = False
+    """Whether the clock level is a state of its own, or follows the other states at once."""
+    width_requests: int = 4
     """Batch buckets beyond the smallest ones."""
-    max_requests: int = 300
-    kv_buckets: int = 3
+    max_requests: int = 320
+    kv_buckets: int = 2
     group_size: int = 2
     episodes: int = 40
     episode_s: float = 200.0
@@ -126,10 +128,11 @@ def build_model(plan: TrainingPlan, profile: Profile) -> InstanceModel:
     inputs, outputs = _lengths(config)
     context_tokens = mean_context(inputs, outputs)
     levels = profile.meta.clocks.default_levels_mhz
+    is_tied = not plan.clock_state and plan.clock_rule != "free"
     grid = StateGrid(
         batch_edges_requests=batch_edges(plan.max_requests, plan.width_requests),
         kv_nodes_tokens=kv_nodes(float(inputs.mean()), context_tokens, plan.kv_buckets),
-        levels_mhz=levels,
+        levels_mhz=levels[-1:] if is_tied else levels,
     )
     parameters = ModelParameters(
         slo_itl_s=config.slo_itl_s,
@@ -137,7 +140,9 @@ def build_model(plan: TrainingPlan, profile: Profile) -> InstanceModel:
         output_tokens=float(outputs.mean()),
         context_tokens=context_tokens,
         penalty_j=plan.penalty_j,
+        turned_away_j=plan.penalty_j * float(outputs.mean()) * plan.max_requests,
         clock_rule=plan.clock_rule,
+        tied_mhz=levels if is_tied else (),
         actuation_s=config.actuation_latency_s,
     )
     return build_instance(grid, parameters, profile.predictor(), profile.truth())

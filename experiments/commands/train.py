@@ -51,16 +51,24 @@ def train_mdp(
     ] = None,
     penalty_j: Annotated[
         float, typer.Option(help="Joules that a late token counts as; more is safer")
-    ] = 0.15,
+    ] = 0.1,
     clock_rule: Annotated[
         str,
         typer.Option(
             help="Clocks in the model: ecofreq, ecomin, or free (bounds what control could save)"
         ),
     ] = "ecofreq",
-    width: Annotated[int, typer.Option(help="Requests of a batch bucket")] = 16,
-    max_requests: Annotated[int, typer.Option(help="Largest batch of the model")] = 300,
-    kv_buckets: Annotated[int, typer.Option(help="Buckets of KV tokens a request")] = 3,
+    clock_state: Annotated[
+        bool,
+        typer.Option(
+            "--clock-state", help="Clock levels as states, changing with delay; slower to solve"
+        ),
+    ] = False,
+    width: Annotated[
+        int, typer.Option(help="Requests of a batch bucket; wider is quicker and more careful")
+    ] = 4,
+    max_requests: Annotated[int, typer.Option(help="Largest batch of the model")] = 320,
+    kv_buckets: Annotated[int, typer.Option(help="Buckets of KV tokens a request")] = 2,
     group: Annotated[int, typer.Option(help="factored: instances of a group")] = 2,
     episodes: Annotated[int, typer.Option(help="q: episodes")] = 40,
     episode_s: Annotated[float, typer.Option(help="q, sb3: seconds of an episode")] = 200.0,
@@ -87,6 +95,7 @@ def train_mdp(
         solver=cast("Solver", solver),
         penalty_j=penalty_j,
         clock_rule=cast("ClockRule", clock_rule),
+        clock_state=clock_state,
         width_requests=width,
         max_requests=max_requests,
         kv_buckets=kv_buckets,

@@ -10,12 +10,13 @@ cache each and an iteration time of T seconds (the predictor's, at the clock in 
   a token an iteration, and C = I + L, as if lengths had no memory there either);
 - at the end of an iteration, plus the actuation delay, the clock moves to the level that the
   instance's controller asks for (rules `ecofreq`, `ecomin`), or to whichever level is best
-  (rule `free`, where the clock is part of the action);
+  (rule `free`, where the clock is part of the action); or, `tied_mhz`, it is there at once, which
+  saves the level and changes little, as a change takes one iteration of some hundreds;
 - an idle instance goes to its lowest level after a mean of `idle_wait_s`.
 
 Requests arrive as a Poisson stream; each is an action: the instance that takes it.
 Cost runs at P(f, n, n·k) watts, or the idle power, plus `penalty_j` for every
-token that comes later than the ITL promise, and `penalty_j`·L for a request that a full instance
+token that comes later than the ITL promise, and `turned_away_j` for a request that a full instance
 turns away. A step of the node spacing with the probability that keeps the mean stands for a step
 of one request (or token) inside a wider bucket; buckets of width 1 make it exact, wider ones add
 variance (a bucket w wide has w times the noise of its events).
@@ -55,7 +56,14 @@ class ModelParameters:
     """Mean KV tokens of a running request: `mean_context_tokens` of the workload."""
     penalty_j: float = 1.0
     """Joules that a token beyond the ITL promise is taken to cost."""
+    turned_away_j: float | None = None
+    """Cost of a request sent to a full instance; `penalty_j`·L if None, every token of it late.
+    A real instance takes it and is late for its whole batch: `penalty_j`·L·batch is of that order,
+    and with less a full instance attracts what might make another one late."""
     clock_rule: ClockRule = "ecofreq"
+    tied_mhz: tuple[int, ...] = ()
+    """Clocks that the rule chooses from at once, in every state, so that the grid's one level
+    stands for whichever it is; none: the clock is a state of the grid and takes time to change."""
     actuation_s: float = 0.003
     idle_wait_s: float = 5.0
 
@@ -75,6 +83,14 @@ class ModelParameters:
             raise VoltanaError(
                 f"clock rule must be one of {', '.join(CLOCK_RULES)}, got {self.clock_rule!r}"
             )
+        if self.tied_mhz and self.clock_rule == "free":
+            raise VoltanaError("clocks that are tied to the state cannot be free")
+
+    @property
+    def full_j(self) -> float:
+        """Cost of a request that a full instance turns away."""
+        given = self.turned_away_j
+        return self.penalty_j * self.output_tokens if given is None else given
 
 
 def mean_context_tokens(input_tokens: IntArray, output_tokens: IntArray) -> float:
@@ -128,21 +144,30 @@ def build_instance(
         predictor: Iteration times, s.
         power: Power of the instance, W.
     """
-    time_s, power_w, late = _tables(grid, parameters, predictor, power)
+    if parameters.tied_mhz and len(grid.levels_mhz) > 1:
+        raise VoltanaError(f"tied clocks need a grid of one level, got {grid.levels_mhz}")
+    clocks = parameters.tied_mhz or grid.levels_mhz
+    time_s, power_w, late = _tables(grid, clocks, parameters, predictor, power)
+    if parameters.tied_mhz:
+        target = _clock_targets(parameters, time_s, power_w)[:, :, None]
+        time_s, power_w, late = (
+            np.take_along_axis(each, target, axis=2) for each in (time_s, power_w, late)
+        )
     tokens_per_s = grid.batch_nodes_requests[:, None, None] / time_s
     cost_w = power_w + parameters.penalty_j * late * tokens_per_s
     clock_rate = 1.0 / (time_s + parameters.actuation_s)
     clock_rate[0] = 1.0 / parameters.idle_wait_s
     is_free = parameters.clock_rule == "free"
-    target = None if is_free else _clock_targets(grid, parameters, time_s, power_w)
+    is_moving = not is_free and not parameters.tied_mhz
+    moves_to = _clock_targets(parameters, time_s, power_w) if is_moving else None
     full_j = np.zeros(grid.shape)
-    full_j[-1] = parameters.penalty_j * parameters.output_tokens
+    full_j[-1] = parameters.full_j
     return InstanceModel(
         grid=grid,
         parameters=parameters,
         cost_w=cost_w.ravel(),
         energy_w=power_w.ravel(),
-        generator=_generator(grid, parameters, time_s, clock_rate, target),
+        generator=_generator(grid, parameters, time_s, clock_rate, moves_to),
         arrival=_arrival(grid, parameters),
         blocked_j=full_j.ravel(),
         clock_rate=clock_rate.ravel() if is_free else np.zeros(grid.num_states),
@@ -150,16 +175,21 @@ def build_instance(
 
 
 def _tables(
-    grid: StateGrid, parameters: ModelParameters, predictor: Predictor, power: PowerModel
+    grid: StateGrid,
+    clocks_mhz: tuple[int, ...],
+    parameters: ModelParameters,
+    predictor: Predictor,
+    power: PowerModel,
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Mean iteration time (s, endless where empty), power (W), share of late iterations.
 
-    Each has shape grid.shape.
+    Each has shape (batch buckets, KV buckets, clocks).
     """
-    time_s, power_w, late = (np.zeros(grid.shape) for _ in range(3))
+    shape = (*grid.shape[:2], len(clocks_mhz))
+    time_s, power_w, late = (np.zeros(shape) for _ in range(3))
     time_s[0] = np.inf
     edges = grid.batch_edges_requests
-    for level, clock_mhz in enumerate(grid.levels_mhz):
+    for level, clock_mhz in enumerate(clocks_mhz):
         power_w[0, :, level] = power.idle_power_w(clock_mhz)
         for batch in range(1, grid.num_batch):
             sizes = range(edges[batch], edges[batch + 1])
@@ -173,11 +203,11 @@ def _tables(
 
 
 def _clock_targets(
-    grid: StateGrid, parameters: ModelParameters, time_s: FloatArray, power_w: FloatArray
+    parameters: ModelParameters, time_s: FloatArray, power_w: FloatArray
 ) -> IntArray:
     """Level that the controller asks for. Shape (num_batch, num_kv); 0 where the batch is empty."""
     fits = time_s <= parameters.slo_itl_s
-    top = len(grid.levels_mhz) - 1
+    top = time_s.shape[2] - 1
     if parameters.clock_rule == "ecofreq":
         wanted = np.argmax(fits, axis=2)
     else:
