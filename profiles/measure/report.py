@@ -2,16 +2,30 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import matplotlib as mpl
+import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from profiles.catalog import Profile
 from profiles.ecopred import fit_report
 
-POINT = ["frequency_mhz", "batch_size", "tokens"]
+POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
+CONTEXT_TOKENS: Final = 512
+"""Context per request at which decode is drawn, or the nearest that was measured."""
+LIMIT: Final = float(np.log(2.0))
+"""A batch size that was measured at no context within a factor of 2 is left out of a line."""
+MIN_CONTEXT_TOKENS: Final = 2
+"""A context of 1 is the far edge of a table; drawn on a log scale it would fill the figure."""
+MAX_LINES: Final = 6
+MIN_RANGE: Final = 0.01
+"""A power that varies less than this fraction has no contours worth drawing."""
 
 
 def write_report(profile: Profile, directory: Path) -> list[Path]:
@@ -19,12 +33,12 @@ def write_report(profile: Profile, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     fit_path = directory / "fit_report.csv"
     fit_report(profile.fitted).to_csv(fit_path, index=False, float_format="%.5g")
-    figures = {
-        "energy_u.png": _energy_figure(profile),
-        "latency_steps.png": _latency_figure(profile),
-        "power_surface.png": _power_figure(profile),
-    }
-    with mpl.rc_context({"figure.dpi": 120}):
+    with mpl.rc_context({"figure.dpi": 120, "axes.spines.top": False, "axes.spines.right": False}):
+        figures = {
+            "energy_u.png": _energy_figure(profile),
+            "latency_steps.png": _latency_figure(profile),
+            "power_surface.png": _power_figure(profile),
+        }
         for name, figure in figures.items():
             figure.savefig(directory / name)
     return [fit_path, *(directory / name for name in figures)]
@@ -34,44 +48,109 @@ def _medians(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(POINT)[["time_s", "power_w"]].median().reset_index()
 
 
+def _at_context(profile: Profile) -> pd.DataFrame:
+    """Of each clock and batch size the decode point nearest to the context."""
+    rows = _medians(profile.decode)
+    context = rows["tokens"] / rows["batch_size"]
+    target = context.iloc[(context - CONTEXT_TOKENS).abs().argmin()]
+    off = (np.log(context) - np.log(target)).abs()
+    nearest = off.groupby([rows["frequency_mhz"], rows["batch_size"]]).idxmin()
+    found: pd.DataFrame = rows.loc[nearest[(off.loc[nearest] <= LIMIT).to_numpy()]]
+    energy_j = found["time_s"] * found["power_w"] / found["batch_size"]
+    return found.assign(energy_j=energy_j).reset_index(drop=True)
+
+
+def _some(values: Sequence[int]) -> list[int]:
+    """At most `MAX_LINES` of them, the ends included."""
+    ordered = sorted(values)
+    picks = np.linspace(0, len(ordered) - 1, min(MAX_LINES, len(ordered)))
+    return [ordered[round(index)] for index in picks]
+
+
 def _energy_figure(profile: Profile) -> Figure:
-    """Energy per output token against the clock, one line a batch size: the U."""
-    figure = Figure(layout="constrained")
+    """Energy per output token against the clock, relative to the top clock: the U.
+
+    With one clock there is no U; then the energy itself, against batch size.
+    """
+    rows = _at_context(profile)
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    medians = _medians(profile.decode)
-    for batch, part in medians.groupby("batch_size"):
-        per_token_j = part["time_s"] * part["power_w"] / part["batch_size"]
-        line = per_token_j.groupby(part["frequency_mhz"]).median()
-        axes.plot(line.index, line.to_numpy(), marker="o", label=str(batch))
-    axes.set(xlabel="clock (MHz)", ylabel="energy per output token (J)", title=profile.name)
-    axes.legend(title="batch size", fontsize="x-small", ncols=2)
+    if rows["frequency_mhz"].nunique() == 1:
+        axes.plot(rows["batch_size"], rows["energy_j"], marker=".")
+        axes.set(xlabel="batch size", ylabel="energy per output token (J)")
+        axes.set(xscale="log", yscale="log", title=f"{profile.name}, {_clock_text(rows)}")
+        return figure
+    steps = 2 ** np.arange(0, 12, 2)
+    known = sorted(int(batch) for batch in rows["batch_size"].unique())
+    batches = {min(known, key=lambda size: abs(size - step)) for step in steps}
+    for batch in _some(sorted(batches)):
+        part = rows[rows["batch_size"] == batch]
+        relative = part["energy_j"].to_numpy() / part["energy_j"].iloc[-1]
+        axes.plot(part["frequency_mhz"], relative, marker="o", label=str(batch))
+    axes.set(xlabel="clock (MHz)", ylabel="energy per output token (top clock = 1)")
+    axes.set_title(f"{profile.name}\ndecode at a context of {_context_text(rows)}")
+    axes.legend(title="batch size")
     return figure
 
 
 def _latency_figure(profile: Profile) -> Figure:
-    """Decode iteration time against batch size at the shortest context: the steps."""
-    figure = Figure(layout="constrained")
+    """Decode iteration time against batch size: the steps."""
+    rows = _at_context(profile)
+    figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
-    medians = _medians(profile.decode)
-    context = medians["tokens"] / medians["batch_size"]
-    shortest = medians[context == context.min()]
-    for clock, part in shortest.groupby("frequency_mhz"):
+    for clock in _some([int(clock) for clock in rows["frequency_mhz"].unique()]):
+        part = rows[rows["frequency_mhz"] == clock]
         axes.plot(part["batch_size"], 1e3 * part["time_s"], marker=".", label=f"{clock} MHz")
-    axes.set(xlabel="batch size", ylabel="decode iteration (ms)", title=profile.name)
+    axes.set(xlabel="batch size", ylabel="decode iteration (ms)")
+    axes.set_title(f"{profile.name}\ndecode at a context of {_context_text(rows)}")
+    axes.set_ylim(bottom=0)
     axes.legend()
     return figure
 
 
 def _power_figure(profile: Profile) -> Figure:
-    """Power over batch size and tokens at the top clock, both phases."""
-    figure = Figure(figsize=(9, 4), layout="constrained")
-    axes = figure.subplots(1, 2)
-    for axis, (phase, table) in zip(
-        axes, (("prefill", profile.prefill), ("decode", profile.decode)), strict=True
-    ):
-        medians = _medians(table)
-        top = medians[medians["frequency_mhz"] == medians["frequency_mhz"].max()]
-        shown = axis.scatter(top["batch_size"], top["tokens"], c=top["power_w"], cmap="viridis")
-        axis.set(xlabel="batch size", ylabel="tokens", title=phase, xscale="log", yscale="log")
-        figure.colorbar(shown, ax=axis, label="power (W)")
+    """Power at the top clock, over tokens and batch size; dots are the points measured."""
+    figure = Figure(figsize=(9.5, 4), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    prefill, decode = (_top_clock(_medians(t)) for t in (profile.prefill, profile.decode))
+    _surface(figure, left, prefill, prefill["tokens"])
+    left.set(title="prefill", ylabel="tokens of the batch")
+    context = decode["tokens"] / decode["batch_size"]
+    inside = context >= MIN_CONTEXT_TOKENS
+    _surface(figure, right, decode[inside], context[inside])
+    right.set(title="decode", ylabel="context of a request (tokens)")
+    figure.suptitle(f"{profile.name}, {_clock_text(prefill)}")
     return figure
+
+
+def _surface(figure: Figure, axes: Axes, rows: pd.DataFrame, height: pd.Series[float]) -> None:
+    x, y = np.log2(rows["batch_size"].to_numpy(float)), np.log2(height.to_numpy(float))
+    power_w = rows["power_w"].to_numpy(float)
+    has_area = len(np.unique(x)) > 1 and len(np.unique(y)) > 1 and len(x) > 3
+    if has_area and np.ptp(power_w) > MIN_RANGE * power_w.mean():
+        surface = axes.tricontourf(x, y, power_w, levels=12, cmap="viridis")
+        axes.plot(x, y, ".", color="white", markersize=1.5, alpha=0.6)
+        figure.colorbar(surface, ax=axes, label="power (W)")
+    else:
+        low, high = 0.9 * power_w.min(), 1.1 * power_w.max()
+        dots = axes.scatter(x, y, c=power_w, cmap="viridis", vmin=low, vmax=high)
+        figure.colorbar(dots, ax=axes, label="power (W)")
+    axes.set_xlabel("batch size")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+        axis.set_major_formatter(FuncFormatter(lambda power, _: f"{2.0**power:g}"))
+
+
+def _top_clock(rows: pd.DataFrame) -> pd.DataFrame:
+    found: pd.DataFrame = rows[rows["frequency_mhz"] == rows["frequency_mhz"].max()]
+    return found
+
+
+def _clock_text(rows: pd.DataFrame) -> str:
+    return f"{rows['frequency_mhz'].max()} MHz"
+
+
+def _context_text(rows: pd.DataFrame) -> str:
+    context = rows["tokens"] / rows["batch_size"]
+    low, high = round(context.min()), round(context.max())
+    return f"{low} tokens" if low == high else f"{low} to {high} tokens"
