@@ -11,7 +11,8 @@ from profiles.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "train", "list",
-    "profile_gpu", "actuator", "router", "agent", "replay", "validate", "report", "paper",
+    "profile_gpu", "compare_profiles", "actuator", "router", "agent", "replay", "validate",
+    "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 
