@@ -7,7 +7,7 @@ FAST_STAMP := $(FAST)/.installed
 SOURCES := $(shell find sim profiles hwreplay experiments -name '*.py')
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts unit bench fast fast-test fast-bench engine clean
+.PHONY: help demo test lint types contracts unit bench fast fast-test fast-bench engine profile-gpu clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
@@ -16,6 +16,7 @@ help:
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
+	@echo "make profile-gpu  measure this machine's GPU into $(PROFILE), clocks left alone, and compare it"
 	@echo "make clean  remove the environment and every generated file"
 
 $(STAMP): pyproject.toml
@@ -67,6 +68,16 @@ fast-bench: $(FAST_STAMP)
 
 engine:
 	sh hwreplay/engine/install.sh .engine
+
+# No privilege is needed and no clock is touched. Finished points are kept: run it again to go on.
+PROFILE ?= profiles/data/h200/llama-3.1-8b
+BESIDE ?= a100-80g-sxm/llama-3.1-8b
+BUDGET ?= 60m
+
+profile-gpu: $(STAMP)
+	@$(BIN)/python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || $(BIN)/python -m pip install --quiet torch
+	$(BIN)/voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --budget $(BUDGET) --out $(PROFILE)
+	$(BIN)/voltana compare-profiles $(PROFILE) $(BESIDE) --out results/measured-beside-calibrated
 
 clean:
 	@[ ! -d results ] || git clean -fdXq results
