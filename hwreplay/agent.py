@@ -51,8 +51,6 @@ class AgentConfig:
     actuator_socket: str | None = None
     """The helper's socket; None records decisions and touches nothing."""
     gpus: tuple[int, ...] = ()
-    caps_w: Mapping[int, float] | None = None
-    """Power limit of one GPU by clock, where clocks cannot be locked."""
     report_address: str | None = None
     """ZMQ address where the router takes clocks, energy and decisions."""
     power_w: float | None = None

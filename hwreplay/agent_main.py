@@ -14,6 +14,7 @@ from types import FrameType
 from typing import Final, TextIO
 
 import msgspec
+import numpy as np
 import zmq
 
 from hwreplay.actuator.client import (
@@ -21,6 +22,7 @@ from hwreplay.actuator.client import (
     ActuatorLostError,
     DryRunActuator,
     HelperActuator,
+    caps_from_power,
 )
 from hwreplay.agent import AgentConfig, read_agent_config, ready_file
 from hwreplay.batch_feed import BatchFeed, BatchNotice
@@ -31,12 +33,13 @@ from hwreplay.energy_meter import EnergyMeter
 from hwreplay.events import Event, apply_event, topic_of
 from hwreplay.reports import Report, ReportSender
 from hwreplay.tracker import InstanceTracker
-from profiles.catalog import load_profile
+from profiles.catalog import Profile, load_profile
 from profiles.device.constant import ConstantPowerGpu
 from profiles.device.nvml import NvmlGpu
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from profiles.errors import VoltanaError
 from sim.config import make_config
+from sim.policies.base import PREFILL
 from sim.results import write_json
 
 TICK_S: Final = 0.05
@@ -55,7 +58,7 @@ class Agent:
         """
         self._config = config
         self._clock = RunClock(start_ns=config.start_ns)
-        self._tracker, self._loop = _make_loop(config, directory, self._clock)
+        self._tracker, self._loop, self._profile = _make_loop(config, directory, self._clock)
         self._meter = _make_meter(config)
         self._reconnect_s = 0.0
         self._clocks: TextIO = (directory / f"{config.name}.clocks.jsonl").open("w")
@@ -208,7 +211,7 @@ class Agent:
 
     def _reconnect(self) -> None:
         try:
-            self._loop.attach(_helper(self._config))
+            self._loop.attach(_helper(self._config, self._profile))
         except ActuatorLostError:
             self._loop.report.counts["reconnects_failed"] += 1
 
@@ -237,7 +240,7 @@ class Agent:
 
 def _make_loop(
     config: AgentConfig, directory: Path, clock: RunClock
-) -> tuple[InstanceTracker, ControlLoop]:
+) -> tuple[InstanceTracker, ControlLoop, Profile]:
     settings = make_config(config.settings, where=config.name)
     source = PolicySource(config=settings, profile=load_profile(settings.profile))
     controller = source.make_controller(config.phase, config.instance_id)
@@ -250,7 +253,7 @@ def _make_loop(
     actuator: Actuator = (
         DryRunActuator(directory / f"{config.name}.decisions.jsonl")
         if config.actuator_socket is None
-        else _helper(config)
+        else _helper(config, source.profile)
     )
     loop = ControlLoop(
         controller,
@@ -261,7 +264,7 @@ def _make_loop(
         decides_before_decode=settings.decode_metrics == "before",
         now_s=clock.now_s(),
     )
-    return tracker, loop
+    return tracker, loop, source.profile
 
 
 def _make_meter(config: AgentConfig) -> EnergyMeter | None:
@@ -272,10 +275,26 @@ def _make_meter(config: AgentConfig) -> EnergyMeter | None:
     return EnergyMeter([NvmlGpu(index) for index in config.gpus])
 
 
-def _helper(config: AgentConfig) -> HelperActuator:
+def _helper(config: AgentConfig, profile: Profile) -> HelperActuator:
     if config.actuator_socket is None:
         raise ActuatorLostError("a dry run has no helper")
-    return HelperActuator(Path(config.actuator_socket), config.gpus, caps_w=config.caps_w)
+    return HelperActuator(
+        Path(config.actuator_socket),
+        config.gpus,
+        make_caps_w=lambda: _caps_w(config, profile),
+    )
+
+
+def _caps_w(config: AgentConfig, profile: Profile) -> dict[int, float]:
+    """The power limit of one GPU that stands for each clock: the most it draws there."""
+    table = profile.prefill if config.phase == PREFILL else profile.decode
+    highest_w = table.groupby("frequency_mhz")["power_w"].max() / len(config.gpus)
+    clocks_mhz = profile.clocks_mhz
+    power_w = np.interp(clocks_mhz, highest_w.index.to_numpy(), highest_w.to_numpy())
+    with NvmlGpu(config.gpus[0]) as gpu:
+        lowest_w, _ = gpu.power_limit_range_w()
+        range_w = (lowest_w, gpu.power_limit_w())
+    return caps_from_power(dict(zip(clocks_mhz, power_w.tolist(), strict=True)), range_w=range_w)
 
 
 def _receive(subscriber: zmq.Socket[bytes]) -> list[bytes] | None:

@@ -11,7 +11,7 @@ import math
 import socket
 import time
 from collections import Counter, deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TextIO
 
@@ -105,21 +105,25 @@ class HelperActuator:
     """Asks the helper to set the clocks, or the power limits, of an instance's GPUs."""
 
     def __init__(
-        self, path: Path, gpus: Sequence[int], *, caps_w: Mapping[int, float] | None = None
+        self,
+        path: Path,
+        gpus: Sequence[int],
+        *,
+        make_caps_w: Callable[[], Mapping[int, float]] | None = None,
     ) -> None:
         """Connect and shake hands.
 
         Args:
             path: The helper's socket.
             gpus: The instance's GPUs; they move together.
-            caps_w: Where clocks cannot be locked, the power limit of one GPU that stands for each
-                clock, in W.
+            make_caps_w: Gives the power limit of one GPU that stands for each clock, in W; called
+                if the helper limits power because clocks cannot be locked there.
 
         Raises:
             ActuatorLostError: No helper there, or it does not answer this user.
+            VoltanaError: It limits power and no limits are known.
         """
         self._gpus = tuple(gpus)
-        self._caps_w = caps_w
         self._sequence = 0
         self._wanted_mhz: int | None = UNLOCKED_MHZ
         """None after a refusal, so that the next decision is sent whatever it is."""
@@ -134,7 +138,13 @@ class HelperActuator:
         self.answer_s: deque[float] = deque(maxlen=100_000)
         """From a message to its answer, the device call included."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.silence_s = self._shake_hands(path)
+        self._operation, self.silence_s = self._shake_hands(path)
+        self._caps_w: Mapping[int, float] = {}
+        if self._operation == Operation.CAP:
+            if make_caps_w is None:
+                self._socket.close()
+                raise VoltanaError(f"the actuator at {path} limits power: say which limits")
+            self._caps_w = make_caps_w()
 
     @property
     def clock_mhz(self) -> int:
@@ -152,7 +162,7 @@ class HelperActuator:
     def set_clock(self, clock_mhz: int) -> None:
         if clock_mhz == self._wanted_mhz:
             return
-        if self._caps_w is not None and clock_mhz and clock_mhz not in self._caps_w:
+        if self._operation == Operation.CAP and clock_mhz and clock_mhz not in self._caps_w:
             self._refuse(clock_mhz, self._gpus[0], Status.VALUE_NOT_ALLOWED)
             return
         self._wanted_mhz = clock_mhz
@@ -212,11 +222,10 @@ class HelperActuator:
         self._wanted_mhz = None
 
     def _request(self, gpu: int, clock_mhz: int) -> Request:
-        operation, value = Operation.LOCK, clock_mhz
-        if self._caps_w is not None:
-            operation = Operation.CAP
-            value = round(self._caps_w[clock_mhz] * 1e3) if clock_mhz else 0
-        return Request(operation=operation, gpu=gpu, value=value, sequence=self._sequence)
+        value = clock_mhz
+        if self._operation == Operation.CAP and clock_mhz:
+            value = round(self._caps_w[clock_mhz] * 1e3)
+        return Request(operation=self._operation, gpu=gpu, value=value, sequence=self._sequence)
 
     def _send(self, request: Request) -> None:
         try:
@@ -224,20 +233,21 @@ class HelperActuator:
         except OSError as error:
             raise _lost(error.strerror or str(error)) from None
 
-    def _shake_hands(self, path: Path) -> float:
+    def _shake_hands(self, path: Path) -> tuple[Operation, float]:
         try:
             self._socket.settimeout(CONNECT_S)
             self._socket.connect(str(path))
             self._socket.send(Request(operation=Operation.HELLO).pack())
             answer = parse_answer(self._socket.recv(SIZE + 1))
-        except (OSError, VoltanaError) as error:
+            operation = Operation(answer.gpu)
+        except (OSError, ValueError, VoltanaError) as error:
             self._socket.close()
             raise ActuatorLostError(
                 f"the actuator must answer at {path}, it does not ({error}): start it there as "
                 "root with `voltana actuator`, naming this user, or use a dry run"
             ) from None
         self._socket.setblocking(False)
-        return answer.value * 1e-3
+        return operation, answer.value * 1e-3
 
 
 def caps_from_power(

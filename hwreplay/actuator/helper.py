@@ -168,9 +168,9 @@ class Helper:
         self._drop(peer)
 
     def _handle(self, peer: _Peer, request: Request) -> Answer:
-        value = request.value
+        gpu, value = request.gpu, request.value
         if request.operation == Operation.HELLO:
-            value = round(self._config.silence_s * 1e3)
+            gpu, value = self._backend.operation, round(self._config.silence_s * 1e3)
             status = Status.OK
         elif request.operation == Operation.BEAT:
             status = Status.OK
@@ -179,7 +179,7 @@ class Helper:
             status = Status.OK
         else:
             status = self._change(peer, request)
-        return Answer(status=status, gpu=request.gpu, value=value, sequence=request.sequence)
+        return Answer(status=status, gpu=gpu, value=value, sequence=request.sequence)
 
     def _change(self, peer: _Peer, request: Request) -> Status:
         gpu = request.gpu

@@ -31,7 +31,7 @@ class Operation(IntEnum):
     """What a client may ask for."""
 
     HELLO = 1
-    """Value of the answer: silence the helper allows, in ms."""
+    """Value of the answer: silence the helper allows, in ms; its GPU: what it sets, LOCK or CAP."""
     BEAT = 2
     LOCK = 3
     """Value in MHz; 0 gives the clock back to the driver."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 import socket
@@ -128,6 +129,28 @@ def test_the_card_follows_the_engine_and_is_given_back(
     times_s = [c["at_s"] for c in changes]
     assert times_s == sorted(times_s)
     assert 0 < times_s[0] < times_s[-1] < (time.monotonic_ns() - config.start_ns) * 1e-9
+
+
+def test_where_clocks_cannot_be_locked_the_agent_limits_power(
+    standin: Standin,  # noqa: F811
+    tmp_path: Path,
+    voice: EngineVoice,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1005 MHz stands for the most that the profile's card draws there in decode, rounded up."""
+    for key, value in standin.env.items():
+        monkeypatch.setenv(key, value)
+    table = load_profile("a100-80g-sxm/llama-3.1-8b").decode
+    limit_w = math.ceil(table[table["frequency_mhz"] == 1005]["power_w"].max())
+    assert 100 < limit_w < 400  # within the card's range, so that it is the table's word
+    with (
+        helper_process(standin, tmp_path / "helper", "--power-cap"),
+        running(with_helper(tmp_path, voice), tmp_path),
+    ):
+        with repeating(lambda: voice.decode(*SMALL)):
+            assert eventually(lambda: standin["limit_mw"] == limit_w * 1000)
+        assert eventually(lambda: standin["limit_mw"] == 400_000)  # silence: the safe state
+    assert standin["num_locks"] == 0
 
 
 def test_a_frozen_agent_loses_its_clock_and_takes_it_again(

@@ -12,6 +12,7 @@ import pytest
 
 from hwreplay.actuator.client import ActuatorLostError, HelperActuator
 from hwreplay.actuator.protocol import Status
+from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import beating, eventually, helper_process
 from tests.profiles.device.standin import Standin
 
@@ -67,17 +68,29 @@ def test_clocks_come_back_when_the_client_dies_or_freezes(
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_power_limit_comes_back(standin: Standin, tmp_path: Path, signum: signal.Signals) -> None:
     with helper_process(standin, tmp_path / "s", "--power-cap") as process:
-        client = HelperActuator(tmp_path / "s", [0], caps_w={705: 180.0, 1410: 401.0})
+        client = HelperActuator(tmp_path / "s", [0], make_caps_w=lambda: {705: 180.0, 1410: 401.0})
         client.set_clock(705)
         assert beating(client, lambda: client.clock_mhz == 705)
         assert standin["limit_mw"] == 180_000
         client.set_clock(1410)  # above the limit found at start: never
         assert beating(client, lambda: bool(client.refused))
         assert client.refused == {Status.VALUE_NOT_ALLOWED: 1}
+        client.set_clock(1005)  # no limit stands for it
+        assert client.refused == {Status.VALUE_NOT_ALLOWED: 2}
         process.send_signal(signum)
         assert eventually(lambda: standin["limit_mw"] == 400_000)
         client.close()
     assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
+
+
+def test_who_knows_no_limits_cannot_use_a_helper_that_sets_them(
+    standin: Standin, tmp_path: Path
+) -> None:
+    with (
+        helper_process(standin, tmp_path / "s", "--power-cap"),
+        pytest.raises(VoltanaError, match="limits power"),
+    ):
+        HelperActuator(tmp_path / "s", [0])
 
 
 def test_allowed_clocks_are_the_commands(standin: Standin, tmp_path: Path) -> None:
