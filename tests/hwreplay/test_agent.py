@@ -405,6 +405,12 @@ def test_who_starts_an_agent_learns_why_it_ended(tmp_path: Path, voice: EngineVo
         running(config, tmp_path),
     ):
         pass
+    shared = config_of(tmp_path, voice, settings=SETTINGS | {"controller": "polca"})
+    with (
+        pytest.raises(VoltanaError, match="sees the whole fleet: replay another policy"),
+        running(shared, tmp_path),
+    ):
+        pass
     lonely = with_helper(tmp_path, voice)
     with (
         pytest.raises(VoltanaError, match=r"the actuator must answer at .*/helper"),
