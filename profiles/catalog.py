@@ -129,7 +129,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     decode = read_phase_table(directory / "decode.csv", clocks)
     idle = read_idle_table(directory / "idle.csv", clocks)
     _require_idle_range(idle, clocks, directory)
-    fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks[-1])
+    fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks)
     name = str(name_or_path) if directory == shipped else directory.name
     return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,
                    content_hash=_hash(directory))  # fmt: skip

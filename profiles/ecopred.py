@@ -150,7 +150,13 @@ def fit(prefill: pd.DataFrame, decode: pd.DataFrame, *, seed: int = 1) -> pd.Dat
 
 
 def fit_report(fitted: pd.DataFrame) -> pd.DataFrame:
-    """R² (weighted by points), MAE in ms and MAPE in % per phase and clock."""
+    """R², MAE in ms and MAPE in % per phase and clock.
+
+    Each is the mean over the clock's batch ranges, weighted by their points. For the two errors
+    that is the error over all points. R² is not: every range is held against the spread of its own
+    times, so that a range whose times hardly differ counts as badly as it fits, and the figure is
+    lower than one R² over all points of the clock would be.
+    """
     rows = []
     for (phase, clock), part in fitted.groupby(["phase", "frequency_mhz"], sort=True):
         mean = {c: float(np.average(part[c], weights=part["num_points"]))
@@ -159,8 +165,17 @@ def fit_report(fitted: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["phase", "frequency_mhz", "r2", "mae_ms", "mape_pct"])
 
 
-def read_ecopred(path: Path, top_mhz: int) -> tuple[pd.DataFrame, EcoPred]:
-    """Read `ecopred.csv`."""
+def read_ecopred(path: Path, clocks_mhz: tuple[int, ...]) -> tuple[pd.DataFrame, EcoPred]:
+    """Read `ecopred.csv`.
+
+    Args:
+        path: The file.
+        clocks_mhz: Supported clocks, ascending.
+
+    Raises:
+        VoltanaError: A wrong header, a value that is no number or breaks its rule, a clock that is
+            not supported or lacks a phase, or batch ranges that leave a gap or overlap.
+    """
     try:
         table = pd.read_csv(path)
     except FileNotFoundError:
@@ -169,10 +184,50 @@ def read_ecopred(path: Path, top_mhz: int) -> tuple[pd.DataFrame, EcoPred]:
         raise VoltanaError(f"cannot read {path}: {error}") from None
     if list(table.columns) != list(COLUMNS):
         raise VoltanaError(f"{path}:1: columns must be {', '.join(COLUMNS)}")
-    coefficients = table[["per_request_s", "per_token_s", "constant_s"]].to_numpy(dtype=float)
-    if not np.isfinite(coefficients).all():
-        raise VoltanaError(f"{path}: coefficients must be finite")
-    return table, EcoPred(table, top_mhz)
+    _check_values(table, path, clocks_mhz)
+    _check_coverage(table, path)
+    return table, EcoPred(table, clocks_mhz[-1])
+
+
+def _check_values(table: pd.DataFrame, path: Path, clocks_mhz: tuple[int, ...]) -> None:
+    numbers = table[list(COLUMNS[1:])].apply(pd.to_numeric, errors="coerce").astype(float)
+    slopes = numbers[["per_request_s", "per_token_s"]]
+    wholes = numbers[["frequency_mhz", "batch_size_min", "batch_size_max"]]
+    rules: tuple[tuple[str, pd.Series[bool]], ...] = (
+        ("phase must be prefill or decode", table["phase"].isin(("prefill", "decode"))),
+        ("numbers must be finite", np.isfinite(numbers).all(axis=1)),
+        ("clock and batch sizes must be whole", (wholes == wholes.round()).all(axis=1)),
+        ("frequency_mhz must be a supported clock", numbers["frequency_mhz"].isin(clocks_mhz)),
+        ("per_request_s and per_token_s must be >= 0", (slopes >= 0).all(axis=1)),
+        (
+            "batch_size_min must be in 1..batch_size_max",
+            numbers["batch_size_min"].between(1, numbers["batch_size_max"]),
+        ),
+    )
+    for rule, holds in rules:
+        if not holds.all():
+            line = int(np.argmin(holds.to_numpy())) + 2
+            raise VoltanaError(f"{rule} ({path}:{line}): write the profile anew, or mend the line")
+
+
+def _check_coverage(table: pd.DataFrame, path: Path) -> None:
+    """Both phases at the same clocks; batch ranges from 1 on, without gap, overlap or repeat."""
+    clocks = {phase: set(part["frequency_mhz"]) for phase, part in table.groupby("phase")}
+    lonely = clocks.get("prefill", set()) ^ clocks.get("decode", set())
+    if lonely or not clocks:
+        raise VoltanaError(
+            f"ecopred.csv must have both phases at every clock, {sorted(lonely) or 'no clock'} has "
+            f"not ({path})"
+        )
+    for (phase, clock), part in table.groupby(["phase", "frequency_mhz"]):
+        ordered = part.sort_values("batch_size_min")
+        starts = ordered["batch_size_min"].tolist()
+        wanted = [1, *(end + 1 for end in ordered["batch_size_max"].tolist()[:-1])]
+        if starts != wanted:
+            raise VoltanaError(
+                f"batch ranges of {phase} at {clock} MHz must begin at {wanted} so as to meet, "
+                f"they begin at {starts} ({path})"
+            )
 
 
 def _fit_prefill(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[object, ...]]:
