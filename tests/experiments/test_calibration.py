@@ -7,8 +7,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
 from experiments.calibrate import Unknowns, fit, read_fitted, scaled_promises, trial_profile
+from experiments.cli import make_app
 from experiments.paper import (
     AIMS,
     FITTED,
@@ -220,3 +222,28 @@ def test_bad_panels_are_named(tmp_path: Path, text: str, words: str) -> None:
         read_panel(path)
     with pytest.raises(VoltanaError, match="cannot read the panel"):
         read_panel(tmp_path / "none.csv")
+
+
+@pytest.mark.slow
+def test_commands_fit_and_compare(shared_data: Path, tmp_path: Path) -> None:
+    """One rate and one evaluation: the files are there, and what was fitted can be read back."""
+    tiny = tmp_path / "panel.csv"
+    PUBLISHED[PUBLISHED["rps"] == 50].to_csv(tiny, index=False)
+
+    def run(*arguments: str) -> str:
+        result = CliRunner().invoke(make_app(), ["paper", *arguments], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+        return result.output
+
+    out = tmp_path / "fit"
+    said = run(
+        "fit", "--panel", str(tiny), "--data", str(shared_data / "dvfs"), "--out", str(out),
+        "--max-evaluations", "1", "--jobs", "1",
+    )  # fmt: skip
+    assert read_fitted(out / "fitted.toml") == Unknowns()
+    assert "voltana paper build" in said
+    said = run("compare", "--panel", str(tiny), "--out", str(tmp_path / "compare"), "--jobs", "1")
+    compared = pd.read_csv(tmp_path / "compare" / "residuals.csv")
+    assert set(compared["series"]) == {"static-1410", "voltanallm"}
+    assert f"{cell(compared, 50, 'voltanallm', 'saving_pct_ours'):.1f}" in said
+    assert (tmp_path / "compare" / "residuals.png").stat().st_size > 10_000
