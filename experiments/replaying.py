@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
+import tomli_w
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
-from experiments.runs import workload_of
+from experiments.runs import cached_profile, workload_of
+from hwreplay.assembly import REQUESTS, read_iterations
+from hwreplay.fit import fit_surface, steps_of, write_fitted_profile
+from hwreplay.load import read_rows
+from hwreplay.probe import Overhead, fit_overhead, plan_probe
 from hwreplay.replay import finish, replay
 from hwreplay.replay_config import ReplayConfig, read_replay_config
-from sim.results import refuse_existing, write_run
+from profiles.errors import VoltanaError
+from sim.config import SimConfig
+from sim.engine.simulate import simulate
+from sim.policies.base import DECODE, PREFILL, Phase
+from sim.results import refuse_existing, write_json, write_run
+
+OVERHEAD: Final = "overhead.json"
+KEYS: Final = "simulate.toml"
+PHASES: Final[tuple[Phase, Phase]] = (PREFILL, DECODE)
 
 
 def run_replay(
@@ -32,12 +48,60 @@ def run_replay(
     workload = workload_of(config.sim)
     if only_finish:
         return config, write_run(finish(config, workload, out), out)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("replay", total=len(workload))
-
-        def show(stage: str, ended: int) -> None:
-            progress.update(task, description=stage, advance=ended)
-
+    with _shown(len(workload)) as show:
         record = replay(config, workload, out, show)
     return config, write_run(record, out)
+
+
+def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Overhead, SimConfig]:
+    """Measure what serving adds on a replay's fleet, and the configuration that accounts for it.
+
+    Args:
+        path: TOML file of the replay.
+        out: Takes the probe's files, `overhead.json`, and `simulate.toml`: the configuration with
+            `kv_transfer_latency_s` as measured.
+        fits_profile: Take iteration times from the probe too, as a profile in OUT/profile.
+
+    Returns:
+        The overhead, and that configuration. How much of the time decode computes is simulated.
+
+    Raises:
+        VoltanaError: As `run_replay` does.
+    """
+    config = read_replay_config(path)
+    plan = plan_probe()
+    with _shown(len(plan.workload)) as show:
+        record = replay(config, plan.workload, out, show)
+    if len(record.requests) != len(read_rows(out / REQUESTS)):
+        raise VoltanaError(f"the probe was interrupted: run it again with another --out than {out}")
+    sim = config.sim
+    if fits_profile:
+        rows = read_iterations(out)
+        surfaces = [fit_surface(steps_of(rows, phase), phase) for phase in PHASES]
+        base = cached_profile(sim.profile).meta
+        write_fitted_profile(out / "profile", surfaces, base, sim, config.stated_power_w)
+        sim = dataclasses.replace(sim, profile=str(out / "profile"), extrapolate=True)
+    profile = cached_profile(sim.profile)
+    overhead = fit_overhead(read_rows(out / REQUESTS), plan, sim, profile)
+    made = dataclasses.replace(sim, kv_transfer_latency_s=round(overhead.busy_s, 6))
+    expected_s = overhead.expected_s(_decode_busy_frac(made))
+    made = dataclasses.replace(made, kv_transfer_latency_s=round(expected_s, 6))
+    write_json(dataclasses.asdict(overhead) | {"expected_s": expected_s}, out / OVERHEAD)
+    (out / KEYS).write_text(tomli_w.dumps(made.as_dict()), encoding="utf-8")
+    return overhead, made
+
+
+def _decode_busy_frac(config: SimConfig) -> float:
+    record = simulate(config, cached_profile(config.profile), workload_of(config))
+    decode = [i for i in record.instances if i.phase == DECODE]
+    total_s = sum(i.busy_s + i.idle_s for i in decode)
+    return sum(i.busy_s for i in decode) / total_s if total_s else 0.0
+
+
+@contextmanager
+def _shown(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("replay", total=total)
+        yield lambda stage, ended: progress.update(task, description=stage, advance=ended)

@@ -228,8 +228,13 @@ def _sum_by(keys: IntArray, values: FloatArray) -> dict[int, float]:
     return {int(key): float(values[keys == key].sum()) for key in np.unique(keys)}
 
 
+def read_iterations(directory: Path) -> list[IterationRow]:
+    """Every iteration that a replay wrote down, its warm-up included."""
+    return _read_lines(directory / ITERATIONS, IterationRow)
+
+
 def _read_iterations(directory: Path, window: Window) -> list[IterationRow]:
-    rows = _read_lines(directory / ITERATIONS, IterationRow)
+    rows = read_iterations(directory)
     moved = [msgspec.structs.replace(r, start_s=r.start_s - window.start_s) for r in rows]
     return [row for row in moved if row.start_s >= 0]
 

@@ -66,6 +66,17 @@ class ReplayConfig:
                 if len(self.gpus.get(phase, ())) != count:
                     raise VoltanaError(f"gpus.{phase} must list the cards of {count} instances")
 
+    @property
+    def stated_power_w(self) -> float:
+        """Power of each instance, where it is stated.
+
+        Raises:
+            VoltanaError: It is measured here.
+        """
+        if self.power_w is None:
+            raise VoltanaError("a fitted profile needs power_w: measure power with voltana profile")
+        return self.power_w
+
     def gpus_of(self, phase: Phase, instance_id: int) -> tuple[int, ...]:
         """Cards of one instance; none where power is stated."""
         return self.gpus[phase][instance_id] if self.gpus else ()

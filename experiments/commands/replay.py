@@ -21,6 +21,20 @@ def replay(
     finish: Annotated[
         bool, typer.Option("--finish", help="Only write the results of a replay that was killed")
     ] = False,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe",
+            help="Measure only what serving adds to a first token, idle and busy; OUT/simulate.toml"
+            " is the configuration with it, for simulate",
+        ),
+    ] = False,
+    fit: Annotated[
+        bool,
+        typer.Option(
+            "--fit", help="With --probe: fit iteration times as well, to a profile in OUT/profile"
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
 ) -> None:
     """Replay a configuration on SGLang prefill and decode servers.
@@ -30,10 +44,21 @@ def replay(
     [fleet] starts servers (engine = ".engine") or lists running ones. Without [replay] actuator
     the clocks are left alone and decisions are recorded. Ctrl-C keeps what has ended.
 
+    A simulation knows iterations only: `--probe` first measures what HTTP, routing and the
+    hand-over add, and writes a configuration that has it.
+
     Example: voltana replay --config replay.toml --out results/replayed
     """
-    from experiments.replaying import run_replay
+    from experiments.replaying import run_probe, run_replay
     from experiments.show import summary_json, summary_table
 
+    if probe:
+        overhead, adjusted = run_probe(config, out, fits_profile=fit)
+        typer.echo(
+            f"a first token takes {overhead.idle_s * 1e3:.1f} ms beyond its iterations on idle"
+            f" servers, {overhead.busy_s * 1e3:.1f} ms beside a running stream;"
+            f" kv_transfer_latency_s = {adjusted.kv_transfer_latency_s} in {out}/simulate.toml"
+        )
+        return
     made, summary = run_replay(config, out, only_finish=finish)
     typer.echo(summary_json(summary) if json else summary_table(made.sim, summary))
