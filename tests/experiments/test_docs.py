@@ -88,3 +88,9 @@ def test_commands_in_the_text_exist_with_their_options(page: str, line: str) -> 
     known = {option for parameter in command.params for option in parameter.opts}
     used = {word.partition("=")[0] for word in words if word.startswith("--")}
     assert used <= known, f"{page}: {line}"
+
+
+def test_the_readme_names_every_policy() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    named = set(re.findall(r"`([a-z0-9-]+)`", text))
+    assert named >= {*CONTROLLERS, *ROUTERS}
