@@ -196,6 +196,11 @@ def _sglang(
     shape = load_shape(model)
     if attach is not None:
         return SglangEngine(lambda: sglang_fleet.attach(attach), shape, is_attached=True)
+    if not Path(model).is_dir():
+        raise VoltanaError(
+            f"--model must be the folder of a model that SGLang can serve, got {model!r}: download "
+            "it, or name servers that run already with --attach"
+        )
     python, is_pair, arguments, logs = plan
     launch = sglang_fleet.LaunchPlan(
         python=python,

@@ -237,12 +237,12 @@ class _HeldStreams:
         prompt = max(self._context - output // 2, 1)
         prompt = min(prompt, self._most_tokens - output)
         self._records.take()
-        self._client.start([prompt] * self._batch_size, output).result()
+        self._client.start([prompt] * self._batch_size, output, is_burst=True).result()
         time.sleep(SETTLE_S)
         return self._records.take()
 
     def _lengthen(self) -> None:
-        """Prompts reach decode one by one: the first must not end before the last has come."""
+        """Many prompts reach decode one after another: the first must not end before the last."""
         if self._output_tokens >= min(MAX_OUTPUT_TOKENS, self._most_tokens - 1):
             raise NotHeldError(
                 f"{self._batch_size} streams at a context of {self._context} tokens must run "

@@ -134,6 +134,7 @@ def serving_table(
         "in_s": round(overheads.in_s, 6),
         "handover_s": round(overheads.handover_s, 6),
         "handover_spread_s": round(overheads.handover_spread_s, 6),
+        "limits": "those of the servers profiled; a fleet with other arguments has its own",
     }
     return {"schema_version": 1, "measured": measured, "simulate": simulate}
 

@@ -127,14 +127,16 @@ def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, numb
         window = workload.run(
             min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations
         )
-    return _trial(window, *meter.reading_within(window.spans_ns))
+    reading, is_covered = meter.reading_within(window.spans_ns)
+    is_measured = any(gpu.identity.is_power_measured for gpu in gpus)
+    return _trial(window, reading, has_pauses=is_measured and not is_covered)
 
 
-def _trial(window: Window, reading: Reading, is_covered: bool) -> Trial:
+def _trial(window: Window, reading: Reading, *, has_pauses: bool) -> Trial:
     ordered = sorted(window.iteration_s)
     quarter = len(ordered) // 4
     flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
-    flags += [] if is_covered else [GAPS]
+    flags += [GAPS] if has_pauses else []
     return Trial(
         tokens=window.tokens,
         time_s=statistics.median(ordered),

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
+from experiments.cli import make_app
 from profiles.engines.base import NotHeldError
 from profiles.engines.llama_config import load_shape
 from profiles.engines.sglang import full_runs, steps_s
@@ -111,6 +113,13 @@ def test_without_sglang_the_remedy_is_named(tmp_path: Path) -> None:
     )
     with pytest.raises(VoltanaError, match="make engine"), start_servers(plan):
         pass
+
+
+def test_a_shape_without_weights_cannot_be_served(tmp_path: Path) -> None:
+    asked = ["profile", "--engine", "sglang", "--model", "llama-3.1-8b", "--power-w", "1"]
+    done = CliRunner().invoke(make_app(), [*asked, "--out", str(tmp_path / "p")])
+    assert isinstance(done.exception, VoltanaError)
+    assert "must be the folder of a model" in str(done.exception)
 
 
 def test_shape_of_another_model_than_llama(tmp_path: Path) -> None:
