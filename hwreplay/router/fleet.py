@@ -173,7 +173,7 @@ class RouterFleet:
             LOG.warning("%s is out: %s", worker.name, reason)
             self._show_health(worker)
         for attempt in list(worker.attempts):
-            attempt.lose(reason)
+            attempt.lose(f"{worker.name} is out: {reason}")
 
     def _bring_back(self, worker: Worker) -> None:
         worker.is_healthy = True

@@ -24,6 +24,7 @@ END_S: Final = 10.0
 SHARED_MEMORY: Final = "/dev/shm/"
 PROCESS_GROUP: Final = 2
 """Its field in /proc/PID/stat, counted after the command's name."""
+MAPS_INODE: Final = 4
 CPU_ENVIRONMENT: Final = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -167,8 +168,11 @@ def end(servers: Sequence[ServerProcess]) -> None:
 
 
 def find_shared_memory(process_group: int) -> list[Path]:
-    """Files in /dev/shm that the processes of a group have mapped: load reports, semaphores."""
-    found = set()
+    """Files in /dev/shm that the processes of a group have mapped: load reports, semaphores.
+
+    By inode, as the C library makes a semaphore under another name than the one it has then.
+    """
+    mapped = set()
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             if int(stat.read_text().rsplit(")", 1)[1].split()[PROCESS_GROUP]) != process_group:
@@ -177,7 +181,13 @@ def find_shared_memory(process_group: int) -> list[Path]:
         except OSError:
             continue  # it has just ended
         for line in maps.splitlines():
-            path = line.partition(SHARED_MEMORY)[2]
-            if path and not path.endswith(" (deleted)"):
-                found.add(Path(SHARED_MEMORY + path))
-    return sorted(found)
+            if SHARED_MEMORY in line:
+                mapped.add(int(line.split()[MAPS_INODE]))
+    return [path for path in sorted(Path(SHARED_MEMORY).iterdir()) if _inode(path) in mapped]
+
+
+def _inode(path: Path) -> int | None:
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return None

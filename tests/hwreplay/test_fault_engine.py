@@ -114,7 +114,7 @@ def gate(fleet: EngineFleet, directory: Path, **limits: Any) -> Iterator[Gate]: 
             "router": "round-robin", "kv_capacity_tokens": 8192, "max_running_requests": 16
         },
         "fleet": tables,
-        "router": {"port": 0, "vocab_size": VOCAB_SIZE} | limits,
+        "router": {"port": 0, "vocab_size": VOCAB_SIZE, "health_timeout_s": 20.0} | limits,
     }  # fmt: skip
     path = directory / "router.toml"
     path.write_text(tomli_w.dumps(whole))
@@ -148,6 +148,12 @@ def steady(count: int, rate_per_s: float, input_tokens: int, output_tokens: int)
         input_tokens=np.full(count, input_tokens),
         output_tokens=np.full(count, output_tokens),
     )
+
+
+def clocks_of(directory: Path, name: str) -> list[int]:
+    """What an agent in a dry run has asked for."""
+    lines = (directory / f"agent-{name}.decisions.jsonl").read_text().splitlines()
+    return [json.loads(line)["clock_mhz"] for line in lines]
 
 
 def still_serves(fleet: EngineFleet) -> bool:
@@ -325,10 +331,9 @@ def test_dropped_metrics_unlock_while_requests_go_on(
             settings={"controller": "static:f=1005"},
             stale=StaleLimits(least_s=LONG_S, most_s=LONG_S),
         )
-        decisions = tmp_path / "agent-decode-0.decisions.jsonl"
 
         def clocks() -> list[int]:
-            return [json.loads(line)["clock_mhz"] for line in decisions.read_text().splitlines()]
+            return clocks_of(tmp_path, "decode-0")
 
         with agents([config], tmp_path):
             time.sleep(2.0)
@@ -349,8 +354,15 @@ def test_dropped_metrics_unlock_while_requests_go_on(
 def test_a_killed_decode_server_fails_what_it_had_begun(
     engine_fleet: EngineFleet, tmp_path: Path
 ) -> None:
-    """The other server goes on alone, and both serve when the killed one is back."""
+    """The other server goes on alone, and both serve when the killed one is back. Its agent has
+    unlocked the clock meanwhile."""
     sent = 60
+    server = engine_fleet.decode[0]
+    config = agent_config(
+        server,
+        settings={"controller": "static:f=1005"},
+        stale=StaleLimits(least_s=LONG_S, most_s=LONG_S),
+    )
 
     async def play(found: Gate) -> tuple[LoadReport, dict[str, int], LoadReport]:
         run = asyncio.create_task(found.play(steady(sent, 15, 24, 150), tmp_path / "rows"))
@@ -359,14 +371,18 @@ def test_a_killed_decode_server_fails_what_it_had_begun(
         report = await run
         counts = await found.settled(sent)
         assert (await found.health())["out"] == ["decode-0"]
+        assert await asyncio.to_thread(
+            eventually, lambda: clocks_of(tmp_path, "decode-0") == [1005, 0]
+        )
         old = engine_fleet.decode[0]
         await asyncio.to_thread(restart, engine_fleet.servers, old, start_s=BACK_S)
         await found.until_healthy()
         again = await found.play(steady(10, 10, 24, 8), tmp_path / "again")
         return report, counts, again
 
-    with gate(engine_fleet, tmp_path) as found:
+    with gate(engine_fleet, tmp_path) as found, agents([config], tmp_path):
         report, counts, again = asyncio.run(play(found))
+        assert eventually(lambda: clocks_of(tmp_path, "decode-0") == [1005, 0, 1005])
     assert report.is_complete
     assert sum(report.counts.values()) == sum(counts.values()) == sent
     assert report.counts == {k: v for k, v in counts.items() if v}
