@@ -20,13 +20,14 @@ from hwreplay.probe import Overhead, fit_overhead, plan_probe
 from hwreplay.replay import finish, replay
 from hwreplay.replay_config import ReplayConfig, read_replay_config
 from profiles.errors import VoltanaError
-from sim.config import SimConfig
+from sim.config import SimConfig, read_toml
 from sim.engine.simulate import simulate
 from sim.policies.base import DECODE, PREFILL, Phase
 from sim.results import refuse_existing, write_json, write_run
 
 OVERHEAD: Final = "overhead.json"
 KEYS: Final = "simulate.toml"
+AGAIN: Final = "replay.toml"
 PHASES: Final[tuple[Phase, Phase]] = (PREFILL, DECODE)
 
 
@@ -58,8 +59,8 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
 
     Args:
         path: TOML file of the replay.
-        out: Takes the probe's files, `overhead.json`, and `simulate.toml`: the configuration with
-            `kv_transfer_latency_s` as measured.
+        out: Takes the probe's files, `overhead.json`, and the configuration with
+            `kv_transfer_latency_s` as measured: `simulate.toml` and `replay.toml`.
         fits_profile: Take iteration times from the probe too, as a profile in OUT/profile.
 
     Returns:
@@ -88,6 +89,8 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
     made = dataclasses.replace(made, kv_transfer_latency_s=round(expected_s, 6))
     write_json(dataclasses.asdict(overhead) | {"expected_s": expected_s}, out / OVERHEAD)
     (out / KEYS).write_text(tomli_w.dumps(made.as_dict()), encoding="utf-8")
+    again = read_toml(path) | {"simulate": made.as_dict()}
+    (out / AGAIN).write_text(tomli_w.dumps(again), encoding="utf-8")
     return overhead, made
 
 
