@@ -19,8 +19,16 @@ from typing import Any, Final, Self
 
 from profiles.engines.base import EngineFacts, NotHeldError, Point, Window, Workload
 from profiles.engines.llama_config import ModelShape
-from profiles.engines.sglang_client import SETTLE_S, Client, Endpoint, Records, Servers, get_json
-from profiles.engines.sglang_metrics import IterationMetrics
+from profiles.engines.sglang_client import (
+    HANDSHAKE_S,
+    SETTLE_S,
+    Client,
+    Endpoint,
+    Records,
+    Servers,
+    get_json,
+)
+from profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from profiles.engines.sglang_serving import fit_overheads, measure_passages, serving_table
 from profiles.errors import VoltanaError
 
@@ -165,6 +173,7 @@ class _Bursts:
         self._client = client
         self._records = records
         length = point.tokens // point.batch_size
+        client.handshake_s = HANDSHAKE_S  # what an earlier point needed is no measure for this one
         self._prompt_tokens = min(length, facts.max_context_tokens - CONTEXT_MARGIN)
 
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
@@ -183,7 +192,8 @@ class _Bursts:
                     "the engine takes fewer tokens at once (chunked prefill, its own limits)"
                 )
         spans = [(p.start_s, p.received_s) for p in passes]
-        return _window([p.wall_time_s for p in passes], self._tokens, spans)
+        tokens = sum(p.sum_prefill_tokens for p in passes) / len(passes)
+        return _window([p.wall_time_s for p in passes], tokens, spans)
 
     @property
     def _tokens(self) -> int:
@@ -198,8 +208,8 @@ class _Bursts:
         found = []
         while seen_tokens < self._tokens and time.monotonic() < deadline_s:
             for record in self._records.take():
-                seen_tokens += record.sum_prefill_tokens
-                if _is_prefill(record, self._point.batch_size, self._tokens):
+                seen_tokens += record.sum_prefill_tokens + record.sum_prefill_kv_tokens
+                if is_whole(record, self._point.batch_size, self._tokens):
                     found.append(record)
             time.sleep(SETTLE_S / 10)
         return found
@@ -277,12 +287,6 @@ def steps_s(run: Sequence[IterationMetrics]) -> list[float]:
     passes_s = [record.wall_time_s for record in run[1:]]
     between_s = (run[-1].received_s - run[0].received_s - sum(passes_s)) / len(passes_s)
     return [pass_s + max(between_s, 0.0) for pass_s in passes_s]
-
-
-def _is_prefill(record: IterationMetrics, batch_size: int, tokens: int) -> bool:
-    """Whether a pass is just this burst, nothing cached, nothing else."""
-    seen = (record.num_prefill_requests, record.sum_prefill_tokens, record.num_decode_requests)
-    return seen == (batch_size, tokens, 0) and record.sum_prefill_kv_tokens == 0
 
 
 def _window(

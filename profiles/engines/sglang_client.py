@@ -25,6 +25,7 @@ REQUEST_LIMIT_S: Final = 600.0
 POLL_MS: Final = 100
 SETTLE_S: Final = 0.05
 """A record leaves the engine a little after the token that it is about."""
+HANDSHAKE_S: Final = 0.03
 ROOMS: Final = 2**63
 
 
@@ -133,7 +134,7 @@ class Client:
     servers: Servers
     vocabulary: int
     """Token ids below this one exist."""
-    handshake_s: float = 0.03
+    handshake_s: float = HANDSHAKE_S
     """Time that the requests of a burst have to be announced between the servers of a pair."""
     _rng: np.random.Generator = field(default_factory=lambda: np.random.default_rng(0))
     _pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))

@@ -21,6 +21,7 @@ HEARTBEAT_S: Final = 1.0
 """How often an idle server repeats an empty record."""
 MAX_QUEUED_RECORDS: Final = 100_000
 """What a subscriber keeps before it reads."""
+MAX_CACHED: Final = 0.02
 BACK_TO_BACK_S: Final = 0.005
 """A pass that begins so soon after the last one ended followed it without a pause."""
 
@@ -126,6 +127,20 @@ def parse_metrics(payload: bytes, *, received_s: float) -> IterationMetrics:
         queued_prefill_tokens=queued.sum_prefill_tokens,
         queued_decode_requests=queued.num_decode_requests,
         queued_decode_tokens=queued.sum_decode_kv_tokens,
+    )
+
+
+def is_whole(record: IterationMetrics, batch_size: int, tokens: int) -> bool:
+    """Whether a pass is one prefill of just these prompts, and of nothing else.
+
+    A prefix cache may know the first token of a random prompt: one a prompt, or `MAX_CACHED` of all
+    tokens, may be missing.
+    """
+    missing = tokens - record.sum_prefill_tokens
+    return (
+        (record.num_prefill_requests, record.num_decode_requests) == (batch_size, 0)
+        and missing == record.sum_prefill_kv_tokens
+        and 0 <= missing <= max(batch_size, MAX_CACHED * tokens)
     )
 
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from profiles.engines.base import EngineFacts, NotHeldError
 from profiles.engines.sglang_client import SETTLE_S, Client, Records
+from profiles.engines.sglang_metrics import is_whole
 
 PROMPT_TOKENS: Final = (16, 64, 256, 512, 1024, 2048, 4096)
 OUTPUT_TOKENS: Final = 4
@@ -145,7 +146,7 @@ def _passage(client: Client, records: Records, length: int) -> Passage | None:
     answer = client.start([length], OUTPUT_TOKENS).result()
     time.sleep(SETTLE_S)
     passes = [r for r in records.take() if r.num_prefill_requests]
-    if len(passes) != 1 or passes[0].sum_prefill_tokens != length:
+    if len(passes) != 1 or not is_whole(passes[0], 1, length):
         return None
     return Passage(
         prompt_tokens=length,

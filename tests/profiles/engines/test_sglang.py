@@ -12,7 +12,7 @@ from profiles.engines.base import NotHeldError
 from profiles.engines.llama_config import load_shape
 from profiles.engines.sglang import full_runs, steps_s
 from profiles.engines.sglang_fleet import LaunchPlan, attach, start_servers
-from profiles.engines.sglang_metrics import IterationMetrics
+from profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
 from profiles.errors import VoltanaError
 
@@ -44,6 +44,28 @@ def test_a_pass_that_prefills_too_is_no_decode_pass() -> None:
     )
     records = [passed(1, 2, 0.01, took_s=0.01), mixed, passed(3, 2, 0.03, took_s=0.01)]
     assert full_runs(records, 2) == []
+
+
+@pytest.mark.parametrize(
+    ("num_prompts", "new", "cached", "is_taken"),
+    [
+        (4, 1024, 0, True),
+        (4, 1021, 3, True),  # first tokens that a prefix cache knew
+        (4, 1000, 24, False),  # more than 2 % cached
+        (3, 1024, 0, False),  # other prompts
+        (4, 512, 512, False),  # the second half of a chunked burst
+        (4, 512, 0, False),  # the first
+        (4, 1028, 0, False),
+    ],
+)
+def test_a_burst_counts_where_it_ran_whole(
+    num_prompts: int, new: int, cached: int, is_taken: bool
+) -> None:
+    record = IterationMetrics(
+        sequence=1, received_s=1.0, wall_time_s=0.1, num_prefill_requests=num_prompts,
+        sum_prefill_tokens=new, sum_prefill_kv_tokens=cached,
+    )  # fmt: skip
+    assert is_whole(record, 4, 1024) is is_taken
 
 
 def test_time_between_passes_is_shared_and_late_records_cancel() -> None:
