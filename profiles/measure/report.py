@@ -78,7 +78,8 @@ def _energy_figure(profile: Profile) -> Figure:
     if rows["frequency_mhz"].nunique() == 1:
         axes.plot(rows["batch_size"], rows["energy_j"], marker=".")
         axes.set(xlabel="batch size", ylabel="energy per output token (J)")
-        axes.set(xscale="log", yscale="log", title=f"{profile.name}, {_clock_text(rows)}")
+        axes.set_title(f"{profile.name}, {_clock_text(rows)}")
+        axes.set_ylim(bottom=0)
         return figure
     steps = 2 ** np.arange(0, 12, 2)
     known = sorted(int(batch) for batch in rows["batch_size"].unique())
