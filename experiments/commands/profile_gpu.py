@@ -53,7 +53,10 @@ def profile(
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a point")] = 10_000_000,
     attach: Annotated[
         Path | None,
-        typer.Option(help="sglang: TOML file naming servers that run already, as for replay"),
+        typer.Option(
+            help="sglang: TOML file naming servers that run already, as for replay; on a GPU they "
+            "are on the card, so add --allow-shared"
+        ),
     ] = None,
     pair: Annotated[
         bool, typer.Option("--pair", help="sglang: start prefill and decode apart, not one server")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import pandas as pd
 import pytest
 
 from profiles.catalog import Profile, load_profile
@@ -51,6 +52,8 @@ def test_without_a_card_the_power_is_never_called_measured(
         assert profile.meta.provenance[quantity].status == "modelled"
     assert profile.power_w("decode", 1000, 1, 1) == pytest.approx(100.0, rel=0.2)
     assert set(profile.decode["trial"]) == {0, 1}
+    assert (profile.decode["spread_s"] >= 0).all()
+    assert profile.decode["spread_s"].max() > 0
     names = {path.name for path in (tmp_path / "toy" / "report").iterdir()}
     assert {"energy_u.png", "latency_steps.png", "power_surface.png", "fit_report.csv"} == names
     _simulates_at_constant_power(profile)
@@ -84,6 +87,9 @@ def test_clocks_are_locked_in_turn_and_given_back(standin: Standin, tmp_path: Pa
     assert profile.clocks_mhz == (1005, 1410)
     assert profile.meta.provenance["decode_power"].status == "measured"
     assert profile.idle_power_w(0) == pytest.approx(250.0, rel=0.1)
+    bare = pd.read_csv(tmp_path / "p" / "idle_bare.csv")
+    assert set(bare["frequency_mhz"]) == {0, 1005, 1410}
+    assert bare["power_w"].to_numpy() == pytest.approx(250.0, rel=0.1)
     assert standin["locked_mhz"] == 0
     assert standin["num_locks"] > 0
 
