@@ -20,6 +20,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,16 +32,17 @@ STATIC_PAIR: Final = "static pair"
 _SECTIONS: Final = ("base", "grid", "static_pairs")
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True)
 class Point:
     """One configuration of a sweep with the names that its figures use."""
 
     labels: Mapping[str, str]
     config: SimConfig
 
-    @property
+    @cached_property
     def key(self) -> str:
-        """Name of its result; see `experiments.identity`."""
+        """Name of its result; see `experiments.identity`. It stays while a sweep runs, even if
+        somebody edits a policy meanwhile."""
         return run_key(self.config)
 
 
