@@ -41,8 +41,10 @@ class Point:
 
     @cached_property
     def key(self) -> str:
-        """Name of its result; see `experiments.identity`. It stays while a sweep runs, even if
-        somebody edits a policy meanwhile."""
+        """Name of its result, see `experiments.identity`.
+
+        Taken once: it stays while a sweep runs, even if somebody edits a policy meanwhile.
+        """
         return run_key(self.config)
 
 
