@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,7 @@ SMALL = (1, 500)
 LARGE = (400, 400_000)
 """One that does not: EcoFreq's top level, 1410 MHz."""
 SETTINGS = {"controller": "ecofreq", "router": "round-robin", "num_prefill": 1, "num_decode": 1}
+PATIENT = StaleLimits(least_s=60.0, most_s=60.0)
 GENEROUS = StaleLimits(least_s=0.4)
 """The tests' machine may be busy; what staleness is, test_control.py says to the millisecond."""
 
@@ -52,7 +54,7 @@ def config_of(tmp_path: Path, voice: EngineVoice, **values: Any) -> AgentConfig:
         "start_ns": time.monotonic_ns(),
         "settings": SETTINGS,
         "metrics_address": voice.address,
-        "stale": GENEROUS,
+        "stale": PATIENT,
     }
     return AgentConfig(**defaults | values)
 
@@ -145,7 +147,7 @@ def test_where_clocks_cannot_be_locked_the_agent_limits_power(
     assert 100 < limit_w < 400  # within the card's range, so that it is the table's word
     with (
         helper_process(standin, tmp_path / "helper", "--power-cap"),
-        running(with_helper(tmp_path, voice), tmp_path),
+        running(with_helper(tmp_path, voice, stale=GENEROUS), tmp_path),
     ):
         with repeating(lambda: voice.decode(*SMALL)):
             assert eventually(lambda: standin["limit_mw"] == limit_w * 1000)
@@ -173,7 +175,7 @@ def test_a_frozen_agent_loses_its_clock_and_takes_it_again(
 def test_metrics_that_stop_unlock_and_that_come_again_lock(
     card: Standin, tmp_path: Path, voice: EngineVoice
 ) -> None:
-    config = with_helper(tmp_path, voice)
+    config = with_helper(tmp_path, voice, stale=GENEROUS)
     with running(config, tmp_path):
         with repeating(lambda: voice.decode(*SMALL)):
             assert eventually(lambda: card["locked_mhz"] == 1005)
@@ -290,12 +292,17 @@ def test_nonsense_on_every_socket_unlocks_and_is_survived(
 def test_dry_run_decides_as_the_simulators_controller_does(
     tmp_path: Path, voice: EngineVoice
 ) -> None:
-    """Each record is shown to the agent's process and to a controller of our own: same clocks."""
+    """Each record is shown to the agent's process and to a controller of our own: same clocks.
+
+    A record that moves the clock is followed by the next when the agent has told that it moved, so
+    that none waits behind another, whose clock would be left out.
+    """
     batches = [(1 + 37 * i % 500, 400 * (1 + 37 * i % 500) + 11 * i) for i in range(300)]
     config = config_of(
         tmp_path,
         voice,
         settings=SETTINGS | {"controller": "ecofreq:frequencies=705+1005+1200+1410"},
+        report_address=f"ipc://{tmp_path}/reports",
     )
     settings = make_config(config.settings)
     source = PolicySource(config=settings, profile=load_profile(settings.profile))
@@ -303,20 +310,29 @@ def test_dry_run_decides_as_the_simulators_controller_does(
     state = source.make_tracker("decode", 0).state
     expected = [controller.initial_clock_mhz()]
     for state.last_batch_size, state.last_tokens in batches:
-        clock_mhz = controller.decide(state)
-        if clock_mhz != expected[-1]:
-            expected.append(clock_mhz)
+        expected.append(controller.decide(state))
     assert len(set(expected)) == 5
+
+    async def play() -> None:
+        feed = ReportFeed(f"ipc://{tmp_path}/reports")
+        try:
+            for load, before, after in zip(batches, expected, expected[1:], strict=False):
+                voice.decode(*load)
+                while before != after and (await feed.receive()).clock_mhz != after:
+                    pass
+            while (await feed.receive()).decisions < len(batches):
+                pass
+        finally:
+            feed.close()
+
     with running(config, tmp_path):
         wait_until_heard(voice)
-        for batch in batches:
-            voice.decode(*batch)
-            time.sleep(0.002)
-        record = tmp_path / "agent-decode-0.decisions.jsonl"
-        assert eventually(lambda: len(lines_of(record)) >= len(expected) - 1)
-    found = [line["clock_mhz"] for line in lines_of(record)]
-    assert found[: len(expected) - 1] == expected[1:]
-    assert found[len(expected) - 1 :] == [0]
+        asyncio.run(asyncio.wait_for(play(), 60))
+    found = [line["clock_mhz"] for line in lines_of(tmp_path / "agent-decode-0.decisions.jsonl")]
+    changes = [b for a, b in pairwise(expected) if a != b]
+    assert found == [*changes, 0]
+    report = report_of(config, tmp_path)
+    assert report["counts"]["decisions"] == len(batches)
 
 
 def wait_until_heard(voice: EngineVoice) -> None:
