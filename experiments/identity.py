@@ -23,7 +23,14 @@ from sim.config import SimConfig
 from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
 from sim.policies.spec import parse_spec
 
-_SHARED: Final = ("*.py", "engine/*.py", "workload/*.py", "workload/data/*", "policies/*.py")
+_SHARED: Final = (
+    "*.py",
+    "engine/*.py",
+    "workload/*.py",
+    "workload/data/*",
+    "policies/*.py",
+    "policies/mdp/*.py",
+)
 
 
 def run_key(config: SimConfig) -> str:
