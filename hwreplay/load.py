@@ -43,6 +43,8 @@ class LoadConfig:
 
     url: str
     seed: int = 13
+    salt: int = 0
+    """Other ids for another run: prompts that a server has seen before are in its prefix cache."""
     vocabulary: tuple[int, int] = (3, 512)
     """Token ids are drawn from the first to below the second; no special token, so from 3."""
     token: str | None = field(default=None, repr=False)
@@ -182,7 +184,9 @@ class LoadGenerator:
             task.cancel("it took longer than the run waits")
 
     def _body(self, request_id: int, input_tokens: int, output_tokens: int) -> bytes:
-        seeds = np.random.SeedSequence(self._config.seed, spawn_key=(STREAM, request_id))
+        seeds = np.random.SeedSequence(
+            self._config.seed, spawn_key=(STREAM, self._config.salt, request_id)
+        )
         ids = np.random.default_rng(seeds).integers(*self._config.vocabulary, size=input_tokens)
         params = {"max_new_tokens": output_tokens, "ignore_eos": True, "temperature": 0.0}
         body = {"input_ids": ids.tolist(), "sampling_params": params, "stream": True}

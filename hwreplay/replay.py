@@ -189,7 +189,10 @@ async def _play(run: _Run, workload: Workload, progress: Progress) -> None:
         state["start_s"] = (start_ns - run.clock.start_ns) * 1e-9
         write_json(state, run.directory / STATE)
         generator = LoadGenerator(
-            workload, _load_config(run, url), RunClock(start_ns=start_ns), run.directory / REQUESTS
+            workload,
+            _load_config(run, url, start_ns),
+            RunClock(start_ns=start_ns),
+            run.directory / REQUESTS,
         )
         try:
             await generator.run(lambda: progress("replaying", 1))
@@ -198,10 +201,14 @@ async def _play(run: _Run, workload: Workload, progress: Progress) -> None:
         await asyncio.sleep(run.config.rest_s)  # the last records and readings are on their way
 
 
-def _load_config(run: _Run, url: str) -> LoadConfig:
+def _load_config(run: _Run, url: str, salt: int) -> LoadConfig:
     config = run.config
     return LoadConfig(
-        url=url, seed=config.sim.seed, vocabulary=config.vocabulary, drain_s=config.drain_s
+        url=url,
+        seed=config.sim.seed,
+        salt=salt,
+        vocabulary=config.vocabulary,
+        drain_s=config.drain_s,
     )
 
 
@@ -213,7 +220,9 @@ async def _warm_up(run: _Run, url: str) -> None:
         arrival_s=np.zeros(len(shapes)), input_tokens=shapes[:, 0], output_tokens=shapes[:, 1]
     )
     path = run.directory / "warm-up.jsonl"
-    report: LoadReport = await LoadGenerator(work, _load_config(run, url), RunClock(), path).run()
+    report: LoadReport = await LoadGenerator(
+        work, _load_config(run, url, run.clock.start_ns), RunClock(), path
+    ).run()
     if report.counts["completed"] != len(work):
         why = ", ".join(report.reasons) or "no reason given"
         raise VoltanaError(f"the warm-up must succeed before a replay, it did not: {why}")
