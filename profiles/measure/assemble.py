@@ -88,6 +88,9 @@ def _phase_frame(log: Journal, phase: Phase, alone_mhz: int, facts: EngineFacts)
     frame = pd.DataFrame(rows)
     if phase == "decode" and facts.min_context_tokens > 1:
         frame = pd.concat([frame, _held_rows(frame, facts.min_context_tokens)])
+    distinct = frame.groupby(["frequency_mhz", "batch_size"])["tokens"].transform("nunique")
+    if (distinct > 1).any():  # a row that the budget cut short shares no range with its neighbours
+        frame = frame[distinct > 1]
     frame = frame.sort_values([*POINT, "trial"], ignore_index=True)
     # Two points asked for may have been held at the same tokens: their trials become one point's.
     return frame.assign(trial=frame.groupby(list(POINT)).cumcount())

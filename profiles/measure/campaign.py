@@ -23,8 +23,8 @@ from profiles.measure.grid import design, next_refinement
 from profiles.measure.journal import Journal
 from profiles.measure.trial import Protocol, measure_idle_w, measure_point
 
-MIN_POINTS: Final = 2
-"""Of a phase and clock; fewer make no profile."""
+MIN_POINTS: Final = 4
+"""Of a phase and clock, whatever the budget: the corners of the grid."""
 
 Progress = Callable[[int, int, str], None]
 """(finished, planned, what comes next) after every point."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Final
+from typing import Final, TypeVar
 
 from profiles.engines.base import EngineFacts, Phase, Point
+
+T = TypeVar("T")
 
 PROMPT_TOKENS: Final = (1, 4, *(2**power for power in range(4, 15)))
 CONTEXT_TOKENS: Final = (1, 16, 128, 512, 1024, 2048, 4096, 8192)
@@ -84,12 +86,29 @@ def _rows(
 
 
 def _spread(points: Sequence[Point]) -> list[Point]:
-    """Ends first, then ever finer subdivisions of the sorted list."""
-    ordered = sorted(points, key=lambda p: (p.batch_size, p.tokens))
+    """Coarse first: the corners, both ends of ever more batch sizes, then what lies between.
+
+    Whenever the budget ends, every batch size but the last one begun spans its range of tokens, so
+    that neighbouring ones can be interpolated.
+    """
+    rows: dict[int, list[Point]] = {}
+    for point in sorted(points, key=lambda p: (p.batch_size, p.tokens)):
+        rows.setdefault(point.batch_size, []).append(point)
+    ordered = [rows[batch_size] for batch_size in _subdivided(sorted(rows))]
+    ends = [point for row in ordered for point in (row[0], row[-1])]
+    corners = [ordered[0][0], ordered[min(1, len(ordered) - 1)][-1]] if ordered else []
+    inner = [_subdivided(row) for row in ordered]
+    longest = max(map(len, inner), default=0)
+    between = [row[i] for i in range(longest) for row in inner if i < len(row)]
+    return list(dict.fromkeys([*corners, *ends, *between]))
+
+
+def _subdivided(ordered: Sequence[T]) -> list[T]:
+    """Ends first, then ever finer subdivisions of a sorted list."""
     stride = 1
     while stride < len(ordered):
         stride *= 2
-    chosen: dict[Point, None] = dict.fromkeys(ordered[:1] + ordered[-1:])
+    chosen: dict[T, None] = dict.fromkeys([*ordered[:1], *ordered[-1:]])
     while stride >= 1:
         chosen.update(dict.fromkeys(ordered[::stride]))
         stride //= 2

@@ -127,8 +127,24 @@ def test_the_design_stays_within_the_engine_and_starts_coarse() -> None:
     assert all(p.tokens % p.batch_size == 0 and p.tokens // p.batch_size <= 4096 for p in points)
     first = points[:2]
     assert {p.batch_size for p in first} == {1, 1024}
+    corners = {(p.batch_size, p.tokens) for p in points[:4]}
+    assert corners == {(1, 1), (1, 4096), (1024, 1024), (1024, 1024 * 128)}
     prefill = design(FACTS, "prefill", max_batch_size=1024, max_tokens=10**9)
     assert {p.tokens for p in prefill} == {1, 4, *(2**power for power in range(4, 13))}
+
+
+@pytest.mark.parametrize("num_points", [4, 7, 12, 40, 100])
+def test_wherever_the_budget_ends_the_rows_span_their_range(num_points: int) -> None:
+    """All batch sizes begun, but for the last, have their shortest and their longest context."""
+    points = design(FACTS, "decode", max_batch_size=64, max_tokens=10**9)
+    ends: dict[int, set[int]] = {}
+    for point in points:
+        ends.setdefault(point.batch_size, set()).add(point.tokens)
+    begun: dict[int, set[int]] = {}
+    for point in points[:num_points]:
+        begun.setdefault(point.batch_size, set()).add(point.tokens)
+    spanning = [b for b, seen in begun.items() if {min(ends[b]), max(ends[b])} <= seen]
+    assert len(spanning) >= len(begun) - 1
 
 
 def test_refinement_goes_where_the_line_is_most_wrong_and_stops() -> None:
