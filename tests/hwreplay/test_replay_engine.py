@@ -60,7 +60,10 @@ def test_the_loop_on_the_real_engine(engine_fleet: EngineFleet, tmp_path: Path) 
     iterations = observed.iterations
     assert iterations is not None
     is_decode = iterations.phase == "decode"
-    assert iterations.tokens[~is_decode].sum() == workload.input_tokens.sum()
+    # of 509 token ids, some prompts begin as one in the prefix cache does: a token or two each
+    sent_tokens = int(workload.input_tokens.sum())
+    fresh_tokens = int(iterations.tokens[~is_decode].sum())
+    assert sent_tokens - 2 * len(workload) <= fresh_tokens <= sent_tokens
     made = int(iterations.batch_size[is_decode].sum())  # decode makes every token but the first
     assert (workload.output_tokens - 1).sum() <= made <= 1.05 * workload.output_tokens.sum()
 
