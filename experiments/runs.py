@@ -11,7 +11,7 @@ from profiles.catalog import Profile, load_profile
 from sim.config import SimConfig
 from sim.engine.simulate import simulate
 from sim.records import RunRecord
-from sim.workload.generate import diurnal_swing, make_workload, stream_diurnal
+from sim.workload.generate import diurnal_swing, make_workload, stream_day
 from sim.workload.traces import open_trace
 from sim.workload.workload import Workload
 
@@ -48,14 +48,12 @@ def stream_of(config: SimConfig) -> Iterator[Workload] | None:
     swing = diurnal_swing(config.arrivals)
     if config.metrics != "sketch" or config.trace is not None or swing is None:
         return None
-    duration_s = config.duration_s or DEFAULT_DURATION_S
-    parts = stream_diurnal(
+    parts = stream_day(
         config.workload,
-        mean_rps=config.rate_rps,
-        duration_s=duration_s,
+        rate_rps=config.rate_rps,
+        duration_s=config.duration_s or DEFAULT_DURATION_S,
         seed=config.seed,
         swing=swing,
-        period_s=duration_s,
     )
     return parts if config.time_scale == 1.0 else (p.scaled(config.time_scale) for p in parts)
 

@@ -56,10 +56,7 @@ def make_workload(
     _require_positive(rate_rps=rate_rps, duration_s=duration_s)
     swing = diurnal_swing(arrivals)
     if swing is not None:
-        parts = stream_diurnal(
-            name, mean_rps=rate_rps, duration_s=duration_s, seed=seed, swing=swing,
-            period_s=duration_s,
-        )  # fmt: skip
+        parts = stream_day(name, rate_rps=rate_rps, duration_s=duration_s, seed=seed, swing=swing)
         return _join(list(parts), f"{name}, a day of {rate_rps:g} requests/s on average")
     count = max(1, round(rate_rps * duration_s))
     gaps = parse_arrivals(arrivals)(_stream(seed, "arrivals"), count)
@@ -174,6 +171,20 @@ def stream_diurnal(
                 name=f"{name}, diurnal",
             )
         reached, block = float(sums[-1]), block + 1
+
+
+def stream_day(
+    name: str, *, rate_rps: float, duration_s: float, seed: int, swing: float
+) -> Iterator[Workload]:
+    """`stream_diurnal` of one day squeezed into `duration_s`: what `diurnal` arrivals mean."""
+    return stream_diurnal(
+        name,
+        mean_rps=rate_rps,
+        duration_s=duration_s,
+        seed=seed,
+        swing=swing,
+        period_s=duration_s,
+    )
 
 
 def _join(parts: list[Workload], name: str) -> Workload:
