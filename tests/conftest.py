@@ -15,9 +15,23 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
 
 ROOT = Path(__file__).parent.parent
 
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # as a shell's background job: programs that the tests start would inherit deafness to Ctrl-C
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def _hear_signals() -> None:
+    """Let programs that the tests start be stopped: they inherit deafness from this process.
+
+    A runner may block these signals for all that it starts (a supervisor that waits for them) or
+    ignore them (nohup, a shell's background job).
+    """
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _STOPPING)
+    for number in _STOPPING:
+        if signal.getsignal(number) == signal.SIG_IGN:
+            default = signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL
+            signal.signal(number, default)
+
+
+_hear_signals()
 
 
 @pytest.fixture(scope="session")
