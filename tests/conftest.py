@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -32,6 +33,17 @@ def _hear_signals() -> None:
 
 
 _hear_signals()
+
+
+@pytest.fixture(autouse=True)
+def _signals_stay() -> Iterator[None]:
+    """Fail the test that leaves a stopping signal handled otherwise: later ones would be deaf."""
+    before = {number: signal.getsignal(number) for number in _STOPPING}
+    yield
+    changed = [n for n, handler in before.items() if signal.getsignal(n) != handler]
+    for number in changed:
+        signal.signal(number, before[number])
+    assert not changed, f"handlers of {changed} must be as before the test"
 
 
 @pytest.fixture(scope="session")

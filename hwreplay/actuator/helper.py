@@ -101,17 +101,17 @@ class Helper:
 
     def serve(self) -> None:
         """Answer peers until told to stop; call from the main thread for signals to be handled."""
-        if threading.current_thread() is threading.main_thread():
-            for signum in SIGNALS:
-                signal.signal(signum, _raise_exit)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = {n: signal.signal(n, _raise_exit) for n in SIGNALS} if is_main else {}
         try:
             while not self._is_stopping:
                 self._turn()
         finally:
-            if threading.current_thread() is threading.main_thread():
-                for signum in SIGNALS:  # a second Ctrl-C must not stop the restoring
-                    signal.signal(signum, signal.SIG_IGN)
+            for signum in before:  # a second Ctrl-C must not stop the restoring
+                signal.signal(signum, signal.SIG_IGN)
             self._close()
+            for signum, handler in before.items():
+                signal.signal(signum, handler)
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(min(RETRY_S, self._config.silence_s / 4)):

@@ -152,6 +152,7 @@ def ray_cluster() -> Iterator[Cluster]:
     pytest.importorskip("ray")
     from ray.cluster_utils import Cluster
 
+    handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own there and leaves it
     cluster = Cluster(
         initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
     )
@@ -160,6 +161,7 @@ def ray_cluster() -> Iterator[Cluster]:
     cluster.wait_for_nodes()
     yield cluster
     cluster.shutdown()
+    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.slow
