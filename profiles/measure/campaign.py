@@ -104,21 +104,27 @@ class Campaign:
         for number, point in enumerate(self._interleaved(points)):
             if number >= always and self._elapsed_s() > deadline_s:
                 return
-            self._measure(clock_mhz, point, planned)
+            self._measure(clock_mhz, point, planned, deadline_s)
         while self._elapsed_s() < deadline_s:
             refined = self._next_refinement(clock_mhz)
             if refined is None:
                 return
-            self._measure(clock_mhz, refined, planned)
+            self._measure(clock_mhz, refined, planned, deadline_s)
 
-    def _measure(self, clock_mhz: int, point: Point, planned: int) -> None:
+    def _measure(self, clock_mhz: int, point: Point, planned: int, deadline_s: float) -> None:
         label = f"{clock_mhz} MHz {point.phase} batch {point.batch_size} tokens {point.tokens}"
         done = len(self.log.points) + len(self.log.failures)
         self.progress(done, max(planned, done + 1), label)
         if self.log.is_done(clock_mhz, point):
             return
         try:
-            trials = measure_point(self.engine, self.gpus, point, self.plan.protocol)
+            trials = measure_point(
+                self.engine,
+                self.gpus,
+                point,
+                self.plan.protocol,
+                deadline_s=self._start_ns * 1e-9 + deadline_s,
+            )
         except (OutOfMemoryError, NotHeldError, EngineCrashError) as error:
             self.log.add_failure(clock_mhz, point, str(error))
         else:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from profiles.device.gpu import Gpu
+from profiles.device.gpu import THERMAL, Gpu
 from profiles.engines.base import Engine, Point, Window, Workload
 from profiles.errors import VoltanaError
 from profiles.measure.power import PowerMeter, Reading
@@ -31,18 +32,19 @@ class Protocol:
     num_trials: int = 3
     warm_up_iterations: int = 5
     num_retries: int = 2
-    """Of a trial that ran into thermal or power throttling, each after cooling."""
+    """Of a trial that ran into thermal throttling, each after cooling."""
+    power_rest_s: float = 3.0
+    """Rest before the one retry of a trial that ran into the power limit: no cooling helps there,
+    and a point that needs more than the limit stays at it."""
     cool_by_c: float = 10.0
     """A card has cooled when it is this much below the temperature at which it throttled."""
     cooling_limit_s: float = 120.0
     """Longest wait for that."""
 
     def __post_init__(self) -> None:
-        if min(self.cool_by_c, self.cooling_limit_s, self.num_retries) < 0:
-            raise VoltanaError(
-                f"cool_by_c, cooling_limit_s and num_retries must be >= 0, got {self.cool_by_c}, "
-                f"{self.cooling_limit_s}, {self.num_retries}: see --cooling"
-            )
+        for name in ("num_retries", "power_rest_s", "cool_by_c", "cooling_limit_s"):
+            if getattr(self, name) < 0:
+                raise VoltanaError(f"{name} must be >= 0, got {getattr(self, name)} (Protocol)")
         if self.window_s <= 0 or min(self.min_iterations, self.num_trials) < 1:
             raise VoltanaError(
                 f"window_s must be > 0, min_iterations and num_trials >= 1, got {self.window_s}, "
@@ -73,26 +75,65 @@ class Trial:
 
 
 def measure_point(
-    engine: Engine, gpus: Sequence[Gpu], point: Point, protocol: Protocol
+    engine: Engine,
+    gpus: Sequence[Gpu],
+    point: Point,
+    protocol: Protocol,
+    *,
+    deadline_s: float = math.inf,
 ) -> list[Trial]:
     """Prepare the point, warm up, and measure `num_trials` phase-shifted windows.
 
-    A window under thermal or power throttling is run again after cooling; if it keeps throttling,
-    the last one is kept and flagged.
+    A throttled window is run again: after cooling if it was heat, once after a short rest if it was
+    the power limit. If that does not help it is kept and flagged, and the point's further windows
+    are not run again.
+
+    Args:
+        engine: Holds the point.
+        gpus: The cards it runs on.
+        point: What to measure.
+        protocol: How.
+        deadline_s: When to stop resting and retrying, monotonic clock.
     """
     trials = []
+    may_retry = True
     with engine.open(point) as workload:
         workload.run(min_duration_s=0.0, min_iterations=protocol.warm_up_iterations)
         for number in range(protocol.num_trials):
-            trial = _run_trial(workload, gpus, protocol, number)
-            for _ in range(protocol.num_retries if trial.is_throttled else 0):
-                target_c = trial.temperature_c - protocol.cool_by_c
-                cool_down(gpus, target_c, limit_s=protocol.cooling_limit_s)
-                trial = _run_trial(workload, gpus, protocol, number)
-                if not trial.is_throttled:
-                    break
+
+            def again(number: int = number) -> Trial:
+                return _run_trial(workload, gpus, protocol, number)
+
+            trial = again()
+            if trial.is_throttled and may_retry:
+                trial = _retried(trial, again, gpus, protocol, deadline_s)
+                may_retry = not trial.is_throttled
             trials.append(trial)
     return trials
+
+
+def _retried(
+    trial: Trial,
+    again: Callable[[], Trial],
+    gpus: Sequence[Gpu],
+    protocol: Protocol,
+    deadline_s: float,
+) -> Trial:
+    """The trial repeated after rests, until it runs free, repeating is of no use, or time is up."""
+    for _ in range(protocol.num_retries):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            break
+        is_hot = THROTTLED + THERMAL in trial.flags
+        if is_hot:
+            target_c = trial.temperature_c - protocol.cool_by_c
+            cool_down(gpus, target_c, limit_s=min(protocol.cooling_limit_s, left_s))
+        else:
+            time.sleep(min(protocol.power_rest_s, left_s))
+        trial = again()
+        if not trial.is_throttled or not is_hot:
+            break
+    return trial
 
 
 def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
