@@ -48,6 +48,8 @@ def profile(
     ] = None,
     window: Annotated[float, typer.Option(help="Shortest window of a trial, s")] = 2.0,
     iterations: Annotated[int, typer.Option(help="Fewest iterations of a trial")] = 32,
+    warm_up: Annotated[float, typer.Option(help="Shortest warm-up of a point, s")] = 1.0,
+    settle: Annotated[float, typer.Option(help="Rest before idle power is measured, s")] = 3.0,
     trials: Annotated[int, typer.Option(help="Phase-shifted trials of a point")] = 3,
     max_batch: Annotated[int, typer.Option(help="Largest decode batch")] = 1024,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a point")] = 10_000_000,
@@ -101,7 +103,13 @@ def profile(
 
     if engine not in ENGINES:
         raise VoltanaError(f"--engine must be known, got {engine!r}{nearest(engine, ENGINES)}")
-    protocol = Protocol(window_s=window, min_iterations=iterations, num_trials=trials)
+    protocol = Protocol(
+        window_s=window,
+        min_iterations=iterations,
+        num_trials=trials,
+        warm_up_s=warm_up,
+        settle_s=settle,
+    )
     with _open_gpu(gpu, power_w) as card:
         plan = Plan(
             clocks_mhz=_clocks(frequencies, card),

@@ -12,13 +12,20 @@ from typing import Final
 from profiles.device.gpu import THERMAL, Gpu
 from profiles.engines.base import Engine, Point, Window, Workload
 from profiles.errors import VoltanaError
-from profiles.measure.power import PowerMeter, Reading
+from profiles.measure.power import PowerMeter, Reading, has_energy_counter
 
 NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""
+TICK_POLL_S: Final = 0.002
+MAX_TICK_S: Final = 0.5
+"""Longest wait for the counter to move; one that does not is no reason to give up."""
 COOLING_POLL_S: Final = 0.5
 GAPS: Final = "power-with-pauses"
-"""Flag: the stretches at the point were too short to sample, power is that of the whole window."""
+"""Flag: the stretches at the point were too short, power is that of the window with its pauses."""
+SHORT: Final = "power-of-a-short-window"
+"""Flag: the window itself lasted few ticks of the energy counter."""
+MAX_PAUSES: Final = 0.02
+"""Share of a window that pauses may take before its power is said to hold them."""
 THROTTLED: Final = "throttle-"
 """What a flag for throttling begins with."""
 
@@ -30,7 +37,11 @@ class Protocol:
     window_s: float = 2.0
     min_iterations: int = 32
     num_trials: int = 3
+    warm_up_s: float = 1.0
+    """Clocks and allocators need time, not iterations; both minima are kept."""
     warm_up_iterations: int = 5
+    settle_s: float = 3.0
+    """Rest before idle power is measured: a card falls back to it in seconds."""
     num_retries: int = 2
     """Of a trial that ran into thermal throttling, each after cooling."""
     power_rest_s: float = 3.0
@@ -42,7 +53,10 @@ class Protocol:
     """Longest wait for that."""
 
     def __post_init__(self) -> None:
-        for name in ("num_retries", "power_rest_s", "cool_by_c", "cooling_limit_s"):
+        for name in (
+            *("warm_up_s", "warm_up_iterations", "settle_s"),
+            *("num_retries", "power_rest_s", "cool_by_c", "cooling_limit_s"),
+        ):
             if getattr(self, name) < 0:
                 raise VoltanaError(f"{name} must be >= 0, got {getattr(self, name)} (Protocol)")
         if self.window_s <= 0 or min(self.min_iterations, self.num_trials) < 1:
@@ -98,7 +112,7 @@ def measure_point(
     trials = []
     may_retry = True
     with engine.open(point) as workload:
-        workload.run(min_duration_s=0.0, min_iterations=protocol.warm_up_iterations)
+        workload.run(min_duration_s=protocol.warm_up_s, min_iterations=protocol.warm_up_iterations)
         for number in range(protocol.num_trials):
 
             def again(number: int = number) -> Trial:
@@ -152,32 +166,58 @@ def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
 
 
 def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:
-    """Mean power of the resting cards, one value a trial."""
+    """Mean power of the cards after they have settled, one value a trial."""
+    time.sleep(protocol.settle_s)
     powers_w = []
     for number in range(protocol.num_trials):
-        time.sleep(NVML_PERIOD_S * number / protocol.num_trials)
+        _await_phase(gpus, number / protocol.num_trials)
         with PowerMeter(gpus) as meter:
             time.sleep(protocol.window_s)
         powers_w.append(meter.reading.power_w)
     return powers_w
 
 
+def wait_for_tick(gpus: Sequence[Gpu], *, limit_s: float = MAX_TICK_S) -> bool:
+    """Wait until the energy counter of the first card moves.
+
+    Returns:
+        Whether it did: not where there is no counter, or where it stands still for `limit_s`.
+    """
+    if not has_energy_counter(gpus):
+        return False
+    before_j = gpus[0].energy_j()
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s:
+        if gpus[0].energy_j() != before_j:
+            return True
+        time.sleep(TICK_POLL_S)
+    return False
+
+
+def _await_phase(gpus: Sequence[Gpu], share: float) -> None:
+    """Start at a known phase of the counter: without its tick, phases would fall where they may."""
+    wait_for_tick(gpus)
+    time.sleep(NVML_PERIOD_S * share)
+
+
 def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, number: int) -> Trial:
-    time.sleep(NVML_PERIOD_S * number / protocol.num_trials)
+    _await_phase(gpus, number / protocol.num_trials)
     with PowerMeter(gpus) as meter:
         window = workload.run(
             min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations
         )
-    reading, is_covered = meter.reading_within(window.spans_ns)
-    is_measured = any(gpu.identity.is_power_measured for gpu in gpus)
-    return _trial(window, reading, has_pauses=is_measured and not is_covered)
+    reading, is_own = meter.reading_within(window.spans_ns)
+    flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
+    if not is_own and any(gpu.identity.is_power_measured for gpu in gpus):
+        busy_s = sum(end - start for start, end in window.spans_ns) * 1e-9
+        flags += [GAPS] if busy_s < (1 - MAX_PAUSES) * reading.duration_s else []
+        flags += [SHORT] if reading.duration_s < meter.shortest_span_s else []
+    return _trial(window, reading, flags)
 
 
-def _trial(window: Window, reading: Reading, *, has_pauses: bool) -> Trial:
+def _trial(window: Window, reading: Reading, flags: Sequence[str]) -> Trial:
     ordered = sorted(window.iteration_s)
     quarter = len(ordered) // 4
-    flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
-    flags += [GAPS] if has_pauses else []
     return Trial(
         tokens=window.tokens,
         time_s=statistics.median(ordered),
@@ -185,7 +225,7 @@ def _trial(window: Window, reading: Reading, *, has_pauses: bool) -> Trial:
         power_w=reading.power_w,
         energy_source=reading.source,
         temperature_c=reading.highest_temperature_c,
-        clock_mhz=reading.lowest_clock_mhz,
+        clock_mhz=reading.median_clock_mhz,
         num_iterations=len(ordered),
         flags=tuple(flags),
     )

@@ -230,7 +230,7 @@ def test_out_of_memory_at_a_point_is_recorded_and_the_rest_goes_on(
     log = Journal.open(tmp_path / "journal.jsonl")
     plan = Plan(
         clocks_mhz=None, phases=("decode",), budget_s=0.0, max_batch_size=4, max_tokens=16,
-        protocol=Protocol(window_s=0.001, min_iterations=1, num_trials=1),
+        protocol=Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=1),
     )  # fmt: skip
     gpus = [ConstantPowerGpu(100.0)]
     with TorchEngine(TOY, device="cpu", dtype="float32") as engine, ClockSession(gpus) as session:

@@ -22,6 +22,7 @@ pytest.importorskip("torch")
 SMALL = (
     *("--model", "toy", "--device", "cpu", "--dtype", "float32", "--budget", "2s"),
     *("--window", "0.02", "--iterations", "2", "--trials", "2"),
+    *("--warm-up", "0", "--settle", "0"),
     *("--max-batch", "2", "--max-tokens", "512"),
 )
 
