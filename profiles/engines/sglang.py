@@ -11,13 +11,21 @@ asked for (a batch still filling, a burst taken in two) do not count.
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-from profiles.engines.base import EngineFacts, NotHeldError, Point, Window, Workload
+from profiles.engines.base import (
+    EngineCrashError,
+    EngineFacts,
+    NotHeldError,
+    Point,
+    Window,
+    Workload,
+)
 from profiles.engines.llama_config import ModelShape
 from profiles.engines.sglang_client import (
     HANDSHAKE_S,
@@ -73,12 +81,13 @@ class SglangEngine:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
+            closing = stack.enter_context(ExitStack())  # last: ended servers answer no client
             servers = stack.enter_context(self._open_servers())
             for endpoint in {servers.prefill: 0, servers.decode: 0}:
                 self._info[endpoint] = _server_info(endpoint)
                 self._records[endpoint] = stack.enter_context(Records(endpoint.metrics))
             self._client = Client(servers, self._shape.vocab_size)
-            stack.callback(self._client.close)
+            closing.callback(self._client.close)
             self._servers = servers
             self._stack = stack.pop_all()
         return self
@@ -95,6 +104,15 @@ class SglangEngine:
     @property
     def is_attached(self) -> bool:
         return self._is_attached
+
+    def restart(self) -> None:
+        if self._is_attached:
+            raise EngineCrashError(
+                "attached servers cannot be started again from here: start them and run the same "
+                "command, finished points are kept"
+            )
+        self._stack.close()
+        self.__enter__()
 
     def measure_serving(self) -> Mapping[str, Any]:
         passages = measure_passages(self.client, self.records(self.servers.prefill), self.facts)
@@ -141,6 +159,8 @@ class SglangEngine:
             kv_capacity_tokens=int(decode["max_total_num_tokens"]),
             graph_batch_sizes=_graph_batch_sizes(decode),
             min_context_tokens=1 + MIN_OUTPUT_TOKENS // 2,
+            is_on_gpu=str(decode.get("device")) == "cuda",
+            model_shape=dataclasses.asdict(self._shape),
             notes={
                 "servers": "prefill and decode apart" if self.servers.is_pair else "one for both",
                 "device": str(decode.get("device")),
@@ -325,5 +345,6 @@ def _kv_element_bytes(info: dict[str, Any]) -> int:
 
 
 def _graph_batch_sizes(info: dict[str, Any]) -> tuple[int, ...]:
-    sizes = info.get("cuda_graph_bs_decode") or info.get("cuda_graph_bs") or ()
-    return () if info.get("disable_cuda_graph") else tuple(int(size) for size in sizes)
+    """Those that the server has captured; its arguments tell what was asked for."""
+    state = (info.get("internal_states") or [{}])[0]
+    return tuple(int(size) for size in state.get("decode_cuda_graph_bs") or ())

@@ -6,13 +6,13 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Final
 
 from profiles.device.gpu import THERMAL, Gpu
 from profiles.engines.base import Engine, Point, Window, Workload
 from profiles.errors import VoltanaError
-from profiles.measure.power import PowerMeter, Reading, has_energy_counter
+from profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
 
 NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""
@@ -26,6 +26,10 @@ SHORT: Final = "power-of-a-short-window"
 """Flag: the window itself lasted few ticks of the energy counter."""
 MAX_PAUSES: Final = 0.02
 """Share of a window that pauses may take before its power is said to hold them."""
+CLOCK_OFF: Final = "clock-off"
+"""Flag: under load the clock was not the one locked; the trial stands under the lock all the same,
+as whoever locks that clock gets what was measured here."""
+CLOCK_TOLERANCE_MHZ: Final = 15
 THROTTLED: Final = "throttle-"
 """What a flag for throttling begins with."""
 
@@ -79,6 +83,7 @@ class Trial:
     energy_source: str
     temperature_c: float
     clock_mhz: int
+    """Median reading while the point ran."""
     num_iterations: int
     flags: tuple[str, ...]
 
@@ -94,7 +99,9 @@ def measure_point(
     point: Point,
     protocol: Protocol,
     *,
+    locked_mhz: int = 0,
     deadline_s: float = math.inf,
+    on_dropped: Callable[[str], object] = lambda _: None,
 ) -> list[Trial]:
     """Prepare the point, warm up, and measure `num_trials` phase-shifted windows.
 
@@ -107,23 +114,43 @@ def measure_point(
         gpus: The cards it runs on.
         point: What to measure.
         protocol: How.
+        locked_mhz: Clock the cards are locked at; 0 if none. A trial off it is flagged.
         deadline_s: When to stop resting and retrying, monotonic clock.
+        on_dropped: Told why, of a trial that could not be metered and is left out.
+
+    Raises:
+        SampleGapError: No trial could be metered.
     """
-    trials = []
+    trials: list[Trial] = []
+    gap: SampleGapError | None = None
     may_retry = True
     with engine.open(point) as workload:
         workload.run(min_duration_s=protocol.warm_up_s, min_iterations=protocol.warm_up_iterations)
         for number in range(protocol.num_trials):
 
             def again(number: int = number) -> Trial:
-                return _run_trial(workload, gpus, protocol, number)
+                return _off_lock(_run_trial(workload, gpus, protocol, number), locked_mhz)
 
-            trial = again()
-            if trial.is_throttled and may_retry:
-                trial = _retried(trial, again, gpus, protocol, deadline_s)
-                may_retry = not trial.is_throttled
-            trials.append(trial)
+            try:
+                trial = again()
+                if trial.is_throttled and may_retry:
+                    trial = _retried(trial, again, gpus, protocol, deadline_s)
+                    may_retry = not trial.is_throttled
+            except SampleGapError as error:
+                gap = error
+                on_dropped(str(error))
+            else:
+                trials.append(trial)
+    if gap is not None and not trials:
+        raise gap
     return trials
+
+
+def _off_lock(trial: Trial, locked_mhz: int) -> Trial:
+    """Flagged if it ran off the locked clock, which is read back before the work, not under it."""
+    if not locked_mhz or abs(trial.clock_mhz - locked_mhz) <= CLOCK_TOLERANCE_MHZ:
+        return trial
+    return replace(trial, flags=(*trial.flags, CLOCK_OFF))
 
 
 def _retried(
