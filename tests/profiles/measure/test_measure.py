@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -242,9 +242,24 @@ def test_the_design_stays_within_the_engine_and_starts_coarse() -> None:
     first = points[:2]
     assert {p.batch_size for p in first} == {1, 1024}
     corners = {(p.batch_size, p.tokens) for p in points[:4]}
-    assert corners == {(1, 1), (1, 4096), (1024, 1024), (1024, 1024 * 128)}
+    assert corners == {(1, 1), (1, 4096), (1024, 1024), (1024, 1024 * 390)}
     prefill = design(FACTS, "prefill", max_batch_size=1024, max_tokens=10**9)
     assert {p.tokens for p in prefill} == {1, 4, *(2**power for power in range(4, 13))}
+
+
+def test_every_batch_size_reaches_the_end_of_the_cache_or_of_the_context() -> None:
+    """400,000 tokens of cache, 4,096 of context: beyond the grid a simulation refuses to go."""
+    ends: dict[int, int] = {}
+    for point in design(FACTS, "decode", max_batch_size=1024, max_tokens=10**9):
+        ends[point.batch_size] = max(ends.get(point.batch_size, 0), point.tokens)
+    for batch_size, tokens in ends.items():
+        assert tokens == batch_size * min(400_000 // batch_size, 4096)
+    assert ends[97] == 97 * 4096  # the largest batch of full contexts: 397,312 of 400,000
+    tight = replace(FACTS, kv_capacity_tokens=40, min_context_tokens=17)
+    assert {p.batch_size for p in design(tight, "decode", max_batch_size=8, max_tokens=99)} == {
+        1,
+        2,
+    }
 
 
 @pytest.mark.parametrize("num_points", [4, 7, 12, 40, 100])
@@ -270,6 +285,40 @@ def test_refinement_goes_where_the_line_is_most_wrong_and_stops() -> None:
     assert wanted == Point(phase="prefill", batch_size=1, tokens=1280)
     assert next_refinement(straight) is None
     assert next_refinement(time_s | straight, frozenset({wanted})) is None
+
+
+def row(batch_size: int, time_s: Callable[[int, int], float], *contexts: int) -> dict[Point, float]:
+    """Decode points of a batch size at these contexts, their time given by (batch, tokens)."""
+    return {
+        Point(phase="decode", batch_size=batch_size, tokens=batch_size * context): time_s(
+            batch_size, batch_size * context
+        )
+        for context in contexts
+    }
+
+
+def test_refinement_bisects_batch_sizes_too_and_gives_a_new_one_both_ends() -> None:
+    """Linear in tokens, with a step at batch 100 that the rows 1, 64 and 256 do not show.
+
+    Of the gaps beside 64 the one to 256 is longer: 160 is next, first to the 4,096 tokens that
+    256 requests were held at (25 tokens each), then to the context of 1 that all rows begin at.
+    """
+
+    def stepped(batch_size: int, tokens: int) -> float:
+        return 1.0 + 1e-4 * tokens + (1.0 if batch_size > 100 else 0.0)
+
+    known = row(1, stepped, 1, 64) | row(64, stepped, 1, 64) | row(256, stepped, 1, 16)
+    first = next_refinement(known)
+    assert first == Point(phase="decode", batch_size=160, tokens=160 * 25)
+    second = next_refinement(known | {first: stepped(160, first.tokens)})
+    assert second == Point(phase="decode", batch_size=160, tokens=160)
+    assert next_refinement(known | {first: 2.4}, frozenset({second})) != second
+
+    def smooth(batch_size: int, tokens: int) -> float:
+        return 1.0 + 1e-3 * batch_size + 1e-4 * tokens
+
+    straight = row(1, smooth, 1, 64) | row(64, smooth, 1, 64) | row(256, smooth, 1, 16)
+    assert next_refinement(straight) is None
 
 
 def test_a_journal_survives_a_torn_last_line_and_resumes(tmp_path: Path) -> None:
