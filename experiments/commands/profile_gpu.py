@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,6 +17,8 @@ if TYPE_CHECKING:
     from profiles.catalog import Profile
     from profiles.device.gpu import Gpu
     from profiles.engines.base import Engine, Phase
+    from profiles.measure.campaign import Plan
+    from profiles.measure.progress import Progress
 
 ENGINES = ("torch", "sglang")
 DEVICES = ("cuda", "cpu")
@@ -125,6 +128,8 @@ def profile(
             max_tokens=max_tokens,
             protocol=protocol,
         )
+        if frequencies == "all":
+            plan = _thinned(plan, progress)
         if engine == "torch":
             chosen = _torch(model, device, dtype, len(cards))
         else:
@@ -140,6 +145,21 @@ def profile(
             previous_clock_mhz=_restored_clock(restore_clock, cards),
         )
     typer.echo(_summary(made, out))
+
+
+def _thinned(plan: Plan, progress: Progress) -> Plan:
+    """Of all clocks those that the budget holds, and a line that says so."""
+    from profiles.measure.budget import clock_s, thinned
+
+    known_mhz = plan.clocks_mhz or ()
+    clocks_mhz = thinned(known_mhz, plan)
+    if len(clocks_mhz) < len(known_mhz):
+        progress.say(
+            f"--frequencies all: {len(known_mhz)} clocks of about {clock_s(plan):.0f} s each are "
+            f"more than the budget of {plan.budget_s:.0f} s, {len(clocks_mhz)} evenly spaced ones "
+            f"are measured: {', '.join(map(str, clocks_mhz))} MHz"
+        )
+    return replace(plan, clocks_mhz=clocks_mhz)
 
 
 def _check(engine: str, device: str, *, is_pair: bool) -> None:
