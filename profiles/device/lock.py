@@ -167,16 +167,21 @@ class ClockSession:
                 self._watchdog = None
             self._restore_handlers()
 
-    def hidden_pids(self) -> frozenset[int]:
-        """Processes on the cards that no process list here has (another PID namespace)."""
-        seen = frozenset().union(*(gpu.process_ids() for gpu in self._gpus))
-        return frozenset(pid for pid in seen if not Path(f"/proc/{pid}").exists())
+    def unknown_pids(self) -> frozenset[int]:
+        """Processes on the cards that cannot be told apart, own ones among them.
+
+        None where NVML and this process number processes alike, as then own ones are known by
+        descent. Else (a container) all that are there: taken just after an own one has started on a
+        free card, they are its.
+        """
+        seen: frozenset[int] = frozenset().union(*(gpu.process_ids() for gpu in self._gpus))
+        return frozenset() if any(map(_is_own, seen)) else seen
 
     def check_free(self, known_pids: frozenset[int] = frozenset()) -> None:
         """As on entering: no other process may be on the cards, unless they may be shared.
 
         Args:
-            known_pids: Own ones that are not known by descent (`hidden_pids` after their start).
+            known_pids: Own ones that are not known by descent (`unknown_pids` after their start).
 
         Raises:
             GpuBusyError: Another one has come.

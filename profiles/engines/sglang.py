@@ -12,6 +12,7 @@ asked for (a batch still filling, a burst taken in two) do not count.
 from __future__ import annotations
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -45,6 +46,8 @@ CONTEXT_MARGIN: Final = 8
 MIN_OUTPUT_TOKENS: Final = 32
 USUAL_OUTPUT_TOKENS: Final = 128
 MAX_OUTPUT_TOKENS: Final = 1024
+OWN_ENERGY_S: Final = 1.2
+"""A stretch so long is given an energy of its own by the meter, which asks for a second."""
 MIN_RUN: Final = 3
 """Passes at the point, one after the other, that make a span worth timing."""
 MISSING_S: Final = 2.0
@@ -199,7 +202,8 @@ class _Bursts:
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
         passes: list[IterationMetrics] = []
         num_misses = 0
-        while len(passes) < min_iterations or sum(p.wall_time_s for p in passes) < min_duration_s:
+        begun_s = time.monotonic()  # pauses count: a pass of few tokens is a tenth of its burst
+        while len(passes) < min_iterations or time.monotonic() - begun_s < min_duration_s:
             found = self._burst()
             passes += found
             num_misses = 0 if found else num_misses + 1
@@ -253,7 +257,10 @@ class _HeldStreams:
         iteration_s: list[float] = []
         while len(iteration_s) < min_iterations or sum(iteration_s) < min_duration_s:
             found = full_runs(self._round(), self._batch_size)
-            if not found:
+            if found:
+                longest_s = max(run[-1].received_s - run[0].received_s for run in found)
+                self._stretch(longest_s, min(min_duration_s, OWN_ENERGY_S))
+            else:
                 self._lengthen()
             runs += found
             iteration_s += [step for run in found for step in steps_s(run)]
@@ -270,6 +277,13 @@ class _HeldStreams:
         self._client.start([prompt] * self._batch_size, output, is_burst=True).result()
         time.sleep(SETTLE_S)
         return self._records.take()
+
+    def _stretch(self, longest_s: float, wanted_s: float) -> None:
+        """Longer answers where the stretches are too short, as far as the context may move."""
+        most = min(MAX_OUTPUT_TOKENS, self._context // 2, self._most_tokens - 1)
+        if longest_s < wanted_s:
+            needed = math.ceil(self._output_tokens * wanted_s / longest_s)
+            self._output_tokens = max(self._output_tokens, min(needed, most))
 
     def _lengthen(self) -> None:
         """Many prompts reach decode one after another: the first must not end before the last."""

@@ -30,7 +30,9 @@ def thinned(clocks_mhz: tuple[int, ...], plan: Plan) -> tuple[int, ...]:
     Raises:
         VoltanaError: It holds fewer than two.
     """
-    number = min(int(plan.budget_s / clock_s(plan)), len(clocks_mhz))
+    number = int(plan.budget_s / clock_s(plan))
+    if number >= len(clocks_mhz):
+        return clocks_mhz
     if number < MIN_CLOCKS:
         raise VoltanaError(
             f"--frequencies all needs {clock_s(plan):.0f} s a clock and {MIN_CLOCKS} clocks at "

@@ -78,7 +78,7 @@ class Campaign:
             EngineCrashError: The engine cannot be kept alive.
             GpuBusyError: Another process has come onto a card.
         """
-        self._engine_pids = self.session.hidden_pids()
+        self._engine_pids = self.session.unknown_pids()
         points = [point for phase in self.plan.phases for point in self._design(phase)]
         clocks_mhz = _measure_idle(
             self.gpus, self.plan, self.session, self.log, self.progress, is_loaded=True
@@ -180,7 +180,7 @@ class Campaign:
             self.engine.restart()
         except EngineCrashError as hopeless:
             raise EngineCrashError(f"{error}; {hopeless}") from None
-        self._engine_pids = self.session.hidden_pids()
+        self._engine_pids = self.session.unknown_pids()
 
     def _tell(self, clock_mhz: int, point: Point, planned: int) -> None:
         done = len(self.log.points) + len(self.log.failures)

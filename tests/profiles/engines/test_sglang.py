@@ -5,6 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -13,16 +14,25 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments.cli import make_app
-from profiles.engines.base import EngineCrashError, NotHeldError
+from profiles.engines.base import EngineCrashError, NotHeldError, Point
 from profiles.engines.llama_config import load_shape
-from profiles.engines.sglang import SglangEngine, _graph_batch_sizes, full_runs, steps_s
-from profiles.engines.sglang_client import Client, Endpoint, Servers
+from profiles.engines.sglang import (
+    SglangEngine,
+    _Bursts,
+    _graph_batch_sizes,
+    _HeldStreams,
+    full_runs,
+    steps_s,
+)
+from profiles.engines.sglang_client import Client, Endpoint, Records, Servers
 from profiles.engines.sglang_fleet import LaunchPlan, attach, start_servers
 from profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
 from profiles.errors import VoltanaError
 from tests.profiles.device.standin import Standin
+from tests.profiles.measure.test_measure import FACTS
 
+NOWHERE = Endpoint(url="http://h:1", metrics="")
 CONFIG = (
     '{"model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "head_dim": 128,'
     ' "vocab_size": 151936, "intermediate_size": 12288, "num_attention_heads": 32,'
@@ -238,6 +248,46 @@ def test_a_refused_batch_is_no_crash(
         server.shutdown()
         thread.join()
         server.server_close()
+
+
+def test_a_window_of_bursts_is_as_long_as_asked_pauses_included() -> None:
+    """Bursts of 20 ms whose pass takes 1 ms: 0.1 s hold 5 of them, not 100."""
+    client = Client(Servers(prefill=NOWHERE, decode=NOWHERE), 100)
+    bursts = _Bursts(Point(phase="prefill", batch_size=2, tokens=8), client, Records(""), FACTS)
+    number = 0
+
+    def burst() -> list[IterationMetrics]:
+        nonlocal number
+        number += 1
+        time.sleep(0.02)
+        return [passed(number, 2, time.monotonic(), took_s=0.001)]
+
+    bursts._burst = burst  # type: ignore[method-assign]
+    window = bursts.run(min_duration_s=0.1, min_iterations=1)
+    client.close()
+    assert len(window.iteration_s) == number <= 5
+    assert set(window.iteration_s) == {0.001}
+
+
+@pytest.mark.parametrize(
+    ("context", "wanted_s", "output_tokens"),
+    [
+        (2048, 1.2, 1024),  # twelve times as long would be 1,536: more than half the context
+        (2048, 0.4, 512),
+        (2048, 0.1, 128),  # long enough as it is
+        (256, 1.2, 128),  # the context may move by no more than half of it
+    ],
+)
+def test_streams_run_long_enough_for_an_energy_of_their_own(
+    context: int, wanted_s: float, output_tokens: int
+) -> None:
+    """Answers of 128 tokens run together for 0.1 s."""
+    client = Client(Servers(prefill=NOWHERE, decode=NOWHERE), 100)
+    point = Point(phase="decode", batch_size=2, tokens=2 * context)
+    streams = _HeldStreams(point, client, Records(""), FACTS)
+    streams._stretch(0.1, wanted_s)
+    client.close()
+    assert streams._output_tokens == output_tokens
 
 
 def test_attached_servers_are_not_restarted() -> None:

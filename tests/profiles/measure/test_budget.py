@@ -35,6 +35,10 @@ def test_as_many_clocks_as_fit_are_spread_over_the_range(budget_s: float, number
     assert max(steps) - min(steps) <= 15
 
 
+def test_a_card_with_one_clock_has_nothing_to_thin() -> None:
+    assert thinned((1000,), plan(170.0)) == (1000,)
+
+
 def test_a_budget_for_less_than_two_is_refused() -> None:
     with pytest.raises(VoltanaError, match=r"169 s a clock and 2 clocks at least.*337 s"):
         thinned(CLOCKS_MHZ, plan(337.0))
