@@ -156,8 +156,8 @@ class TorchEngine:
         """Torch's error as one that the profiler knows; itself where it is a mistake of ours."""
         text = str(error)
         said = text.splitlines()[0] if text else type(error).__name__
-        if isinstance(error, torch.OutOfMemoryError) or any(word in text for word in MEMORY_WORDS):
-            return OutOfMemoryError(f"a point must fit the memory, got {what}: {said}")
+        if _is_lack_of_memory(error):
+            return OutOfMemoryError(f"{what} must fit the memory: {said}")
         if any(word in text.upper() for word in DEVICE_WORDS):
             return EngineCrashError(f"CUDA must survive {what}, it failed: {said}")
         return error
@@ -191,6 +191,15 @@ class TorchEngine:
         if self._graphs is not None and point.phase == "decode":
             return captured(step, self._graphs)
         return step
+
+
+def _is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it came upon, is: ending a capture that ran out raises another error."""
+    if error is None:
+        return False
+    is_so = isinstance(error, torch.OutOfMemoryError)
+    is_so = is_so or any(word in str(error) for word in MEMORY_WORDS)
+    return is_so or _is_lack_of_memory(error.__context__)
 
 
 class _Loop:

@@ -22,6 +22,8 @@ LARGE_STEP: Final = 128
 SMALL_STEP_END: Final = 128
 NEAR_END: Final = 0.9
 """A usual context closer to the last one than this says nothing new."""
+NARROW: Final = 0.1
+"""A gap of this fraction is left alone: what a straight line misses there is noise."""
 REFINE_ERROR: Final = 0.03
 """Interpolation error (a fraction) below which a gap needs no further point."""
 
@@ -96,7 +98,7 @@ def _token_doubts(rows: Rows) -> Iterator[tuple[float, Point]]:
             doubt = abs(y0 + (y2 - y0) * (t1 - t0) / (t2 - t0) - y1) / y1
             low, high = (t0, t1) if t1 - t0 > t2 - t1 else (t1, t2)
             middle = (low + high) // 2 // batch * batch
-            if low < middle < high:
+            if low < middle < high and high - low > NARROW * low:
                 yield doubt, Point(phase=phase, batch_size=batch, tokens=middle)
 
 
@@ -111,7 +113,7 @@ def _batch_doubts(rows: Rows) -> Iterator[tuple[float, Point]]:
     for b0, b1, b2 in zip(sizes, sizes[1:], sizes[2:], strict=False):
         low, high = (b0, b1) if b1 - b0 > b2 - b1 else (b1, b2)
         middle = (low + high) // 2
-        if low < middle < high:
+        if low < middle < high and high - low > NARROW * low:
             doubt = _doubt_between(whole, b0, b1, b2)
             end = _ends(whole, middle)[-1]
             yield doubt, Point(phase="decode", batch_size=middle, tokens=end)

@@ -8,12 +8,13 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from profiles.engines.base import Point
 from profiles.errors import VoltanaError
 from profiles.measure.trial import Trial
 
+MAX_TRIES: Final = 3
 Key = tuple[int, Point]
 """Clock in MHz, point."""
 
@@ -28,6 +29,8 @@ class Journal:
     failures: dict[Key, str] = field(default_factory=dict)
     idle_w: dict[tuple[int, bool], list[float]] = field(default_factory=dict)
     """(clock in MHz, 0 unlocked; model loaded?) -> power of each trial."""
+    _num_failed: dict[Key, int] = field(default_factory=dict)
+    """In earlier runs."""
     dropped: list[str] = field(default_factory=list)
     """Reasons for which this run gave up trials and clocks."""
 
@@ -84,7 +87,11 @@ class Journal:
     def add_failure(
         self, clock_mhz: int, point: Point, reason: str, *, is_final: bool = True
     ) -> None:
-        """Record a point that failed; this run does not try it again, a later one if not final."""
+        """Record a point that failed; this run does not try it again.
+
+        Unless it is final, a later one does, until it has failed `MAX_TRIES` times: a point that
+        kills the engine every time must not keep all runs from what comes after it.
+        """
         self.failures[clock_mhz, point] = reason
         entry = {**_key_json(clock_mhz, point), "reason": reason, "is_final": is_final}
         self._append({"kind": "failure", **entry})
@@ -133,8 +140,10 @@ class Journal:
         elif kind == "idle":
             self.idle_w[entry["clock_mhz"], entry["is_loaded"]] = entry["power_w"]
         elif kind == "failure":
-            if entry["is_final"]:
-                self.failures[_key(entry)] = entry["reason"]
+            key = _key(entry)
+            self._num_failed[key] = self._num_failed.get(key, 0) + 1
+            if entry["is_final"] or self._num_failed[key] >= MAX_TRIES:
+                self.failures[key] = entry["reason"]
         elif kind == "point":
             rows = [Trial(**row | {"flags": tuple(row["flags"])}) for row in entry["trials"]]
             self.points[_key(entry)] = rows

@@ -63,6 +63,8 @@ def measure_profile(
         with engine:
             facts = engine.facts
             check_parallel(cards, facts)
+            if cards[0].identity.is_power_measured and not facts.is_on_gpu:
+                progress.say("the engine computes elsewhere: the card's power is called modelled")
             log.describe(identity(cards, facts, plan))
             try:
                 Campaign(engine, cards, plan, session, log, progress).run()
@@ -129,7 +131,7 @@ def _of_cards(cards: Sequence[Gpu], plan: Plan) -> Mapping[str, Any]:
         "power_limit_w": [card.power_limit_w for card in identities],
         "is_power_measured": identities[0].is_power_measured,
         "is_clock_left_alone": plan.clocks_mhz is None,
-        "trial": dataclasses.asdict(plan.protocol),
+        "trial_settings": dataclasses.asdict(plan.protocol),
     }
 
 
@@ -145,7 +147,7 @@ def _announce_missing_phases(log: Journal, plan: Plan, progress: Progress) -> No
 
 def _measure_serving(engine: Engine, out: Path, progress: Progress) -> None:
     """What a request spends outside the iterations; only a serving engine has it."""
-    progress.say("what a request spends outside the iterations is measured")
+    progress.say("what a request spends outside the iterations is measured, if it is served")
     try:
         table = engine.measure_serving()
     except NotHeldError as error:

@@ -193,14 +193,22 @@ def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
 
 
 def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:
-    """Mean power of the cards after they have settled, one value a trial."""
+    """Mean power of the cards after they have settled, one value a trial that could be metered.
+
+    Raises:
+        SampleGapError: None could.
+    """
     time.sleep(protocol.settle_s)
     powers_w = []
     for number in range(protocol.num_trials):
         _await_phase(gpus, number / protocol.num_trials)
         with PowerMeter(gpus) as meter:
             time.sleep(protocol.window_s)
-        powers_w.append(meter.reading.power_w)
+        try:
+            powers_w.append(meter.reading.power_w)
+        except SampleGapError:
+            if number + 1 == protocol.num_trials and not powers_w:
+                raise
     return powers_w
 
 

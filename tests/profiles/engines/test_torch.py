@@ -278,12 +278,33 @@ def test_errors_of_the_device_are_told_apart(
             engine.restart()
 
 
+def test_running_out_while_capturing_is_no_crash() -> None:
+    """Ending the capture raises its own error over that of the memory."""
+
+    class Full(RecordedCalls):
+        def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+    point = Point(phase="decode", batch_size=1, tokens=8)
+    with (
+        TorchEngine(TOY, device="cpu", dtype="float32", graphs=Full()) as engine,
+        pytest.raises(OutOfMemoryError, match="must fit the memory"),
+        engine.open(point),
+    ):
+        pass
+
+
 def test_a_model_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB.\nMore")
 
     monkeypatch.setattr(Llama, "__init__", full)
-    with pytest.raises(OutOfMemoryError, match=r"the model toy: CUDA out of memory[^\n]*$"):
+    with pytest.raises(
+        OutOfMemoryError, match=r"the model toy must fit the memory: CUDA out of memory[^\n]*$"
+    ):
         TorchEngine(TOY, device="cpu", dtype="float32").__enter__()
 
 

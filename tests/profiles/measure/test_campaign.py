@@ -128,6 +128,16 @@ def test_a_crash_is_recorded_the_engine_restarted_and_the_point_tried_by_the_nex
     assert set(again.opened) == {BIG}
 
 
+def test_a_point_that_kills_every_run_is_given_up_after_three(tmp_path: Path) -> None:
+    """Else a broken CUDA context would end each run at the same point."""
+    tried = []
+    for _ in range(5):
+        engine = Fake(deadly=[BIG])
+        run(engine, tmp_path / "j")
+        tried.append(BIG in engine.opened)
+    assert tried == [True, True, True, False, False]
+
+
 def test_two_crashes_in_a_row_end_the_run_and_what_had_finished_is_a_profile(
     tmp_path: Path,
 ) -> None:
@@ -289,7 +299,9 @@ def test_the_engine_itself_is_not_foreign_where_its_processes_cannot_be_told(
     assert log.points
 
 
-@pytest.mark.parametrize("changed", ["engine_version", "driver_version", "trial", "model_shape"])
+@pytest.mark.parametrize(
+    "changed", ["engine_version", "driver_version", "trial_settings", "model_shape"]
+)
 def test_another_identity_is_refused(tmp_path: Path, changed: str) -> None:
     out = tmp_path / "p"
     measure_profile([ConstantPowerGpu(100.0)], Fake(), plan(), out, Quiet())
@@ -303,7 +315,7 @@ def test_another_identity_is_refused(tmp_path: Path, changed: str) -> None:
         measure_profile([ConstantPowerGpu(100.0)], engine, plan(), out, Quiet())
     assert "\n" not in str(caught.value)
     assert not engine.opened
-    is_known_before_the_engine_starts = changed in ("driver_version", "trial")
+    is_known_before_the_engine_starts = changed in ("driver_version", "trial_settings")
     assert (engine.num_starts == 0) is is_known_before_the_engine_starts
 
 

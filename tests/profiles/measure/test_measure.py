@@ -287,6 +287,13 @@ def test_refinement_goes_where_the_line_is_most_wrong_and_stops() -> None:
     assert next_refinement(time_s | straight, frozenset({wanted})) is None
 
 
+def test_a_narrow_gap_is_left_alone() -> None:
+    """A spike of 50 % between points 4 % apart: noise, which no further point makes straight."""
+    spiked = {1000: 1.0, 1040: 1.5, 1080: 1.0}
+    time_s = {Point(phase="prefill", batch_size=1, tokens=t): y for t, y in spiked.items()}
+    assert next_refinement(time_s) is None
+
+
 def row(batch_size: int, time_s: Callable[[int, int], float], *contexts: int) -> dict[Point, float]:
     """Decode points of a batch size at these contexts, their time given by (batch, tokens)."""
     return {
