@@ -55,16 +55,14 @@ def measure_profile(
     log.check(_of_cards(cards, plan))
     _announce_missing_phases(log, plan, progress)
     stopped: VoltanaError | KeyboardInterrupt | None = None
-    session = ClockSession(cards, allow_shared=allow_shared, previous_clock_mhz=previous_clock_mhz)
-    with session:
+    lock = ClockSession(cards, allow_shared=allow_shared, previous_clock_mhz=previous_clock_mhz)
+    with lock as session:
         if not engine.is_attached:
             measure_bare_idle(cards, plan, session, log, progress)
         progress.say("the engine starts and loads its model")
         with engine:
             facts = engine.facts
-            check_parallel(cards, facts)
-            if cards[0].identity.is_power_measured and not facts.is_on_gpu:
-                progress.say("the engine computes elsewhere: the card's power is called modelled")
+            _check_cards(cards, facts, progress)
             log.describe(identity(cards, facts, plan))
             try:
                 Campaign(engine, cards, plan, session, log, progress).run()
@@ -72,12 +70,22 @@ def measure_profile(
             except (VoltanaError, KeyboardInterrupt) as error:
                 stopped = error
     made = _assembled(log, cards, facts, out, stopped)
-    for reason in (*log.failures.values(), *log.dropped):
-        progress.say(f"left out: {reason}")
+    _tell_left_out(log, progress)
     if stopped is not None:
         progress.say(f"{out} is a profile of the points that had finished")
         raise stopped
     return made
+
+
+def _tell_left_out(log: Journal, progress: Progress) -> None:
+    for reason in (*log.failures.values(), *log.dropped):
+        progress.say(f"left out: {reason}")
+
+
+def _check_cards(cards: Sequence[Gpu], facts: EngineFacts, progress: Progress) -> None:
+    check_parallel(cards, facts)
+    if cards[0].identity.is_power_measured and not facts.is_on_gpu:
+        progress.say("the engine computes elsewhere: the card's power is called modelled")
 
 
 def _assembled(

@@ -106,8 +106,7 @@ def measure_point(
     """Prepare the point, warm up, and measure `num_trials` phase-shifted windows.
 
     A throttled window is run again: after cooling if it was heat, once after a short rest if it was
-    the power limit. If that does not help it is kept and flagged, and the point's further windows
-    are not run again.
+    the power limit. Where that does not help it is kept, flagged, and no further one is run again.
 
     Args:
         engine: Holds the point.
