@@ -77,7 +77,7 @@ def open_progress() -> Iterator[Progress]:
     from rich.progress import BarColumn, TextColumn
     from rich.progress import Progress as RichBar
 
-    columns = (BarColumn(), TextColumn("{task.description}"))
+    columns = (BarColumn(), TextColumn("{task.description}", markup=False))
     with RichBar(*columns, console=Console(stderr=True)) as bar:
         task = bar.add_task("", total=None)
 

