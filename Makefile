@@ -16,7 +16,7 @@ help:
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
-	@echo "make profile-gpu  measure this machine's GPU into $(PROFILE), clocks left alone, and compare it"
+	@echo "make profile-gpu  measure this machine's GPU into profiles/data/CARD, clocks left alone, and compare it"
 	@echo "make clean  remove the environment and every generated file"
 
 $(STAMP): pyproject.toml
@@ -70,14 +70,20 @@ engine:
 	sh hwreplay/engine/install.sh .engine
 
 # No privilege is needed and no clock is touched. Finished points are kept: run it again to go on.
-PROFILE ?= profiles/data/h200/llama-3.1-8b
+# A torch without CUDA would be taken for good by pip, so it goes first. PROFILE is where to write.
+PROFILE ?=
 BESIDE ?= a100-80g-sxm/llama-3.1-8b
 BUDGET ?= 60m
 
 profile-gpu: $(STAMP)
-	@$(BIN)/python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null || $(BIN)/python -m pip install --quiet torch
-	$(BIN)/voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --budget $(BUDGET) --out $(PROFILE)
-	$(BIN)/voltana compare-profiles $(PROFILE) $(BESIDE) --out results/measured-beside-calibrated
+	@$(BIN)/python -m profiles.device.cards >/dev/null
+	@$(BIN)/python -c "import torch; assert torch.version.cuda" 2>/dev/null \
+		|| { $(BIN)/python -m pip uninstall --quiet --yes torch; $(BIN)/python -m pip install --quiet torch; }
+	@$(BIN)/python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
+		|| { echo "profile-gpu needs a torch that sees the GPU: install the wheel for your driver's CUDA into $(VENV) (pytorch.org)" >&2; exit 1; }
+	@card=$$($(BIN)/python -m profiles.device.cards) && profile=$(or $(PROFILE),profiles/data/$$card/llama-3.1-8b) && set -x \
+		&& $(BIN)/voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --budget $(BUDGET) --out $$profile \
+		&& $(BIN)/voltana compare-profiles $$profile $(BESIDE) --out results/measured-beside-calibrated
 
 clean:
 	@[ ! -d results ] || git clean -fdXq results

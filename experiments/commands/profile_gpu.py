@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -16,12 +16,12 @@ from profiles.errors import VoltanaError, nearest
 if TYPE_CHECKING:
     from profiles.catalog import Profile
     from profiles.device.gpu import Gpu
-    from profiles.engines.base import Engine, EngineFacts, Phase
-    from profiles.measure.campaign import Plan, Progress
-    from profiles.measure.journal import Journal
+    from profiles.engines.base import Engine, Phase
+    from profiles.measure.campaign import Plan
+    from profiles.measure.progress import Progress
 
 ENGINES = ("torch", "sglang")
-SERVING = "serving.toml"
+DEVICES = ("cuda", "cpu")
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
@@ -33,14 +33,16 @@ def register(app: typer.Typer) -> None:
 def profile(
     model: Annotated[str, typer.Option(help="Built-in shape (llama-3.1-8b, toy) or a config.json")],
     out: Annotated[Path, typer.Option(help="Profile directory; the same one resumes a run")],
-    gpu: Annotated[int, typer.Option(help="NVML index of the card")] = 0,
+    gpu: Annotated[
+        str, typer.Option(help="NVML indices of all the cards of the engine: 0, or 0,1 for two")
+    ] = "0",
     engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = "torch",
     frequencies: Annotated[
         str, typer.Option(help="MHz list (1005,1200,1410), all, or current: touch no clock")
     ] = "current",
     phases: Annotated[str, typer.Option(help="prefill,decode or one of them")] = "prefill,decode",
     budget: Annotated[str, typer.Option(help="Time for the points, e.g. 90s, 60m, 2h")] = "60m",
-    device: Annotated[str, typer.Option(help="Where torch computes: cuda, cuda:N, cpu")] = "cuda",
+    device: Annotated[str, typer.Option(help="Where the engine computes: cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option(help="Type of weights and KV cache")] = "bfloat16",
     power_w: Annotated[
         float | None,
@@ -48,6 +50,8 @@ def profile(
     ] = None,
     window: Annotated[float, typer.Option(help="Shortest window of a trial, s")] = 2.0,
     iterations: Annotated[int, typer.Option(help="Fewest iterations of a trial")] = 32,
+    warm_up: Annotated[float, typer.Option(help="Shortest warm-up of a point, s")] = 1.0,
+    settle: Annotated[float, typer.Option(help="Rest before idle power is measured, s")] = 3.0,
     trials: Annotated[int, typer.Option(help="Phase-shifted trials of a point")] = 3,
     max_batch: Annotated[int, typer.Option(help="Largest decode batch")] = 1024,
     max_tokens: Annotated[int, typer.Option(help="Most tokens of a point")] = 10_000_000,
@@ -68,6 +72,10 @@ def profile(
     allow_shared: Annotated[
         bool, typer.Option("--allow-shared", help="Go on although others use the card")
     ] = False,
+    restore_clock: Annotated[
+        int | None,
+        typer.Option(help="MHz to lock again at the end; without it the driver has the clock"),
+    ] = None,
 ) -> None:
     """Measure iteration time and power against batch size and tokens, at each clock.
 
@@ -75,7 +83,8 @@ def profile(
 
         voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --out h200
 
-    With clock control (root), several clocks; they are put back on exit, Ctrl-C and kill -9:
+    With clock control (root), several clocks; the driver has them back on exit, Ctrl-C and kill -9
+    (or --restore-clock MHZ, where one was locked before):
 
         sudo voltana profile --model llama-3.1-8b --frequencies 1005,1200,1410 --out a100
 
@@ -96,97 +105,91 @@ def profile(
 
     Every finished point is kept in OUT/journal.jsonl; run the same command again to go on.
     """
+    from profiles.device.cards import open_cards
     from profiles.measure.campaign import Plan
+    from profiles.measure.progress import open_progress
+    from profiles.measure.run import measure_profile
     from profiles.measure.trial import Protocol
 
-    if engine not in ENGINES:
-        raise VoltanaError(f"--engine must be known, got {engine!r}{nearest(engine, ENGINES)}")
-    protocol = Protocol(window_s=window, min_iterations=iterations, num_trials=trials)
-    with _open_gpu(gpu, power_w) as card:
+    _check(engine, device, is_pair=pair)
+    protocol = Protocol(
+        window_s=window,
+        min_iterations=iterations,
+        num_trials=trials,
+        warm_up_s=warm_up,
+        settle_s=settle,
+    )
+    with open_cards(gpu, power_w) as cards, open_progress() as progress:
         plan = Plan(
-            clocks_mhz=_clocks(frequencies, card),
+            clocks_mhz=_clocks(frequencies, cards[0]),
             phases=_phases(phases),
             budget_s=_seconds(budget),
             max_batch_size=max_batch,
             max_tokens=max_tokens,
             protocol=protocol,
         )
+        if frequencies == "all":
+            plan = _thinned(plan, progress)
         if engine == "torch":
-            chosen = _torch(model, device, dtype)
+            chosen = _torch(model, device, dtype, len(cards))
         else:
-            launch = (server_python, pair, server_args, out / "logs")
+            launch = (server_python, pair, server_args, out / "logs", len(cards))
             chosen = _sglang(model, device, attach, launch)
-        made = _measure(card, chosen, plan, out, allow_shared=allow_shared)
+        made = measure_profile(
+            cards,
+            chosen,
+            plan,
+            out,
+            progress,
+            allow_shared=allow_shared,
+            previous_clock_mhz=_restored_clock(restore_clock, cards),
+        )
     typer.echo(_summary(made, out))
 
 
-def _measure(card: Gpu, engine: Engine, plan: Plan, out: Path, *, allow_shared: bool) -> Profile:
-    from profiles.device.lock import ClockSession
-    from profiles.measure.assemble import assemble
-    from profiles.measure.campaign import Campaign, measure_bare_idle
-    from profiles.measure.journal import Journal
-    from profiles.measure.report import write_report
+def _thinned(plan: Plan, progress: Progress) -> Plan:
+    """Of all clocks those that the budget holds, and a line that says so."""
+    from profiles.measure.budget import clock_s, thinned
 
-    log = Journal.open(out / "journal.jsonl")
-    with ClockSession([card], allow_shared=allow_shared) as session:
-        if not engine.is_attached:
-            measure_bare_idle([card], plan, session, log)
-        with engine, _progress() as progress:
-            facts = engine.facts
-            log.describe(_run_of(card, facts, plan))
-            Campaign(engine, [card], plan, session, log, progress).run()
-            _measure_serving(engine, out)
-    made = assemble(out, log, [card.identity], facts)
-    write_report(made, out / "report")
-    _warn_of_failures(log)
-    return made
+    known_mhz = plan.clocks_mhz or ()
+    clocks_mhz = thinned(known_mhz, plan)
+    if len(clocks_mhz) < len(known_mhz):
+        progress.say(
+            f"--frequencies all: {len(known_mhz)} clocks of about {clock_s(plan):.0f} s each are "
+            f"more than the budget of {plan.budget_s:.0f} s, {len(clocks_mhz)} evenly spaced ones "
+            f"are measured: {', '.join(map(str, clocks_mhz))} MHz"
+        )
+    return replace(plan, clocks_mhz=clocks_mhz)
 
 
-def _run_of(card: Gpu, facts: EngineFacts, plan: Plan) -> dict[str, object]:
-    return {
-        "gpu": card.identity.uuid,
-        "engine": facts.engine_name,
-        "model": facts.model_name,
-        "notes": dict(facts.notes),
-        "is_power_measured": card.identity.is_power_measured,
-        "power_limit_w": card.identity.power_limit_w,
-        "is_clock_left_alone": plan.clocks_mhz is None,
-        "window_s": plan.protocol.window_s,
-    }
+def _check(engine: str, device: str, *, is_pair: bool) -> None:
+    if engine not in ENGINES:
+        raise VoltanaError(f"--engine must be known, got {engine!r}{nearest(engine, ENGINES)}")
+    if device not in DEVICES:
+        raise VoltanaError(
+            f"--device must be cuda or cpu, got {device!r}: choose the card with --gpu"
+        )
+    if is_pair and device != "cpu":
+        raise VoltanaError(
+            "--pair must go with --device cpu, got --device cuda: two servers would share one card "
+            "and its power; leave --pair out, or --attach to a pair on cards of its own"
+        )
 
 
-def _measure_serving(engine: Engine, out: Path) -> None:
-    """What a request spends outside the iterations; only a serving engine has it."""
-    import tomli_w
-
-    from profiles.engines.base import NotHeldError
-
-    try:
-        table = engine.measure_serving()
-    except NotHeldError as error:
-        typer.echo(f"voltana: no {SERVING}: {error}", err=True)
-        return
-    if table is not None:
-        (out / SERVING).write_text(tomli_w.dumps(table), encoding="utf-8")
-
-
-@contextmanager
-def _open_gpu(index: int, power_w: float | None) -> Iterator[Gpu]:
-    if power_w is not None:
-        from profiles.device.constant import ConstantPowerGpu
-
-        yield ConstantPowerGpu(power_w)
-        return
-    from profiles.device.nvml import NvmlGpu
-
-    with NvmlGpu(index) as card:
-        yield card
+def _restored_clock(clock_mhz: int | None, cards: Sequence[Gpu]) -> int | None:
+    known_mhz = cards[0].supported_clocks_mhz() if clock_mhz is not None else ()
+    if clock_mhz is not None and clock_mhz not in known_mhz:
+        raise VoltanaError(
+            f"--restore-clock must be a clock the card supports ({known_mhz[0]}..{known_mhz[-1]} "
+            f"MHz in its steps), got {clock_mhz}: see nvidia-smi -q -d SUPPORTED_CLOCKS"
+        )
+    return clock_mhz
 
 
 def _sglang(
-    model: str, device: str, attach: Path | None, plan: tuple[Path, bool, str, Path]
+    model: str, device: str, attach: Path | None, plan: tuple[Path, bool, str, Path, int]
 ) -> Engine:
-    """Servers to attach to, or to start: (Python, a pair?, further arguments, logs)."""
+    """Servers to attach to, or to start: (Python, a pair?, further arguments, logs, cards)."""
     try:
         from profiles.engines import sglang_fleet
         from profiles.engines.sglang import SglangEngine
@@ -204,19 +207,24 @@ def _sglang(
             f"--model must be the folder of a model that SGLang can serve, got {model!r}: download "
             "it, or name servers that run already with --attach"
         )
-    python, is_pair, arguments, logs = plan
+    python, is_pair, arguments, logs, num_gpus = plan
     launch = sglang_fleet.LaunchPlan(
         python=python,
         model=model,
         logs=logs,
         is_cpu=device == "cpu",
         is_pair=is_pair,
+        num_gpus=num_gpus,
         arguments=arguments,
     )
     return SglangEngine(lambda: sglang_fleet.start_servers(launch), shape)
 
 
-def _torch(model: str, device: str, dtype: str) -> Engine:
+def _torch(model: str, device: str, dtype: str, num_gpus: int) -> Engine:
+    if num_gpus > 1:
+        raise VoltanaError(
+            f"--engine torch runs on one card, --gpu names {num_gpus}: name one, or take sglang"
+        )
     try:
         from profiles.engines.torch_llama import TorchEngine
     except ModuleNotFoundError as error:
@@ -256,25 +264,6 @@ def _seconds(text: str) -> float:
     if found is None:
         raise VoltanaError(f"--budget must be a number with s, m or h, got {text!r}: e.g. 60m")
     return float(found[1]) * _UNITS_S[found[2]]
-
-
-@contextmanager
-def _progress() -> Iterator[Progress]:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-    from rich.progress import TimeRemainingColumn as Remaining
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Remaining())
-    with Progress(*columns, console=Console(stderr=True)) as bar:
-        task = bar.add_task("points")
-        yield lambda done, total, text: bar.update(
-            task, completed=done, total=total, description=text
-        )
-
-
-def _warn_of_failures(log: Journal) -> None:
-    for (clock_mhz, _), reason in log.failures.items():
-        typer.echo(f"voltana: point left out at {clock_mhz} MHz: {reason}", err=True)
 
 
 def _summary(made: Profile, out: Path) -> str:

@@ -146,9 +146,7 @@ class ClockSession:
         self._locked: list[Gpu] = []
 
     def __enter__(self) -> Self:
-        if not self._allow_shared:
-            for gpu in self._gpus:
-                check_free(gpu, allowed_pids=self._allowed_pids)
+        self.check_free()
         if self._handle_signals and threading.current_thread() is threading.main_thread():
             self._install_handlers()
         return self
@@ -168,6 +166,29 @@ class ClockSession:
                 self._watchdog.close()
                 self._watchdog = None
             self._restore_handlers()
+
+    def unknown_pids(self) -> frozenset[int]:
+        """Processes on the cards that cannot be told apart, own ones among them.
+
+        None where NVML and this process number processes alike, as then own ones are known by
+        descent. Else (a container) all that are there: taken just after an own one has started on a
+        free card, they are its.
+        """
+        seen: frozenset[int] = frozenset().union(*(gpu.process_ids() for gpu in self._gpus))
+        return frozenset() if any(map(_is_own, seen)) else seen
+
+    def check_free(self, known_pids: frozenset[int] = frozenset()) -> None:
+        """As on entering: no other process may be on the cards, unless they may be shared.
+
+        Args:
+            known_pids: Own ones that are not known by descent (`unknown_pids` after their start).
+
+        Raises:
+            GpuBusyError: Another one has come.
+        """
+        if not self._allow_shared:
+            for gpu in self._gpus:
+                check_free(gpu, allowed_pids=self._allowed_pids | known_pids)
 
     @property
     def watchdog_pid(self) -> int | None:

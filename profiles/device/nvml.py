@@ -25,7 +25,7 @@ R = TypeVar("R")
 _ERRORS: dict[int, tuple[type[DeviceError], str]] = {
     pynvml.NVML_ERROR_NO_PERMISSION: (
         PermissionDeniedError,
-        "run as root (sudo voltana …), or profile unprivileged with --frequencies current",
+        "run as root (a container's needs CAP_SYS_ADMIN), or profile with --frequencies current",
     ),
     pynvml.NVML_ERROR_GPU_IS_LOST: (
         GpuLostError,
@@ -122,6 +122,18 @@ class NvmlGpu:
             self._handle, max(memory_clocks_mhz)
         )
         return tuple(sorted(int(clock_mhz) for clock_mhz in clocks_mhz))
+
+    def is_partitioned(self) -> bool:
+        """Whether MIG mode is on; a card without MIG is never partitioned."""
+        try:
+            return self._mig_mode() == int(pynvml.NVML_DEVICE_MIG_ENABLE)
+        except UnsupportedQueryError:
+            return False
+
+    @_typed
+    def _mig_mode(self) -> int:
+        current, _pending = pynvml.nvmlDeviceGetMigMode(self._handle)
+        return int(current)
 
     @_typed
     def clock_mhz(self) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
@@ -23,7 +23,10 @@ class NotHeldError(VoltanaError):
 
 
 class EngineCrashError(VoltanaError):
-    """The engine died at a point; it is recorded, and the engine is started again."""
+    """The engine died at a point; it is recorded, and the engine is started again.
+
+    A later run tries the point again: who died of what is not always known.
+    """
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +76,10 @@ class EngineFacts:
     """Batch sizes with a captured CUDA graph; a batch in between is padded to the next."""
     min_context_tokens: int = 1
     """Shortest context, per request, that decode can be held at."""
+    is_on_gpu: bool = False
+    """Whether it computes on the cards: else their power is not that of its work."""
+    model_shape: Mapping[str, Any] = field(default_factory=dict)
+    """The model's sizes: two models of one name are not one."""
     notes: Mapping[str, str]
     """Anything that qualifies the numbers: dtype, attention kernel, random weights."""
 
@@ -95,6 +102,13 @@ class Engine(Protocol):
     @property
     def is_attached(self) -> bool:
         """Whether its model is loaded before `__enter__`: bare idle power cannot be measured."""
+
+    def restart(self) -> None:
+        """Start again after a crash, inside the same `__enter__`.
+
+        Raises:
+            EngineCrashError: That cannot be done from here; the message has the remedy.
+        """
 
     def measure_serving(self) -> Mapping[str, Any] | None:
         """What a request spends outside the iterations, as `serving.toml` holds it; or nothing."""

@@ -29,6 +29,14 @@ class KvCache:
         shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
         return KvCache(keys=like.new_zeros(shape), values=like.new_zeros(shape))
 
+    @staticmethod
+    def random(config: LlamaConfig, batch_size: int, length: int, like: Tensor) -> KvCache:
+        """A cache full of normal noise: reading zeros toggles no bits, and draws less power."""
+        cache = KvCache.zeros(config, batch_size, length, like)
+        cache.keys.normal_()
+        cache.values.normal_()
+        return cache
+
 
 @dataclass(slots=True, kw_only=True)
 class _Layer:

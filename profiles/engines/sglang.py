@@ -11,13 +11,22 @@ asked for (a batch still filling, a burst taken in two) do not count.
 
 from __future__ import annotations
 
+import dataclasses
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-from profiles.engines.base import EngineFacts, NotHeldError, Point, Window, Workload
+from profiles.engines.base import (
+    EngineCrashError,
+    EngineFacts,
+    NotHeldError,
+    Point,
+    Window,
+    Workload,
+)
 from profiles.engines.llama_config import ModelShape
 from profiles.engines.sglang_client import (
     HANDSHAKE_S,
@@ -37,6 +46,8 @@ CONTEXT_MARGIN: Final = 8
 MIN_OUTPUT_TOKENS: Final = 32
 USUAL_OUTPUT_TOKENS: Final = 128
 MAX_OUTPUT_TOKENS: Final = 1024
+OWN_ENERGY_S: Final = 1.2
+"""A stretch so long is given an energy of its own by the meter, which asks for a second."""
 MIN_RUN: Final = 3
 """Passes at the point, one after the other, that make a span worth timing."""
 MISSING_S: Final = 2.0
@@ -73,12 +84,13 @@ class SglangEngine:
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
+            closing = stack.enter_context(ExitStack())  # last: ended servers answer no client
             servers = stack.enter_context(self._open_servers())
             for endpoint in {servers.prefill: 0, servers.decode: 0}:
                 self._info[endpoint] = _server_info(endpoint)
                 self._records[endpoint] = stack.enter_context(Records(endpoint.metrics))
             self._client = Client(servers, self._shape.vocab_size)
-            stack.callback(self._client.close)
+            closing.callback(self._client.close)
             self._servers = servers
             self._stack = stack.pop_all()
         return self
@@ -95,6 +107,15 @@ class SglangEngine:
     @property
     def is_attached(self) -> bool:
         return self._is_attached
+
+    def restart(self) -> None:
+        if self._is_attached:
+            raise EngineCrashError(
+                "attached servers cannot be started again from here: start them and run the same "
+                "command, finished points are kept"
+            )
+        self._stack.close()
+        self.__enter__()
 
     def measure_serving(self) -> Mapping[str, Any]:
         passages = measure_passages(self.client, self.records(self.servers.prefill), self.facts)
@@ -141,6 +162,8 @@ class SglangEngine:
             kv_capacity_tokens=int(decode["max_total_num_tokens"]),
             graph_batch_sizes=_graph_batch_sizes(decode),
             min_context_tokens=1 + MIN_OUTPUT_TOKENS // 2,
+            is_on_gpu=str(decode.get("device")) == "cuda",
+            model_shape=dataclasses.asdict(self._shape),
             notes={
                 "servers": "prefill and decode apart" if self.servers.is_pair else "one for both",
                 "device": str(decode.get("device")),
@@ -179,7 +202,8 @@ class _Bursts:
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
         passes: list[IterationMetrics] = []
         num_misses = 0
-        while len(passes) < min_iterations or sum(p.wall_time_s for p in passes) < min_duration_s:
+        begun_s = time.monotonic()  # pauses count: a pass of few tokens is a tenth of its burst
+        while len(passes) < min_iterations or time.monotonic() - begun_s < min_duration_s:
             found = self._burst()
             passes += found
             num_misses = 0 if found else num_misses + 1
@@ -233,7 +257,10 @@ class _HeldStreams:
         iteration_s: list[float] = []
         while len(iteration_s) < min_iterations or sum(iteration_s) < min_duration_s:
             found = full_runs(self._round(), self._batch_size)
-            if not found:
+            if found:
+                longest_s = max(run[-1].received_s - run[0].received_s for run in found)
+                self._stretch(longest_s, min(min_duration_s, OWN_ENERGY_S))
+            else:
                 self._lengthen()
             runs += found
             iteration_s += [step for run in found for step in steps_s(run)]
@@ -250,6 +277,13 @@ class _HeldStreams:
         self._client.start([prompt] * self._batch_size, output, is_burst=True).result()
         time.sleep(SETTLE_S)
         return self._records.take()
+
+    def _stretch(self, longest_s: float, wanted_s: float) -> None:
+        """Longer answers where the stretches are too short, as far as the context may move."""
+        most = min(MAX_OUTPUT_TOKENS, self._context // 2, self._most_tokens - 1)
+        if longest_s < wanted_s:
+            needed = math.ceil(self._output_tokens * wanted_s / longest_s)
+            self._output_tokens = max(self._output_tokens, min(needed, most))
 
     def _lengthen(self) -> None:
         """Many prompts reach decode one after another: the first must not end before the last."""
@@ -325,5 +359,6 @@ def _kv_element_bytes(info: dict[str, Any]) -> int:
 
 
 def _graph_batch_sizes(info: dict[str, Any]) -> tuple[int, ...]:
-    sizes = info.get("cuda_graph_bs_decode") or info.get("cuda_graph_bs") or ()
-    return () if info.get("disable_cuda_graph") else tuple(int(size) for size in sizes)
+    """Those that the server has captured; its arguments tell what was asked for."""
+    state = (info.get("internal_states") or [{}])[0]
+    return tuple(int(size) for size in state.get("decode_cuda_graph_bs") or ())

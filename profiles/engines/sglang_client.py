@@ -16,7 +16,7 @@ from urllib.parse import urlsplit
 import numpy as np
 import zmq
 
-from profiles.engines.base import EngineCrashError
+from profiles.engines.base import EngineCrashError, NotHeldError
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, IterationMetrics, parse_metrics
 from profiles.errors import VoltanaError
 
@@ -244,7 +244,15 @@ def _post(url: str, body: Mapping[str, Any]) -> Answer:
         raise EngineCrashError(f"SGLang at {url} must answer, it broke off: {error!r}") from None
     finally:
         connection.close()
-    if response.status != http.client.OK or b"[DONE]" not in tail or b'"error"' in tail:
-        said = tail[-300:].decode(errors="replace").strip()
-        raise EngineCrashError(f"SGLang at {url} refused a batch ({response.status}): {said}")
+    said = " ".join(tail[-300:].decode(errors="replace").split())
+    if http.client.BAD_REQUEST <= response.status < http.client.INTERNAL_SERVER_ERROR:
+        raise NotHeldError(
+            f"SGLang at {url} must take a batch, it refused ({response.status}): {said}"
+        )
+    if response.status != http.client.OK or b"[DONE]" not in tail:
+        raise EngineCrashError(
+            f"SGLang at {url} must answer, it broke off ({response.status}): {said}"
+        )
+    if b'"error"' in tail:
+        raise NotHeldError(f"SGLang at {url} must finish a batch, it gave up: {said}")
     return Answer(sent_s=sent_s, chunks_s=tuple(chunks_s))

@@ -31,6 +31,9 @@ from profiles.errors import VoltanaError
 
 CPU_KV_TOKENS: Final = "65536"
 """Far more than a point needs: the reserve for each request shall not keep a batch small."""
+GPU_ARGUMENTS: Final = ("--chunked-prefill-size", "16384")
+"""As many tokens as the longest prompt of the grid: the engine's own chunk of 2,048 to 8,192 would
+split it into several passes."""
 UNIFIED: Final = "unified"
 
 
@@ -57,6 +60,8 @@ class LaunchPlan:
     is_cpu: bool
     is_pair: bool
     """Prefill and decode apart, KV transferred, as the replay harness serves; else one server."""
+    num_gpus: int = 1
+    """Cards that the model is split over (tensor parallelism)."""
     arguments: str = ""
     """Further arguments for every server."""
     start_s: float = 600.0
@@ -136,6 +141,8 @@ def _start(plan: LaunchPlan, role: str, sockets: Path) -> StartedServer:
     arguments += ["--disable-radix-cache", "--skip-tokenizer-init", "--host", HOST]
     if plan.is_cpu:
         arguments += [*CPU_ARGUMENTS, "--max-total-tokens", CPU_KV_TOKENS]
+    else:
+        arguments += [*GPU_ARGUMENTS, "--tp-size", str(plan.num_gpus)]
     bootstrap_port = free_port() if role == "prefill" else None
     if role != UNIFIED:
         arguments += ["--disaggregation-mode", role, *PAIR_ARGUMENTS]

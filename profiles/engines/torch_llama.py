@@ -2,25 +2,38 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import torch
 
-from profiles.engines.base import EngineFacts, OutOfMemoryError, Point, Window, Workload
+from profiles.engines.base import (
+    EngineCrashError,
+    EngineFacts,
+    OutOfMemoryError,
+    Point,
+    Window,
+    Workload,
+)
 from profiles.engines.llama import KvCache, Llama
 from profiles.engines.llama_config import LlamaConfig
-from profiles.errors import VoltanaError
+from profiles.errors import VoltanaError, nearest
 
 MEMORY_FRACTION: Final = 0.9
 CPU_KV_BYTES: Final = 64 * 2**20
 MAX_PREFILL_TOKENS: Final = 16384
 MAX_RUNNING_REQUESTS: Final = 1024
 NUM_GRAPH_WARM_UP: Final = 3
+DEVICES: Final = ("cuda", "cpu")
+DTYPES: Final = ("bfloat16", "float16", "float32", "float64")
+MEMORY_WORDS: Final = ("ALLOC_FAILED", "out of memory")
+"""The former of libraries that allocate beside torch, as in CUBLAS_STATUS_ALLOC_FAILED."""
+DEVICE_WORDS: Final = ("CUDA", "CUBLAS", "CUDNN")
 
 Step = Callable[[], torch.Tensor]
 
@@ -41,12 +54,18 @@ class TorchEngine:
 
         Args:
             config: Shape of the model.
-            device: "cuda", "cuda:N" or "cpu".
-            dtype: Name of a torch floating type.
+            device: "cuda" (the first card that CUDA sees) or "cpu".
+            dtype: One of `DTYPES`.
             has_graphs: Replay decode from a CUDA graph (cuda only).
             graphs: What records decode in place of CUDA.
         """
-        if device.startswith("cuda") and not torch.cuda.is_available():
+        if dtype not in DTYPES:
+            raise VoltanaError(f"--dtype must be known, got {dtype!r}{nearest(dtype, DTYPES)}")
+        if device not in DEVICES:
+            raise VoltanaError(
+                f"--device must be cuda or cpu, got {device!r}: choose the card with --gpu"
+            )
+        if device == "cuda" and not torch.cuda.is_available():
             raise VoltanaError(
                 f"--device must exist here, got {device!r} and torch sees no CUDA: "
                 "use --device cpu, or install a CUDA build of torch"
@@ -59,7 +78,10 @@ class TorchEngine:
         self._model: Llama | None = None
 
     def __enter__(self) -> Self:
-        self._model = Llama(self._config, device=str(self._device), dtype=self._dtype)
+        try:
+            self._model = Llama(self._config, device=str(self._device), dtype=self._dtype)
+        except RuntimeError as error:
+            raise self._told(error, f"the model {self._config.name}") from None
         return self
 
     def __exit__(
@@ -69,12 +91,17 @@ class TorchEngine:
         trace: TracebackType | None,
     ) -> None:
         self._model = None
-        if self._device.type == "cuda":
-            torch.cuda.empty_cache()
+        self._give_memory_back()
 
     @property
     def is_attached(self) -> bool:
         return False
+
+    def restart(self) -> None:
+        raise EngineCrashError(
+            "a process does not outlive an error of its CUDA context: run the same command again "
+            "to go on, finished points are kept"
+        )
 
     def measure_serving(self) -> None:
         return None
@@ -95,12 +122,16 @@ class TorchEngine:
             max_running_requests=min(MAX_RUNNING_REQUESTS, capacity),
             kv_capacity_tokens=capacity,
             graph_batch_sizes=(),
+            is_on_gpu=self._device.type == "cuda",
+            model_shape=dataclasses.asdict(config),
             notes={
                 "dtype": str(self._dtype),
                 "weights": "random",
                 "kv cache": "contiguous",
                 "attention": "torch scaled_dot_product_attention",
                 "decode": "eager" if self._graphs is None else "CUDA graph",
+                "prefill": "eager, so that short prompts cost what launching kernels from Python "
+                "does",
                 "device": str(self._device),
             },
         )
@@ -115,13 +146,25 @@ class TorchEngine:
             )
         try:
             yield _Loop(self._iteration(point), point.tokens, self._device)
-        except torch.OutOfMemoryError as error:
-            raise OutOfMemoryError(
-                f"a point must fit the memory, got batch {point.batch_size} with {point.tokens} "
-                f"tokens ({point.phase}): {str(error).splitlines()[0]}"
-            ) from None
+        except RuntimeError as error:
+            what = f"batch {point.batch_size} with {point.tokens} tokens ({point.phase})"
+            raise self._told(error, what) from None
         finally:
-            if self._device.type == "cuda":
+            self._give_memory_back()
+
+    def _told(self, error: RuntimeError, what: str) -> Exception:
+        """Torch's error as one that the profiler knows; itself where it is a mistake of ours."""
+        text = str(error)
+        said = text.splitlines()[0] if text else type(error).__name__
+        if _is_lack_of_memory(error):
+            return OutOfMemoryError(f"{what} must fit the memory: {said}")
+        if any(word in text.upper() for word in DEVICE_WORDS):
+            return EngineCrashError(f"CUDA must survive {what}, it failed: {said}")
+        return error
+
+    def _give_memory_back(self) -> None:
+        if self._device.type == "cuda":
+            with suppress(RuntimeError):  # of a broken context, whose error is on its way already
                 torch.cuda.empty_cache()
 
     def _kv_budget_bytes(self) -> int:
@@ -140,7 +183,7 @@ class TorchEngine:
         new = length if point.phase == "prefill" else 1
         start = length - new  # decode: the newest token sees length - 1 cached ones and itself
         ids = torch.randint(self._config.vocab_size, (point.batch_size, new), device=self._device)
-        cache = KvCache.zeros(self._config, point.batch_size, length, model.embedding)
+        cache = KvCache.random(self._config, point.batch_size, length, model.embedding)
 
         def step() -> torch.Tensor:
             return model.forward(ids, start, cache).argmax(dim=-1)
@@ -148,6 +191,15 @@ class TorchEngine:
         if self._graphs is not None and point.phase == "decode":
             return captured(step, self._graphs)
         return step
+
+
+def _is_lack_of_memory(error: BaseException | None) -> bool:
+    """Whether it, or what it came upon, is: ending a capture that ran out raises another error."""
+    if error is None:
+        return False
+    is_so = isinstance(error, torch.OutOfMemoryError)
+    is_so = is_so or any(word in str(error) for word in MEMORY_WORDS)
+    return is_so or _is_lack_of_memory(error.__context__)
 
 
 class _Loop:

@@ -14,6 +14,7 @@ from profiles.device.gpu import GpuIdentity
 from profiles.engines.base import EngineFacts, Phase
 from profiles.errors import VoltanaError
 from profiles.measure.journal import Journal
+from profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, Trial
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
 from profiles.tables import POINT
 
@@ -52,7 +53,7 @@ def assemble(
             kv_capacity_tokens=facts.kv_capacity_tokens,
         ),
         clocks=ClocksMeta(supported_mhz=clocks_mhz, default_levels_mhz=clocks_mhz),
-        provenance=_provenance(log, identities[0], facts, has_control=alone_mhz == 0),
+        provenance=_provenance(log, identities, facts, has_control=alone_mhz == 0),
     )
     write_bare_idle(directory, log, alone_mhz)
     return write_profile(directory, meta, frames["prefill"], frames["decode"], idle)
@@ -147,8 +148,9 @@ def _gpu_meta(identity: GpuIdentity) -> GpuMeta:
 
 
 def _provenance(
-    log: Journal, identity: GpuIdentity, facts: EngineFacts, *, has_control: bool
+    log: Journal, identities: Sequence[GpuIdentity], facts: EngineFacts, *, has_control: bool
 ) -> dict[str, Provenance]:
+    identity = identities[0]
     notes = ", ".join(f"{key} {value}" for key, value in facts.notes.items())
     engine = f"{facts.engine_name} {facts.engine_version} ({notes})"
     timed = Provenance(
@@ -157,9 +159,9 @@ def _provenance(
         uncertainty=f"iteration times spread by {_time_spread(log):.1%} (median half "
         "interquartile range); trials kept in the tables",
     )
-    power = _power_provenance(log, identity)
+    power = _power_provenance(log, identities, facts)
     clocks = (
-        "locked and read back"
+        f"locked and read back{_off_text(log)}"
         if has_control
         else "left alone: one clock, the most frequent reading; no clock was ever touched"
     )
@@ -178,21 +180,54 @@ def _provenance(
     }
 
 
-def _power_provenance(log: Journal, identity: GpuIdentity) -> Provenance:
+def _power_provenance(
+    log: Journal, identities: Sequence[GpuIdentity], facts: EngineFacts
+) -> Provenance:
+    identity = identities[0]
     if not identity.is_power_measured:
         return Provenance(
             status="modelled",
             source=f"a stated constant of {identity.power_limit_w:g} W; not a measurement",
             uncertainty="unknown",
         )
-    sources = sorted({t.energy_source for trials in log.points.values() for t in trials})
+    if not facts.is_on_gpu:
+        return Provenance(
+            status="modelled",
+            source=f"board power of {identity.name} while the engine computed elsewhere: not the "
+            "power of this work",
+            uncertainty="unknown",
+        )
+    sources = sorted({trial.energy_source for trial in _trials(log)})
+    cards = "the GPU" if len(identities) == 1 else f"all {len(identities)} GPUs"
     return Provenance(
         status="measured",
-        source=f"NVML energy by {' and '.join(sources)}, board power of all GPUs of the instance",
-        uncertainty="trials kept in the tables; NVML itself about 5 %",
+        source=f"NVML energy by {' and '.join(sources)}, board power of {cards}",
+        uncertainty=f"trials kept in the tables; NVML itself about 5 %{_pauses_text(log)}",
+    )
+
+
+def _trials(log: Journal) -> list[Trial]:
+    return [trial for trials in log.points.values() for trial in trials]
+
+
+def _pauses_text(log: Journal) -> str:
+    number = sum(GAPS in trial.flags for trial in _trials(log))
+    return (
+        f"; in {number} of {len(_trials(log))} trials pauses count too ({GAPS})" if number else ""
+    )
+
+
+def _off_text(log: Journal) -> str:
+    """How many trials stand under a clock that was locked but not held."""
+    number = sum(CLOCK_OFF in trial.flags for trial in _trials(log))
+    if not number:
+        return ""
+    return (
+        f"; {number} of {len(_trials(log))} trials ran more than {CLOCK_TOLERANCE_MHZ} MHz off it "
+        f"under load and stand under the locked clock ({CLOCK_OFF})"
     )
 
 
 def _time_spread(log: Journal) -> float:
-    spreads = [t.spread_s / t.time_s for trials in log.points.values() for t in trials]
+    spreads = [trial.spread_s / trial.time_s for trial in _trials(log)]
     return statistics.median(spreads) if spreads else 0.0

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, TypeVar
+
+import numpy as np
 
 from profiles.engines.base import EngineFacts, Phase, Point
 
 T = TypeVar("T")
+Row = list[tuple[int, float]]
+"""(tokens, time in s) of a batch size, tokens ascending."""
+Rows = dict[tuple[Phase, int], Row]
 
 PROMPT_TOKENS: Final = (1, 4, *(2**power for power in range(4, 15)))
 CONTEXT_TOKENS: Final = (1, 16, 128, 512, 1024, 2048, 4096, 8192)
 SMALL_STEP: Final = 8
 LARGE_STEP: Final = 128
 SMALL_STEP_END: Final = 128
+NEAR_END: Final = 0.9
+"""A usual context closer to the last one than this says nothing new."""
+NARROW: Final = 0.1
+"""A gap of this fraction is left alone: what a straight line misses there is noise."""
 REFINE_ERROR: Final = 0.03
 """Interpolation error (a fraction) below which a gap needs no further point."""
 
@@ -43,15 +53,25 @@ def design(
         points = [Point(phase=phase, batch_size=b, tokens=t) for t in tokens for b in (1, 2, 4)]
         return _spread([p for p in points if p.tokens % p.batch_size == 0])
     limit = min(facts.max_running_requests, max_batch_size)
-    contexts = sorted({max(context, facts.min_context_tokens) for context in CONTEXT_TOKENS})
     cap = min(facts.kv_capacity_tokens, max_tokens)
     points = [
         Point(phase=phase, batch_size=batch, tokens=batch * context)
         for batch in batch_sizes(facts, limit=limit)
-        for context in contexts
-        if batch * context <= cap and context <= facts.max_context_tokens
+        for context in _contexts(facts, cap // batch)
     ]
     return _spread(points)
+
+
+def _contexts(facts: EngineFacts, room: int) -> list[int]:
+    """Contexts of a batch whose requests have `room` tokens each, up to the last that fits.
+
+    A simulation refuses what lies beyond the grid, so it must reach the end of the KV cache.
+    """
+    end = min(room, facts.max_context_tokens)
+    if end < facts.min_context_tokens:
+        return []
+    usual = {max(context, facts.min_context_tokens) for context in CONTEXT_TOKENS}
+    return sorted({*(context for context in usual if context <= NEAR_END * end), end})
 
 
 def next_refinement(
@@ -60,25 +80,70 @@ def next_refinement(
     """Midpoint of the gap whose straight line is most in doubt, or None if all are good.
 
     The doubt of a gap next to a known knot is how far that knot lies off the line through its
-    neighbours, relative to its value: where the curve bends there, it bends in the gap too.
+    neighbours, relative to its value: where the curve bends there, it bends in the gap too. Gaps
+    between tokens of one batch size and, in decode, between batch sizes of one context count alike.
+    A batch size begun this way is given both ends of its row before anything else.
     """
-    best: tuple[float, Point] | None = None
-    for (phase, batch), row in _rows(time_s).items():
+    rows = _rows(time_s)
+    found = [*_token_doubts(rows), *_batch_doubts(rows)]
+    unknown = [d for d in found if d[1] not in time_s and d[1] not in tried]
+    best = max(unknown, key=lambda d: d[0], default=None)
+    return best[1] if best is not None and best[0] > REFINE_ERROR else None
+
+
+def _token_doubts(rows: Rows) -> Iterator[tuple[float, Point]]:
+    """(doubt, midpoint) along the tokens of each row."""
+    for (phase, batch), row in rows.items():
         for (t0, y0), (t1, y1), (t2, y2) in zip(row, row[1:], row[2:], strict=False):
             doubt = abs(y0 + (y2 - y0) * (t1 - t0) / (t2 - t0) - y1) / y1
             low, high = (t0, t1) if t1 - t0 > t2 - t1 else (t1, t2)
             middle = (low + high) // 2 // batch * batch
-            point = Point(phase=phase, batch_size=batch, tokens=middle)
-            is_new = low < middle < high and point not in time_s and point not in tried
-            if is_new and doubt > REFINE_ERROR and (best is None or doubt > best[0]):
-                best = (doubt, point)
-    return None if best is None else best[1]
+            if low < middle < high and high - low > NARROW * low:
+                yield doubt, Point(phase=phase, batch_size=batch, tokens=middle)
 
 
-def _rows(
-    time_s: Mapping[Point, float],
-) -> dict[tuple[Phase, int], list[tuple[int, float]]]:
-    rows: dict[tuple[Phase, int], list[tuple[int, float]]] = {}
+def _batch_doubts(rows: Rows) -> Iterator[tuple[float, Point]]:
+    """(doubt, an end of a new row) between the batch sizes of decode, at contexts of all three."""
+    decode = {batch: row for (phase, batch), row in rows.items() if phase == "decode"}
+    whole = {batch: row for batch, row in decode.items() if len(row) > 1}
+    for batch in sorted(decode.keys() - whole.keys()) if whole else ():
+        for tokens in _ends(whole, batch):
+            yield math.inf, Point(phase="decode", batch_size=batch, tokens=tokens)
+    sizes = sorted(whole)
+    for b0, b1, b2 in zip(sizes, sizes[1:], sizes[2:], strict=False):
+        low, high = (b0, b1) if b1 - b0 > b2 - b1 else (b1, b2)
+        middle = (low + high) // 2
+        if low < middle < high and high - low > NARROW * low:
+            doubt = _doubt_between(whole, b0, b1, b2)
+            end = _ends(whole, middle)[-1]
+            yield doubt, Point(phase="decode", batch_size=middle, tokens=end)
+
+
+def _doubt_between(whole: Mapping[int, Row], b0: int, b1: int, b2: int) -> float:
+    """How far the middle one lies off the line through the others, at their shared contexts."""
+    firsts, lasts = ([whole[b][i][0] / b for b in (b0, b1, b2)] for i in (0, -1))
+    doubt = 0.0
+    for context in (max(firsts), min(lasts)) if max(firsts) <= min(lasts) else ():
+        y0, y1, y2 = (_at(whole[b], b * context) for b in (b0, b1, b2))
+        doubt = max(doubt, abs(y0 + (y2 - y0) * (b1 - b0) / (b2 - b0) - y1) / y1)
+    return doubt
+
+
+def _ends(whole: Mapping[int, Row], batch: int) -> tuple[int, int]:
+    """Tokens of the shortest and longest point of a row, by what the other rows were held at."""
+    shortest = min(row[0][0] // size for size, row in whole.items())
+    longest = max(row[-1][0] // size for size, row in whole.items())
+    room = max(row[-1][0] for row in whole.values()) // batch
+    return batch * shortest, batch * min(longest, room)
+
+
+def _at(row: Row, tokens: float) -> float:
+    """Time at some tokens by the straight line between points."""
+    return float(np.interp(tokens, [t for t, _ in row], [y for _, y in row]))
+
+
+def _rows(time_s: Mapping[Point, float]) -> Rows:
+    rows: Rows = {}
     for point in sorted(time_s, key=lambda p: (p.phase, p.batch_size, p.tokens)):
         row = rows.setdefault((point.phase, point.batch_size), [])
         row.append((point.tokens, time_s[point]))

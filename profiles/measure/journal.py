@@ -5,15 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from profiles.engines.base import Point
 from profiles.errors import VoltanaError
 from profiles.measure.trial import Trial
 
+MAX_TRIES: Final = 3
 Key = tuple[int, Point]
 """Clock in MHz, point."""
 
@@ -28,6 +29,10 @@ class Journal:
     failures: dict[Key, str] = field(default_factory=dict)
     idle_w: dict[tuple[int, bool], list[float]] = field(default_factory=dict)
     """(clock in MHz, 0 unlocked; model loaded?) -> power of each trial."""
+    _num_failed: dict[Key, int] = field(default_factory=dict)
+    """In earlier runs."""
+    dropped: list[str] = field(default_factory=list)
+    """Reasons for which this run gave up trials and clocks."""
 
     @staticmethod
     def open(path: Path) -> Journal:
@@ -53,8 +58,20 @@ class Journal:
             self.run = plain
             self._append({"kind": "run", **plain})
             return
-        before = self.run
-        changed = sorted(k for k in before.keys() | plain.keys() if before.get(k) != plain.get(k))
+        self._refuse_changes(plain, self.run.keys() | plain.keys())
+
+    def check(self, part: Mapping[str, Any]) -> None:
+        """Refuse already by what is known before the engine runs; nothing is recorded.
+
+        Raises:
+            VoltanaError: The file belongs to another run.
+        """
+        if self.run is not None:
+            self._refuse_changes(json.loads(json.dumps(part)), part.keys())
+
+    def _refuse_changes(self, plain: Mapping[str, Any], keys: Iterable[str]) -> None:
+        before = self.run or {}
+        changed = sorted(key for key in keys if before.get(key) != plain.get(key))
         if changed:
             raise VoltanaError(
                 f"a resumed run must repeat its settings, got another {', '.join(changed)} "
@@ -67,10 +84,23 @@ class Journal:
         rows = [dataclasses.asdict(trial) for trial in trials]
         self._append({"kind": "point", **_key_json(clock_mhz, point), "trials": rows})
 
-    def add_failure(self, clock_mhz: int, point: Point, reason: str) -> None:
-        """Record a point that crashed or did not fit; it is not tried again."""
+    def add_failure(
+        self, clock_mhz: int, point: Point, reason: str, *, is_final: bool = True
+    ) -> None:
+        """Record a point that failed; this run does not try it again.
+
+        Unless it is final, a later one does, until it has failed `MAX_TRIES` times: a point that
+        kills the engine every time must not keep all runs from what comes after it.
+        """
         self.failures[clock_mhz, point] = reason
-        self._append({"kind": "failure", **_key_json(clock_mhz, point), "reason": reason})
+        entry = {**_key_json(clock_mhz, point), "reason": reason, "is_final": is_final}
+        self._append({"kind": "failure", **entry})
+
+    def add_dropped(self, clock_mhz: int, reason: str, point: Point | None = None) -> None:
+        """Record a trial of a point, or a whole clock, that was given up; it may be tried again."""
+        where = {"clock_mhz": clock_mhz} if point is None else _key_json(clock_mhz, point)
+        self.dropped.append(reason)
+        self._append({"kind": "dropped", **where, "reason": reason})
 
     def add_idle(self, clock_mhz: int, *, is_loaded: bool, power_w: list[float]) -> None:
         """Record idle power."""
@@ -110,8 +140,11 @@ class Journal:
         elif kind == "idle":
             self.idle_w[entry["clock_mhz"], entry["is_loaded"]] = entry["power_w"]
         elif kind == "failure":
-            self.failures[_key(entry)] = entry["reason"]
-        else:
+            key = _key(entry)
+            self._num_failed[key] = self._num_failed.get(key, 0) + 1
+            if entry["is_final"] or self._num_failed[key] >= MAX_TRIES:
+                self.failures[key] = entry["reason"]
+        elif kind == "point":
             rows = [Trial(**row | {"flags": tuple(row["flags"])}) for row in entry["trials"]]
             self.points[_key(entry)] = rows
 

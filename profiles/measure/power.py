@@ -2,10 +2,15 @@
 
 meter   start ──────────────── samples every 50 ms ──────────────── stop
 work            boundary  iteration  iteration … iteration  boundary
+
+The counter moves in ticks (100 ms on many cards). A stretch of work is given its own energy only if
+it is long against a tick: in a short one, a whole tick's energy may fall within or beside it.
 """
 
 from __future__ import annotations
 
+import math
+import statistics
 import threading
 import time
 from collections.abc import Sequence
@@ -26,6 +31,13 @@ EDGE_NS: Final = 10_000_000
 """A sample so close to a stretch belongs to it: those taken at start and stop of the meter do."""
 MIN_COVERED: Final = 0.5
 """Share of the time at a point that samples must span, for its power to be the point's own."""
+MIN_SPAN_S: Final = 1.0
+MIN_TICKS: Final = 10
+"""A stretch has an energy of its own if it lasts `MIN_SPAN_S` or as many ticks of the counter."""
+
+
+class SampleGapError(VoltanaError):
+    """The sampler was kept from running: this window has no energy, another one may."""
 
 
 def integrate_j(
@@ -42,17 +54,17 @@ def integrate_j(
         Energy in J from the first to the last sample.
 
     Raises:
-        VoltanaError: Too few samples, time does not increase, or a gap is too long.
+        SampleGapError: Too few samples, time does not increase, or a gap is too long.
 
     Example:
         >>> integrate_j(np.array([0.0, 1.0, 3.0]), np.array([100.0, 300.0, 300.0]), max_gap_s=5.0)
         800.0
     """
     if len(sampled_s) < 2:
-        raise VoltanaError(f"power needs >= 2 samples, got {len(sampled_s)}: lengthen --window")
+        raise SampleGapError(f"power needs >= 2 samples, got {len(sampled_s)}: lengthen --window")
     gaps_s = np.diff(sampled_s)
     if gaps_s.min() <= 0 or gaps_s.max() > max_gap_s:
-        raise VoltanaError(
+        raise SampleGapError(
             f"power samples must be at most {max_gap_s:g} s apart, in order; got a step of "
             f"{gaps_s.min():.3f} to {gaps_s.max():.3f} s: the machine is overloaded, measure again"
         )
@@ -80,7 +92,8 @@ class Reading:
     source: str
     """"counter" or "samples"."""
     throttle: frozenset[str]
-    lowest_clock_mhz: int
+    median_clock_mhz: int
+    """Over the samples; of several cards, that of the slowest."""
     highest_temperature_c: float
 
     @property
@@ -118,9 +131,30 @@ def summarise(samples: Sequence[Sample]) -> Reading:
         duration_s=duration_s,
         source=source,
         throttle=frozenset().union(*(sample.throttle for sample in samples)),
-        lowest_clock_mhz=min(sample.clock_mhz for sample in samples),
+        median_clock_mhz=_median_clock_mhz(samples),
         highest_temperature_c=max(sample.temperature_c for sample in samples),
     )
+
+
+def _median_clock_mhz(samples: Sequence[Sample]) -> int:
+    """A clock that was read, not one between two."""
+    return statistics.median_low(sample.clock_mhz for sample in samples)
+
+
+def shortest_span_s(samples: Sequence[Sample]) -> float:
+    """Length from which on a stretch has an energy of its own, by the ticks that the samples show.
+
+    A tick shorter than the sampling period counts as that period: no finer one can be seen.
+    """
+    moved_ns = [
+        b.at_ns
+        for a, b in pairwise(samples)
+        if (a.energy_j, a.power_w if a.energy_j is None else 0.0)
+        != (b.energy_j, b.power_w if b.energy_j is None else 0.0)
+    ]
+    ticks_s = [(b - a) * 1e-9 for a, b in pairwise(moved_ns)]
+    tick_s = max(statistics.median(ticks_s), SAMPLE_S) if ticks_s else math.inf
+    return min(MIN_SPAN_S, MIN_TICKS * tick_s)
 
 
 def has_energy_counter(gpus: Sequence[Gpu]) -> bool:
@@ -170,6 +204,11 @@ class PowerMeter:
             raise self._error
         return summarise(self._samples)
 
+    @property
+    def shortest_span_s(self) -> float:
+        """See `shortest_span_s`, by the samples of this meter."""
+        return shortest_span_s(self._samples)
+
     def reading_within(self, spans_ns: Sequence[tuple[int, int]]) -> tuple[Reading, bool]:
         """The same of the stretches alone that held a point.
 
@@ -177,27 +216,33 @@ class PowerMeter:
             spans_ns: Start and end of each, monotonic clock.
 
         Returns:
-            The reading, and whether the samples cover the spans. Where they do not (spans shorter
-            than the sampling period), it is the whole window's, pauses included.
+            The reading, and whether its energy is of the stretches alone. Where they are too short
+            for that (`shortest_span_s`), it is the whole window's, pauses included. The clock is
+            that within the stretches wherever a sample fell into one.
         """
         whole = self.reading
-        parts = [
-            summarise(inside)
+        inside = [
+            (end - start, self._samples_within(start - EDGE_NS, end + EDGE_NS))
             for start, end in spans_ns
-            if len(inside := self._samples_within(start - EDGE_NS, end + EDGE_NS)) > 1
+        ]
+        busy = [sample for _, samples in inside for sample in samples] or self._samples
+        whole = replace(whole, median_clock_mhz=_median_clock_mhz(busy))
+        shortest_ns = self.shortest_span_s * 1e9
+        parts = [
+            summarise(samples)
+            for length_ns, samples in inside
+            if length_ns >= shortest_ns and len(samples) > 1
         ]
         covered_s = sum(part.duration_s for part in parts)
-        if covered_s < MIN_COVERED * sum((end - start) * 1e-9 for start, end in spans_ns):
+        if covered_s < max(MIN_COVERED * sum(length for length, _ in inside) * 1e-9, SAMPLE_S):
             return whole, False
-        return (
-            replace(
-                whole,
-                energy_j=sum(part.energy_j for part in parts),
-                duration_s=covered_s,
-                source=" and ".join(sorted({part.source for part in parts})),
-            ),
-            True,
+        own = replace(
+            whole,
+            energy_j=sum(part.energy_j for part in parts),
+            duration_s=covered_s,
+            source=" and ".join(sorted({part.source for part in parts})),
         )
+        return own, True
 
     def _samples_within(self, start_ns: int, end_ns: int) -> list[Sample]:
         return [sample for sample in self._samples if start_ns <= sample.at_ns <= end_ns]

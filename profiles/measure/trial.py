@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Final
 
-from profiles.device.gpu import Gpu
+from profiles.device.gpu import THERMAL, Gpu
 from profiles.engines.base import Engine, Point, Window, Workload
 from profiles.errors import VoltanaError
-from profiles.measure.power import PowerMeter, Reading
+from profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
 
 NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""
+TICK_POLL_S: Final = 0.002
+MAX_TICK_S: Final = 0.5
+"""Longest wait for the counter to move; one that does not is no reason to give up."""
 COOLING_POLL_S: Final = 0.5
 GAPS: Final = "power-with-pauses"
-"""Flag: the stretches at the point were too short to sample, power is that of the whole window."""
+"""Flag: the stretches at the point were too short, power is that of the window with its pauses."""
+SHORT: Final = "power-of-a-short-window"
+"""Flag: the window itself lasted few ticks of the energy counter."""
+MAX_PAUSES: Final = 0.02
+"""Share of a window that pauses may take before its power is said to hold them."""
+CLOCK_OFF: Final = "clock-off"
+"""Flag: under load the clock was not the one locked; the trial stands under the lock all the same,
+as whoever locks that clock gets what was measured here."""
+CLOCK_TOLERANCE_MHZ: Final = 15
 THROTTLED: Final = "throttle-"
 """What a flag for throttling begins with."""
 
@@ -29,20 +41,28 @@ class Protocol:
     window_s: float = 2.0
     min_iterations: int = 32
     num_trials: int = 3
+    warm_up_s: float = 1.0
+    """Clocks and allocators need time, not iterations; both minima are kept."""
     warm_up_iterations: int = 5
+    settle_s: float = 3.0
+    """Rest before idle power is measured: a card falls back to it in seconds."""
     num_retries: int = 2
-    """Of a trial that ran into thermal or power throttling, each after cooling."""
+    """Of a trial that ran into thermal throttling, each after cooling."""
+    power_rest_s: float = 3.0
+    """Rest before the one retry of a trial that ran into the power limit: no cooling helps there,
+    and a point that needs more than the limit stays at it."""
     cool_by_c: float = 10.0
     """A card has cooled when it is this much below the temperature at which it throttled."""
     cooling_limit_s: float = 120.0
     """Longest wait for that."""
 
     def __post_init__(self) -> None:
-        if min(self.cool_by_c, self.cooling_limit_s, self.num_retries) < 0:
-            raise VoltanaError(
-                f"cool_by_c, cooling_limit_s and num_retries must be >= 0, got {self.cool_by_c}, "
-                f"{self.cooling_limit_s}, {self.num_retries}: see --cooling"
-            )
+        for name in (
+            *("warm_up_s", "warm_up_iterations", "settle_s"),
+            *("num_retries", "power_rest_s", "cool_by_c", "cooling_limit_s"),
+        ):
+            if getattr(self, name) < 0:
+                raise VoltanaError(f"{name} must be >= 0, got {getattr(self, name)} (Protocol)")
         if self.window_s <= 0 or min(self.min_iterations, self.num_trials) < 1:
             raise VoltanaError(
                 f"window_s must be > 0, min_iterations and num_trials >= 1, got {self.window_s}, "
@@ -63,6 +83,7 @@ class Trial:
     energy_source: str
     temperature_c: float
     clock_mhz: int
+    """Median reading while the point ran."""
     num_iterations: int
     flags: tuple[str, ...]
 
@@ -73,26 +94,86 @@ class Trial:
 
 
 def measure_point(
-    engine: Engine, gpus: Sequence[Gpu], point: Point, protocol: Protocol
+    engine: Engine,
+    gpus: Sequence[Gpu],
+    point: Point,
+    protocol: Protocol,
+    *,
+    locked_mhz: int = 0,
+    deadline_s: float = math.inf,
+    on_dropped: Callable[[str], object] = lambda _: None,
 ) -> list[Trial]:
     """Prepare the point, warm up, and measure `num_trials` phase-shifted windows.
 
-    A window under thermal or power throttling is run again after cooling; if it keeps throttling,
-    the last one is kept and flagged.
+    A throttled window is run again: after cooling if it was heat, once after a short rest if it was
+    the power limit. Where that does not help it is kept, flagged, and no further one is run again.
+
+    Args:
+        engine: Holds the point.
+        gpus: The cards it runs on.
+        point: What to measure.
+        protocol: How.
+        locked_mhz: Clock the cards are locked at; 0 if none. A trial off it is flagged.
+        deadline_s: When to stop resting and retrying, monotonic clock.
+        on_dropped: Told why, of a trial that could not be metered and is left out.
+
+    Raises:
+        SampleGapError: No trial could be metered.
     """
-    trials = []
+    trials: list[Trial] = []
+    gap: SampleGapError | None = None
+    may_retry = True
     with engine.open(point) as workload:
-        workload.run(min_duration_s=0.0, min_iterations=protocol.warm_up_iterations)
+        workload.run(min_duration_s=protocol.warm_up_s, min_iterations=protocol.warm_up_iterations)
         for number in range(protocol.num_trials):
-            trial = _run_trial(workload, gpus, protocol, number)
-            for _ in range(protocol.num_retries if trial.is_throttled else 0):
-                target_c = trial.temperature_c - protocol.cool_by_c
-                cool_down(gpus, target_c, limit_s=protocol.cooling_limit_s)
-                trial = _run_trial(workload, gpus, protocol, number)
-                if not trial.is_throttled:
-                    break
-            trials.append(trial)
+
+            def again(number: int = number) -> Trial:
+                return _off_lock(_run_trial(workload, gpus, protocol, number), locked_mhz)
+
+            try:
+                trial = again()
+                if trial.is_throttled and may_retry:
+                    trial = _retried(trial, again, gpus, protocol, deadline_s)
+                    may_retry = not trial.is_throttled
+            except SampleGapError as error:
+                gap = error
+                on_dropped(str(error))
+            else:
+                trials.append(trial)
+    if gap is not None and not trials:
+        raise gap
     return trials
+
+
+def _off_lock(trial: Trial, locked_mhz: int) -> Trial:
+    """Flagged if it ran off the locked clock, which is read back before the work, not under it."""
+    if not locked_mhz or abs(trial.clock_mhz - locked_mhz) <= CLOCK_TOLERANCE_MHZ:
+        return trial
+    return replace(trial, flags=(*trial.flags, CLOCK_OFF))
+
+
+def _retried(
+    trial: Trial,
+    again: Callable[[], Trial],
+    gpus: Sequence[Gpu],
+    protocol: Protocol,
+    deadline_s: float,
+) -> Trial:
+    """The trial repeated after rests, until it runs free, repeating is of no use, or time is up."""
+    for _ in range(protocol.num_retries):
+        left_s = deadline_s - time.monotonic()
+        if left_s <= 0:
+            break
+        is_hot = THROTTLED + THERMAL in trial.flags
+        if is_hot:
+            target_c = trial.temperature_c - protocol.cool_by_c
+            cool_down(gpus, target_c, limit_s=min(protocol.cooling_limit_s, left_s))
+        else:
+            time.sleep(min(protocol.power_rest_s, left_s))
+        trial = again()
+        if not trial.is_throttled or not is_hot:
+            break
+    return trial
 
 
 def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
@@ -111,32 +192,66 @@ def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
 
 
 def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:
-    """Mean power of the resting cards, one value a trial."""
+    """Mean power of the cards after they have settled, one value a trial that could be metered.
+
+    Raises:
+        SampleGapError: None could.
+    """
+    time.sleep(protocol.settle_s)
     powers_w = []
     for number in range(protocol.num_trials):
-        time.sleep(NVML_PERIOD_S * number / protocol.num_trials)
+        _await_phase(gpus, number / protocol.num_trials)
         with PowerMeter(gpus) as meter:
             time.sleep(protocol.window_s)
-        powers_w.append(meter.reading.power_w)
+        try:
+            powers_w.append(meter.reading.power_w)
+        except SampleGapError:
+            if number + 1 == protocol.num_trials and not powers_w:
+                raise
     return powers_w
 
 
+def wait_for_tick(gpus: Sequence[Gpu], *, limit_s: float = MAX_TICK_S) -> bool:
+    """Wait until the energy counter of the first card moves.
+
+    Returns:
+        Whether it did: not where there is no counter, or where it stands still for `limit_s`.
+    """
+    if not has_energy_counter(gpus):
+        return False
+    before_j = gpus[0].energy_j()
+    deadline_s = time.monotonic() + limit_s
+    while time.monotonic() < deadline_s:
+        if gpus[0].energy_j() != before_j:
+            return True
+        time.sleep(TICK_POLL_S)
+    return False
+
+
+def _await_phase(gpus: Sequence[Gpu], share: float) -> None:
+    """Start at a known phase of the counter: without its tick, phases would fall where they may."""
+    wait_for_tick(gpus)
+    time.sleep(NVML_PERIOD_S * share)
+
+
 def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, number: int) -> Trial:
-    time.sleep(NVML_PERIOD_S * number / protocol.num_trials)
+    _await_phase(gpus, number / protocol.num_trials)
     with PowerMeter(gpus) as meter:
         window = workload.run(
             min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations
         )
-    reading, is_covered = meter.reading_within(window.spans_ns)
-    is_measured = any(gpu.identity.is_power_measured for gpu in gpus)
-    return _trial(window, reading, has_pauses=is_measured and not is_covered)
+    reading, is_own = meter.reading_within(window.spans_ns)
+    flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
+    if not is_own and any(gpu.identity.is_power_measured for gpu in gpus):
+        busy_s = sum(end - start for start, end in window.spans_ns) * 1e-9
+        flags += [GAPS] if busy_s < (1 - MAX_PAUSES) * reading.duration_s else []
+        flags += [SHORT] if reading.duration_s < meter.shortest_span_s else []
+    return _trial(window, reading, flags)
 
 
-def _trial(window: Window, reading: Reading, *, has_pauses: bool) -> Trial:
+def _trial(window: Window, reading: Reading, flags: Sequence[str]) -> Trial:
     ordered = sorted(window.iteration_s)
     quarter = len(ordered) // 4
-    flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
-    flags += [GAPS] if has_pauses else []
     return Trial(
         tokens=window.tokens,
         time_s=statistics.median(ordered),
@@ -144,7 +259,7 @@ def _trial(window: Window, reading: Reading, *, has_pauses: bool) -> Trial:
         power_w=reading.power_w,
         energy_source=reading.source,
         temperature_c=reading.highest_temperature_c,
-        clock_mhz=reading.lowest_clock_mhz,
+        clock_mhz=reading.median_clock_mhz,
         num_iterations=len(ordered),
         flags=tuple(flags),
     )

@@ -73,6 +73,7 @@ def test_a_profile_of_the_real_engine_simulates(fleet_file: Path, tmp_path: Path
             *("--attach", str(fleet_file), "--model", str(ENGINE / "model"), "--device", "cpu"),
             *("--power-w", "100", "--out", str(out), "--budget", "1s", "--window", "0.01"),
             *("--iterations", "2", "--trials", "1", "--max-batch", "2", "--max-tokens", "256"),
+            *("--warm-up", "0", "--settle", "0"),
         ],
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         capture_output=True,

@@ -25,6 +25,8 @@ typedef struct {
     unsigned temperature_c;
     unsigned limit_mw;        /* power limit in force */
     unsigned num_limits;      /* times it was set */
+    unsigned num_gpus;        /* cards; all share this state */
+    unsigned mig_mode;        /* 0: the card has none, 1: off, 2: on */
 } State;
 
 enum { OK = 0, UNINITIALIZED = 1, INVALID = 2, NOT_SUPPORTED = 3, NO_PERMISSION = 4,
@@ -56,10 +58,15 @@ const char *nvmlErrorString(int code) {
     }
 }
 int nvmlSystemGetDriverVersion(char *out, unsigned n) { snprintf(out, n, "580.00"); return OK; }
-int nvmlDeviceGetCount_v2(unsigned *n) { GUARD; *n = 1; return OK; }
-int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { GUARD; (void)i; *h = s; return OK; }
+int nvmlDeviceGetCount_v2(unsigned *n) { GUARD; *n = s->num_gpus; return OK; }
+int nvmlDeviceGetHandleByIndex_v2(unsigned i, void **h) { GUARD; *h = (char *)s + i; return OK; }
 int nvmlDeviceGetName(void *h, char *out, unsigned n) { (void)h; GUARD; snprintf(out, n, "NVIDIA Standin 80GB"); return OK; }
-int nvmlDeviceGetUUID(void *h, char *out, unsigned n) { (void)h; GUARD; snprintf(out, n, "GPU-standin"); return OK; }
+int nvmlDeviceGetUUID(void *h, char *out, unsigned n) { GUARD; snprintf(out, n, "GPU-standin-%d", (int)((char *)h - (char *)s)); return OK; }
+int nvmlDeviceGetMigMode(void *h, unsigned *current, unsigned *pending) {
+    (void)h; GUARD;
+    if (!s->mig_mode) return NOT_SUPPORTED;
+    *current = *pending = s->mig_mode - 1; return OK;
+}
 typedef struct { unsigned long long total, free, used; } Memory;
 int nvmlDeviceGetMemoryInfo(void *h, Memory *m) { (void)h; GUARD; m->total = 80ULL << 30; m->free = m->total; m->used = 0; return OK; }
 int nvmlDeviceGetEnforcedPowerLimit(void *h, unsigned *mw) { (void)h; GUARD; *mw = 400000; return OK; }

@@ -13,6 +13,7 @@ FIELDS = (
     *("magic", "locked_mhz", "default_mhz", "deny_lock", "lost", "energy_mode", "power_mw"),
     *("throttle_bits", "stuck_mhz", "foreign_pid", "num_locks", "num_resets"),
     *("num_energy_reads", "temperature_c", "limit_mw", "num_limits"),
+    *("num_gpus", "mig_mode"),
 )
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -23,7 +24,7 @@ class Standin:
     def __init__(self, library_dir: Path, state_path: Path) -> None:
         self.state_path = state_path
         state = dict.fromkeys(FIELDS, 0) | {"magic": MAGIC, "default_mhz": 1410}
-        state |= {"power_mw": 250_000, "temperature_c": 40, "limit_mw": 400_000}
+        state |= {"power_mw": 250_000, "temperature_c": 40, "limit_mw": 400_000, "num_gpus": 1}
         state_path.write_bytes(struct.pack(f"<{len(FIELDS)}I", *state.values()))
         self.env = os.environ | {
             "LD_LIBRARY_PATH": str(library_dir),

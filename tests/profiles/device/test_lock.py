@@ -204,3 +204,24 @@ def test_own_children_do_not_count_as_foreign(standin: Standin) -> None:
         "child.communicate(b'x')"
     )
     assert out == "True"
+
+
+def test_own_processes_are_told_by_descent_or_by_being_there_first(standin: Standin) -> None:
+    """Numbered alike, nothing is unknown; else (host pids in a container) all on the card are."""
+    out = standin.run(
+        OPEN + "import os, struct\n"
+        "from tests.profiles.device.standin import FIELDS\n"
+        "def put(pid):\n"
+        "    with open(os.environ['VOLTANA_NVML_STATE'], 'r+b') as f:\n"
+        "        f.seek(4 * FIELDS.index('foreign_pid'))\n"
+        "        f.write(struct.pack('<I', pid))\n"
+        "with ClockSession([gpu]) as clocks:\n"
+        "    put(os.getpid())\n    print(sorted(clocks.unknown_pids()))\n    clocks.check_free()\n"
+        "    put(2**31 - 1)\n    known = clocks.unknown_pids()\n    print(sorted(known))\n"
+        "    clocks.check_free(known)\n"
+        "    put(2**31 - 2)\n"
+        "    try:\n        clocks.check_free(known)\n"
+        "    except g.GpuBusyError as e:\n        print('busy')\n"
+        "with ClockSession([gpu], allow_shared=True) as clocks:\n    clocks.check_free()"
+    )
+    assert out.splitlines() == ["[]", str([2**31 - 1]), "busy"]

@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
 
 from experiments.cli import make_app
-from profiles.engines.base import NotHeldError
+from profiles.engines.base import EngineCrashError, NotHeldError, Point
 from profiles.engines.llama_config import load_shape
-from profiles.engines.sglang import full_runs, steps_s
+from profiles.engines.sglang import (
+    SglangEngine,
+    _Bursts,
+    _graph_batch_sizes,
+    _HeldStreams,
+    full_runs,
+    steps_s,
+)
+from profiles.engines.sglang_client import Client, Endpoint, Records, Servers
 from profiles.engines.sglang_fleet import LaunchPlan, attach, start_servers
 from profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
 from profiles.errors import VoltanaError
+from tests.profiles.device.standin import Standin
+from tests.profiles.measure.test_measure import FACTS
 
+NOWHERE = Endpoint(url="http://h:1", metrics="")
+CONFIG = (
+    '{"model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "head_dim": 128,'
+    ' "vocab_size": 151936, "intermediate_size": 12288, "num_attention_heads": 32,'
+    ' "num_key_value_heads": 8, "max_position_embeddings": 40960}'
+)
 PREFILL = "[[fleet.prefill]]\nurl = 'http://h:1'\nmetrics = 'a'\n"
 
 
@@ -137,6 +159,143 @@ def test_without_sglang_the_remedy_is_named(tmp_path: Path) -> None:
         pass
 
 
+def fake_python(path: Path) -> Path:
+    """In place of a Python with SGLang: logs the cards it sees and its arguments, and ends."""
+    path.write_text('#!/bin/sh\necho "cards $CUDA_VISIBLE_DEVICES"\necho "$@"\nexit 3\n')
+    path.chmod(0o755)
+    return path
+
+
+def test_a_server_on_cards_gets_them_alone_and_prefills_long_prompts_whole(
+    standin: Standin, tmp_path: Path
+) -> None:
+    standin["num_gpus"] = 2
+    (tmp_path / "config.json").write_text(CONFIG)
+    python = fake_python(tmp_path / "python")
+    command = [
+        *(sys.executable, "-m", "experiments.cli", "profile", "--engine", "sglang", "--gpu", "1,0"),
+        *("--model", str(tmp_path), "--server-python", str(python), "--out", str(tmp_path / "p")),
+        *("--settle", "0", "--window", "0.01", "--trials", "1", "--server-args=--tp-size 4"),
+    ]
+    done = subprocess.run(command, env=standin.env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2
+    assert "unified server ended with 3" in done.stderr.splitlines()[-1]
+    cards, arguments = (tmp_path / "p" / "logs" / "unified.log").read_text().splitlines()
+    assert cards == "cards GPU-standin-1,GPU-standin-0"
+    assert "--chunked-prefill-size 16384 --tp-size 2" in arguments
+    assert arguments.endswith("--tp-size 4")  # what the user says comes last, and so counts
+
+
+@pytest.mark.parametrize(
+    ("info", "sizes"),
+    [
+        (
+            {"cuda_graph_bs": None, "internal_states": [{"decode_cuda_graph_bs": [1, 2, 8]}]},
+            (1, 2, 8),
+        ),
+        ({"cuda_graph_bs": [4], "internal_states": [{"decode_cuda_graph_bs": []}]}, ()),
+        ({"cuda_graph_bs": [4]}, ()),
+    ],
+)
+def test_graph_sizes_are_those_captured(info: dict[str, Any], sizes: tuple[int, ...]) -> None:
+    assert _graph_batch_sizes(info) == sizes
+
+
+class Answering(BaseHTTPRequestHandler):
+    """Answers each prompt as the path says."""
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        status, body = self.server.answer  # type: ignore[attr-defined]
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(body)
+
+    def log_message(self, *args: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "kind"),
+    [
+        (400, b'{"error": {"message": "The input is too long"}}', NotHeldError),
+        (200, b'data: {"error": {"message": "aborted"}}\n\ndata: [DONE]\n\n', NotHeldError),
+        (200, b"data: {}", EngineCrashError),  # it ended in the middle
+        (500, b"Internal Server Error", EngineCrashError),
+        (200, b"data: [DONE]", None),
+    ],
+)
+def test_a_refused_batch_is_no_crash(
+    status: int, body: bytes, kind: type[VoltanaError] | None
+) -> None:
+    """A crash has the engine started again, and two in a row end the run."""
+    server = HTTPServer(("127.0.0.1", 0), Answering)
+    server.answer = (status, body)  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    endpoint = Endpoint(url=f"http://127.0.0.1:{server.server_port}", metrics="")
+    client = Client(Servers(prefill=endpoint, decode=endpoint), 100)
+    try:
+        asked = client.start([4], 2)
+        if kind is None:
+            asked.result()
+        else:
+            with pytest.raises(kind) as caught:
+                asked.result()
+            assert "\n" not in str(caught.value)
+    finally:
+        client.close()
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def test_a_window_of_bursts_is_as_long_as_asked_pauses_included() -> None:
+    """Bursts of 20 ms whose pass takes 1 ms: 0.1 s hold 5 of them, not 100."""
+    client = Client(Servers(prefill=NOWHERE, decode=NOWHERE), 100)
+    bursts = _Bursts(Point(phase="prefill", batch_size=2, tokens=8), client, Records(""), FACTS)
+    number = 0
+
+    def burst() -> list[IterationMetrics]:
+        nonlocal number
+        number += 1
+        time.sleep(0.02)
+        return [passed(number, 2, time.monotonic(), took_s=0.001)]
+
+    bursts._burst = burst  # type: ignore[method-assign]
+    window = bursts.run(min_duration_s=0.1, min_iterations=1)
+    client.close()
+    assert len(window.iteration_s) == number <= 5
+    assert set(window.iteration_s) == {0.001}
+
+
+@pytest.mark.parametrize(
+    ("context", "wanted_s", "output_tokens"),
+    [
+        (2048, 1.2, 1024),  # twelve times as long would be 1,536: more than half the context
+        (2048, 0.4, 512),
+        (2048, 0.1, 128),  # long enough as it is
+        (256, 1.2, 128),  # the context may move by no more than half of it
+    ],
+)
+def test_streams_run_long_enough_for_an_energy_of_their_own(
+    context: int, wanted_s: float, output_tokens: int
+) -> None:
+    """Answers of 128 tokens run together for 0.1 s."""
+    client = Client(Servers(prefill=NOWHERE, decode=NOWHERE), 100)
+    point = Point(phase="decode", batch_size=2, tokens=2 * context)
+    streams = _HeldStreams(point, client, Records(""), FACTS)
+    streams._stretch(0.1, wanted_s)
+    client.close()
+    assert streams._output_tokens == output_tokens
+
+
+def test_attached_servers_are_not_restarted() -> None:
+    engine = SglangEngine(lambda: attach(Path("f")), load_shape("llama-3.1-8b"), is_attached=True)
+    with pytest.raises(EngineCrashError, match="start them and run the same command"):
+        engine.restart()
+
+
 def test_a_shape_without_weights_cannot_be_served(tmp_path: Path) -> None:
     asked = ["profile", "--engine", "sglang", "--model", "llama-3.1-8b", "--power-w", "1"]
     done = CliRunner().invoke(make_app(), [*asked, "--out", str(tmp_path / "p")])
@@ -147,10 +306,6 @@ def test_a_shape_without_weights_cannot_be_served(tmp_path: Path) -> None:
 def test_shape_of_another_model_than_llama(tmp_path: Path) -> None:
     """Qwen3-8B: 36 layers x 8 KV heads x 128 x keys and values."""
     path = tmp_path / "config.json"
-    path.write_text(
-        '{"model_type": "qwen3", "num_hidden_layers": 36, "hidden_size": 4096, "head_dim": 128,'
-        ' "vocab_size": 151936, "intermediate_size": 12288, "num_attention_heads": 32,'
-        ' "num_key_value_heads": 8, "max_position_embeddings": 40960}'
-    )
+    path.write_text(CONFIG)
     assert load_shape(str(path)).kv_bytes_per_token(2) == 147_456
     assert load_shape("llama-3.1-8b").kv_bytes_per_token(2) == 131_072

@@ -15,13 +15,18 @@ from torch import Tensor  # noqa: E402
 
 from profiles.device.constant import ConstantPowerGpu  # noqa: E402
 from profiles.device.lock import ClockSession  # noqa: E402
-from profiles.engines.base import Point  # noqa: E402
+from profiles.engines.base import (  # noqa: E402
+    EngineCrashError,
+    OutOfMemoryError,
+    Point,
+)
 from profiles.engines.llama import KvCache, Llama  # noqa: E402
 from profiles.engines.llama_config import BUILT_IN, load_config  # noqa: E402
 from profiles.engines.torch_llama import NUM_GRAPH_WARM_UP, TorchEngine, captured  # noqa: E402
 from profiles.errors import VoltanaError  # noqa: E402
 from profiles.measure.campaign import Campaign, Plan  # noqa: E402
 from profiles.measure.journal import Journal  # noqa: E402
+from profiles.measure.progress import Quiet  # noqa: E402
 from profiles.measure.trial import Protocol  # noqa: E402
 
 TOY = BUILT_IN["toy"]
@@ -230,18 +235,106 @@ def test_out_of_memory_at_a_point_is_recorded_and_the_rest_goes_on(
     log = Journal.open(tmp_path / "journal.jsonl")
     plan = Plan(
         clocks_mhz=None, phases=("decode",), budget_s=0.0, max_batch_size=4, max_tokens=16,
-        protocol=Protocol(window_s=0.001, min_iterations=1, num_trials=1),
+        protocol=Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=1),
     )  # fmt: skip
     gpus = [ConstantPowerGpu(100.0)]
     with TorchEngine(TOY, device="cpu", dtype="float32") as engine, ClockSession(gpus) as session:
-        Campaign(engine, gpus, plan, session, log, lambda *_: None).run()
-    assert {(point.batch_size, point.tokens) for _, point in log.failures} == {(4, 4)}
+        Campaign(engine, gpus, plan, session, log, Quiet()).run()
+    assert {point.batch_size for _, point in log.failures} == {4}
     for reason in log.failures.values():
         assert reason.endswith("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert {(point.batch_size, point.tokens) for _, point in log.points} == {
-        (1, 1),
-        (1, 16),
-        (2, 2),
-    }
+    assert {point.batch_size for _, point in log.points} == {1, 2}
     again = Journal.open(tmp_path / "journal.jsonl")
     assert all(again.is_done(*key) for key in log.failures)
+
+
+@pytest.mark.parametrize(
+    ("said", "kind"),
+    [
+        ("CUDA error: an illegal memory access was encountered\nMore", EngineCrashError),
+        ("CUDA error: operation not permitted when stream is capturing", EngineCrashError),
+        ("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate", OutOfMemoryError),
+        ("cuDNN error: CUDNN_STATUS_ALLOC_FAILED", OutOfMemoryError),
+        ("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED", EngineCrashError),
+        ("mat1 and mat2 shapes cannot be multiplied", RuntimeError),  # a mistake of ours
+    ],
+)
+def test_errors_of_the_device_are_told_apart(
+    monkeypatch: pytest.MonkeyPatch, said: str, kind: type[Exception]
+) -> None:
+    def failing(*_: object) -> object:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(Llama, "forward", failing)
+    with TorchEngine(TOY, device="cpu", dtype="float32") as engine:
+        point = Point(phase="decode", batch_size=2, tokens=8)
+        with pytest.raises(kind) as caught, engine.open(point) as workload:
+            workload.run(min_duration_s=0.0, min_iterations=1)
+        assert type(caught.value) is kind
+        assert said.splitlines()[0] in str(caught.value)
+        if kind is not RuntimeError:
+            assert "batch 2 with 8 tokens (decode)" in str(caught.value)
+        with pytest.raises(EngineCrashError, match="run the same command again"):
+            engine.restart()
+
+
+def test_running_out_while_capturing_is_no_crash() -> None:
+    """Ending the capture raises its own error over that of the memory."""
+
+    class Full(RecordedCalls):
+        def record(self, step: Callable[[], Tensor]) -> Callable[[], object]:
+            try:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            finally:
+                raise RuntimeError("CUDA error: operation failed due to a previous error")
+
+    point = Point(phase="decode", batch_size=1, tokens=8)
+    with (
+        TorchEngine(TOY, device="cpu", dtype="float32", graphs=Full()) as engine,
+        pytest.raises(OutOfMemoryError, match="must fit the memory"),
+        engine.open(point),
+    ):
+        pass
+
+
+def test_a_model_that_does_not_fit_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 90 GiB.\nMore")
+
+    monkeypatch.setattr(Llama, "__init__", full)
+    with pytest.raises(
+        OutOfMemoryError, match=r"the model toy must fit the memory: CUDA out of memory[^\n]*$"
+    ):
+        TorchEngine(TOY, device="cpu", dtype="float32").__enter__()
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "said"),
+    [
+        ("cpu", "bf16", "--dtype must be known, got 'bf16'"),
+        ("cpu", "int8", "--dtype must be known"),
+        ("cuda:1", "bfloat16", "choose the card with --gpu"),
+        ("tpu", "bfloat16", "--device must be cuda or cpu"),
+    ],
+)
+def test_unknown_types_and_devices_are_one_line(device: str, dtype: str, said: str) -> None:
+    with pytest.raises(VoltanaError, match=said):
+        TorchEngine(TOY, device=device, dtype=dtype)
+
+
+def test_decode_reads_a_cache_that_toggles_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the model is given, not what it leaves behind."""
+    seen: list[KvCache] = []
+    forward = Llama.forward
+
+    def watched(self: Llama, ids: Tensor, start: int, cache: KvCache) -> Tensor:
+        seen.append(KvCache(keys=cache.keys.clone(), values=cache.values.clone()))
+        result: Tensor = forward(self, ids, start, cache)
+        return result
+
+    monkeypatch.setattr(Llama, "forward", watched)
+    point = Point(phase="decode", batch_size=2, tokens=64)
+    with TorchEngine(TOY, device="cpu", dtype="bfloat16") as engine, engine.open(point) as workload:
+        workload.run(min_duration_s=0.0, min_iterations=1)
+    for tensor in (seen[0].keys, seen[0].values):
+        assert float(tensor.float().std()) == pytest.approx(1.0, abs=0.1)

@@ -7,21 +7,34 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
 import pytest
+from typer.testing import CliRunner
 
+from experiments.cli import make_app
 from profiles.catalog import Profile, load_profile
+from profiles.device.constant import ConstantPowerGpu
+from profiles.engines.base import PHASES, Point
+from profiles.errors import VoltanaError
+from profiles.measure.assemble import assemble
+from profiles.measure.journal import Journal
+from profiles.measure.trial import GAPS
 from tests.profiles.device.standin import ROOT, Standin
+from tests.profiles.measure.test_measure import FACTS
+from tests.profiles.measure.test_measure import TRIAL as PLAIN
 from tests.sim.engine.fixtures import make_requests
 from tests.sim.engine.fixtures import run as simulate_run
 
 pytest.importorskip("torch")
 
+TRIAL = replace(PLAIN, flags=(GAPS,))
 SMALL = (
     *("--model", "toy", "--device", "cpu", "--dtype", "float32", "--budget", "2s"),
     *("--window", "0.02", "--iterations", "2", "--trials", "2"),
+    *("--warm-up", "0", "--settle", "0"),
     *("--max-batch", "2", "--max-tokens", "512"),
 )
 
@@ -85,8 +98,12 @@ def test_clocks_are_locked_in_turn_and_given_back(standin: Standin, tmp_path: Pa
     assert done.returncode == 0, done.stderr
     profile = load_profile(tmp_path / "p")
     assert profile.clocks_mhz == (1005, 1410)
-    assert profile.meta.provenance["decode_power"].status == "measured"
+    power = profile.meta.provenance["decode_power"]
+    assert power.status == "modelled"  # the card's, while the CPU computed
+    assert "not the power of this work" in power.source
     assert profile.idle_power_w(0) == pytest.approx(250.0, rel=0.1)
+    assert "at most 0:0" in done.stderr
+    assert "voltana: the engine starts and loads its model" in done.stderr.splitlines()
     bare = pd.read_csv(tmp_path / "p" / "idle_bare.csv")
     assert set(bare["frequency_mhz"]) == {0, 1005, 1410}
     assert bare["power_w"].to_numpy() == pytest.approx(250.0, rel=0.1)
@@ -106,8 +123,54 @@ def test_current_touches_no_clock_even_without_permission(standin: Standin, tmp_
     assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
     refused = run(tmp_path / "q", env, "--frequencies", "1005")
     assert refused.returncode == 2
-    assert refused.stderr.count("\n") == 1
-    assert "--frequencies current" in refused.stderr
+    *before, last = refused.stderr.splitlines()
+    assert "--frequencies current" in last
+    assert "CAP_SYS_ADMIN" in last
+    assert before == ["voltana: idle power without the model is measured"]
+
+
+def test_the_clock_locked_before_is_locked_again(standin: Standin, tmp_path: Path) -> None:
+    env = standin.env | {"OMP_NUM_THREADS": "1"}
+    wrong = run(tmp_path / "p", env, "--frequencies", "1005", "--restore-clock", "1001")
+    assert "--restore-clock must be a clock the card supports" in wrong.stderr
+    done = run(tmp_path / "p", env, "--frequencies", "1005", "--restore-clock", "1200")
+    assert done.returncode == 0, done.stderr
+    assert standin["locked_mhz"] == 1200
+
+
+def test_power_of_a_card_is_measured_where_the_engine_runs_on_it(tmp_path: Path) -> None:
+    """And of all its cards, each of them named."""
+    log = Journal.open(tmp_path / "journal.jsonl")
+    for tokens in (8, 16):
+        for phase in PHASES:
+            log.add_point(0, Point(phase=phase, batch_size=1, tokens=tokens), [TRIAL])
+    log.add_idle(0, is_loaded=True, power_w=[60.0])
+    card = replace(ConstantPowerGpu(100.0).identity, is_power_measured=True, memory_bytes=2**30)
+    made = assemble(tmp_path, log, [card, card], replace(FACTS, is_on_gpu=True))
+    power = made.meta.provenance["decode_power"]
+    assert power.status == "measured"
+    assert power.source == "NVML energy by counter, board power of all 2 GPUs"
+    assert "in 4 of 4 trials pauses count too" in power.uncertainty
+    elsewhere = assemble(tmp_path, log, [card], replace(FACTS, is_on_gpu=False))
+    assert elsewhere.meta.provenance["decode_power"].status == "modelled"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--device", "cuda:1"), "choose the card with --gpu"),
+        (("--device", "cuda", "--pair"), "--pair must go with --device cpu"),
+        (("--gpu", "0,0"), "--gpu must be distinct"),
+    ],
+)
+def test_what_would_mislead_is_refused_in_one_line(
+    tmp_path: Path, options: tuple[str, ...], said: str
+) -> None:
+    asked = ["profile", "--model", "toy", "--out", str(tmp_path / "p"), *options]
+    done = CliRunner().invoke(make_app(), asked)
+    assert isinstance(done.exception, VoltanaError)
+    assert said in str(done.exception)
+    assert "\n" not in str(done.exception)
 
 
 def test_kill_9_of_the_profiler_gives_the_clock_back(standin: Standin, tmp_path: Path) -> None:

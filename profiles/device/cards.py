@@ -1,0 +1,108 @@
+"""The cards that a command names: opened by NVML, and made the only ones that CUDA sees.
+
+NVML numbers cards by PCI bus, CUDA by speed unless told otherwise, and it obeys
+CUDA_VISIBLE_DEVICES, which NVML does not. Only the UUID means the same card to both.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Final
+
+from profiles.device.constant import ConstantPowerGpu
+from profiles.device.gpu import DeviceError, Gpu
+from profiles.device.nvml import NvmlGpu
+from profiles.errors import VoltanaError
+
+VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+
+
+def parse_indices(text: str) -> tuple[int, ...]:
+    """NVML indices out of "0" or "0,1".
+
+    Raises:
+        VoltanaError: Not distinct numbers separated by commas.
+
+    Example:
+        >>> parse_indices("0,1")
+        (0, 1)
+    """
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) != len(parts):
+        raise VoltanaError(
+            f"--gpu must be distinct NVML indices separated by commas, got {text!r}: e.g. 0,1; "
+            "nvidia-smi lists them"
+        )
+    return tuple(int(part) for part in parts)
+
+
+@contextmanager
+def open_cards(text: str, power_w: float | None) -> Iterator[list[Gpu]]:
+    """The named cards, alone visible to CUDA in this process and those it starts.
+
+    Args:
+        text: NVML indices separated by commas.
+        power_w: No card: the constant power of a stand-in.
+
+    Raises:
+        VoltanaError: No such cards, cards of different kinds, or one in MIG mode.
+    """
+    if power_w is not None:
+        yield [ConstantPowerGpu(power_w)]
+        return
+    with ExitStack() as stack:
+        cards = [stack.enter_context(NvmlGpu(index)) for index in parse_indices(text)]
+        _check(cards)
+        stack.enter_context(visible_alone([card.identity.uuid for card in cards]))
+        yield list(cards)
+
+
+@contextmanager
+def visible_alone(uuids: Sequence[str]) -> Iterator[None]:
+    """Show CUDA these cards alone, in this order; enter it before CUDA is first used."""
+    before = os.environ.get(VISIBLE)
+    os.environ[VISIBLE] = ",".join(uuids)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[VISIBLE]
+        else:
+            os.environ[VISIBLE] = before
+
+
+def _check(cards: Sequence[NvmlGpu]) -> None:
+    names = sorted({card.identity.name for card in cards})
+    if len(names) > 1:
+        raise DeviceError(
+            f"the cards of an instance must be of one kind, got {' and '.join(names)} (--gpu)"
+        )
+    for card in cards:
+        if card.is_partitioned():
+            raise DeviceError(
+                f"GPU {card.identity.index} must not be partitioned, it is in MIG mode: power and "
+                "clocks are of the whole card; end it (nvidia-smi -mig 0) or take another --gpu"
+            )
+
+
+def slug(name: str) -> str:
+    """A folder's name for a card.
+
+    Example:
+        >>> slug("NVIDIA H200"), slug("NVIDIA A100-SXM4-80GB")
+        ('h200', 'a100-sxm4-80gb')
+    """
+    plain = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+    return plain.removeprefix("nvidia-")
+
+
+if __name__ == "__main__":  # for the Makefile
+    try:
+        with NvmlGpu(0) as first:
+            sys.stdout.write(slug(first.identity.name) + "\n")
+    except DeviceError as error:
+        raise SystemExit(f"voltana: {error}") from None

@@ -1,0 +1,371 @@
+"""A campaign over engines that die, cards that fail and processes that come, without a real one."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import pytest
+
+from profiles.catalog import load_profile
+from profiles.device.constant import ConstantPowerGpu
+from profiles.device.gpu import ClockTimeoutError, GpuBusyError
+from profiles.device.lock import ClockSession
+from profiles.engines.base import (
+    EngineCrashError,
+    EngineFacts,
+    OutOfMemoryError,
+    Phase,
+    Point,
+    Window,
+    Workload,
+)
+from profiles.errors import VoltanaError
+from profiles.measure import trial as trial_module
+from profiles.measure.campaign import Campaign, Plan
+from profiles.measure.journal import Journal
+from profiles.measure.power import SampleGapError
+from profiles.measure.progress import Quiet, Standing
+from profiles.measure.run import check_parallel, measure_profile
+from profiles.measure.trial import Protocol
+
+FAST = Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=2)
+BIG = Point(phase="decode", batch_size=2, tokens=2)
+
+
+@dataclass(slots=True)
+class Fake:
+    """An engine whose iterations take no time; it dies where it is told to."""
+
+    deadly: Sequence[Point] = ()
+    too_big: Sequence[Point] = ()
+    stops_at: Point | None = None
+    """Where the user presses Ctrl-C."""
+    has_attached: bool = False
+    can_restart: bool = True
+    num_starts: int = 0
+    opened: list[Point] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self.num_starts += 1
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        pass
+
+    @property
+    def facts(self) -> EngineFacts:
+        return EngineFacts(
+            engine_name="fake", engine_version="1", model_name="m", tensor_parallel=1,
+            kv_bytes_per_token=8, max_context_tokens=16, max_prefill_tokens=16,
+            max_running_requests=2, kv_capacity_tokens=32, graph_batch_sizes=(), notes={},
+            is_on_gpu=True,
+        )  # fmt: skip
+
+    @property
+    def is_attached(self) -> bool:
+        return self.has_attached
+
+    def measure_serving(self) -> None:
+        return None
+
+    def restart(self) -> None:
+        if not self.can_restart:
+            raise EngineCrashError("run the same command again")
+        self.num_starts += 1
+
+    @contextmanager
+    def open(self, point: Point) -> Iterator[Workload]:
+        self.opened.append(point)
+        if point in self.deadly:
+            raise EngineCrashError(f"died of {point.tokens} tokens")
+        if point in self.too_big:
+            raise OutOfMemoryError("does not fit")
+        if point == self.stops_at:
+            raise KeyboardInterrupt
+        yield self
+
+    def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
+        tokens = float(self.opened[-1].tokens)
+        return Window(iteration_s=(0.01,), elapsed_s=0.01, tokens=tokens, spans_ns=((0, 1),))
+
+
+def plan(phases: tuple[Phase, ...] = ("prefill", "decode"), budget_s: float = 60.0) -> Plan:
+    return Plan(
+        clocks_mhz=None, phases=phases, budget_s=budget_s, max_batch_size=2, max_tokens=32,
+        protocol=FAST,
+    )  # fmt: skip
+
+
+def run(engine: Fake, path: Path, wanted: Plan | None = None) -> Journal:
+    log = Journal.open(path)
+    card = ConstantPowerGpu(100.0)
+    with ClockSession([card]) as session, engine:
+        Campaign(engine, [card], wanted or plan(), session, log, Quiet()).run()
+    return log
+
+
+def test_a_crash_is_recorded_the_engine_restarted_and_the_point_tried_by_the_next_run(
+    tmp_path: Path,
+) -> None:
+    engine = Fake(deadly=[BIG])
+    log = run(engine, tmp_path / "j")
+    assert (engine.num_starts, log.failures) == (2, {(0, BIG): "died of 2 tokens"})
+    assert engine.opened.count(BIG) == 1
+    assert len(log.points) == len(set(engine.opened)) - 1
+    again = Fake()
+    assert (0, BIG) in run(again, tmp_path / "j").points
+    assert set(again.opened) == {BIG}
+
+
+def test_a_point_that_kills_every_run_is_given_up_after_three(tmp_path: Path) -> None:
+    """Else a broken CUDA context would end each run at the same point."""
+    tried = []
+    for _ in range(5):
+        engine = Fake(deadly=[BIG])
+        run(engine, tmp_path / "j")
+        tried.append(BIG in engine.opened)
+    assert tried == [True, True, True, False, False]
+
+
+def test_two_crashes_in_a_row_end_the_run_and_what_had_finished_is_a_profile(
+    tmp_path: Path,
+) -> None:
+    """It dies at the last two of the grid."""
+    order = run(Fake(), tmp_path / "order").points
+    last = [point for _, point in order][-2:]
+    engine = Fake(deadly=last)
+    out = tmp_path / "p"
+    with pytest.raises(EngineCrashError, match=r"2 in a row: died of .* run the same command"):
+        measure_profile([ConstantPowerGpu(100.0)], engine, plan(), out, Quiet())
+    assert set(load_profile(out).decode["batch_size"]) == {1, 2}
+
+
+def test_an_engine_that_cannot_be_restarted_says_what_died_and_what_to_do(tmp_path: Path) -> None:
+    engine = Fake(deadly=[BIG], can_restart=False)
+    with pytest.raises(EngineCrashError, match="died of 2 tokens; run the same command again"):
+        run(engine, tmp_path / "j")
+    kinds = [json.loads(line)["kind"] for line in (tmp_path / "j").read_text().splitlines()]
+    assert kinds[-1] == "failure"
+
+
+def test_ctrl_c_leaves_a_profile_where_the_grid_is_spanned(tmp_path: Path) -> None:
+    order = [point for _, point in run(Fake(), tmp_path / "order").points]
+    out = tmp_path / "p"
+    with pytest.raises(KeyboardInterrupt):
+        measure_profile([ConstantPowerGpu(1.0)], Fake(stops_at=order[-1]), plan(), out, Quiet())
+    assert load_profile(out).meta.engine.name == "fake"
+    early = Fake(stops_at=order[1])
+    with pytest.raises(KeyboardInterrupt):
+        measure_profile([ConstantPowerGpu(1.0)], early, plan(), tmp_path / "q", Quiet())
+    assert not (tmp_path / "q" / "profile.toml").exists()
+
+
+def test_where_a_row_cannot_be_held_to_its_end_the_next_point_is_measured_at_once(
+    tmp_path: Path,
+) -> None:
+    """Batch 1 to 16 tokens does not fit: a budget of 0 covers the corners, that row to 1 token."""
+    end = Point(phase="decode", batch_size=2, tokens=32)
+    engine = Fake(too_big=[end])
+    log = run(engine, tmp_path / "j", plan(("decode",), budget_s=0.0))
+    at = engine.opened.index(end)
+    assert engine.opened[at + 1] == BIG
+    assert len(log.points) == 3  # every point of the grid but that one
+
+
+def test_a_window_that_cannot_be_metered_is_dropped_and_recorded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first trial of the run fails, then every trial of one point."""
+    whole = trial_module._run_trial
+    failing = iter([True, False, True, True])
+
+    def stalled(*args: object) -> object:
+        if next(failing, False):
+            raise SampleGapError("the machine is overloaded")
+        return whole(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(trial_module, "_run_trial", stalled)
+    log = run(Fake(), tmp_path / "j")
+    first, *rest = log.points.values()
+    assert len(first) == 1
+    assert all(len(trials) == 2 for trials in rest)
+    assert list(log.failures.values()) == ["the machine is overloaded"]
+    assert len(log.dropped) == 3
+    again = Journal.open(tmp_path / "j")
+    assert not any(again.is_done(*key) for key in log.failures)
+
+
+class Lockable(ConstantPowerGpu):
+    """Reaches one of its two clocks."""
+
+    def __init__(self) -> None:
+        super().__init__(100.0)
+        self.held_mhz = 1000
+
+    def supported_clocks_mhz(self) -> tuple[int, ...]:
+        return (1000, 1980)
+
+    def clock_mhz(self) -> int:
+        return self.held_mhz
+
+    def lock_clock(self, clock_mhz: int) -> None:
+        pass
+
+    def unlock_clock(self) -> None:
+        pass
+
+
+def locked_run(card: Lockable, path: Path, engine: Fake) -> Journal:
+    log = Journal.open(path)
+    wanted = Plan(
+        clocks_mhz=(1000, 1980), phases=("decode",), budget_s=60.0, max_batch_size=2,
+        max_tokens=32, protocol=FAST,
+    )  # fmt: skip
+    session = ClockSession([card], has_watchdog=False, timeout_s=0.01)
+    with session, engine:
+        Campaign(engine, [card], wanted, session, log, Quiet()).run()
+    return log
+
+
+def test_a_clock_that_is_not_reached_is_dropped_and_the_others_measured(tmp_path: Path) -> None:
+    log = locked_run(Lockable(), tmp_path / "j", Fake())
+    assert {clock for clock, _ in log.points} == {1000}
+    assert "must reach 1980 MHz" in log.dropped[0]
+    assert issubclass(ClockTimeoutError, VoltanaError)
+
+
+def test_a_clock_lost_under_load_is_flagged_and_stands_under_the_lock(tmp_path: Path) -> None:
+    """16 MHz below the 1000 MHz locked while the work runs; 15 would pass."""
+
+    class Sagging(Fake):
+        def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
+            card.held_mhz = sag_mhz
+            return super().run(min_duration_s=min_duration_s, min_iterations=min_iterations)
+
+    for sag_mhz, flags in ((984, {"clock-off"}), (985, set())):
+        card = Lockable()
+        log = locked_run(card, tmp_path / str(sag_mhz), Sagging())
+        seen = {f for (clock, _), trials in log.points.items() for t in trials for f in t.flags}
+        assert seen == flags
+        assert {clock for clock, _ in log.points} == {1000}
+
+
+def test_a_process_that_comes_onto_the_card_ends_the_run(tmp_path: Path) -> None:
+    class Visited(ConstantPowerGpu):
+        visitors: frozenset[int] = frozenset()
+
+        def process_ids(self) -> frozenset[int]:
+            return self.visitors
+
+    card, engine = Visited(100.0), Fake()
+    log = Journal.open(tmp_path / "j")
+    session = ClockSession([card])
+
+    class Telling(Quiet):
+        def at(self, standing: Standing) -> None:
+            if standing.num_done == 3:
+                card.visitors = frozenset({2**31 - 1})
+
+    with session, engine, pytest.raises(GpuBusyError, match=str(2**31 - 1)):
+        Campaign(engine, [card], plan(), session, log, Telling()).run()
+    assert len(log.points) == 3
+
+
+def test_the_engine_itself_is_not_foreign_where_its_processes_cannot_be_told(
+    tmp_path: Path,
+) -> None:
+    """In a container NVML names host pids: those there when the engine had started are its own."""
+
+    class Container(ConstantPowerGpu):
+        def process_ids(self) -> frozenset[int]:
+            return frozenset({2**31 - 1}) if engine.num_starts else frozenset()
+
+    engine = Fake(deadly=[BIG])
+    card = Container(100.0)
+    log = Journal.open(tmp_path / "j")
+    with ClockSession([card]) as session, engine:
+        Campaign(engine, [card], plan(), session, log, Quiet()).run()
+    assert log.points
+
+
+@pytest.mark.parametrize(
+    "changed", ["engine_version", "driver_version", "trial_settings", "model_shape"]
+)
+def test_another_identity_is_refused(tmp_path: Path, changed: str) -> None:
+    out = tmp_path / "p"
+    measure_profile([ConstantPowerGpu(100.0)], Fake(), plan(), out, Quiet())
+    path = out / "journal.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    (described,) = (entry for entry in lines if entry["kind"] == "run")
+    described[changed] = "another"
+    path.write_text("".join(json.dumps(entry) + "\n" for entry in lines))
+    engine = Fake()
+    with pytest.raises(VoltanaError, match=f"got another {changed}") as caught:
+        measure_profile([ConstantPowerGpu(100.0)], engine, plan(), out, Quiet())
+    assert "\n" not in str(caught.value)
+    assert not engine.opened
+    is_known_before_the_engine_starts = changed in ("driver_version", "trial_settings")
+    assert (engine.num_starts == 0) is is_known_before_the_engine_starts
+
+
+def test_a_single_phase_is_said_to_make_no_profile_before_it_runs(tmp_path: Path) -> None:
+    said: list[str] = []
+
+    class Listening(Quiet):
+        def say(self, text: str) -> None:
+            said.append(text)
+
+    with pytest.raises(VoltanaError, match="prefill points"):
+        measure_profile([ConstantPowerGpu(1.0)], Fake(), plan(("decode",)), tmp_path, Listening())
+    assert "without prefill this run fills the journal alone" in said[0]
+    measure_profile([ConstantPowerGpu(1.0)], Fake(), plan(("prefill",)), tmp_path, Listening())
+    assert load_profile(tmp_path).meta.engine.name == "fake"
+
+
+class Measured(ConstantPowerGpu):
+    """A constant that claims to be a card."""
+
+    def __init__(self) -> None:
+        super().__init__(100.0)
+        object.__setattr__(self._identity, "is_power_measured", True)
+
+
+@pytest.mark.parametrize(("num_cards", "is_refused"), [(1, False), (2, True)])
+def test_all_cards_of_the_engine_are_metered_and_no_other(
+    num_cards: int, *, is_refused: bool
+) -> None:
+    cards = [Measured() for _ in range(num_cards)]
+    facts = Fake().facts
+    if not is_refused:
+        check_parallel(cards, facts)
+        return
+    with pytest.raises(VoltanaError, match=r"got 2 for a tensor parallelism of 1.*--gpu 0,1"):
+        check_parallel(cards, facts)
+
+
+def test_time_left_is_the_budget_or_less(tmp_path: Path) -> None:
+    """At first the budget; when the first points took a moment each, that times their number."""
+    seen: list[Standing] = []
+
+    class Watching(Quiet):
+        def at(self, standing: Standing) -> None:
+            seen.append(standing)
+
+    card, engine = ConstantPowerGpu(100.0), Fake()
+    log = Journal.open(tmp_path / "j")
+    with ClockSession([card]) as session, engine:
+        Campaign(engine, [card], plan(budget_s=3600.0), session, log, Watching()).run()
+    assert seen[0].left_s == pytest.approx(3600.0, abs=60.0)
+    assert all(standing.left_s < 600.0 for standing in seen[1:])
+    assert [standing.num_done for standing in seen] == list(range(len(seen)))
