@@ -24,8 +24,9 @@ class MetricsFeed:
     def __init__(self, address: str, clock: RunClock) -> None:
         """Connect; the server need not be there yet."""
         self._clock = clock
-        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        self._socket = self._context.socket(zmq.SUB)
+        # All feeds of a process share ZMQ's one thread: one each would wake for every record.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.SUB)
         self._socket.set_hwm(MAX_QUEUED_RECORDS)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
@@ -47,7 +48,6 @@ class MetricsFeed:
         """End the subscription."""
         self._inbox.close()
         self._socket.close(linger=0)
-        self._context.term()
 
     async def __aiter__(self) -> AsyncIterator[IterationMetrics]:
         while True:
