@@ -35,7 +35,8 @@ class PassedError(VoltanaError):
     """A server has refused the request itself: its answer goes to the client as it is."""
 
     def __init__(self, status: int, content_type: str, body: bytes) -> None:
-        super().__init__(f"the server answers {status}")
+        said = _shorten(body.decode(errors="replace"))
+        super().__init__(f"the server answers {status}: {said}")
         self.status = status
         self.content_type = content_type
         self.body = body

@@ -32,7 +32,7 @@ from hwreplay.router.upstream import (
 )
 
 DRAIN_S: Final = 1.0
-"""Longest wait for the prefill server's last word after the answer, to keep its connection."""
+"""How long a prefill server may take to its last word after the answer and keep its connection."""
 NUM_ASKED: Final = 2
 CLIENT_ERROR: Final = 400
 
@@ -82,6 +82,7 @@ class Proxy:
         self._fleet = fleet
         self._metrics = metrics
         self._clock = clock
+        self._draining: set[asyncio.Task[None]] = set()
 
     async def serve(self, call: Call) -> None:
         """Serve one request to its end.
@@ -89,7 +90,7 @@ class Proxy:
         Raises:
             NoWorkerError: No healthy pair.
             RequestFailedError: It has started and its server was lost, or every attempt failed.
-            PassedError: A server has refused the request itself.
+            PassedError: A server has refused the request itself before it has started.
         """
         excluded: set[Worker] = set()
         failed: AttemptError | None = None
@@ -105,6 +106,10 @@ class Proxy:
                 self._metrics.retries.inc()
             try:
                 await self._attempt(call, pair)
+            except PassedError as error:
+                if not call.is_begun:
+                    raise
+                raise RequestFailedError("refused", str(error)) from None
             except AttemptError as error:
                 if call.is_begun:
                     raise RequestFailedError(error.reason, str(error)) from None
@@ -144,12 +149,18 @@ class Proxy:
         prefill.add_done_callback(partial(_on_prefill_end, call))
         try:
             await self._decode(call, pair, data)
-            if not prefill.done():
-                await asyncio.wait({prefill}, timeout=DRAIN_S)
-        finally:
-            if not prefill.done():
-                prefill.cancel()
-                await asyncio.wait({prefill})
+        except BaseException:
+            prefill.cancel()
+            await asyncio.wait({prefill})
+            raise
+        if not prefill.done():
+            self._drain(prefill)
+
+    def _drain(self, prefill: asyncio.Task[None]) -> None:
+        """Let it end by itself: the client has its answer, and may be gone by then."""
+        self._draining.add(prefill)
+        prefill.add_done_callback(self._draining.discard)
+        asyncio.get_running_loop().call_later(DRAIN_S, prefill.cancel)
 
     async def _prefill(self, call: Call, pair: Pair, data: bytes) -> None:
         worker, watch = pair[0], EventWatch()
@@ -162,7 +173,7 @@ class Proxy:
                     self._mark_prefilled(call, pair)
                 _check_engine(watch.end(), worker)
         except UpstreamError as error:
-            raise self._broken(worker, error) from None
+            raise self._broken(worker, call, error) from None
 
     def _mark_prefilled(self, call: Call, pair: Pair) -> None:
         if not call.is_prefilled:
@@ -180,7 +191,7 @@ class Proxy:
                 else:
                     await self._whole(call, pair, answer, limit)
         except UpstreamError as error:
-            raise self._broken(worker, error) from None
+            raise self._broken(worker, call, error) from None
         except TimeoutError:
             late = worker if call.is_prefilled else pair[0]
             late.check_now.set()
@@ -244,11 +255,13 @@ class Proxy:
         if call.num_asked == NUM_ASKED:
             self._metrics.routing_s.observe(self._clock.now_s() - call.arrival_s)
 
-    def _broken(self, worker: Worker, error: UpstreamError) -> AttemptError:
+    def _broken(self, worker: Worker, call: Call, error: UpstreamError) -> AttemptError:
         """A server that refuses connections is out at once, one that breaks them is checked."""
         message = f"{worker.name} does not answer ({error})"
         if isinstance(error, RefusedError):
-            asyncio.get_running_loop().call_soon(self._fleet.take_out, worker, message)
+            assert call.attempt is not None
+            worker.attempts.discard(call.attempt)  # it is not lost with the server: it never came
+            self._fleet.take_out(worker, message)
         else:
             worker.check_now.set()
         is_late = isinstance(error, ConnectTimeoutError)

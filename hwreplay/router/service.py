@@ -115,8 +115,6 @@ class RouterService:
                 return FAILED, await sink.fail(str(error))
             return FAILED, _error(503 if reason == "no_worker" else 502, str(error))
         except PassedError as error:
-            if sink.response is not None:
-                return FAILED, await sink.fail(str(error))
             headers = {"Content-Type": error.content_type}
             return REJECTED, web.Response(status=error.status, body=error.body, headers=headers)
         except ClientGoneError:

@@ -128,6 +128,41 @@ def test_a_stream_that_does_not_end_well_is_no_completed_request(
             last = data.rstrip(b"\n").rpartition(b"\n\n")[2]
             assert message in events(last)[0]["error"]["message"]
             assert (await b.counts())["failed"] == 1
+            reason = "engine_error" if "early" in message else "refused"
+            assert (await b.samples())[("voltana_failures_total", reason)] == 1
+
+    asyncio.run(play())
+
+
+def test_a_client_that_leaves_with_its_whole_answer_has_completed() -> None:
+    """Though the prefill server has not said its last word: the client need not wait for that."""
+
+    async def play() -> None:
+        prefill = [*chunked(TOKEN, is_ended=False), *[b""] * 20]  # 0.4 s of silence
+        async with between(prefill, chunked(TOKEN, DONE)) as (b, _, _):
+            body = json.dumps(request_body(2, 1)).encode()
+            head = b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n" % len(body)
+            host, port = b.url.removeprefix("http://").split(":")
+            reader, writer = await asyncio.open_connection(host, int(port))
+            writer.write(head + body)
+            async with asyncio.timeout(5):
+                await reader.readuntil(b"0\r\n\r\n")
+            writer.transport.abort()
+            await asyncio.sleep(0.1)
+            assert (await b.counts())["completed"] == 1
+
+    asyncio.run(play())
+
+
+def test_a_server_that_takes_no_connection_has_not_died_with_the_request() -> None:
+    """One of two refuses before any health check tells: the other is still tried."""
+
+    async def play() -> None:
+        async with bench(2, 1, max_lost=1, health_period_s=60.0) as b:
+            await asyncio.sleep(0.2)  # the first checks find all well
+            await b.fleet.prefill[0].die()
+            assert (await b.generate(2, 1))[0] == 200
+            assert (await b.samples())[("voltana_retries_total", "")] == 1
 
     asyncio.run(play())
 
