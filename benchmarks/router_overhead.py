@@ -1,12 +1,17 @@
-"""What the router adds: latency through it minus latency of asking the same servers directly.
+"""What the router adds: time outside the servers through it, minus the same when asked directly.
 
 Stub servers, router and client are three processes on one machine; the same arrivals are sent
 directly and through the router in turns, so that a drift of the machine hits both. Run alone:
 
-    python benchmarks/router_overhead.py --rate 200 --seconds 15
+    python benchmarks/router_overhead.py --rate 200 --seconds 15 --output-tokens 8
 
 Direct means what the router does, done by the client: the same body to a prefill and a decode
-server, the stream read from decode.
+server, the stream read from decode. The servers stamp each piece with when the later of both was
+asked and when they wrote it, so that each request's way there and back is known without what the
+servers took, whose batches differ from run to run. Requests are paired by their arrival.
+
+The router has the feeds of a replay: it follows each server's metrics, tells an agent an instance
+of every step, and takes their reports.
 """
 
 from __future__ import annotations
@@ -24,17 +29,53 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import aiohttp
 import numpy as np
 import tomli_w
 import uvloop
+import zmq
+
+from hwreplay.events import topic_of
+from hwreplay.reports import Report, ReportSender
+from sim.policies.base import Phase
 
 ROOT = Path(__file__).parents[1]
-GOAL_S = 0.002
-Send = Callable[[aiohttp.ClientSession, dict[str, Any]], Coroutine[Any, Any, list[float]]]
-"""Sends one request; returns the times of its pieces, time 0 the sending."""
+GOAL_MS = 2.0
+QUANTILES = (0.5, 0.9, 0.99)
+TICK_S = 0.05
+"""How often an agent reports."""
+STAMPS = re.compile(rb'"asked_ns":(\d+),"written_ns":(\d+)')
+
+
+class Answer(NamedTuple):
+    """One request's stream as it came."""
+
+    sent_ns: int
+    pieces: list[tuple[int, bytes]]
+
+
+class Deployment(NamedTuple):
+    """What is measured."""
+
+    fleet: dict[str, list[dict[str, str]]]
+    url: str
+    router_pid: int
+    stub_pid: int
+
+    def used_s(self) -> tuple[float, float, float]:
+        """Processor time of router, servers and client."""
+        return cpu_s(self.router_pid), cpu_s(self.stub_pid), time.process_time()
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time that a process has used."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+Send = Callable[[aiohttp.ClientSession, dict[str, Any]], Coroutine[Any, Any, Answer]]
 
 
 @asynccontextmanager
@@ -52,14 +93,14 @@ async def process(*arguments: str, stream: str) -> AsyncIterator[tuple[str, int]
         await child.wait()
 
 
-async def read(answer: aiohttp.ClientResponse, start_ns: int) -> list[float]:
-    """Times of the pieces of a stream."""
+async def read(answer: aiohttp.ClientResponse, sent_ns: int) -> Answer:
+    """Take a stream; nothing is parsed meanwhile."""
     if answer.status != 200:
         raise RuntimeError(f"{answer.status}: {await answer.text()}")
-    times = []
-    while await answer.content.readany():
-        times.append((time.monotonic_ns() - start_ns) * 1e-9)
-    return times
+    pieces = []
+    while data := await answer.content.readany():
+        pieces.append((time.monotonic_ns(), data))
+    return Answer(sent_ns, pieces)
 
 
 def direct_to(fleet: dict[str, list[dict[str, str]]]) -> Send:
@@ -71,15 +112,15 @@ def direct_to(fleet: dict[str, list[dict[str, str]]]) -> Send:
         async with session.post(url, json=body) as answer:
             await answer.read()
 
-    async def send(session: aiohttp.ClientSession, body: dict[str, Any]) -> list[float]:
+    async def send(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
         prefill, decode = (worker["url"] + "/generate" for worker in next(pairs))
         body = body | {"bootstrap_room": next(rooms), "bootstrap_host": "x", "bootstrap_port": 1}
         start_ns = time.monotonic_ns()
         other = asyncio.create_task(drain(session, prefill, body))
         async with session.post(decode, json=body) as answer:
-            times = await read(answer, start_ns)
+            found = await read(answer, start_ns)
         await other
-        return times
+        return found
 
     return send
 
@@ -87,7 +128,7 @@ def direct_to(fleet: dict[str, list[dict[str, str]]]) -> Send:
 def through(url: str) -> Send:
     """Ask the router."""
 
-    async def send(session: aiohttp.ClientSession, body: dict[str, Any]) -> list[float]:
+    async def send(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
         start_ns = time.monotonic_ns()
         async with session.post(url + "/generate", json=body) as answer:
             return await read(answer, start_ns)
@@ -95,9 +136,7 @@ def through(url: str) -> Send:
     return send
 
 
-async def play(
-    send: Send, arrival_s: np.ndarray[Any, Any], body: dict[str, Any]
-) -> list[list[float]]:
+async def play(send: Send, arrival_s: np.ndarray[Any, Any], body: dict[str, Any]) -> list[Answer]:
     """Send open loop."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
     async with aiohttp.ClientSession(connector=connector) as session:
@@ -109,82 +148,119 @@ async def play(
         return list(await asyncio.gather(*tasks))
 
 
+class Agents:
+    """What the agents of a replay do to the router: hear each instance's events, report to it."""
+
+    def __init__(self, folder: str, instances: list[tuple[Phase, int]]) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._instances = instances
+        self._senders = [ReportSender(f"ipc://{folder}/reports") for _ in instances]
+        self._events = [self._context.socket(zmq.SUB) for _ in instances]
+        for socket, instance in zip(self._events, instances, strict=True):
+            socket.setsockopt(zmq.SUBSCRIBE, topic_of(*instance))
+            socket.connect(f"ipc://{folder}/events")
+
+    async def run(self) -> None:
+        """Report at an agent's rate; the events are taken by ZMQ's own thread."""
+        for count in itertools.count():
+            for sender, instance in zip(self._senders, self._instances, strict=True):
+                sender.send(Report(*instance, time.monotonic(), 1005, float(count), count))
+            await asyncio.sleep(TICK_S)
+
+    def close(self) -> None:
+        """Leave."""
+        for sender in self._senders:
+            sender.close()
+        for socket in self._events:
+            socket.close(linger=0)
+        self._context.term()
+
+
+@asynccontextmanager
+async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]:
+    """Stub servers, router and agents."""
+    with tempfile.TemporaryDirectory() as folder:
+        stub = (
+            "tests.hwreplay.stub_worker", "--prefill", "2", "--decode", "2", "--prefill-s", "0.005",
+            "--decode-s", "0.005", "--metrics", f"ipc://{folder}/{{phase}}-{{index}}",
+        )  # fmt: skip
+        async with process(*stub, stream="stdout") as (line, stub_pid):
+            fleet = json.loads(line)
+            config = {
+                "fleet": fleet,
+                "simulate": {"router": arguments.router},
+                "router": {n: f"ipc://{folder}/{n}" for n in ("events", "reports")},
+            }
+            path = Path(folder) / "router.toml"
+            path.write_text(tomli_w.dumps(config))
+            router = ("experiments.cli", "router", "--config", str(path), "--port", "0")
+            async with process(*router, stream="stderr") as (line, router_pid):
+                phases: tuple[Phase, Phase] = ("prefill", "decode")
+                agents = Agents(folder, [(p, i) for p in phases for i in range(len(fleet[p]))])
+                reports = asyncio.create_task(agents.run())
+                yield Deployment(fleet, line.split()[-1], router_pid, stub_pid)
+                reports.cancel()
+                agents.close()
+
+
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     """Play both ways in turns and compare."""
     rng = np.random.default_rng(arguments.seed)
-    count = int(arguments.rate * arguments.seconds)
     body = {
         "input_ids": rng.integers(3, 512, arguments.input_tokens).tolist(),
         "sampling_params": {"max_new_tokens": arguments.output_tokens, "ignore_eos": True},
         "stream": True,
     }
-    stub = ("tests.hwreplay.stub_worker", "--prefill", "2", "--decode", "2",
-            "--prefill-s", "0.005", "--decode-s", "0.005")  # fmt: skip
-    found: dict[str, list[list[float]]] = {"direct": [], "router": []}
-    used: dict[str, list[float]] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        async with process(*stub, stream="stdout") as (line, stub_pid):
-            fleet = json.loads(line)
-            config = Path(folder) / "router.toml"
-            config.write_text(
-                tomli_w.dumps({"fleet": fleet, "simulate": {"router": arguments.router}})
-            )
-            router = ("experiments.cli", "router", "--config", str(config), "--port", "0")
-            async with process(*router, stream="stderr") as (line, router_pid):
-                url = line.split()[-1]
-                ways = {"direct": direct_to(fleet), "router": through(url)}
-                for round_id in range(arguments.rounds + 1):
-                    size = count if round_id else int(2 * arguments.rate)
-                    gaps = rng.exponential(1 / arguments.rate, size)
-                    for name, send in ways.items():
-                        before = cpu_s(router_pid), cpu_s(stub_pid), time.process_time()
-                        answers = await play(send, np.cumsum(gaps), body)
-                        if round_id:  # the first round warms up
-                            found[name] += answers
-                        after = cpu_s(router_pid), cpu_s(stub_pid), time.process_time()
-                        used[name] = [
-                            (b - a) / len(answers) * 1e3 for a, b in zip(before, after, strict=True)
-                        ]
-                async with aiohttp.ClientSession() as session, session.get(url + "/metrics") as a:
-                    own = await a.text()
-    names = ("router", "servers", "client")
-    cpu = {way: dict(zip(names, values, strict=True)) for way, values in used.items()}
-    return report(found, own, arguments) | {"cpu_ms_per_request": cpu}
+    found: dict[str, list[Answer]] = {"direct": [], "router": []}
+    used: dict[str, list[list[float]]] = {"direct": [], "router": []}
+    async with deployment(arguments) as d:
+        ways = {"direct": direct_to(d.fleet), "router": through(d.url)}
+        for round_id in range(arguments.rounds + 1):
+            size = int(arguments.rate * (arguments.seconds if round_id else 2))
+            gaps = rng.exponential(1 / arguments.rate, size)
+            for name, send in ways.items():
+                before = d.used_s()
+                answers = await play(send, np.cumsum(gaps), body)
+                cpu_s = [b - a for a, b in zip(before, d.used_s(), strict=True)]
+                if round_id:  # the first round warms up
+                    found[name] += answers
+                    used[name].append([s / len(answers) * 1e3 for s in cpu_s])
+    cpu_ms = {
+        way: dict(zip(("router", "servers", "client"), np.mean(rows, axis=0), strict=True))
+        for way, rows in used.items()
+    }
+    return report(found, arguments) | {"cpu_ms_per_request": cpu_ms}
 
 
-def cpu_s(pid: int) -> float:
-    """Processor time that a process has used."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def outside_ms(answers: list[Answer]) -> np.ndarray[Any, Any]:
+    """A row a request: milliseconds outside the servers, to the first and to the last piece."""
+    rows = []
+    for answer in answers:
+        pieces = [(at_ns, STAMPS.findall(data)) for at_ns, data in answer.pieces]
+        stamped = [(at_ns, stamps) for at_ns, stamps in pieces if stamps]
+        first_ns = stamped[0][0] - int(stamped[0][1][0][1])
+        last_ns = stamped[-1][0] - int(stamped[-1][1][-1][1])
+        there_ns = int(stamped[0][1][0][0]) - answer.sent_ns
+        rows.append(((there_ns + first_ns) * 1e-6, (there_ns + last_ns) * 1e-6))
+    return np.array(rows)
 
 
-def report(
-    found: dict[str, list[list[float]]], own: str, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Quantiles in ms: first piece and last piece, both ways, and their differences."""
+def report(found: dict[str, list[Answer]], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Quantiles in ms: both ways, and the paired differences."""
     result: dict[str, Any] = {
         "rate_rps": arguments.rate, "requests": len(found["router"]), "cores": os.cpu_count(),
         "output_tokens": arguments.output_tokens,
     }  # fmt: skip
-    for name, pick in (("first", 0), ("last", -1)):
-        quantiles = {
-            way: np.quantile([times[pick] for times in answers], [0.5, 0.9, 0.99]) * 1e3
-            for way, answers in found.items()
-        }
-        for way, values in quantiles.items():
-            result[f"{name}_piece_{way}_ms"] = dict(
-                zip(("p50", "p90", "p99"), values.round(3), strict=True)
+    direct, router = outside_ms(found["direct"]), outside_ms(found["router"])
+    for column, piece in enumerate(("first", "last")):
+        for name, values in (("direct", direct), ("router", router), ("added", router - direct)):
+            quantiles = np.quantile(values[:, column], QUANTILES).round(3)
+            result[f"{piece}_piece_{name}_ms"] = dict(
+                zip(("p50", "p90", "p99"), quantiles, strict=True)
             )
-        added = quantiles["router"] - quantiles["direct"]
-        result[f"{name}_piece_added_ms"] = dict(
-            zip(("p50", "p90", "p99"), added.round(3), strict=True)
-        )
-    buckets = re.findall(r'voltana_routing_seconds_bucket{le="([^"]+)"} (\S+)', own)
-    total = float(buckets[-1][1])
-    result["arrival_to_both_asked"] = {
-        f"<= {edge} s": round(float(n) / total, 4) for edge, n in buckets if float(n) / total < 1
-    }
-    result["meets_goal"] = bool(result["first_piece_added_ms"]["p99"] < GOAL_S * 1e3)
+    result["meets_goal"] = all(
+        result[f"{piece}_piece_added_ms"]["p99"] < GOAL_MS for piece in ("first", "last")
+    )
     return result
 
 

@@ -10,8 +10,8 @@ from typing import Final, Literal
 
 import msgspec
 import zmq
-import zmq.asyncio
 
+from hwreplay.inbox import Inbox
 from hwreplay.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
 from profiles.errors import VoltanaError
@@ -94,12 +94,13 @@ class EventFeed:
 
     def __init__(self, address: str, instance: tuple[Phase, int] | None = None) -> None:
         """Connect; the router need not be there yet."""
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.SUB)
         self._socket.set_hwm(MAX_QUEUED_RECORDS)
         self._socket.setsockopt(zmq.SUBSCRIBE, topic_of(*instance) if instance else b"")
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.connect(address)
+        self._inbox = Inbox(self._socket)
 
     async def receive(self) -> Event:
         """The next event.
@@ -107,13 +108,14 @@ class EventFeed:
         Raises:
             VoltanaError: The message is no event.
         """
-        frames = await self._socket.recv_multipart()
+        data = await self._inbox.receive()
         try:
-            return _decoder.decode(frames[-1])
+            return _decoder.decode(data)
         except msgspec.DecodeError as error:
             raise VoltanaError(f"the event feed must carry events, got {error}") from None
 
     def close(self) -> None:
         """End the subscription."""
+        self._inbox.close()
         self._socket.close(linger=0)
         self._context.term()

@@ -23,7 +23,7 @@ import numpy as np
 from hwreplay.clock import RunClock
 from hwreplay.router.body import GENERATE
 from hwreplay.router.errors import engine_error
-from hwreplay.router.service import DECODE_HEADER, PREFILL_HEADER
+from hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
 from profiles.errors import VoltanaError
 from sim.records import CANCELLED, COMPLETED, FAILED, REJECTED, STATUS_NAMES
 from sim.workload.workload import Workload

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 import zmq
-import zmq.asyncio
 
 from hwreplay.clock import RunClock
+from hwreplay.inbox import Inbox
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, IterationMetrics, parse_metrics
 
 
@@ -24,12 +24,14 @@ class MetricsFeed:
     def __init__(self, address: str, clock: RunClock) -> None:
         """Connect; the server need not be there yet."""
         self._clock = clock
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.SUB)
+        # All feeds of a process share ZMQ's one thread: one each would wake for every record.
+        context: zmq.Context[zmq.Socket[bytes]] = zmq.Context.instance()
+        self._socket = context.socket(zmq.SUB)
         self._socket.set_hwm(MAX_QUEUED_RECORDS)
         self._socket.setsockopt(zmq.SUBSCRIBE, b"")
         self._socket.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
         self._socket.connect(address)
+        self._inbox = Inbox(self._socket)
 
     async def __aenter__(self) -> Self:
         return self
@@ -44,8 +46,8 @@ class MetricsFeed:
 
     def close(self) -> None:
         """End the subscription."""
+        self._inbox.close()
         self._socket.close(linger=0)
-        self._context.term()
 
     async def __aiter__(self) -> AsyncIterator[IterationMetrics]:
         while True:
@@ -53,5 +55,5 @@ class MetricsFeed:
 
     async def receive(self) -> IterationMetrics:
         """The next record. Raises as `parse_metrics` does."""
-        frames: list[Any] = await self._socket.recv_multipart()
-        return parse_metrics(frames[-1], received_s=self._clock.now_s())
+        payload = await self._inbox.receive()
+        return parse_metrics(payload, received_s=self._clock.now_s())

@@ -9,8 +9,8 @@ from typing import Final
 
 import msgspec
 import zmq
-import zmq.asyncio
 
+from hwreplay.inbox import Inbox
 from profiles.errors import VoltanaError
 from sim.policies.base import Phase
 
@@ -68,8 +68,9 @@ class ReportFeed:
         Raises:
             VoltanaError: The address cannot be bound.
         """
-        self._context: zmq.asyncio.Context = zmq.asyncio.Context()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._socket = self._context.socket(zmq.PULL)
+        self._inbox = Inbox(self._socket)
         try:
             self._socket.bind(address)
         except zmq.ZMQError as error:
@@ -82,7 +83,7 @@ class ReportFeed:
         Raises:
             VoltanaError: The message is no report.
         """
-        data = await self._socket.recv()
+        data = await self._inbox.receive()
         try:
             return _decoder.decode(data)
         except msgspec.DecodeError as error:
@@ -90,5 +91,6 @@ class ReportFeed:
 
     def close(self) -> None:
         """Unbind."""
+        self._inbox.close()
         self._socket.close(linger=0)
         self._context.term()

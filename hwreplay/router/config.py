@@ -77,7 +77,11 @@ class RouterConfig:
     """Requests in flight; more wait."""
     max_queued: int = 1024
     """Requests that wait for a place; more are answered 429."""
-    max_body_bytes: int = 16 * 2**20
+    max_body_bytes: int = 4 * 2**20
+    """Half a million token ids; parsing that many stops all streams for some hundredths of a s."""
+    max_bodies_bytes: int = 256 * 2**20
+    """Of all requests together, from before they are read to their end; past it 429. One that does
+    not say its length counts as the largest."""
     vocab_size: int | None = None
     """The model's: token ids must lie below; none = not checked. SGLang checks none either, and an
     id that the model does not have ends the server."""
@@ -87,7 +91,8 @@ class RouterConfig:
     """A request that was on so many servers when they died is given up: it may be the reason."""
     connect_s: float = 2.0
     first_token_s: float = 600.0
-    """Longest wait for a first token."""
+    """Longest wait for a first token, from the sending on. An answer that is not streamed shows no
+    token before its end, so it must be whole by then."""
     client_stall_s: float = 60.0
     """A client that takes nothing for so long is dropped."""
     health_period_s: float = 1.0
@@ -125,8 +130,9 @@ class RouterConfig:
 
 
 _POSITIVE: Final = (
-    "max_open", "max_body_bytes", "vocab_size", "max_attempts", "max_lost", "connect_s",
-    "first_token_s", "client_stall_s", "health_period_s", "health_timeout_s", "stale_s",
+    "max_open", "max_body_bytes", "max_bodies_bytes", "vocab_size", "max_attempts", "max_lost",
+    "connect_s", "first_token_s", "client_stall_s", "health_period_s", "health_timeout_s",
+    "stale_s",
 )  # fmt: skip
 _LIMITS: Final = {f.name for f in fields(RouterConfig)} - {"workers", "sim", "token"}
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable
+from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from functools import partial
+from types import TracebackType
 from typing import Final
 
 import aiohttp
@@ -17,7 +19,9 @@ from hwreplay.metrics_feed import MetricsFeed
 from hwreplay.reports import ReportFeed
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig, WorkerConfig
+from hwreplay.router.errors import AttemptError
 from hwreplay.router.prometheus import RouterMetrics
+from hwreplay.router.upstream import Upstream
 from hwreplay.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import MetricsError
 from profiles.errors import VoltanaError
@@ -27,6 +31,7 @@ LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2
 """Failed checks in a row that take a server out; a refused connection does so at once."""
 SUCCESSES_TO_RETURN: Final = 2
+RESTART_S: Final = 1.0
 REFUSED: Final = "it takes no connections"
 LATE: Final = "its health check takes"
 
@@ -36,27 +41,46 @@ class NoWorkerError(VoltanaError):
 
 
 class Attempt:
-    """One request on one pair: a task that the loss of a server ends."""
+    """One request on one pair, run by the task that enters it; others can end it from outside."""
 
-    __slots__ = ("loss", "task")
+    __slots__ = ("_error", "_is_running", "_task")
 
-    def __init__(self, task: asyncio.Task[None]) -> None:
-        self.task = task
-        self.loss: str | None = None
+    def __init__(self) -> None:
+        """The current task is to run it."""
+        task = asyncio.current_task()
+        assert task is not None
+        self._task = task
+        self._error: BaseException | None = None
+        self._is_running = False
 
-    def lose(self, reason: str) -> None:
-        """Its server is gone."""
-        if self.loss is None and not self.task.done():
-            self.loss = reason
-            self.task.cancel()
+    def __enter__(self) -> None:
+        self._is_running = True
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        """Our cancellation becomes the error it stands for; the client's stays what it is."""
+        self._is_running = False
+        if self._error is not None and not self._task.uncancel() and kind is asyncio.CancelledError:
+            raise self._error from None
+
+    def fail(self, error: BaseException) -> None:
+        """It ends with this error where it waits now, unless it has ended."""
+        if self._error is None and self._is_running:
+            self._error = error
+            self._task.cancel()
 
 
 class Worker:
     """One server and what runs on it."""
 
-    def __init__(self, config: WorkerConfig, tracker: InstanceTracker) -> None:
+    def __init__(self, config: WorkerConfig, tracker: InstanceTracker, upstream: Upstream) -> None:
         self.config = config
         self.tracker = tracker
+        self.upstream = upstream
         self.attempts: set[Attempt] = set()
         self.is_healthy = True
         self.failures = 0
@@ -71,6 +95,9 @@ class Worker:
         return self.config.name
 
 
+Pair = tuple[Worker, Worker]
+
+
 class RouterFleet:
     """Chooses pairs and keeps every instance's state true."""
 
@@ -83,13 +110,21 @@ class RouterFleet:
         self._metrics = metrics
         self._router = source.make_router()
         self.workers: dict[Phase, list[Worker]] = {
-            phase: [Worker(w, source.make_tracker(phase, w.instance_id)) for w in config.of(phase)]
+            phase: [
+                Worker(
+                    w, source.make_tracker(phase, w.instance_id), Upstream(w.url, config.connect_s)
+                )
+                for w in config.of(phase)
+            ]
             for phase in (PREFILL, DECODE)
         }
         source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
         source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
         self._publisher = EventPublisher(config.events) if config.events else None
+        self._reports: ReportFeed | None = None
         self._tasks: list[asyncio.Task[None]] = []
+        self.died: dict[str, int] = {}
+        """How often each background job died and was started again."""
         self._next_id = 0
         for worker in self.all_workers():
             self._show_health(worker)
@@ -100,30 +135,45 @@ class RouterFleet:
 
     def start(self, session: aiohttp.ClientSession) -> None:
         """Begin to watch the servers."""
-        jobs = [self._check_health(w, session) for w in self.all_workers()]
-        jobs += [self._follow(w) for w in self.all_workers() if w.config.metrics]
+        jobs: dict[str, Callable[[], Awaitable[None]]] = {}
+        for worker in self.all_workers():
+            jobs[f"health of {worker.name}"] = partial(self._check_health, worker, session)
+            if worker.config.metrics:
+                jobs[f"metrics of {worker.name}"] = partial(self._follow, worker)
         if self._publisher is not None:
-            jobs.append(self._repeat_open())
+            jobs["events"] = self._repeat_open
         if self._config.reports is not None:
-            jobs.append(self._take_reports(ReportFeed(self._config.reports)))
-        self._tasks = [asyncio.create_task(job) for job in jobs]
+            self._reports = ReportFeed(self._config.reports)
+            jobs["reports"] = partial(self._take_reports, self._reports)
+        self._tasks = [asyncio.create_task(self._keep(name, job)) for name, job in jobs.items()]
 
     async def stop(self) -> None:
         """End every watch."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._publisher is not None:
-            self._publisher.close()
+        for part in (self._publisher, self._reports):
+            if part is not None:
+                part.close()
+        for worker in self.all_workers():
+            worker.upstream.close()
+
+    async def _keep(self, name: str, job: Callable[[], Awaitable[None]]) -> None:
+        """Start a job again when it dies: a router that watches no more still looks healthy."""
+        while True:
+            try:
+                await job()
+            except Exception:
+                LOG.exception("%s: the job died and is started again", name)
+            self.died[name] = self.died.get(name, 0) + 1
+            await asyncio.sleep(RESTART_S)
 
     def new_id(self) -> int:
         """A number for a request that names none."""
         self._next_id += 1
         return self._next_id - 1
 
-    def choose(
-        self, request_id: int, arrival_s: float, body: Body, excluded: set[Worker]
-    ) -> tuple[Worker, Worker]:
+    def choose(self, request_id: int, arrival_s: float, body: Body, excluded: set[Worker]) -> Pair:
         """Ask the policy for a pair and book the request there.
 
         Raises:
@@ -145,7 +195,7 @@ class RouterFleet:
             self._publish("assigned", worker, request_id, arrival_s, body.input_tokens, oracle)
         return pair
 
-    def prefilled(self, pair: tuple[Worker, Worker], request_id: int) -> None:
+    def prefilled(self, pair: Pair, request_id: int) -> None:
         """The prefill server has answered."""
         now_s = self._clock.now_s()
         for worker in pair:
@@ -157,7 +207,7 @@ class RouterFleet:
         worker.tracker.on_first_token(request_id, at_s)
         self._publish("first_token", worker, request_id, at_s)
 
-    def release(self, pair: tuple[Worker, Worker], request_id: int) -> None:
+    def release(self, pair: Pair, request_id: int) -> None:
         """The request has left its pair, however it ended."""
         now_s = self._clock.now_s()
         for worker in pair:
@@ -173,7 +223,8 @@ class RouterFleet:
             LOG.warning("%s is out: %s", worker.name, reason)
             self._show_health(worker)
         for attempt in list(worker.attempts):
-            attempt.lose(f"{worker.name} is out: {reason}")
+            message = f"{worker.name} is out: {reason}"
+            attempt.fail(AttemptError("server_lost", message, worker, was_there=True))
 
     def _bring_back(self, worker: Worker) -> None:
         worker.is_healthy = True
@@ -276,18 +327,15 @@ class RouterFleet:
                 )
 
     async def _take_reports(self, feed: ReportFeed) -> None:
-        try:
-            while True:
-                with suppress(VoltanaError):  # a stray message is no reason to stop
-                    report = await feed.receive()
-                    if 0 <= report.instance_id < len(self.workers[report.phase]):
-                        worker = self.workers[report.phase][report.instance_id]
-                        worker.tracker.on_clock(report.clock_mhz)
-                        if report.energy_j is not None:
-                            worker.tracker.on_energy(report.energy_j)
-                        self._metrics.decisions.labels(*self._labels(worker)).set(report.decisions)
-        finally:
-            feed.close()
+        while True:
+            with suppress(VoltanaError):  # a stray message is no reason to stop
+                report = await feed.receive()
+                if 0 <= report.instance_id < len(self.workers[report.phase]):
+                    worker = self.workers[report.phase][report.instance_id]
+                    worker.tracker.on_clock(report.clock_mhz)
+                    if report.energy_j is not None:
+                        worker.tracker.on_energy(report.energy_j)
+                    self._metrics.decisions.labels(*self._labels(worker)).set(report.decisions)
 
 
 async def _ask_health(

@@ -33,8 +33,8 @@ class RouterMetrics:
         self.requests = Counter(
             "voltana_requests", "Requests by how they ended", ["outcome"], registry=registry
         )
-        for outcome in OUTCOMES:
-            self.requests.labels(outcome)
+        self.ended = {outcome: self.requests.labels(outcome) for outcome in OUTCOMES}
+        """`requests` by outcome."""
         self.failures = Counter(
             "voltana_failures", "Failed requests by reason", ["reason"], registry=registry
         )
@@ -51,7 +51,7 @@ class RouterMetrics:
             registry=registry,
         )  # fmt: skip
         self.routing_s = Histogram(
-            "voltana_routing_seconds", "Request's arrival to both servers' being asked",
+            "voltana_routing_seconds", "Request's arrival to both servers' having been sent it",
             buckets=_ADDED_S, registry=registry,
         )  # fmt: skip
         self.healthy = Gauge(

@@ -4,27 +4,37 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final, Protocol
-
-import aiohttp
 
 from hwreplay.clock import RunClock
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig
-from hwreplay.router.errors import engine_error
-from hwreplay.router.fleet import Attempt, NoWorkerError, RouterFleet, Worker
+from hwreplay.router.errors import (
+    EVENT,
+    LAST_EVENT,
+    SERVER_ERROR,
+    AttemptError,
+    EventWatch,
+    PassedError,
+    RequestFailedError,
+    error_body,
+)
+from hwreplay.router.fleet import Attempt, NoWorkerError, Pair, RouterFleet, Worker
 from hwreplay.router.prometheus import RouterMetrics
-from profiles.errors import VoltanaError
+from hwreplay.router.upstream import (
+    Connection,
+    ConnectTimeoutError,
+    RefusedError,
+    UpstreamError,
+)
 
-EVENT: Final = b"data: "
-LAST_EVENT: Final = b"data: [DONE]"
-SERVER_ERROR: Final = 500
 DRAIN_S: Final = 1.0
-"""Longest wait for the prefill server's last word after the answer, to keep its connection."""
-JSON_HEADERS: Final = {"Content-Type": "application/json"}
-
-Pair = tuple[Worker, Worker]
+"""How long a prefill server may take to its last word after the answer and keep its connection."""
+NUM_ASKED: Final = 2
+CLIENT_ERROR: Final = 400
 
 
 class Sink(Protocol):
@@ -33,40 +43,11 @@ class Sink(Protocol):
     async def begin(self, status: int, content_type: str, pair: Pair) -> None:
         """The decode server has begun to answer."""
 
-    async def write(self, chunk: bytes) -> None:
+    async def write(self, piece: bytes) -> None:
         """A piece of the answer; waits while the client is slow."""
 
-
-class RequestFailedError(VoltanaError):
-    """The fleet has failed a request; the message goes to the client."""
-
-    def __init__(self, reason: str, message: str) -> None:
-        """`reason` is a word for counting."""
-        super().__init__(message)
-        self.reason = reason
-
-
-class PassedError(VoltanaError):
-    """A server has refused the request itself: its answer goes to the client as it is."""
-
-    def __init__(self, status: int, content_type: str, body: bytes) -> None:
-        super().__init__(f"the server answers {status}")
-        self.status = status
-        self.content_type = content_type
-        self.body = body
-
-
-class _AttemptError(VoltanaError):
-    """An attempt has come to nothing; another pair may do."""
-
-    def __init__(
-        self, reason: str, message: str, worker: Worker | None, *, was_there: bool = False
-    ) -> None:
-        """`was_there`: the server was lost with the request on it."""
-        super().__init__(message)
-        self.reason = reason
-        self.worker = worker
-        self.was_there = was_there
+    async def end(self, piece: bytes) -> None:
+        """The last piece."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -79,6 +60,8 @@ class Call:
     sink: Sink
     headers: dict[str, str] = field(default_factory=dict)
     attempt: Attempt | None = None
+    num_asked: int = 0
+    """Servers that the request has been sent to, in this attempt."""
     last_piece_s: float = 0.0
     is_prefilled: bool = False
     is_begun: bool = False
@@ -94,14 +77,12 @@ class Proxy:
         fleet: RouterFleet,
         metrics: RouterMetrics,
         clock: RunClock,
-        session: aiohttp.ClientSession,
     ) -> None:
         self._config = config
         self._fleet = fleet
         self._metrics = metrics
         self._clock = clock
-        self._session = session
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=config.connect_s)
+        self._draining: set[asyncio.Task[None]] = set()
 
     async def serve(self, call: Call) -> None:
         """Serve one request to its end.
@@ -109,10 +90,10 @@ class Proxy:
         Raises:
             NoWorkerError: No healthy pair.
             RequestFailedError: It has started and its server was lost, or every attempt failed.
-            PassedError: A server has refused the request itself.
+            PassedError: A server has refused the request itself before it has started.
         """
         excluded: set[Worker] = set()
-        failed: _AttemptError | None = None
+        failed: AttemptError | None = None
         lost = 0
         for attempt in range(self._config.max_attempts):
             try:
@@ -125,7 +106,11 @@ class Proxy:
                 self._metrics.retries.inc()
             try:
                 await self._attempt(call, pair)
-            except _AttemptError as error:
+            except PassedError as error:
+                if not call.is_begun:
+                    raise
+                raise RequestFailedError("refused", str(error)) from None
+            except AttemptError as error:
                 if call.is_begun:
                     raise RequestFailedError(error.reason, str(error)) from None
                 failed = error
@@ -142,57 +127,53 @@ class Proxy:
         raise RequestFailedError(failed.reason, f"{failed}; {tries} pairs were tried")
 
     async def _attempt(self, call: Call, pair: Pair) -> None:
-        """One pair, in a task of its own that the loss of a server can end."""
-        task = asyncio.create_task(self._run(call, pair))
-        call.attempt = attempt = Attempt(task)
+        """One pair; the loss of a server ends it."""
+        call.attempt = attempt = Attempt()
         for worker in pair:
             worker.attempts.add(attempt)
         try:
-            await asyncio.wait({task})
+            with attempt:
+                await self._run(call, pair)
         finally:
-            await _end(task)
             for worker in pair:
                 worker.attempts.discard(attempt)
             self._fleet.release(pair, call.request_id)
-        if task.cancelled():
-            lost = next((w for w in pair if not w.is_healthy), None)
-            why = attempt.loss or "it was cancelled"
-            raise _AttemptError("server_lost", why, lost, was_there=True)
-        task.result()
 
     async def _run(self, call: Call, pair: Pair) -> None:
         """Ask both. Decode's end is the request's; prefill's failure counts until decode begins."""
         call.is_prefilled = False
+        call.num_asked = 0
         host, port = pair[0].config.reachable_host, pair[0].config.bootstrap_port
         data = call.body.encode(host, port, secrets.randbits(63))
         prefill = asyncio.create_task(self._prefill(call, pair, data))
-        decode = asyncio.create_task(self._decode(call, pair, data))
-        self._metrics.routing_s.observe(self._clock.now_s() - call.arrival_s)
+        prefill.add_done_callback(partial(_on_prefill_end, call))
         try:
-            await asyncio.wait({prefill, decode}, return_when=asyncio.FIRST_COMPLETED)
-            if not decode.done() and (call.is_begun or prefill.exception() is None):
-                await asyncio.wait({decode})
-            if decode.done() and decode.exception() is None:
-                await asyncio.wait({prefill}, timeout=DRAIN_S)
-        finally:
-            await _end(prefill)
-            await _end(decode)
-        if not call.is_begun and not prefill.cancelled():
-            prefill.result()
-        decode.result()
+            await self._decode(call, pair, data)
+        except BaseException:
+            prefill.cancel()
+            await asyncio.wait({prefill})
+            raise
+        if not prefill.done():
+            self._drain(prefill)
+
+    def _drain(self, prefill: asyncio.Task[None]) -> None:
+        """Let it end by itself: the client has its answer, and may be gone by then."""
+        self._draining.add(prefill)
+        prefill.add_done_callback(self._draining.discard)
+        asyncio.get_running_loop().call_later(DRAIN_S, prefill.cancel)
 
     async def _prefill(self, call: Call, pair: Pair, data: bytes) -> None:
-        worker = pair[0]
+        worker, watch = pair[0], EventWatch()
         try:
             async with self._post(worker, call, data) as answer:
-                if answer.status >= 400:
-                    raise await self._refusal(answer, worker)
-                async for chunk in answer.content.iter_any():
+                await self._check_status(answer, worker)
+                while piece := await answer.readany():
                     worker.heard_s = self._clock.now_s()
-                    self._look_for_error(chunk, worker)
+                    _check_engine(watch.look(piece), worker)
                     self._mark_prefilled(call, pair)
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise self._broken(worker, error) from None
+                _check_engine(watch.end(), worker)
+        except UpstreamError as error:
+            raise self._broken(worker, call, error) from None
 
     def _mark_prefilled(self, call: Call, pair: Pair) -> None:
         if not call.is_prefilled:
@@ -201,46 +182,62 @@ class Proxy:
 
     async def _decode(self, call: Call, pair: Pair, data: bytes) -> None:
         worker = pair[1]
+        limit = asyncio.timeout(self._config.first_token_s)
         try:
-            async with self._post(worker, call, data) as answer:
-                if answer.status >= 400:
-                    raise await self._refusal(answer, worker)
+            async with limit, self._post(worker, call, data) as answer:
+                await self._check_status(answer, worker)
                 if call.body.is_stream:
-                    await self._stream(call, pair, answer)
+                    await self._stream(call, pair, answer, limit)
                 else:
-                    await self._whole(call, pair, answer)
-        except (aiohttp.ClientError, ConnectionError, TimeoutError) as error:
-            raise self._broken(worker, error) from None
+                    await self._whole(call, pair, answer, limit)
+        except UpstreamError as error:
+            raise self._broken(worker, call, error) from None
+        except TimeoutError:
+            late = worker if call.is_prefilled else pair[0]
+            late.check_now.set()
+            raise AttemptError(
+                "timeout", f"{late.name} makes no token in {self._config.first_token_s:g} s", late
+            ) from None
 
-    async def _whole(self, call: Call, pair: Pair, answer: aiohttp.ClientResponse) -> None:
+    async def _whole(
+        self, call: Call, pair: Pair, answer: Connection, limit: asyncio.Timeout
+    ) -> None:
         """Nothing goes to the client before all is there: a lost server can still be replaced."""
         data = await answer.read()
-        self._first(call, pair)
+        self._first(call, pair, limit)
         await call.sink.begin(answer.status, answer.content_type, pair)
-        await call.sink.write(data)
+        await call.sink.end(data)
 
-    async def _stream(self, call: Call, pair: Pair, answer: aiohttp.ClientResponse) -> None:
-        content, worker = answer.content, pair[1]
-        async with asyncio.timeout(self._config.first_token_s):
-            chunk = await content.readany()
-        if not chunk:
-            raise _AttemptError("engine_error", f"{worker.name} ends an empty stream", worker)
-        self._look_for_error(chunk, None)
-        self._first(call, pair)
-        self._metrics.ttft_s.observe(call.last_piece_s - call.arrival_s)
-        await call.sink.begin(answer.status, answer.content_type, pair)
-        while chunk:
-            worker.tracker.on_tokens(call.request_id, chunk.count(EVENT) or 1)
-            await call.sink.write(chunk)
-            self._look_for_error(chunk, None)
-            chunk = await content.readany()
+    async def _stream(
+        self, call: Call, pair: Pair, answer: Connection, limit: asyncio.Timeout
+    ) -> None:
+        """Pass every piece on at once, but [DONE] only when the server has ended the stream."""
+        worker, watch, held = pair[1], EventWatch(), b""
+        while piece := await answer.readany():
+            _check_engine(watch.look(piece), None)
+            if watch.is_done:
+                cut = max(piece.rfind(LAST_EVENT), 0)
+                piece, held = piece[:cut], piece[cut:]
+            if not piece:
+                continue
             now_s = worker.heard_s = self._clock.now_s()
-            if chunk and not chunk.startswith(LAST_EVENT):
+            if call.is_begun:
                 self._metrics.itl_s.observe(now_s - call.last_piece_s)
-            call.last_piece_s = now_s
+                call.last_piece_s = now_s
+            else:
+                self._first(call, pair, limit)
+                self._metrics.ttft_s.observe(call.last_piece_s - call.arrival_s)
+                await call.sink.begin(answer.status, answer.content_type, pair)
+            worker.tracker.on_tokens(call.request_id, piece.count(EVENT) or 1)
+            await call.sink.write(piece)
+        _check_engine(watch.end(), None)
+        if not watch.is_done or not call.is_begun:
+            raise AttemptError("engine_error", f"{worker.name} ends its stream early", worker)
+        await call.sink.end(held)
 
-    def _first(self, call: Call, pair: Pair) -> None:
+    def _first(self, call: Call, pair: Pair, limit: asyncio.Timeout) -> None:
         """The decode server has something: prefill is over and its loss no longer matters."""
+        limit.reschedule(None)
         self._mark_prefilled(call, pair)
         call.is_begun = True
         call.last_piece_s = self._clock.now_s()
@@ -248,51 +245,54 @@ class Proxy:
         if call.attempt is not None:
             pair[0].attempts.discard(call.attempt)
 
-    def _look_for_error(self, chunk: bytes, worker: Worker | None) -> None:
-        """SGLang reports a failure of its own as an event of a stream that is 200 OK."""
-        found = engine_error(chunk)
-        if found is None:
-            return
-        status, message = found
-        if status < SERVER_ERROR:
-            raise PassedError(status, "application/json", message.encode())
-        raise _AttemptError("engine_error", f"the engine reports {message}", worker)
-
     def _post(
         self, worker: Worker, call: Call, data: bytes
-    ) -> aiohttp.client._RequestContextManager:
-        return self._session.post(
-            worker.config.url.rstrip("/") + call.body.path,
-            data=data,
-            headers=JSON_HEADERS | call.headers,
-            timeout=self._timeout,
-        )
+    ) -> AbstractAsyncContextManager[Connection]:
+        return worker.upstream.post(call.body.path, data, call.headers, partial(self._sent, call))
 
-    def _broken(self, worker: Worker, error: Exception) -> _AttemptError:
+    def _sent(self, call: Call) -> None:
+        call.num_asked += 1
+        if call.num_asked == NUM_ASKED:
+            self._metrics.routing_s.observe(self._clock.now_s() - call.arrival_s)
+
+    def _broken(self, worker: Worker, call: Call, error: UpstreamError) -> AttemptError:
         """A server that refuses connections is out at once, one that breaks them is checked."""
-        message = f"{worker.name} does not answer ({type(error).__name__}: {error})"
-        if isinstance(error, aiohttp.ClientConnectorError):
-            asyncio.get_running_loop().call_soon(self._fleet.take_out, worker, message)
+        message = f"{worker.name} does not answer ({error})"
+        if isinstance(error, RefusedError):
+            assert call.attempt is not None
+            worker.attempts.discard(call.attempt)  # it is not lost with the server: it never came
+            self._fleet.take_out(worker, message)
         else:
             worker.check_now.set()
-        reason = "timeout" if isinstance(error, TimeoutError) else "server_lost"
-        was_there = not isinstance(error, aiohttp.ClientConnectorError | TimeoutError)
-        return _AttemptError(reason, message, worker, was_there=was_there)
+        is_late = isinstance(error, ConnectTimeoutError)
+        was_there = not is_late and not isinstance(error, RefusedError)
+        reason = "timeout" if is_late else "server_lost"
+        return AttemptError(reason, message, worker, was_there=was_there)
 
     @staticmethod
-    async def _refusal(answer: aiohttp.ClientResponse, worker: Worker) -> VoltanaError:
+    async def _check_status(answer: Connection, worker: Worker) -> None:
+        if answer.status < CLIENT_ERROR:
+            return
         body = await answer.read()
         if answer.status < SERVER_ERROR:
-            return PassedError(answer.status, answer.content_type, body)
-        return _AttemptError(
+            raise PassedError(answer.status, answer.content_type, body)
+        raise AttemptError(
             "engine_error", f"{worker.name} answers {answer.status}: {body[:200]!r}", worker
         )
 
 
-async def _end(task: asyncio.Task[None]) -> None:
-    """Cancel a task that still runs, wait for it, and look at its error so that none is lost."""
-    if not task.done():
-        task.cancel()
-        await asyncio.wait({task})
-    if not task.cancelled():
-        task.exception()
+def _on_prefill_end(call: Call, prefill: asyncio.Task[None]) -> None:
+    """Without its prefill an answer never begins; once it has begun, prefill is over."""
+    error = None if prefill.cancelled() else prefill.exception()
+    if error is not None and not call.is_begun and call.attempt is not None:
+        call.attempt.fail(error)
+
+
+def _check_engine(found: tuple[int, str] | None, worker: Worker | None) -> None:
+    """SGLang reports a failure of its own as an event of a stream that is 200 OK."""
+    if found is None:
+        return
+    status, message = found
+    if status < SERVER_ERROR:
+        raise PassedError(status, "application/json", error_body(status, message))
+    raise AttemptError("engine_error", f"the engine reports {message}", worker)

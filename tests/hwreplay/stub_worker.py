@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import json
 import sys
+import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
@@ -45,11 +46,18 @@ class StubTimes:
         return self.decode_base_s + self.decode_request_s * batch_size
 
 
+class Room(asyncio.Event):
+    """Where a pair meets; set once the prompt is prefilled."""
+
+    asked_ns = 0
+    """When the later of both servers was asked."""
+
+
 @dataclass(slots=True, kw_only=True, eq=False)
 class Job:
     """One request inside a server."""
 
-    room: int
+    room: Room
     input_tokens: int
     output_tokens: int
     tokens: asyncio.Queue[int | None] = field(default_factory=asyncio.Queue)
@@ -58,12 +66,12 @@ class Job:
 
 
 class StubWorker:
-    """One server. `rooms` is shared by a fleet: a room is set once its prompt is prefilled."""
+    """One server. `rooms` is shared by a fleet."""
 
     def __init__(
         self,
         phase: Phase,
-        rooms: dict[int, asyncio.Event],
+        rooms: dict[int, Room],
         times: StubTimes,
         metrics: str | None = None,
     ) -> None:
@@ -129,14 +137,15 @@ class StubWorker:
             await asyncio.sleep(0.01)
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
+        asked_ns = time.monotonic_ns()
         data = await request.read()
         if self.fail_next:
             return web.json_response({"error": "planned"}, status=self.fail_next.pop(0))
         body = parse_body(request.path, data)
         fields = json.loads(data)
         self.seen.append(fields)
-        room = fields["bootstrap_room"]
-        self._rooms.setdefault(room, asyncio.Event())
+        room = self._rooms.setdefault(fields["bootstrap_room"], Room())
+        room.asked_ns = asked_ns
         tokens = 1 if self.phase == PREFILL else body.max_new_tokens
         job = Job(room=room, input_tokens=body.input_tokens, output_tokens=tokens)
         self._jobs.append(job)
@@ -184,7 +193,7 @@ class StubWorker:
                 duration_s, num_prefill_requests=len(batch), sum_prefill_tokens=tokens
             )
             for job in batch:
-                self._rooms[job.room].set()
+                job.room.set()
                 self._give(job)
 
     async def _decode_loop(self) -> None:
@@ -196,7 +205,7 @@ class StubWorker:
             waiting = [job for job in self._jobs if not job.is_gone]
             self._jobs = deque(waiting)
             for job in waiting:
-                if len(running) < self._times.max_running and self._rooms[job.room].is_set():
+                if len(running) < self._times.max_running and job.room.is_set():
                     running.append(job)
                     self._jobs.remove(job)
             if not running:
@@ -219,7 +228,7 @@ class StubWorker:
     async def _wait_for_arrived(self) -> None:
         while True:
             await self._wait_for_work()
-            if any(j.is_gone or self._rooms[j.room].is_set() for j in self._jobs):
+            if any(j.is_gone or j.room.is_set() for j in self._jobs):
                 return
             await asyncio.sleep(0.0005)
 
@@ -247,12 +256,13 @@ def _event(path: str, job: Job, count: int) -> dict[str, Any]:
     reason = {"type": "length", "length": count} if count == job.output_tokens else None
     if path == GENERATE:
         meta = {
-            "prompt_tokens": job.input_tokens, "completion_tokens": count, "finish_reason": reason
+            "prompt_tokens": job.input_tokens, "completion_tokens": count, "finish_reason": reason,
+            "asked_ns": job.room.asked_ns, "written_ns": time.monotonic_ns(),
         }  # fmt: skip
         return {"text": "", "output_ids": [count], "meta_info": meta}
     choice = {"index": 0, "finish_reason": reason and "length"}
     choice |= {"delta": {"content": "x"}} if path == CHAT else {"text": "x"}
-    return {"id": str(job.room), "object": "chunk", "choices": [choice]}
+    return {"id": "stub", "object": "chunk", "choices": [choice]}
 
 
 @dataclass(slots=True, kw_only=True)
@@ -286,7 +296,7 @@ async def stub_fleet(
     metrics: str | None = None,
 ) -> AsyncIterator[StubFleet]:
     """Run a fleet; `metrics` is a template such as ipc:///tmp/x-{phase}-{index}."""
-    rooms: dict[int, asyncio.Event] = {}
+    rooms: dict[int, Room] = {}
 
     def make(phase: Phase, index: int) -> StubWorker:
         address = None if metrics is None else metrics.format(phase=phase, index=index)

@@ -20,7 +20,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from hwreplay.events import EventFeed
 from hwreplay.reports import Report, ReportSender
 from hwreplay.router.config import RouterConfig, read_router_config, read_workers
-from hwreplay.router.service import DECODE_HEADER, PREFILL_HEADER, RouterService
+from hwreplay.router.service import RouterService
+from hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import make_config
@@ -87,24 +88,37 @@ async def bench(
     metrics: str | None = None,
     **limits: Any,  # noqa: ANN401 (keys of RouterConfig)
 ) -> AsyncIterator[Bench]:
-    async with stub_fleet(num_prefill, num_decode, times, metrics) as fleet:
-        config = RouterConfig(
-            workers=read_workers(fleet.table(metrics), "test"),
-            sim=make_config({"router": router}),
-            **({"health_period_s": 0.1, "health_timeout_s": 0.5} | limits),
-        )
-        service = RouterService(config, load_profile(config.sim.profile))
-        runner = web.AppRunner(service.app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        site = web.TCPSite(runner, HOST, 0, backlog=1024)
-        await site.start()
-        url = f"http://{HOST}:{runner.addresses[0][1]}"
-        try:
-            connector = aiohttp.TCPConnector(limit=0)
-            async with aiohttp.ClientSession(connector=connector) as client:
-                yield Bench(fleet=fleet, service=service, client=client, url=url)
-        finally:
-            await runner.cleanup()
+    async with (
+        stub_fleet(num_prefill, num_decode, times, metrics) as fleet,
+        serving(fleet.table(metrics), router=router, **limits) as (service, client, url),
+    ):
+        yield Bench(fleet=fleet, service=service, client=client, url=url)
+
+
+@asynccontextmanager
+async def serving(
+    table: dict[str, Any],
+    *,
+    router: str = "round-robin",
+    **limits: Any,  # noqa: ANN401 (keys of RouterConfig)
+) -> AsyncIterator[tuple[RouterService, aiohttp.ClientSession, str]]:
+    """A router in front of a `[fleet]` table's servers, a client and the router's URL."""
+    config = RouterConfig(
+        workers=read_workers(table, "test"),
+        sim=make_config({"router": router}),
+        **({"health_period_s": 0.1, "health_timeout_s": 0.5} | limits),
+    )
+    service = RouterService(config, load_profile(config.sim.profile))
+    runner = web.AppRunner(service.app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    site = web.TCPSite(runner, HOST, 0, backlog=1024)
+    await site.start()
+    try:
+        connector = aiohttp.TCPConnector(limit=0)
+        async with aiohttp.ClientSession(connector=connector) as client:
+            yield service, client, f"http://{HOST}:{runner.addresses[0][1]}"
+    finally:
+        await runner.cleanup()
 
 
 async def until(is_true: Callable[[], Awaitable[bool]], limit_s: float = 5.0) -> None:

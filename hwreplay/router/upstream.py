@@ -1,0 +1,280 @@
+"""HTTP/1.1 to an engine server: POSTs over kept connections, one request a connection at a time.
+
+aiohttp's client does far more than that, and two requests of it were the dearest part of routing
+one. What a server sends is not trusted to be HTTP: anything else ends as an `UpstreamError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import asynccontextmanager
+from typing import Final, cast
+from urllib.parse import urlsplit
+
+from profiles.errors import VoltanaError
+
+KEEP_ALIVE_S: Final = 2.0
+"""Shorter than SGLang's 5 s, so that no request meets a connection the server is closing."""
+MAX_HEAD_BYTES: Final = 2**16
+MAX_CHUNK_BYTES: Final = 2**24
+PAUSE_BYTES: Final = 2**18
+"""So much of an answer may wait for a slow client; then the server has to."""
+END: Final = b"\r\n"
+
+
+class UpstreamError(VoltanaError):
+    """The exchange with a server has broken."""
+
+
+class RefusedError(UpstreamError):
+    """The server takes no connection."""
+
+
+class ConnectTimeoutError(UpstreamError):
+    """The server has not taken the connection in time."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection, and the answer that is coming on it."""
+
+    _transport: asyncio.Transport
+
+    def __init__(self) -> None:
+        self.status = 0
+        self.content_type = ""
+        self.idle_since_s = 0.0
+        self._loop = asyncio.get_running_loop()
+        self._waiter: asyncio.Future[None] | None = None
+        self._error: UpstreamError | None = None
+        self._rest = b""
+        self._pieces: list[bytes] = []
+        self._left: int | None = None
+        """Bytes of the body still to come, where its length is known."""
+        self._is_chunked = self._is_paused = False
+        self._is_kept = self._is_over = True
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Called by the loop."""
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's is one without saying so
+
+    def send(self, request: bytes) -> None:
+        """Start an exchange."""
+        self.status = 0
+        self._left = None
+        self._is_over = False
+        self._transport.write(request)
+
+    async def head(self) -> None:
+        """Wait for `status` and `content_type`."""
+        while not self.status:
+            await self._wait()
+
+    async def readany(self) -> bytes:
+        """What has come of the body since the last call; empty at its end."""
+        while not self._pieces:
+            if self._is_over:
+                return b""
+            await self._wait()
+        data = self._pieces[0] if len(self._pieces) == 1 else b"".join(self._pieces)
+        self._pieces.clear()
+        if self._is_paused:
+            self._is_paused = False
+            self._transport.resume_reading()
+        return data
+
+    async def read(self) -> bytes:
+        """All that is left of the body."""
+        pieces = []
+        while piece := await self.readany():
+            pieces.append(piece)
+        return b"".join(pieces)
+
+    @property
+    def is_reusable(self) -> bool:
+        """Another request may be sent on it."""
+        is_read = self._is_over and not self._pieces
+        return is_read and self._is_kept and not self._transport.is_closing()
+
+    def close(self) -> None:
+        """Drop it at once; a server takes that as the end of its request."""
+        self._transport.abort()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        await self._waiter
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        """Called by the loop."""
+        self._rest = self._rest + data if self._rest else data
+        try:
+            if not self._is_over and (self.status or self._take_head()):
+                (self._take_chunks if self._is_chunked else self._take_body)()
+        except ValueError as error:
+            self._error = UpstreamError(f"its answer is no HTTP: {error}")
+            self._transport.abort()
+        if self._is_over and self._rest:  # nobody has asked for it
+            self._is_kept = False
+            self._rest = b""
+        if not self._is_paused and sum(map(len, self._pieces)) > PAUSE_BYTES:
+            self._is_paused = True
+            self._transport.pause_reading()
+        self._wake()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Called by the loop. It ends an answer of unknown length, and breaks any other."""
+        has_no_length = bool(self.status) and not self._is_chunked and self._left is None
+        if has_no_length and error is None:
+            self._is_over = True
+        elif not self._is_over and self._error is None:
+            self._error = UpstreamError(f"connection lost{f': {error}' if error else ''}")
+        self._is_kept = False
+        self._wake()
+
+    def _take_head(self) -> bool:
+        end = self._rest.find(END + END)
+        if end < 0:
+            if len(self._rest) > MAX_HEAD_BYTES:
+                raise ValueError("its head has no end")
+            return False
+        first, *lines = self._rest[:end].split(END)
+        self._rest = self._rest[end + 4 :]
+        version, status = first.split(b" ", 2)[:2]
+        if not version.startswith(b"HTTP/1."):
+            raise ValueError(f"it begins with {first[:40]!r}")
+        pairs = (line.partition(b":") for line in lines)
+        headers = {name.lower(): value.strip().decode("latin-1") for name, _, value in pairs}
+        self.content_type = headers.get(b"content-type", "application/octet-stream")
+        self._is_kept = version == b"HTTP/1.1" and headers.get(b"connection", "") != "close"
+        self._is_chunked = headers.get(b"transfer-encoding", "").lower() == "chunked"
+        if b"content-length" in headers:
+            self._left = int(headers[b"content-length"])
+            if self._left < 0:
+                raise ValueError(f"a length of {self._left}")
+        self.status = int(status)
+        return True
+
+    def _take_body(self) -> None:
+        data, self._rest = self._rest, b""
+        if self._left is not None:
+            data, self._rest = data[: self._left], data[self._left :]
+            self._left -= len(data)
+            self._is_over = self._left == 0
+        if data:
+            self._pieces.append(data)
+
+    def _take_chunks(self) -> None:
+        """Whole chunks only: a server sends one an event."""
+        data, at = self._rest, 0
+        while (end := data.find(END, at)) >= 0:
+            size = int(data[at:end].partition(b";")[0], 16)
+            if not 0 <= size <= MAX_CHUNK_BYTES:
+                raise ValueError(f"a chunk of {size} bytes")
+            start = end + len(END)
+            if size == 0:
+                stop = data.find(END + END, end)  # behind trailers, if there are any
+                if stop >= 0:
+                    self._is_over = True
+                    at = stop + len(END + END)
+                break
+            stop = start + size
+            if len(data) < stop + len(END):
+                break
+            if data[stop : stop + len(END)] != END:
+                raise ValueError("a chunk longer than it says")
+            self._pieces.append(data[start:stop])
+            at = stop + len(END)
+        self._rest = data[at:]
+        if len(self._rest) > MAX_CHUNK_BYTES + MAX_HEAD_BYTES:
+            raise ValueError("a chunk without an end")
+
+
+class Upstream:
+    """One server's address and the connections kept to it."""
+
+    def __init__(self, url: str, connect_s: float) -> None:
+        """`connect_s`: longest wait for a connection."""
+        parts = urlsplit(url)
+        self._host = parts.hostname or ""
+        self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
+        self._port = parts.port or (443 if self._ssl else 80)
+        self._start = f"POST {parts.path.rstrip('/')}"
+        self._end = (
+            f" HTTP/1.1\r\nHost: {parts.netloc.rpartition('@')[2]}\r\n"
+            "Content-Type: application/json\r\n"
+        )
+        self._connect_s = connect_s
+        self._idle: deque[Connection] = deque()
+
+    @asynccontextmanager
+    async def post(
+        self, path: str, data: bytes, headers: Mapping[str, str], sent: Callable[[], None]
+    ) -> AsyncIterator[Connection]:
+        """Ask; gives the answer once its head is there. Left early, it cancels the request.
+
+        Args:
+            path: Below the server's URL.
+            data: The body, JSON.
+            headers: More of them; what was not UTF-8 when it came goes on as it was.
+            sent: Called when the request has been written to the connection.
+
+        Raises:
+            RefusedError: The server takes no connection.
+            ConnectTimeoutError: It does not say whether it takes one.
+            UpstreamError: It breaks the connection, or answers something else than HTTP.
+        """
+        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
+        head = f"{self._start}{path}{self._end}{more}Content-Length: {len(data)}\r\n\r\n"
+        connection = self._kept() or await self._connect()
+        try:
+            connection.send(head.encode("utf-8", "surrogateescape") + data)
+            sent()
+            await connection.head()
+            yield connection
+        finally:
+            self._give_back(connection)
+
+    def close(self) -> None:
+        """Drop the connections nobody uses."""
+        while self._idle:
+            self._idle.pop().close()
+
+    def _kept(self) -> Connection | None:
+        """The one used last, so that the others can age."""
+        oldest_s = asyncio.get_running_loop().time() - KEEP_ALIVE_S
+        while self._idle and self._idle[0].idle_since_s < oldest_s:
+            self._idle.popleft().close()
+        while self._idle:
+            connection = self._idle.pop()
+            if connection.is_reusable:
+                return connection
+            connection.close()
+        return None
+
+    async def _connect(self) -> Connection:
+        loop = asyncio.get_running_loop()
+        try:
+            async with asyncio.timeout(self._connect_s):
+                _, connection = await loop.create_connection(
+                    Connection, self._host, self._port, ssl=self._ssl
+                )
+        except TimeoutError:
+            raise ConnectTimeoutError(f"no connection within {self._connect_s:g} s") from None
+        except OSError as error:
+            raise RefusedError(error.strerror or str(error)) from None
+        return connection
+
+    def _give_back(self, connection: Connection) -> None:
+        if connection.is_reusable:
+            connection.idle_since_s = asyncio.get_running_loop().time()
+            self._idle.append(connection)
+        else:
+            connection.close()
