@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Final
 
 import numpy as np
-import numpy.typing as npt
 
 from hwreplay.load import Row
 from profiles.catalog import Profile
@@ -24,8 +23,10 @@ from sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ
 from sim.records import COMPLETED
 from sim.workload.workload import Workload
 
-PROMPT_TOKENS: Final = (16, 64, 128, 256)
-REPEATS: Final = 6
+NUM_SINGLE: Final = 24
+"""Single requests to idle servers, and as many beside a stream."""
+PROMPT_TOKENS: Final = (8, 400)
+"""Shortest and longest prompt of a single request."""
 OUTPUT_TOKENS: Final = 4
 STREAM_TOKENS: Final = (64, 2400)
 """Prompt and answer of the stream beside which single requests run."""
@@ -33,10 +34,10 @@ ROUNDS: Final = 2
 """Streams, each with its share of the single requests beside it."""
 BATCHES: Final = (2, 4, 8)
 BATCH_PROMPTS: Final = (32, 250)
-BATCH_OUTPUTS: Final = 64
+BATCH_OUTPUTS: Final = 200
 LONG_PROMPTS: Final = (512, 1024, 2048, 512, 1024, 2048)
 GAP_S: Final = 0.4
-GAP_SEED: Final = 7
+SEED: Final = 7
 MIN_GAP_S: Final = 0.15
 """Single requests do not overlap."""
 
@@ -79,33 +80,33 @@ class ProbePlan:
 
 
 def plan_probe() -> ProbePlan:
-    """Some 40 s of requests: single ones, a stream with single ones beside it, then batches.
+    """Some 50 s of requests: single ones, a stream with single ones beside it, then batches.
 
-    Single requests come with random gaps, as those of a workload do: a processor that serves one
-    every quarter of a second keeps its caches warm and its clock high, and is too fast by a third.
+    Single requests come with random gaps and lengths, as those of a workload do. One every quarter
+    of a second keeps the caches warm, and an engine that has met a length before has its kernels
+    ready: on a CPU the first prompt of a length takes twice as long as the next.
     """
-    rng = np.random.default_rng(GAP_SEED)
-    prompts = PROMPT_TOKENS * REPEATS
+    rng = np.random.default_rng(SEED)
+    rows: list[tuple[float, int, int]] = []
 
-    def gaps_s(count: int) -> npt.NDArray[np.float64]:
-        return MIN_GAP_S + rng.exponential(GAP_S - MIN_GAP_S, count)
+    def add_single(begin_s: float, count: int) -> None:
+        at_s = begin_s + np.cumsum(MIN_GAP_S + rng.exponential(GAP_S - MIN_GAP_S, count))
+        tokens = np.exp(rng.uniform(*np.log(PROMPT_TOKENS), count)).round()
+        rows.extend((float(t), int(n), OUTPUT_TOKENS) for t, n in zip(at_s, tokens, strict=True))
 
-    at_s = np.cumsum(gaps_s(len(prompts)))
-    rows = [(float(t), tokens, OUTPUT_TOKENS) for t, tokens in zip(at_s, prompts, strict=True)]
+    add_single(0.0, NUM_SINGLE)
     streams = []
-    for turn in range(ROUNDS):
+    for _ in range(ROUNDS):
         begin_s = rows[-1][0] + 2.0
         streams.append(len(rows))
         rows.append((begin_s, *STREAM_TOKENS))
-        part = prompts[turn::ROUNDS]
-        at_s = begin_s + 0.5 + np.cumsum(gaps_s(len(part)))
-        rows += [(float(t), tokens, OUTPUT_TOKENS) for t, tokens in zip(at_s, part, strict=True)]
-    busy = tuple(i for i in range(len(prompts), len(rows)) if i not in streams)
+        add_single(begin_s + 0.5, NUM_SINGLE // ROUNDS)
+    busy = tuple(i for i in range(NUM_SINGLE, len(rows)) if i not in streams)
     begin_s = rows[-1][0] + 4.0
     for batch_size in BATCHES:
         for prompt in BATCH_PROMPTS:
             rows += [(begin_s, prompt, BATCH_OUTPUTS)] * batch_size
-            begin_s += 0.8 + 0.06 * batch_size
+            begin_s += 1.5 + 0.06 * batch_size
     for prompt in LONG_PROMPTS:
         rows.append((begin_s, prompt, 2))
         begin_s += 0.4
@@ -116,7 +117,7 @@ def plan_probe() -> ProbePlan:
         output_tokens=np.array(columns[2], dtype=np.int64),
         name="probe",
     )
-    idle = tuple(range(len(prompts)))
+    idle = tuple(range(NUM_SINGLE))
     return ProbePlan(workload=workload, idle=idle, busy=busy, streams=tuple(streams))
 
 
