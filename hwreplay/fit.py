@@ -49,14 +49,16 @@ class Surface:
 
     phase: Phase
     coefficients_s: tuple[float, ...]
-    """Of 1, batch size, tokens and, in prefill, tokens²/batch size: the work of attention."""
+    """Of 1; tokens; in prefill tokens²/batch size, the work of attention; each ramp of batch."""
+    knots: tuple[int, ...]
+    """Batch sizes where the slope against batch may change: an engine's time has steps there."""
     num_steps: int
     median_abs_error_frac: float
     """How far a single iteration is from it: the machine's noise more than the fit's."""
 
     def time_s(self, batch_size: float, tokens: float) -> float:
         """Duration of one iteration."""
-        terms = _terms(self.phase, np.array([batch_size]), np.array([tokens]))
+        terms = _terms(self.phase, np.array([batch_size]), np.array([tokens]), self.knots)
         return float(terms[0] @ np.array(self.coefficients_s))
 
 
@@ -85,7 +87,8 @@ def fit_surface(steps: Sequence[Step], phase: Phase) -> Surface:
     """The conditional median of the time, by reweighted non-negative least squares.
 
     Errors count relative to the fitted time, so that short iterations weigh as much as long ones,
-    and every batch size has one voice, however long it ran.
+    and a batch size has the voice of the root of how often it was seen: a long stream does not
+    drown the others, and the few iterations between two bursts do not bend them.
 
     Raises:
         VoltanaError: Fewer than 10 iterations.
@@ -94,9 +97,10 @@ def fit_surface(steps: Sequence[Step], phase: Phase) -> Surface:
         raise VoltanaError(f"a fit needs {MIN_STEPS} {phase} iterations, got {len(steps)}")
     time_s = np.array([step.time_s for step in steps])
     sizes = np.array([step.batch_size for step in steps])
-    terms = _terms(phase, sizes, np.array([step.tokens for step in steps]))
-    kinds, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
-    share = 1.0 / (counts[place] * len(kinds))
+    knots = _knots(phase, sizes)
+    terms = _terms(phase, sizes, np.array([step.tokens for step in steps]), knots)
+    _, place, counts = np.unique(sizes, return_inverse=True, return_counts=True)
+    share = 1.0 / np.sqrt(counts[place])
     fitted_s, weights = np.full(len(steps), float(np.median(time_s))), share
     found = np.zeros(terms.shape[1])
     for _ in range(ROUNDS):
@@ -107,6 +111,7 @@ def fit_surface(steps: Sequence[Step], phase: Phase) -> Surface:
     return Surface(
         phase=phase,
         coefficients_s=tuple(float(c) for c in found),
+        knots=knots,
         num_steps=len(steps),
         median_abs_error_frac=float(np.median(np.abs(fitted_s / time_s - 1.0))),
     )
@@ -174,10 +179,28 @@ def _meta(
     )
 
 
+def _knots(phase: Phase, sizes: npt.NDArray[np.int64]) -> tuple[int, ...]:
+    """Where the slope may change: decode's batch sizes of the grid, as far as any was seen.
+
+    Prefill batches of a probe hold one prompt mostly: one slope. The last ramp has no end, so that
+    larger batches than were seen follow its slope.
+    """
+    if phase == PREFILL:
+        return (1,)
+    return tuple(knot for knot in GRID_BATCHES if knot < sizes.max()) or (1,)
+
+
 def _terms(
-    phase: Phase, batch_size: npt.NDArray[Any], tokens: npt.NDArray[Any]
+    phase: Phase,
+    batch_size: npt.NDArray[Any],
+    tokens: npt.NDArray[Any],
+    knots: Sequence[int],
 ) -> npt.NDArray[np.float64]:
-    columns = [np.ones(len(batch_size)), batch_size, tokens]
+    columns = [np.ones(len(batch_size)), tokens]
     if phase == PREFILL:
         columns.append(tokens.astype(np.float64) ** 2 / batch_size)
+    ends = (*knots[1:], np.inf)
+    columns += [
+        np.clip(batch_size - begin, 0, end - begin) for begin, end in zip(knots, ends, strict=True)
+    ]
     return np.stack([np.asarray(c, dtype=np.float64) for c in columns], axis=1)

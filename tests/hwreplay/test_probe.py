@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from hwreplay.fit import Step, fit_surface, steps_of, write_fitted_profile
 from hwreplay.load import Row
-from hwreplay.probe import STREAM_TOKENS, ProbePlan, fit_overhead, plan_probe
+from hwreplay.probe import MIN_GAP_S, STREAM_TOKENS, ProbePlan, fit_overhead, plan_probe
 from hwreplay.recording import IterationRow
 from profiles.errors import VoltanaError
 from sim.config import make_config
@@ -23,8 +24,9 @@ def rows_of(plan: ProbePlan, *, first_token: str) -> list[Row]:
     """TTFT of each single request by the rule that the fit must undo."""
     own = 1.0 if first_token == "decode" else 0.0
     rows = []
-    for index in (*plan.idle, *plan.busy):
+    for index in (*plan.idle, *plan.busy, *plan.streams):
         is_idle = index in plan.idle
+        lasts_s = 30.0 if index in plan.streams else 0.1
         known_s = PREFILL_S + (own + (0.0 if is_idle else 0.5)) * STEP_S
         ttft_s = known_s + (IDLE_S if is_idle else BUSY_S)
         sent_s = float(plan.workload.arrival_s[index]) + 0.001
@@ -34,7 +36,7 @@ def rows_of(plan: ProbePlan, *, first_token: str) -> list[Row]:
                 status=COMPLETED,
                 sent_s=sent_s,
                 first_token_s=sent_s + ttft_s,
-                finish_s=sent_s + ttft_s + 0.1,
+                finish_s=sent_s + ttft_s + lasts_s,
                 tokens=4,
             )
         )
@@ -69,11 +71,21 @@ def test_the_plan_keeps_single_requests_apart() -> None:
     plan = plan_probe()
     work = plan.workload
     assert len(work) == len(work.arrival_s)
-    gaps_s = np.diff(work.arrival_s[: plan.idle.stop])
-    assert gaps_s.min() >= 0.2
-    streams = [i for i in plan.busy if work.output_tokens[i] == STREAM_TOKENS[1]]
-    assert len(streams) == 2
-    assert len(plan.busy) - len(streams) == len(plan.idle)
+    assert np.diff(work.arrival_s[list(plan.idle)]).min() >= MIN_GAP_S
+    assert (work.output_tokens[list(plan.streams)] == STREAM_TOKENS[1]).all()
+    assert len(plan.busy) == len(plan.idle)
+    assert not set(plan.streams) & set(plan.busy)
+
+
+def test_a_stream_that_ends_early_leaves_nobody_beside_it(tmp_path: Path) -> None:
+    profile = write_synthetic_profile(tmp_path / "p")
+    plan = plan_probe()
+    rows = [
+        msgspec.structs.replace(row, finish_s=row.first_token_s)
+        for row in rows_of(plan, first_token="decode")
+    ]
+    with pytest.raises(VoltanaError, match="0 of 24 were beside a stream"):
+        fit_overhead(rows, plan, make_config({}), profile)
 
 
 def test_the_fit_finds_the_rule_under_one_sided_noise() -> None:
@@ -91,12 +103,22 @@ def test_the_fit_finds_the_rule_under_one_sided_noise() -> None:
         assert found.time_s(batch_size, tokens) == pytest.approx(true_s, rel=0.01)
 
 
+def test_a_step_between_batch_sizes_stays_where_it_is() -> None:
+    """1 ms more from one request to two and nothing from there to four: no line has both."""
+    rule = {1: 0.002, 2: 0.003, 3: 0.003, 4: 0.003, 8: 0.005}
+    steps = [Step(b, 100 * b, rule[b]) for b in rule for _ in range(10)]
+    found = fit_surface(steps, "decode")
+    for batch_size, time_s in rule.items():
+        assert found.time_s(batch_size, 100 * batch_size) == pytest.approx(time_s, rel=0.01)
+    assert found.time_s(16, 1600) == pytest.approx(0.009, rel=0.01)  # the last slope goes on
+
+
 def test_attention_of_a_prompt_is_quadratic() -> None:
     sizes = [(b, n) for b in (1, 2, 4) for n in (16, 64, 256, 512, 1024, 2048)]
     rule = [0.002 + 1e-3 * b + 1e-5 * b * n + 8e-9 * (b * n) ** 2 / b for b, n in sizes]
     steps = [Step(b, b * n, time_s) for (b, n), time_s in zip(sizes, rule, strict=True)]
     found = fit_surface(steps, "prefill")
-    assert found.coefficients_s == pytest.approx((0.002, 1e-3, 1e-5, 8e-9), rel=0.02)
+    assert found.coefficients_s == pytest.approx((0.003, 1e-5, 8e-9, 1e-3), rel=0.02)
     with pytest.raises(VoltanaError, match="10 prefill iterations, got 3"):
         fit_surface(steps[:3], "prefill")
 
