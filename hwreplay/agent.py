@@ -46,8 +46,7 @@ class AgentConfig:
     event_address: str | None = None
     """ZMQ address of the router's events; None: the engine's word alone."""
     batch_socket: str | None = None
-    """Where the engine's plug-in announces batches. Without it a prefill decision lags by one
-    iteration, as `prefill_metrics = "after"` simulates."""
+    """Where the engine's plug-in announces batches; `prefill_metrics = "before"` needs it."""
     actuator_socket: str | None = None
     """The helper's socket; None records decisions and touches nothing."""
     gpus: tuple[int, ...] = ()

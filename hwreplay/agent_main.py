@@ -27,7 +27,7 @@ from hwreplay.actuator.client import (
 from hwreplay.agent import AgentConfig, read_agent_config, ready_file
 from hwreplay.batch_feed import BatchFeed, BatchNotice
 from hwreplay.clock import RunClock
-from hwreplay.context import PolicySource
+from hwreplay.context import PolicySource, check_notices, decides_before
 from hwreplay.control import ControlLoop
 from hwreplay.energy_meter import EnergyMeter
 from hwreplay.events import Event, apply_event, topic_of
@@ -242,6 +242,7 @@ def _make_loop(
     config: AgentConfig, directory: Path, clock: RunClock
 ) -> tuple[InstanceTracker, ControlLoop, Profile]:
     settings = make_config(config.settings, where=config.name)
+    check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
     source = PolicySource(config=settings, profile=load_profile(settings.profile))
     controller = source.make_controller(config.phase, config.instance_id)
     if source.cluster.is_observed:
@@ -261,7 +262,7 @@ def _make_loop(
         actuator,
         predictor=source.profile.predictor(),
         limits=config.stale,
-        decides_before_decode=settings.decode_metrics == "before",
+        decides_before=decides_before(settings, config.phase),
         now_s=clock.now_s(),
     )
     return tracker, loop, source.profile

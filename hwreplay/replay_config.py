@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from hwreplay.context import check_notices
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
 from profiles.errors import VoltanaError, nearest
 from sim.config import SimConfig, make_config, read_toml
@@ -57,6 +58,8 @@ class ReplayConfig:
                     "--enable-forward-pass-metrics --forward-pass-metrics-ipc-name "
                     f"ipc:///tmp/{worker.name}"
                 )
+            has_socket = worker.name in self.batch_sockets
+            check_notices(self.sim, worker.phase, worker.name, has_socket=has_socket)
         if self.gpus:
             counts: dict[Phase, int] = {
                 PREFILL: self.sim.num_prefill,

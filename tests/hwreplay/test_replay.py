@@ -87,7 +87,7 @@ def write_config(folder: Path, fleet: dict[str, Any], seconds: float, outputs: i
     ).write(folder / "trace.csv")
     simulate = {
         "profile": str(folder / "profile"), "trace": str(folder / "trace.csv"),
-        "controller": "static", "router": "round-robin",
+        "controller": "static", "router": "round-robin", "prefill_metrics": "after",
     }  # fmt: skip
     path = folder / "replay.toml"
     whole = {"simulate": simulate, "fleet": fleet, "replay": {"power_w": POWER_W, "rest_s": 1.2}}
@@ -188,6 +188,12 @@ def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int)
     assert b"already holds a run" in said
 
 
+ATTACHED = {
+    "prefill": [{"url": "http://h:1", "metrics": "ipc:///tmp/p.0"}],
+    "decode": [{"url": "http://h:2", "metrics": "ipc:///tmp/d.0"}],
+}
+
+
 @pytest.mark.parametrize(
     ("tables", "message"),
     [
@@ -206,6 +212,18 @@ def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int)
                 "replay": {"power_w": 1},
             },
             "prefill-0 must publish forward-pass metrics",
+        ),
+        (
+            {"fleet": ATTACHED, "replay": {"power_w": 1}},
+            'prefill_metrics = "before" needs an engine that announces its batches, prefill-0 has',
+        ),
+        (
+            {
+                "simulate": {"prefill_metrics": "after", "decode_metrics": "before"},
+                "fleet": ATTACHED,
+                "replay": {"power_w": 1},
+            },
+            'decode_metrics = "before" needs an engine that announces its batches, decode-0 has no',
         ),
         (
             {"fleet": {"engine": "e"}, "replay": {"gpus": {"prefill": [[0]], "decode": [[1]]}}},
