@@ -112,12 +112,18 @@ def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunReco
         raise VoltanaError(f"{directory} replayed another workload: name its configuration")
     if state.get("start_s") is None:
         raise VoltanaError(f"the replay in {directory} ended before its first request")
+    load = state.get("load", {})
     window = Window(
         start_s=state["start_s"],
-        is_complete=state.get("load", {}).get("is_complete", False),
+        is_complete=load.get("is_complete", False),
         wall_s=state.get("wall_s", 0.0),
     )
-    extra = {"is_power_measured": state["is_power_measured"]}
+    extra = {
+        "is_power_measured": state["is_power_measured"],
+        "is_complete": window.is_complete,
+    }
+    if not window.is_complete:
+        extra["incomplete_reason"] = "it was interrupted"
     return assemble(directory, workload, config.sim, window, extra)
 
 

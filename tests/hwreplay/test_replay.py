@@ -145,6 +145,7 @@ def test_a_replay_leaves_what_a_simulation_leaves(tmp_path: Path) -> None:
     assert state["load"]["lateness_s"]["max"] >= 0
     assert state["agents"]["decode-0"]["counts"]["records"] > 0
     assert observed.settings["is_power_measured"] is False
+    assert observed.settings["is_complete"] is True
 
 
 def start_command(config: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -182,6 +183,8 @@ def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int)
     assert counts[IN_FLIGHT] > 300
     assert counts.sum() == len(record.requests)
     assert summarise(record)["energy_j"] > 0
+    assert record.settings["is_complete"] is False
+    assert record.settings["incomplete_reason"] == "it was interrupted"
     process = start_command(config, tmp_path / "real")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
