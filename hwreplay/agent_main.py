@@ -251,6 +251,11 @@ def _make_loop(
             f"{config.name} sees the whole fleet: replay another policy"
         )
     tracker = source.make_tracker(config.phase, config.instance_id)
+    if config.actuator_socket is not None and not config.gpus:
+        raise VoltanaError(
+            f"an agent's actuator must have gpus to set, {config.name} has none: list them, or "
+            "leave actuator_socket out for a dry run"
+        )
     actuator: Actuator = (
         DryRunActuator(directory / f"{config.name}.decisions.jsonl")
         if config.actuator_socket is None

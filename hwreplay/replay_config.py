@@ -50,24 +50,36 @@ class ReplayConfig:
             )
         if self.power_w is not None and not self.power_w > 0:
             raise VoltanaError(f"power_w must be > 0, got {self.power_w}")
+        if self.actuator is not None and not self.gpus:
+            raise VoltanaError(
+                f"[replay] actuator must have gpus to set, got {self.actuator} with power_w: name "
+                "the cards, e.g. gpus = {prefill = [[0]], decode = [[1]]}, or leave actuator out"
+            )
         for worker in self.workers:
-            if worker.metrics is None:
-                raise VoltanaError(
-                    f"{worker.name} must publish forward-pass metrics and name them, e.g. "
-                    f'metrics = "ipc:///tmp/{worker.name}.0": start SGLang with '
-                    "--enable-forward-pass-metrics --forward-pass-metrics-ipc-name "
-                    f"ipc:///tmp/{worker.name}"
-                )
-            has_socket = worker.name in self.batch_sockets
-            check_notices(self.sim, worker.phase, worker.name, has_socket=has_socket)
+            self._check_worker(worker)
         if self.gpus:
-            counts: dict[Phase, int] = {
-                PREFILL: self.sim.num_prefill,
-                DECODE: self.sim.num_decode,
-            }
-            for phase, count in counts.items():
-                if len(self.gpus.get(phase, ())) != count:
-                    raise VoltanaError(f"gpus.{phase} must list the cards of {count} instances")
+            self._check_gpus()
+
+    def _check_worker(self, worker: WorkerConfig) -> None:
+        if worker.metrics is None:
+            raise VoltanaError(
+                f"{worker.name} must publish forward-pass metrics and name them, e.g. "
+                f'metrics = "ipc:///tmp/{worker.name}.0": start SGLang with '
+                "--enable-forward-pass-metrics --forward-pass-metrics-ipc-name "
+                f"ipc:///tmp/{worker.name}"
+            )
+        has_socket = worker.name in self.batch_sockets
+        check_notices(self.sim, worker.phase, worker.name, has_socket=has_socket)
+
+    def _check_gpus(self) -> None:
+        counts: dict[Phase, int] = {PREFILL: self.sim.num_prefill, DECODE: self.sim.num_decode}
+        for phase, count in counts.items():
+            cards = self.gpus.get(phase, ())
+            if len(cards) != count or not all(cards):
+                raise VoltanaError(
+                    f"gpus.{phase} must list the cards of {count} instances, at least one each, "
+                    f"got {[list(c) for c in cards]} ([replay])"
+                )
 
     @property
     def stated_power_w(self) -> float:

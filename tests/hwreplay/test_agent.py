@@ -427,6 +427,14 @@ def test_who_starts_an_agent_learns_why_it_ended(tmp_path: Path, voice: EngineVo
         running(shared, tmp_path),
     ):
         pass
+    cardless = config_of(tmp_path, voice, actuator_socket=str(tmp_path / "helper"), power_w=50.0)
+    with (
+        pytest.raises(
+            VoltanaError, match="actuator must have gpus to set, agent-decode-0 has none"
+        ),
+        running(cardless, tmp_path),
+    ):
+        pass
     lonely = with_helper(tmp_path, voice)
     with (
         pytest.raises(VoltanaError, match=r"the actuator must answer at .*/helper"),

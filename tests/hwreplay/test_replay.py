@@ -232,6 +232,18 @@ ATTACHED = {
             {"fleet": {"engine": "e"}, "replay": {"gpus": {"prefill": [[0]], "decode": [[1]]}}},
             "gpus.prefill must list the cards of 2 instances",
         ),
+        (
+            {
+                "simulate": {"num_prefill": 1, "num_decode": 1},
+                "fleet": {"engine": "e"},
+                "replay": {"gpus": {"prefill": [[0]], "decode": [[]]}},
+            },
+            "gpus.decode must list the cards of 1 instances, at least one each",
+        ),
+        (
+            {"fleet": {"engine": "e"}, "replay": {"power_w": 50.0, "actuator": "/run/v.sock"}},
+            "actuator must have gpus to set, got /run/v.sock with power_w: name the cards",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_line(
