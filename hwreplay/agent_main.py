@@ -276,7 +276,7 @@ def _make_loop(
 def _make_meter(config: AgentConfig) -> EnergyMeter | None:
     if config.power_w is not None:
         return EnergyMeter([ConstantPowerGpu(config.power_w)])
-    if config.actuator_socket is None or not config.gpus:
+    if not config.gpus:
         return None
     return EnergyMeter([NvmlGpu(index) for index in config.gpus])
 

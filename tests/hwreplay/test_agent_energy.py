@@ -1,0 +1,60 @@
+"""What an agent reports of its cards' energy, and the limits it asks for, on the NVML stand-in."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hwreplay.agent import AgentConfig
+from hwreplay.reports import Report, ReportFeed
+from tests.hwreplay.engine_voice import repeating
+from tests.hwreplay.test_agent import SMALL, config_of, running, voice  # noqa: F401 (fixture)
+from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
+from tests.profiles.device.standin import Standin
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def card(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> Standin:  # noqa: F811
+    """The stand-in's card, which agents see; there is no helper."""
+    for key, value in standin.env.items():
+        monkeypatch.setenv(key, value)
+    return standin
+
+
+async def reports_over(address: str, seconds: float) -> tuple[Report, Report]:
+    """The first report, and the first one that is so much later."""
+    feed = ReportFeed(address)
+    try:
+        first = await feed.receive()
+        while (last := await feed.receive()).at_s - first.at_s < seconds:
+            pass
+        return first, last
+    finally:
+        feed.close()
+
+
+def test_a_dry_run_meters_its_cards(
+    card: Standin,
+    tmp_path: Path,
+    voice: Any,  # noqa: ANN401, F811
+) -> None:
+    """250 W and no actuator: the card is left alone, its energy is reported."""
+    address = f"ipc://{tmp_path}/reports"
+    config: AgentConfig = config_of(tmp_path, voice, gpus=(0,), report_address=address)
+    assert card["power_mw"] == 250_000
+    with running(config, tmp_path), repeating(lambda: voice.decode(*SMALL)):
+        time.sleep(0.2)
+        first, last = asyncio.run(asyncio.wait_for(reports_over(address, 1.0), 30))
+    assert first.energy_j is not None
+    assert last.energy_j is not None
+    # A reading is up to 0.1 s old, and the thread that takes it may wait as long for the CPU.
+    assert last.energy_j - first.energy_j == pytest.approx(
+        250.0 * (last.at_s - first.at_s), abs=250.0 * 0.3
+    )
+    assert card["num_locks"] == 0
