@@ -1,7 +1,8 @@
 """Starts real SGLang prefill and decode servers on this machine's CPU, on loopback only.
 
 `make engine` installs what they need. Each server is a process group of its own, and leaving the
-context ends all of them, however it is left, and removes the shared memory that they leave.
+context ends all of them, however it is left, and removes the shared memory that they leave; if this
+process is killed a reaper does.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from hwreplay.batch_feed import ENVIRONMENT as BATCH_SOCKET
+from profiles.engines.reaper import Reaper
 from profiles.engines.sglang_server import (
     CPU_ARGUMENTS,
     CPU_DECODE_ARGUMENTS,
@@ -61,6 +63,13 @@ class Server:
     """ZMQ address of its forward-pass metrics, where they were asked for."""
     batch_socket: Path | None = None
     """Where its plug-in announces batches, where that was asked for."""
+    reaper: Reaper | None = field(default=None, repr=False)
+    """Ends it if this process is killed."""
+
+    def guard(self) -> None:
+        """Let the reaper know of its processes and files."""
+        if self.reaper is not None:
+            self.reaper.guard(self.process.pid, self.shared_memory)
 
     @property
     def url(self) -> str:
@@ -105,16 +114,22 @@ def run_fleet(
         raise VoltanaError(f"no SGLang in {directory}: run `make engine`")
     phases: list[tuple[Phase, int]] = [(PREFILL, i) for i in range(num_prefill)]
     phases += [(DECODE, i) for i in range(num_decode)]
-    servers: list[Server] = []
-    try:
-        for phase, instance_id in phases:
-            servers.append(_start(python, directory / "model", logs, phase, instance_id, sockets))
-        wait_ready(servers, start_s)
-        for server in servers:
-            _freeze_garbage(server)
-        yield servers
-    finally:
-        end(servers)
+    with Reaper() as reaper:
+        servers: list[Server] = []
+        try:
+            for phase, instance_id in phases:
+                started = _start(python, directory / "model", logs, phase, instance_id, sockets)
+                servers.append(replace(started, reaper=reaper))
+                servers[-1].guard()
+            wait_ready(servers, start_s)
+            for server in servers:
+                server.guard()
+                _freeze_garbage(server)
+            yield servers
+        finally:
+            end(servers)
+            for server in servers:
+                reaper.release(server.process.pid)
 
 
 def _start(
@@ -173,8 +188,12 @@ def restart(servers: list[Server], server: Server, *, start_s: float = 180) -> S
         VoltanaError: It died again or was too late.
     """
     clean(server)
+    if server.reaper is not None:
+        server.reaper.release(server.process.pid)
     process = spawn(server.command, server.environment, server.log)
     found = replace(server, process=process)
     servers[servers.index(server)] = found
+    found.guard()
     wait_ready([found], start_s)
+    found.guard()
     return found

@@ -38,6 +38,7 @@ from hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
 from profiles.device.constant import ConstantPowerGpu
 from profiles.device.gpu import Gpu
 from profiles.errors import VoltanaError
+from profiles.signals import stops_as_interrupts
 from sim.policies.base import DECODE, PREFILL, Phase
 from sim.records import RunRecord
 from sim.results import read_json, write_json
@@ -68,7 +69,7 @@ class _Run:
 def replay(
     config: ReplayConfig, workload: Workload, directory: Path, progress: Progress
 ) -> RunRecord:
-    """Replay a workload and return the record; Ctrl-C keeps what has ended.
+    """Replay a workload and return the record; a signal to stop keeps what has ended.
 
     Args:
         config: The configuration and the fleet.
@@ -87,7 +88,7 @@ def replay(
     twin = tomli_w.dumps(config.sim.as_dict())
     (directory / SIMULATE).write_text(twin, encoding="utf-8")
     started_ns = time.monotonic_ns()
-    with _fleet(config, directory, progress) as run:
+    with stops_as_interrupts(), _fleet(config, directory, progress) as run:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_play(run, workload, progress))

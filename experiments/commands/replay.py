@@ -42,7 +42,8 @@ def replay(
     The workload, the router and the controllers are those of `voltana simulate` with the same
     [simulate] keys, and so are the files that it writes: compare them with `voltana validate`.
     [fleet] starts servers (engine = ".engine") or lists running ones. Without [replay] actuator
-    the clocks are left alone and decisions are recorded. Ctrl-C keeps what has ended.
+    the clocks are left alone and decisions are recorded. Ctrl-C, SIGTERM and SIGHUP keep what has
+    ended and exit with 1; servers that were started here end with this command, however it ends.
 
     A simulation knows iterations only: `--probe` first measures what HTTP, routing and the
     hand-over add, and writes a configuration that has it.
@@ -51,6 +52,7 @@ def replay(
     """
     from experiments.replaying import run_probe, run_replay
     from experiments.show import summary_json, summary_table
+    from sim.results import read_json
 
     if probe:
         overhead, adjusted = run_probe(config, out, fits_profile=fit)
@@ -62,3 +64,11 @@ def replay(
         return
     made, summary = run_replay(config, out, only_finish=finish)
     typer.echo(summary_json(summary) if json else summary_table(made.sim, summary))
+    settings = read_json(out / "settings.json")
+    if not finish and not settings["is_complete"]:
+        typer.echo(
+            f"voltana: the replay is incomplete, {settings['incomplete_reason']}: what had ended is"
+            f" in {out}",
+            err=True,
+        )
+        raise typer.Exit(1)

@@ -165,14 +165,15 @@ def await_rows(process: subprocess.Popen[bytes], path: Path, count: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int) -> None:
     with stub_process() as fleet:
         config = write_config(tmp_path, fleet, seconds=60, outputs=10)
         process = start_command(config, tmp_path / "real")
         await_rows(process, tmp_path / "real/requests.jsonl", 5)
         os.kill(process.pid, number)
-        process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (-number if number == signal.SIGKILL else 1), said
         if number == signal.SIGKILL:
             again = start_command(config, tmp_path / "real", "--finish")
             _, said = again.communicate(timeout=60)
