@@ -423,7 +423,9 @@ def test_who_starts_an_agent_learns_why_it_ended(tmp_path: Path, voice: EngineVo
         pass
     shared = config_of(tmp_path, voice, settings=SETTINGS | {"controller": "polca"})
     with (
-        pytest.raises(VoltanaError, match="sees the whole fleet: replay another policy"),
+        pytest.raises(
+            VoltanaError, match="the agents of all instances in one process, 1 are missing"
+        ),
         running(shared, tmp_path),
     ):
         pass
