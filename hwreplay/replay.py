@@ -136,6 +136,7 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
                     directory,
                     num_prefill=config.sim.num_prefill,
                     num_decode=config.sim.num_decode,
+                    gpus=config.gpus,
                     sockets=sockets,
                 )
             )

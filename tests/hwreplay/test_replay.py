@@ -22,6 +22,7 @@ from experiments.replaying import run_replay
 from experiments.runs import run, workload_of
 from experiments.validation import run_validation
 from hwreplay.assembly import Window, assemble
+from hwreplay.launch import Engine
 from hwreplay.replay_config import ReplayConfig, read_replay_config
 from hwreplay.validate import Thresholds
 from profiles.errors import VoltanaError
@@ -302,7 +303,7 @@ def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
 def test_gpus_are_given_by_instance() -> None:
     config = ReplayConfig(
         sim=make_config({"num_prefill": 1, "num_decode": 1}),
-        engine=Path("x"),
+        engine=Engine(python=Path("x"), model=Path("m")),
         gpus={"prefill": ((0, 1),), "decode": ((2,),)},
     )
     assert config.gpus_of("prefill", 0) == (0, 1)

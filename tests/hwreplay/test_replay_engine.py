@@ -30,7 +30,8 @@ def entry(server: Server) -> dict[str, Any]:
 
 def test_the_example_is_a_configuration() -> None:
     config = read_replay_config(EXAMPLE)
-    assert config.engine == Path(".engine")
+    assert config.engine is not None
+    assert config.engine.model == Path(".engine/model")
     assert len(workload_of(config.sim)) == 100
 
 
