@@ -41,6 +41,8 @@ class Run:
     clock: RunClock
     workers: tuple[WorkerConfig, ...]
     batch_sockets: dict[str, Path]
+    vocab_size: int | None
+    """Of the model; None: not known."""
     has_fleet_view: bool
     """Whether a controller looks at the whole fleet: all agents are one process then."""
     faults: list[str] = field(default_factory=list)
@@ -72,11 +74,12 @@ async def router(run: Run) -> AsyncIterator[str]:
     limits = {
         "port": 0, "events": run.events, "reports": run.reports, "start_ns": run.clock.start_ns,
     }  # fmt: skip
+    sizes = {} if run.vocab_size is None else {"vocab_size": run.vocab_size}
     path = run.directory / "router.toml"
     whole = {
         "simulate": run.config.sim.as_dict(),
         "fleet": tables,
-        "router": dict(run.config.router_limits) | limits,
+        "router": dict(run.config.router_limits) | sizes | limits,
     }
     path.write_text(tomli_w.dumps(whole), encoding="utf-8")
     log = run.directory / "router.log"

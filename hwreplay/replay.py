@@ -123,7 +123,8 @@ def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunReco
 @contextmanager
 def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterator[Run]:
     """The servers, started here or there already, and a short folder for sockets."""
-    has_fleet_view = observes_fleet(config)  # a wrong policy is told before a server starts
+    # what is wrong is told before a server starts
+    has_fleet_view, vocab_size = observes_fleet(config), config.vocab_size()
     with ExitStack() as stack:
         sockets = Path(tempfile.mkdtemp(prefix="voltana-"))
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
@@ -162,6 +163,7 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
             clock=RunClock(),
             workers=workers,
             batch_sockets=batches,
+            vocab_size=vocab_size,
             has_fleet_view=has_fleet_view,
         )
 

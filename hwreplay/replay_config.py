@@ -99,6 +99,27 @@ class ReplayConfig:
             raise VoltanaError("a fitted profile needs power_w: measure power with voltana profile")
         return self.power_w
 
+    def vocab_size(self) -> int | None:
+        """Number of token ids of the model: of servers started here, or what [router] states.
+
+        None where neither says. An id that a model does not have ends an SGLang server.
+
+        Raises:
+            VoltanaError: The model to start cannot be read, or `vocabulary` goes beyond it.
+        """
+        stated = self.router_limits.get("vocab_size")
+        sizes = [] if stated is None else [int(stated)]
+        if self.engine is not None:
+            self.engine.check()
+            sizes.append(self.engine.vocab_size())
+        found = min(sizes, default=None)
+        if found is not None and self.vocabulary[1] > found:
+            raise VoltanaError(
+                f"[replay] vocabulary must lie within the model's {found} token ids, got "
+                f"{list(self.vocabulary)}: ids that it does not have end a server"
+            )
+        return found
+
     def gpus_of(self, phase: Phase, instance_id: int) -> tuple[int, ...]:
         """Cards of one instance; none where power is stated."""
         return self.gpus[phase][instance_id] if self.gpus else ()

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
+import shutil
+import subprocess
+import sys
+import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tomli_w
 
+from hwreplay.clock import RunClock
 from hwreplay.launch import Engine, Placement, run_fleet, server_arguments, server_environment
-from hwreplay.replay_config import read_replay_config
+from hwreplay.parts import Run, router
+from hwreplay.replay_config import ReplayConfig, read_replay_config
 from profiles.errors import VoltanaError
+from sim.config import make_config
 from sim.policies.base import Phase
 from tests.conftest import ROOT
 
@@ -82,6 +91,71 @@ def test_the_fleet_table_names_what_to_start(tmp_path: Path) -> None:
     path.write_text(tomli_w.dumps({"fleet": {"python": "p"}, "replay": {"power_w": 1.0}}))
     with pytest.raises(VoltanaError, match="must name both python and model, or engine"):
         read_replay_config(path)
+
+
+def test_token_ids_must_be_the_models(tmp_path: Path) -> None:
+    """The engine's own model has 512: the default range ends there, another may not go beyond."""
+    path = tmp_path / "replay.toml"
+    fleet = {"python": sys.executable, "model": str(tmp_path)}
+    whole: dict[str, Any] = {"fleet": fleet, "replay": {"power_w": 1.0}}
+    path.write_text(tomli_w.dumps(whole))
+    with pytest.raises(VoltanaError, match=r"config.json has its vocab_size, got .*FileNotFound"):
+        read_replay_config(path).vocab_size()
+    (tmp_path / "config.json").write_text('{"vocab_size": 512}')
+    assert read_replay_config(path).vocab_size() == 512
+    whole["replay"]["vocabulary"] = [3, 513]
+    path.write_text(tomli_w.dumps(whole))
+    with pytest.raises(VoltanaError, match=r"within the model's 512 token ids, got \[3, 513\]"):
+        read_replay_config(path).vocab_size()
+    running = [{"url": "http://h:1", "metrics": "ipc:///tmp/m"}]
+    whole["fleet"] = {"prefill": running, "decode": running}
+    whole["simulate"] = {"prefill_metrics": "after"}
+    path.write_text(tomli_w.dumps(whole))
+    assert read_replay_config(path).vocab_size() is None  # nobody says
+    whole["router"] = {"vocab_size": 512}
+    path.write_text(tomli_w.dumps(whole))
+    with pytest.raises(VoltanaError, match="within the model's 512"):
+        read_replay_config(path).vocab_size()
+
+
+def test_the_router_is_told_what_the_model_has(tmp_path: Path) -> None:
+    """Its file is there as soon as it starts."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 512}')
+    config = ReplayConfig(
+        sim=make_config({}),
+        engine=Engine(python=Path(sys.executable), model=tmp_path),
+        power_w=1.0,
+    )
+    run = Run(
+        config=config,
+        directory=tmp_path,
+        sockets=tmp_path,
+        clock=RunClock(),
+        workers=(),
+        batch_sockets={},
+        vocab_size=config.vocab_size(),
+        has_fleet_view=False,
+    )
+
+    async def start() -> None:
+        async with router(run):
+            pass
+
+    with pytest.raises(VoltanaError):  # it has no workers
+        asyncio.run(start())
+    told = tomllib.loads((tmp_path / "router.toml").read_text())
+    assert told["router"]["vocab_size"] == 512
+
+
+def test_one_command_runs_the_loop_on_gpus() -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(
+        [make, "-n", "replay-gpu"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    steps = [line.split()[1] for line in done.stdout.splitlines() if "/voltana " in line]
+    assert steps == ["replay", "simulate", "replay", "validate"]
 
 
 def test_the_gpu_example_is_a_configuration() -> None:
