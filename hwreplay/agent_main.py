@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final, TextIO
@@ -45,6 +47,8 @@ from sim.results import write_json
 
 TICK_S: Final = 0.05
 RECONNECT_S: Final = 1.0
+MakeCaps = Callable[[], Mapping[int, float]]
+"""Gives the power limit in W that stands for each clock."""
 SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
@@ -67,8 +71,11 @@ class Agent:
         """
         self._config = config
         self._clock = RunClock(start_ns=config.start_ns)
-        self._profile = source.profile
-        self._tracker, self._loop = _make_loop(config, directory, self._clock, source)
+        # once: on a later connection the limit in force may be a cap of ours that is left over
+        self._make_caps_w = functools.cache(partial(_caps_w, config, source.profile))
+        self._tracker, self._loop = _make_loop(
+            config, directory, self._clock, source, self._make_caps_w
+        )
         self._meter = _make_meter(config)
         self._reconnect_s = 0.0
         self._clocks: TextIO = (directory / f"{config.name}.clocks.jsonl").open("w")
@@ -210,7 +217,7 @@ class Agent:
 
     def _reconnect(self) -> None:
         try:
-            self._loop.attach(_helper(self._config, self._profile))
+            self._loop.attach(_helper(self._config, self._make_caps_w))
         except ActuatorLostError:
             self._loop.report.counts["reconnects_failed"] += 1
 
@@ -264,7 +271,11 @@ def _show_fleet(source: PolicySource, agents: Sequence[Agent]) -> None:
 
 
 def _make_loop(
-    config: AgentConfig, directory: Path, clock: RunClock, source: PolicySource
+    config: AgentConfig,
+    directory: Path,
+    clock: RunClock,
+    source: PolicySource,
+    make_caps_w: MakeCaps,
 ) -> tuple[InstanceTracker, ControlLoop]:
     settings = source.config
     check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
@@ -278,7 +289,7 @@ def _make_loop(
     actuator: Actuator = (
         DryRunActuator(directory / f"{config.name}.decisions.jsonl")
         if config.actuator_socket is None
-        else _helper(config, source.profile)
+        else _helper(config, make_caps_w)
     )
     loop = ControlLoop(
         controller,
@@ -300,13 +311,13 @@ def _make_meter(config: AgentConfig) -> EnergyMeter | None:
     return EnergyMeter([NvmlGpu(index) for index in config.gpus])
 
 
-def _helper(config: AgentConfig, profile: Profile) -> HelperActuator:
+def _helper(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
     if config.actuator_socket is None:
         raise ActuatorLostError("a dry run has no helper")
     return HelperActuator(
         Path(config.actuator_socket),
         config.gpus,
-        make_caps_w=lambda: _caps_w(config, profile),
+        make_caps_w=make_caps_w,
     )
 
 

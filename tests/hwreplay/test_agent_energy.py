@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -11,8 +13,10 @@ import pytest
 
 from hwreplay.agent import AgentConfig
 from hwreplay.reports import Report, ReportFeed
+from profiles.catalog import load_profile
+from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.engine_voice import repeating
-from tests.hwreplay.test_agent import SMALL, config_of, running, voice  # noqa: F401 (fixture)
+from tests.hwreplay.test_agent import SMALL, config_of, running, voice, with_helper  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 
@@ -25,6 +29,32 @@ def card(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> Standin:  # noqa:
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
     return standin
+
+
+def test_a_left_over_cap_is_no_ceiling_after_a_reconnection(
+    card: Standin,
+    tmp_path: Path,
+    voice: Any,  # noqa: ANN401, F811
+) -> None:
+    """A frozen agent is dropped; 120 W, as of a cap of its own not yet undone, wait for its return.
+
+    1005 MHz stands for more than that in the profile, and the agent asks for it again.
+    """
+    table = load_profile("a100-80g-sxm/llama-3.1-8b").decode
+    limit_w = math.ceil(table[table["frequency_mhz"] == 1005]["power_w"].max())
+    assert limit_w > 120
+    config = with_helper(tmp_path, voice)
+    with (
+        helper_process(card, tmp_path / "helper", "--power-cap", "--silence-s", "0.6"),
+        running(config, tmp_path) as process,
+        repeating(lambda: voice.decode(*SMALL)),
+    ):
+        assert eventually(lambda: card["limit_mw"] == limit_w * 1000)
+        process.send_signal(signal.SIGSTOP)
+        assert eventually(lambda: card["limit_mw"] == 400_000)
+        card["limit_mw"] = 120_000
+        process.send_signal(signal.SIGCONT)
+        assert eventually(lambda: card["limit_mw"] == limit_w * 1000)
 
 
 async def reports_over(address: str, seconds: float) -> tuple[Report, Report]:
