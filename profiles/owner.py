@@ -19,14 +19,20 @@ READ_BYTES: Final = 4096
 
 
 def start_guard(module: str, arguments: Sequence[str] = ()) -> subprocess.Popen[bytes]:
-    """Start a module as a guard of this process, in a session of its own, with pipes both ways."""
+    """Start a module as a guard of this process, in a session of its own, with pipes both ways.
+
+    The owner may be root in a folder where others put modules: -P keeps that folder out, and a
+    guard of an isolated owner (-I) is isolated too.
+    """
+    environment = dict(os.environ)
+    if not sys.flags.isolated:
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
     return subprocess.Popen(
-        # -P: the owner may be root in a folder where others put modules.
-        [sys.executable, "-P", "-m", module, *arguments],
+        [sys.executable, "-I" if sys.flags.isolated else "-P", "-m", module, *arguments],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         start_new_session=True,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        env=environment,
     )
 
 
