@@ -44,7 +44,7 @@ _ENERGY: Final = (
 _JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j"})
 _LATENCIES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _LEVELS: Final[Mapping[str, Kind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
-POWER_STATED: Final = "energy is not judged: power was stated, not measured"
+POWER_STATED: Final = "energy, as power was stated and not measured"
 _NOT_ENDED: Final = (IN_FLIGHT, FAILED, CANCELLED)
 """A request that a limit of the model rejects has ended; one that broke off has not."""
 _UNJUDGED: Final[Mapping[str, Kind]] = dict.fromkeys(_LEVELS, "other")

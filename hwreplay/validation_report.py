@@ -27,11 +27,7 @@ def markdown(validation: Validation, *, simulated: str, observed: str, figure: s
         f"Simulated: `{simulated}`. Observed: `{observed}`. Error = simulated / observed - 1.",
         "",
         f"**Verdict: {verdict}**" + (f" ({', '.join(failed)})" if failed else ""),
-        *(
-            ["", f"Of this verdict: {'; '.join(validation.left_out)}."]
-            if validation.left_out
-            else []
-        ),
+        *(["", f"Not judged: {'; '.join(validation.left_out)}."] if validation.left_out else []),
         "",
         *_table(
             ("metric", "simulated", "observed", "error", "limit", "verdict"),

@@ -217,7 +217,7 @@ def test_energy_of_a_stated_power_is_reported_and_not_judged() -> None:
     assert by_name(found)["energy_j"].error_frac == pytest.approx(0.08)
     assert not by_name(found)["energy_j"].is_judged
     text = markdown(found, simulated="a", observed="b", figure="f.png")
-    assert "energy is not judged: power was stated, not measured" in text
+    assert "Not judged: energy, as power was stated and not measured." in text
     assert "| energy_j | 540 J | 500 J | +8.0 % |  |  |" in text
 
 
