@@ -88,3 +88,40 @@ def test_a_dry_run_meters_its_cards(
         250.0 * (last.at_s - first.at_s), abs=250.0 * 0.3
     )
     assert card["num_locks"] == 0
+
+
+def test_the_router_is_told_of_clock_decisions_and_energy(
+    card: Standin,
+    tmp_path: Path,
+    voice: Any,  # noqa: ANN401, F811
+) -> None:
+    """The stand-in's card draws 250 W: so many joules between two reports."""
+    address = f"ipc://{tmp_path}/reports"
+    config = with_helper(tmp_path, voice, report_address=address)
+    assert card["power_mw"] == 250_000
+
+    async def collect() -> list[Report]:
+        feed = ReportFeed(address)
+        try:
+            found = [await feed.receive()]
+            while found[-1].clock_mhz != 1005 or found[-1].at_s - found[0].at_s < 1.0:
+                found.append(await feed.receive())
+            return found
+        finally:
+            feed.close()
+
+    with (
+        helper_process(card, tmp_path / "helper"),
+        running(config, tmp_path),
+        repeating(lambda: voice.decode(*SMALL)),
+    ):
+        reports = asyncio.run(asyncio.wait_for(collect(), 30))
+    first, last = reports[0], reports[-1]
+    assert (last.phase, last.instance_id, last.clock_mhz) == ("decode", 0, 1005)
+    assert last.decisions > first.decisions
+    assert first.energy_j is not None
+    assert last.energy_j is not None
+    # A reading is up to 0.1 s old, and the thread that takes it may wait as long for the CPU.
+    assert last.energy_j - first.energy_j == pytest.approx(
+        250.0 * (last.at_s - first.at_s), abs=250.0 * 0.3
+    )
