@@ -44,8 +44,7 @@ def actuator(
 
     It listens on a socket that one user can open, takes 16-byte messages, and touches only the
     GPUs and clocks named here. Silence, a closed connection, Ctrl-C, a crash and even kill -9
-    give the clocks back. As root it refuses code that another user may change: install it as
-    docs/replay.md says, or pass --allow-writable-code where everybody who may is trusted.
+    give the clocks back. As root it refuses code that others may change (docs/replay.md).
 
     Example: sudo voltana actuator /run/voltana.sock --gpu 0 --gpu 1 --clocks 1005,1410
     """

@@ -52,7 +52,6 @@ def replay(
     """
     from experiments.replaying import run_probe, run_replay
     from experiments.show import summary_json, summary_table
-    from sim.results import read_json
 
     if probe:
         overhead, adjusted = run_probe(config, out, fits_profile=fit)
@@ -64,8 +63,16 @@ def replay(
         return
     made, summary = run_replay(config, out, only_finish=finish)
     typer.echo(summary_json(summary) if json else summary_table(made.sim, summary))
+    if not finish:
+        _check_complete(out)
+
+
+def _check_complete(out: Path) -> None:
+    """Exit with 1 if the run was cut off or lost a part on its way."""
+    from sim.results import read_json
+
     settings = read_json(out / "settings.json")
-    if not finish and not settings["is_complete"]:
+    if not settings["is_complete"]:
         typer.echo(
             f"voltana: the replay is incomplete, {settings['incomplete_reason']}: what had ended is"
             f" in {out}",
