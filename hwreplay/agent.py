@@ -6,7 +6,8 @@
 
 One thread, no waiting: what comes first is served first, the router's events before the engine's
 records. Where several records wait, the controller sees each and the clock follows the newest.
-Run by `start_agent`, or by hand with `voltana agent FILE.json`.
+Run by `start_agent`, or by hand with `voltana agent FILE.json`. Where a controller looks at the
+whole fleet, one process runs all agents, each with its own sockets, over one `Cluster`.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -46,8 +47,7 @@ class AgentConfig:
     event_address: str | None = None
     """ZMQ address of the router's events; None: the engine's word alone."""
     batch_socket: str | None = None
-    """Where the engine's plug-in announces batches. Without it a prefill decision lags by one
-    iteration, as `prefill_metrics = "after"` simulates."""
+    """Where the engine's plug-in announces batches; `prefill_metrics = "before"` needs it."""
     actuator_socket: str | None = None
     """The helper's socket; None records decisions and touches nothing."""
     gpus: tuple[int, ...] = ()
@@ -70,12 +70,22 @@ def start_agent(config: AgentConfig, directory: Path) -> subprocess.Popen[bytes]
     It leaves in `directory`: NAME.json (this configuration), NAME.clocks.jsonl (each confirmed
     change of the clock), NAME.report.json (latencies, safe states) at its end, and NAME.log.
     """
-    path = directory / f"{config.name}.json"
-    write_json(msgspec.to_builtins(config, str_keys=True), path)
-    ready_file(config, directory).unlink(missing_ok=True)
-    with (directory / f"{config.name}.log").open("wb") as log:
+    return start_agents([config], directory)
+
+
+def start_agents(configs: Sequence[AgentConfig], directory: Path) -> subprocess.Popen[bytes]:
+    """Start several in one process, for controllers that look at the whole fleet.
+
+    Each leaves what `start_agent` says; the log is the first one's.
+    """
+    paths = [directory / f"{config.name}.json" for config in configs]
+    for config, path in zip(configs, paths, strict=True):
+        write_json(msgspec.to_builtins(config, str_keys=True), path)
+        ready_file(config, directory).unlink(missing_ok=True)
+    command = [sys.executable, "-P", "-m", "hwreplay.agent_main", str(os.getpid())]
+    with (directory / f"{configs[0].name}.log").open("wb") as log:
         return subprocess.Popen(
-            [sys.executable, "-P", "-m", "hwreplay.agent_main", str(path), str(os.getpid())],
+            [*command, *map(str, paths)],
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
@@ -91,8 +101,20 @@ def await_agent(
     Raises:
         VoltanaError: It ended, or was not ready in time.
     """
+    await_agents(process, [config], directory, limit_s=limit_s)
+
+
+def await_agents(
+    process: subprocess.Popen[bytes],
+    configs: Sequence[AgentConfig],
+    directory: Path,
+    *,
+    limit_s: float = 60.0,
+) -> None:
+    """The same of all agents of one process."""
     deadline_s = time.monotonic() + limit_s
-    log = directory / f"{config.name}.log"
+    config = configs[-1]  # the last to be ready
+    log = directory / f"{configs[0].name}.log"
     while not ready_file(config, directory).exists():
         if process.poll() is not None:
             said = log.read_text(errors="replace").strip().splitlines()

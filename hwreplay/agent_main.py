@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Final, TextIO
@@ -27,7 +30,7 @@ from hwreplay.actuator.client import (
 from hwreplay.agent import AgentConfig, read_agent_config, ready_file
 from hwreplay.batch_feed import BatchFeed, BatchNotice
 from hwreplay.clock import RunClock
-from hwreplay.context import PolicySource
+from hwreplay.context import PolicySource, check_notices, decides_before
 from hwreplay.control import ControlLoop
 from hwreplay.energy_meter import EnergyMeter
 from hwreplay.events import Event, apply_event, topic_of
@@ -39,26 +42,40 @@ from profiles.device.nvml import NvmlGpu
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from profiles.errors import VoltanaError
 from sim.config import make_config
-from sim.policies.base import PREFILL
+from sim.policies.base import DECODE, PREFILL, InstanceState
 from sim.results import write_json
 
 TICK_S: Final = 0.05
 RECONNECT_S: Final = 1.0
+MakeCaps = Callable[[], Mapping[int, float]]
+"""Gives the power limit in W that stands for each clock."""
 SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 class Agent:
-    """Sockets around a `ControlLoop`."""
+    """Sockets around a `ControlLoop`. Whoever runs it polls, and gives it its turns."""
 
-    def __init__(self, config: AgentConfig, directory: Path) -> None:
+    def __init__(
+        self, config: AgentConfig, directory: Path, source: PolicySource, poller: zmq.Poller
+    ) -> None:
         """Make the controller, connect, bind and set the initial clock.
+
+        Args:
+            config: What to watch and what to set.
+            directory: Takes the agent's files.
+            source: Makes the controller; agents of one process share it.
+            poller: Wakes the process up; this agent's sockets are put there.
 
         Raises:
             VoltanaError: A wrong setting, or the helper does not answer.
         """
         self._config = config
         self._clock = RunClock(start_ns=config.start_ns)
-        self._tracker, self._loop, self._profile = _make_loop(config, directory, self._clock)
+        # once: on a later connection the limit in force may be a cap of ours that is left over
+        self._make_caps_w = functools.cache(partial(_caps_w, config, source.profile))
+        self._tracker, self._loop = _make_loop(
+            config, directory, self._clock, source, self._make_caps_w
+        )
         self._meter = _make_meter(config)
         self._reconnect_s = 0.0
         self._clocks: TextIO = (directory / f"{config.name}.clocks.jsonl").open("w")
@@ -76,44 +93,33 @@ class Agent:
             if config.event_address is None
             else self._subscribe(config.event_address, topic_of(config.phase, config.instance_id))
         )
-        self._poller = zmq.Poller()
-        for source in (self._events, self._batches, self._metrics):
-            if source is not None:
-                self._poller.register(source, zmq.POLLIN)
+        self._poller = poller
+        for feed in (self._events, self._batches, self._metrics):
+            if feed is not None:
+                self._poller.register(feed, zmq.POLLIN)
         self._polled_fd: int | None = None
         self._decode_event = msgspec.msgpack.Decoder(Event).decode
+        self._ticked_s = self._clock.now_s()
 
-    def run(self, *, parent_pid: int, ready: Callable[[], None]) -> None:
-        """Serve until a signal, the parent's end or an error; the clock is given back always.
+    @property
+    def state(self) -> InstanceState:
+        """Of its instance."""
+        return self._tracker.state
 
-        Args:
-            parent_pid: Process that the agent must not outlive.
-            ready: Called once, when every message is heard.
-        """
-        gc.collect()
-        gc.freeze()
-        ticked_s = self._clock.now_s()
-        try:
-            ready()
-            while os.getppid() == parent_pid:
-                self._poll_actuator()
-                self._poller.poll(int(TICK_S * 1e3))
-                self._take_events()
-                self._take_notices()
-                self._take_records()
-                now_s = self._clock.now_s()
-                self._loop.collect(now_s)
-                if now_s - ticked_s >= TICK_S:
-                    ticked_s = now_s
-                    self._tick(now_s)
-                elif self._loop.clock_changes:
-                    self._tell_clock(now_s)
-        finally:
-            for signum in SIGNALS:
-                signal.signal(signum, signal.SIG_IGN)
-            self._close()
+    def turn(self) -> None:
+        """Take what waits, the router's word before the engine's, and let time pass."""
+        self._take_events()
+        self._take_notices()
+        self._take_records()
+        now_s = self._clock.now_s()
+        self._loop.collect(now_s)
+        if now_s - self._ticked_s >= TICK_S:
+            self._ticked_s = now_s
+            self._tick(now_s)
+        elif self._loop.clock_changes:
+            self._tell_clock(now_s)
 
-    def _poll_actuator(self) -> None:
+    def poll_actuator(self) -> None:
         """Wake up for the helper's answers; its connection comes and goes."""
         fd = self._loop.actuator_fd
         if fd == self._polled_fd:
@@ -211,7 +217,7 @@ class Agent:
 
     def _reconnect(self) -> None:
         try:
-            self._loop.attach(_helper(self._config, self._profile))
+            self._loop.attach(_helper(self._config, self._make_caps_w))
         except ActuatorLostError:
             self._loop.report.counts["reconnects_failed"] += 1
 
@@ -223,7 +229,8 @@ class Agent:
         subscriber.connect(address)
         return subscriber
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Give the clock back, leave the report."""
         now_s = self._clock.now_s()
         self._loop.close(now_s)
         self._tell_clock(now_s)
@@ -238,22 +245,51 @@ class Agent:
         self._context.term()
 
 
-def _make_loop(
-    config: AgentConfig, directory: Path, clock: RunClock
-) -> tuple[InstanceTracker, ControlLoop, Profile]:
-    settings = make_config(config.settings, where=config.name)
-    source = PolicySource(config=settings, profile=load_profile(settings.profile))
-    controller = source.make_controller(config.phase, config.instance_id)
-    if source.cluster.is_observed:
+def _make_source(configs: Sequence[AgentConfig]) -> PolicySource:
+    """One for all agents of a process: they replay one configuration."""
+    settings = make_config(configs[0].settings, where=configs[0].name)
+    for config in configs[1:]:
+        if config.settings != configs[0].settings:
+            raise VoltanaError(
+                f"agents of one process must have the same settings, {config.name} has others than "
+                f"{configs[0].name}: start it in a process of its own"
+            )
+    return PolicySource(config=settings, profile=load_profile(settings.profile))
+
+
+def _show_fleet(source: PolicySource, agents: Sequence[Agent]) -> None:
+    """Fill the cluster; a controller that looks at it must see every instance."""
+    cluster, config = source.cluster, source.config
+    cluster.prefill = [a.state for a in agents if a.state.phase == PREFILL]
+    cluster.decode = [a.state for a in agents if a.state.phase == DECODE]
+    num_missing = config.num_prefill + config.num_decode - len(agents)
+    if cluster.is_observed and num_missing:
         raise VoltanaError(
-            f"an agent shows its controller one instance, the {config.phase} controller of "
-            f"{config.name} sees the whole fleet: replay another policy"
+            "a controller that sees the whole fleet needs the agents of all instances in one "
+            f"process, {num_missing} are missing: `voltana replay` starts them so"
         )
+
+
+def _make_loop(
+    config: AgentConfig,
+    directory: Path,
+    clock: RunClock,
+    source: PolicySource,
+    make_caps_w: MakeCaps,
+) -> tuple[InstanceTracker, ControlLoop]:
+    settings = source.config
+    check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
+    controller = source.make_controller(config.phase, config.instance_id)
     tracker = source.make_tracker(config.phase, config.instance_id)
+    if config.actuator_socket is not None and not config.gpus:
+        raise VoltanaError(
+            f"an agent's actuator must have gpus to set, {config.name} has none: list them, or "
+            "leave actuator_socket out for a dry run"
+        )
     actuator: Actuator = (
         DryRunActuator(directory / f"{config.name}.decisions.jsonl")
         if config.actuator_socket is None
-        else _helper(config, source.profile)
+        else _helper(config, make_caps_w)
     )
     loop = ControlLoop(
         controller,
@@ -261,27 +297,27 @@ def _make_loop(
         actuator,
         predictor=source.profile.predictor(),
         limits=config.stale,
-        decides_before_decode=settings.decode_metrics == "before",
+        decides_before=decides_before(settings, config.phase),
         now_s=clock.now_s(),
     )
-    return tracker, loop, source.profile
+    return tracker, loop
 
 
 def _make_meter(config: AgentConfig) -> EnergyMeter | None:
     if config.power_w is not None:
         return EnergyMeter([ConstantPowerGpu(config.power_w)])
-    if config.actuator_socket is None or not config.gpus:
+    if not config.gpus:
         return None
     return EnergyMeter([NvmlGpu(index) for index in config.gpus])
 
 
-def _helper(config: AgentConfig, profile: Profile) -> HelperActuator:
+def _helper(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
     if config.actuator_socket is None:
         raise ActuatorLostError("a dry run has no helper")
     return HelperActuator(
         Path(config.actuator_socket),
         config.gpus,
-        make_caps_w=lambda: _caps_w(config, profile),
+        make_caps_w=make_caps_w,
     )
 
 
@@ -308,24 +344,48 @@ def _on_signal(signum: int, frame: FrameType | None) -> None:
     raise SystemExit(128 + signum)
 
 
-def run_agent(path: Path, parent_pid: int) -> None:
-    """Run the agent of a JSON file until a signal or its parent's end.
+def run_agents(paths: Sequence[Path], parent_pid: int) -> None:
+    """Run the agents of JSON files until a signal or their parent's end.
+
+    The clocks are given back, however this ends.
 
     Raises:
         VoltanaError: A wrong setting, or the helper does not answer.
     """
     for signum in SIGNALS:
         signal.signal(signum, _on_signal)
-    config = read_agent_config(path)
-    Agent(config, path.parent).run(
-        parent_pid=parent_pid, ready=ready_file(config, path.parent).touch
-    )
+    configs = [read_agent_config(path) for path in paths]
+    source, poller = _make_source(configs), zmq.Poller()
+    with ExitStack() as stack:
+        agents: list[Agent] = []
+        for config, path in zip(configs, paths, strict=True):
+            agents.append(Agent(config, path.parent, source, poller))
+            stack.callback(agents[-1].close)
+        stack.callback(_ignore_signals)
+        _show_fleet(source, agents)
+        gc.collect()
+        gc.freeze()
+        for config, path in zip(configs, paths, strict=True):
+            ready_file(config, path.parent).touch()
+        while os.getppid() == parent_pid:
+            for agent in agents:
+                agent.poll_actuator()
+            poller.poll(int(TICK_S * 1e3))
+            for agent in agents:
+                agent.turn()
+
+
+def _ignore_signals() -> None:
+    """A second one must not stop the giving back."""
+    for signum in SIGNALS:
+        signal.signal(signum, signal.SIG_IGN)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run one agent. Arguments: its JSON file, the process it must not outlive."""
+    """Run agents. Arguments: the process they must not outlive, their JSON files."""
+    parent, *files = arguments
     try:
-        run_agent(Path(arguments[0]), int(arguments[1]))
+        run_agents([Path(file) for file in files], int(parent))
     except VoltanaError as error:
         sys.stderr.write(f"voltana agent: {error}\n")
         return 2

@@ -9,6 +9,7 @@ import numpy as np
 
 from hwreplay.tracker import InstanceTracker
 from profiles.catalog import Profile
+from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.policies.base import (
     DECODE,
@@ -25,6 +26,25 @@ from sim.policies.registry import make_controller, make_router
 
 STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
 """Spawn keys of the policies' random streams, as in `sim.engine.fleet`."""
+
+
+def decides_before(config: SimConfig, phase: Phase) -> bool:
+    """Whether a phase's controllers see the batch about to run, and not the one that has ended."""
+    return (config.prefill_metrics if phase == PREFILL else config.decode_metrics) == "before"
+
+
+def check_notices(config: SimConfig, phase: Phase, name: str, *, has_socket: bool) -> None:
+    """Refuse decisions on a batch about to run where nobody announces it.
+
+    Raises:
+        VoltanaError: The configuration asks for them and there is no socket for the notices.
+    """
+    if decides_before(config, phase) and not has_socket:
+        raise VoltanaError(
+            f'{phase}_metrics = "before" needs an engine that announces its batches, {name} has no '
+            f'batch socket: name it in [fleet] batch_sockets, or set {phase}_metrics = "after" '
+            "for simulation and replay"
+        )
 
 
 @dataclass(slots=True, kw_only=True)
@@ -72,8 +92,8 @@ class PolicySource:
             power=self.profile.truth(extrapolate=True),
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
-            slo_ttft_s=config.slo_ttft_s,
-            slo_itl_s=config.slo_itl_s,
+            slo_ttft_s=config.aimed_ttft_s,
+            slo_itl_s=config.aimed_itl_s,
             profile_hash=self.profile.content_hash,
             kv_capacity_tokens=self.kv_capacity_tokens,
             rng=np.random.default_rng(seeds),

@@ -61,7 +61,7 @@ class ControlLoop:
         *,
         predictor: Predictor,
         limits: StaleLimits | None = None,
-        decides_before_decode: bool = False,
+        decides_before: bool = False,
         now_s: float = 0.0,
     ) -> None:
         """Set the controller's initial clock.
@@ -72,7 +72,8 @@ class ControlLoop:
             actuator: Sets the clock.
             predictor: Says how long an iteration should take.
             limits: When metrics are stale.
-            decides_before_decode: Decide on the plug-in's notice in decode too.
+            decides_before: Decide on the notice of a batch that is about to run; else on the record
+                of one that has ended.
             now_s: The run's time.
         """
         self.report = LoopReport()
@@ -83,7 +84,7 @@ class ControlLoop:
         self._actuator: Actuator | None = actuator
         self._predictor = predictor
         self._limits = limits or StaleLimits()
-        self._decides_on_notice = tracker.state.phase == PREFILL or decides_before_decode
+        self._decides_before = decides_before
         self._has_plugin = False
         self._heard_s = now_s
         self._loaded_s: float | None = None
@@ -138,7 +139,7 @@ class ControlLoop:
             state = self._tracker.observe(now_s)
             state.last_batch_size, state.last_tokens = notice.num_requests, notice.tokens
         self._was_busy = True
-        return self._decides_on_notice and self._decide(now_s, writes=is_newest)
+        return self._decides_before and self._decide(now_s, writes=is_newest)
 
     def on_record(self, record: IterationMetrics, *, is_newest: bool = True) -> bool:
         """The engine reports an iteration or rests. True if a decision was made.
@@ -161,10 +162,19 @@ class ControlLoop:
             self.go_safe(now_s, f"{lost} records lost")
             return False
         self._was_busy = True
-        decides = not (self._has_plugin and self._decides_on_notice)
-        is_decided = decides and self._decide(now_s, writes=is_newest)
+        is_decided = self._decide_after(now_s, writes=is_newest)
         self.settle(now_s)
         return is_decided
+
+    def _decide_after(self, now_s: float, *, writes: bool) -> bool:
+        """Decide on the iteration that has ended, unless its notice was decided on."""
+        if self._decides_before:
+            if self._has_plugin:
+                return False
+            self.report.counts["decided_late"] += 1
+        state = self._tracker.state
+        state.last_batch_size, state.last_tokens = state.ended_batch_size, state.ended_tokens
+        return self._decide(now_s, writes=writes)
 
     def settle(self, now_s: float) -> None:
         """Ask for an idle plan when the instance has run out of work; call after each event."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import product
 from typing import Final
 
 import numpy as np
@@ -31,7 +32,7 @@ OUTPUT_TOKENS: Final = 4
 STREAM_TOKENS: Final = (64, 2400)
 """Prompt and answer of the stream beside which single requests run."""
 ROUNDS: Final = 2
-"""Streams, each with its share of the single requests beside it."""
+"""Streams, each with its share of the single requests beside it; and rounds of batches."""
 BATCHES: Final = (2, 4, 8)
 BATCH_PROMPTS: Final = (32, 250)
 BATCH_OUTPUTS: Final = 200
@@ -80,7 +81,7 @@ class ProbePlan:
 
 
 def plan_probe() -> ProbePlan:
-    """Some 50 s of requests: single ones, a stream with single ones beside it, then batches.
+    """Some 65 s of requests: single ones, a stream with single ones beside it, then batches.
 
     Single requests come with random gaps and lengths, as those of a workload do. One every quarter
     of a second keeps the caches warm, and an engine that has met a length before has its kernels
@@ -103,10 +104,9 @@ def plan_probe() -> ProbePlan:
         add_single(begin_s + 0.5, NUM_SINGLE // ROUNDS)
     busy = tuple(i for i in range(NUM_SINGLE, len(rows)) if i not in streams)
     begin_s = rows[-1][0] + 4.0
-    for batch_size in BATCHES:
-        for prompt in BATCH_PROMPTS:
-            rows += [(begin_s, prompt, BATCH_OUTPUTS)] * batch_size
-            begin_s += 1.5 + 0.06 * batch_size
+    for batch_size, prompt in product(BATCHES * ROUNDS, BATCH_PROMPTS):
+        rows += [(begin_s, prompt, BATCH_OUTPUTS)] * batch_size
+        begin_s += 1.5 + 0.06 * batch_size
     for prompt in LONG_PROMPTS:
         rows.append((begin_s, prompt, 2))
         begin_s += 0.4

@@ -19,7 +19,15 @@ import pandas as pd
 from profiles.errors import VoltanaError
 from sim.metrics import summarise
 from sim.policies.base import DECODE, PREFILL
-from sim.records import IterationTable, RunRecord
+from sim.records import (
+    CANCELLED,
+    FAILED,
+    IN_FLIGHT,
+    STATUS_NAMES,
+    IterationTable,
+    RequestTable,
+    RunRecord,
+)
 
 Kind = Literal["energy", "p50", "p90", "p99", "other"]
 MAX_ITERATIONS: Final = 20_000
@@ -36,6 +44,9 @@ _ENERGY: Final = (
 _JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j"})
 _LATENCIES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _LEVELS: Final[Mapping[str, Kind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
+POWER_STATED: Final = "energy, as power was stated and not measured"
+_NOT_ENDED: Final = (IN_FLIGHT, FAILED, CANCELLED)
+"""A request that a limit of the model rejects has ended; one that broke off has not."""
 _UNJUDGED: Final[Mapping[str, Kind]] = dict.fromkeys(_LEVELS, "other")
 _OTHERS: Final = (
     ("attainment", "fraction"),
@@ -114,16 +125,23 @@ class Validation:
     residency: Mapping[str, Mapping[str, Mapping[str, float]]]
     """{"simulated" | "observed": {phase: {clock: share of busy time}}}"""
     notes: Sequence[str]
+    faults: Sequence[str] = ()
+    """Why the runs are no pair to compare (another workload, one that did not end): each fails the
+    verdict, whatever the errors are."""
+    left_out: Sequence[str] = ()
+    """What the verdict does not cover, and why."""
 
     @property
     def passes(self) -> bool:
-        return all(c.passes for c in self.comparisons)
+        return not self.faults and all(c.passes for c in self.comparisons)
 
     def as_dict(self) -> dict[str, Any]:
         """What `validation.json` holds."""
         return {
             "schema_version": 1,
             "passes": self.passes,
+            "faults": list(self.faults),
+            "left_out": list(self.left_out),
             "metrics": [asdict(c) | {"passes": c.passes} for c in self.comparisons],
             "iterations": self.iteration_errors,
             "clock_residency": self.residency,
@@ -150,6 +168,7 @@ def validate(
     """
     ours, theirs = summarise(simulated), summarise(observed)
     notes = _notes(simulated, observed)
+    is_power_stated = observed.settings.get("is_power_measured") is False
     points = None
     if observed.iterations is None or not len(observed.iterations.duration_s):
         notes.append("the observed run kept no iterations: no error per iteration")
@@ -162,7 +181,7 @@ def validate(
                 "extrapolated"
             )
     return Validation(
-        comparisons=_compare(ours, theirs, thresholds),
+        comparisons=_compare(ours, theirs, thresholds, judges_energy=not is_power_stated),
         points=points,
         iteration_errors={} if points is None else summarise_iterations(points),
         residency={
@@ -170,6 +189,8 @@ def validate(
             "observed": theirs["clock_residency"],
         },
         notes=notes,
+        faults=_faults(simulated, observed),
+        left_out=[POWER_STATED] if is_power_stated else [],
     )
 
 
@@ -263,11 +284,15 @@ def _predict(
 
 
 def _compare(
-    ours: Mapping[str, Any], theirs: Mapping[str, Any], thresholds: Thresholds
+    ours: Mapping[str, Any],
+    theirs: Mapping[str, Any],
+    thresholds: Thresholds,
+    *,
+    judges_energy: bool,
 ) -> list[Comparison]:
     rows: list[tuple[str, str, Kind, float, float]] = []
     for name, unit in _ENERGY:
-        kind: Kind = "energy" if name in _JUDGED_ENERGY else "other"
+        kind: Kind = "energy" if judges_energy and name in _JUDGED_ENERGY else "other"
         rows.append((name, unit, kind, ours[name], theirs[name]))
     rows += [
         (f"{name}.{level}", "s", kind_of_level, ours[name][level], theirs[name][level])
@@ -288,24 +313,33 @@ def _compare(
     ]
 
 
-def _notes(simulated: RunRecord, observed: RunRecord) -> list[str]:
-    notes = []
-    ours, theirs = simulated.requests, observed.requests
+def _faults(simulated: RunRecord, observed: RunRecord) -> list[str]:
+    faults = _workload_faults(simulated.requests, observed.requests)
+    for name, run in (("simulated", simulated), ("observed", observed)):
+        counts = np.bincount(run.requests.status, minlength=len(STATUS_NAMES))
+        left = [f"{counts[s]} {STATUS_NAMES[s]}" for s in _NOT_ENDED if counts[s]]
+        if run.settings.get("is_complete") is False:
+            left.append(str(run.settings.get("incomplete_reason", "it was cut off")))
+        if left:
+            faults.append(f"the {name} run is incomplete ({', '.join(left)})")
+    return faults
+
+
+def _workload_faults(ours: RequestTable, theirs: RequestTable) -> list[str]:
     if len(ours) != len(theirs):
-        notes.append(f"different workloads: {len(ours)} requests simulated, {len(theirs)} observed")
-    elif not (
+        return [f"different workloads: {len(ours)} requests simulated, {len(theirs)} observed"]
+    if not (
         np.array_equal(ours.input_tokens, theirs.input_tokens)
         and np.array_equal(ours.output_tokens, theirs.output_tokens)
     ):
-        notes.append("different workloads: request lengths differ")
-    elif len(ours) and np.abs(ours.arrival_s - theirs.arrival_s).max() > SAME_ARRIVAL_S:
-        worst_s = float(np.abs(ours.arrival_s - theirs.arrival_s).max())
-        notes.append(f"arrival times differ by up to {worst_s:.3f} s")
+        return ["different workloads: request lengths differ"]
+    worst_s = float(np.abs(ours.arrival_s - theirs.arrival_s).max(initial=0.0))
+    if worst_s > SAME_ARRIVAL_S:
+        return [f"different workloads: arrival times differ by up to {worst_s:.3f} s"]
+    return []
+
+
+def _notes(simulated: RunRecord, observed: RunRecord) -> list[str]:
     keys = simulated.settings.keys() & observed.settings.keys()
-    for key in sorted(keys):
-        a, b = simulated.settings[key], observed.settings[key]
-        if a != b:
-            notes.append(f"setting {key} differs: {a} simulated, {b} observed")
-    if observed.settings.get("is_power_measured") is False:
-        notes.append("power was stated, not measured: the energy errors are those of times alone")
-    return notes
+    pairs = ((key, simulated.settings[key], observed.settings[key]) for key in sorted(keys))
+    return [f"setting {k} differs: {a} simulated, {b} observed" for k, a, b in pairs if a != b]

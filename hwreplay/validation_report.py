@@ -20,13 +20,14 @@ def markdown(validation: Validation, *, simulated: str, observed: str, figure: s
         figure: Path of the figure, relative to the report.
     """
     verdict = "passes" if validation.passes else "fails"
-    failed = [c.metric for c in validation.comparisons if not c.passes]
+    failed = [*validation.faults, *(c.metric for c in validation.comparisons if not c.passes)]
     lines = [
         "# Simulation against observation",
         "",
         f"Simulated: `{simulated}`. Observed: `{observed}`. Error = simulated / observed - 1.",
         "",
         f"**Verdict: {verdict}**" + (f" ({', '.join(failed)})" if failed else ""),
+        *(["", f"Not judged: {'; '.join(validation.left_out)}."] if validation.left_out else []),
         "",
         *_table(
             ("metric", "simulated", "observed", "error", "limit", "verdict"),

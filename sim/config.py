@@ -121,6 +121,16 @@ class SimConfig:
         """The controller that decode instances run."""
         return self.decode_controller or self.controller
 
+    @property
+    def aimed_ttft_s(self) -> float:
+        """The time to first token that policies are told to keep: the promise times `aim_ratio`."""
+        return self.slo_ttft_s * (self.aim_ratio or 1.0)
+
+    @property
+    def aimed_itl_s(self) -> float:
+        """The same of the time between tokens."""
+        return self.slo_itl_s * (self.aim_ratio or 1.0)
+
     def as_dict(self) -> dict[str, Any]:
         """Every key that has a value, in declaration order."""
         return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}

@@ -35,49 +35,32 @@ def actuator(
     dry_run: Annotated[
         Path | None, typer.Option(help="Touch nothing: record each change in this JSONL file")
     ] = None,
+    allow_writable_code: Annotated[
+        bool,
+        typer.Option("--allow-writable-code", help="Run as root though others may edit the code"),
+    ] = False,
 ) -> None:
     """Set clocks for replay agents that may not: run this as root, and only this.
 
     It listens on a socket that one user can open, takes 16-byte messages, and touches only the
     GPUs and clocks named here. Silence, a closed connection, Ctrl-C, a crash and even kill -9
-    give the clocks back.
+    give the clocks back. As root it refuses code that others may change (docs/replay.md).
 
     Example: sudo voltana actuator /run/voltana.sock --gpu 0 --gpu 1 --clocks 1005,1410
     """
-    import os
+    from hwreplay.actuator.start import Options, start
 
-    from hwreplay.actuator.backends import open_backend
-    from hwreplay.actuator.helper import HelperConfig, run_helper
-
-    if uid is None:
-        uid = int(os.environ.get("SUDO_UID", os.geteuid()))
-    config = HelperConfig(
-        socket_path=socket,
-        allowed_uids=frozenset({uid}),
-        owner_uid=uid,
-        silence_s=silence_s,
-        max_rate_per_s=max_rate,
+    start(
+        Options(
+            socket=socket,
+            gpus=frozenset(gpu),
+            uid=uid,
+            clocks=clocks,
+            is_power_cap=power_cap,
+            previous_clock_mhz=previous_clock,
+            silence_s=silence_s,
+            max_rate_per_s=max_rate,
+            dry_run=dry_run,
+            allows_writable_code=allow_writable_code,
+        )
     )
-    backend = open_backend(
-        frozenset(gpu),
-        clocks_mhz=_parse_clocks(clocks),
-        previous_clock_mhz=previous_clock,
-        is_power_cap=power_cap,
-        dry_run=dry_run,
-    )
-    run_helper(
-        backend, config, ready=lambda: typer.echo(f"listening on {socket} for user {uid}", err=True)
-    )
-
-
-def _parse_clocks(text: str | None) -> frozenset[int] | None:
-    from profiles.errors import VoltanaError
-
-    if text is None:
-        return None
-    try:
-        return frozenset(int(part) for part in text.split(","))
-    except ValueError:
-        raise VoltanaError(
-            f"--clocks must be whole MHz with commas, got {text!r}: e.g. 1005,1410"
-        ) from None

@@ -28,6 +28,6 @@ def agent(
     """
     import os
 
-    from hwreplay.agent_main import run_agent
+    from hwreplay.agent_main import run_agents
 
-    run_agent(file, os.getppid())
+    run_agents([file], os.getppid())

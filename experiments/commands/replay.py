@@ -42,7 +42,8 @@ def replay(
     The workload, the router and the controllers are those of `voltana simulate` with the same
     [simulate] keys, and so are the files that it writes: compare them with `voltana validate`.
     [fleet] starts servers (engine = ".engine") or lists running ones. Without [replay] actuator
-    the clocks are left alone and decisions are recorded. Ctrl-C keeps what has ended.
+    the clocks are left alone and decisions are recorded. Ctrl-C, SIGTERM and SIGHUP keep what has
+    ended and exit with 1; servers that were started here end with this command, however it ends.
 
     A simulation knows iterations only: `--probe` first measures what HTTP, routing and the
     hand-over add, and writes a configuration that has it.
@@ -62,3 +63,19 @@ def replay(
         return
     made, summary = run_replay(config, out, only_finish=finish)
     typer.echo(summary_json(summary) if json else summary_table(made.sim, summary))
+    if not finish:
+        _check_complete(out)
+
+
+def _check_complete(out: Path) -> None:
+    """Exit with 1 if the run was cut off or lost a part on its way."""
+    from sim.results import read_json
+
+    settings = read_json(out / "settings.json")
+    if not settings["is_complete"]:
+        typer.echo(
+            f"voltana: the replay is incomplete, {settings['incomplete_reason']}: what had ended is"
+            f" in {out}",
+            err=True,
+        )
+        raise typer.Exit(1)

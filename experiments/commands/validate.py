@@ -37,7 +37,8 @@ def validate(
     Writes validation.md, validation.png and validation.json: the relative error of energy, J per
     token, TTFT/ITL/TPOT at p50/p90/p99, attainment and throughput; distributions over each other;
     each iteration's time as predicted and as observed; the share of time at each clock. Exit code
-    1 if an error exceeds its limit. Any two run directories can be compared.
+    1 if an error exceeds its limit, the workloads differ or a run did not end. Any two run
+    directories can be compared.
 
     Example: voltana validate results/simulated results/replayed
     """

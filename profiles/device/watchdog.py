@@ -1,10 +1,9 @@
 """Puts clocks (or power limits) back when their owner is killed by what no handler sees (SIGKILL).
 
-A small process of its own holds the other end of a pipe. The owner writes one byte when it locks
-a clock (`ARMED`) and one when it has put it back (`DISARMED`). The owner's end closes when it dies,
-however it dies; the watchdog then unlocks if the last byte was ARMED. A forked child of the owner
-may keep the pipe open, so the parent's id is looked at every half second as well. Nothing is
-deserialised: single bytes in, nothing out but one hello.
+A small process of its own holds the other end of a pipe (`profiles.owner`). The owner writes one
+byte when it locks a clock (`ARMED`) and one when it has put it back (`DISARMED`). When it has gone
+the watchdog unlocks if the last byte was ARMED. Nothing is deserialised: single bytes in, nothing
+out but one hello.
 
     owner    spawn ── hello? ── ARMED ── lock … ── unlock ── DISARMED ── close
     watchdog         hello ──── read ──────────────── (end of file while armed: unlock)
@@ -15,7 +14,6 @@ from __future__ import annotations
 import os
 import select
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,11 +21,11 @@ from types import FrameType
 from typing import Final
 
 from profiles.device.gpu import DeviceError
+from profiles.owner import receive_until_gone, start_guard
 
 ARMED: Final = b"A"
 DISARMED: Final = b"D"
 HELLO: Final = b"H"
-PARENT_POLL_S: Final = 0.5
 NUM_RESTORE_TRIES: Final = 5
 RESTORE_RETRY_S: Final = 0.5
 HELLO_TIMEOUT_S: Final = 20.0
@@ -54,17 +52,9 @@ class Watchdog:
         Raises:
             DeviceError: It did not come up, for instance because NVML refused it.
         """
-        self._process = subprocess.Popen(
-            [
-                # -P: the owner may be root in a folder where others put modules.
-                *(sys.executable, "-P", "-m", "profiles.device.watchdog"),
-                str(previous_clock_mhz or 0),
-                *(_target(index, power_limits_w) for index in gpu_indices),
-            ],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
+        targets = [_target(index, power_limits_w) for index in gpu_indices]
+        self._process = start_guard(
+            "profiles.device.watchdog", [str(previous_clock_mhz or 0), *targets]
         )
         self._await_hello()
 
@@ -151,15 +141,9 @@ def _restore_one(target: str, previous_clock_mhz: int) -> None:
 def _watch(parent_pid: int) -> bytes:
     """Wait for the owner to go. Returns the last state byte."""
     state = DISARMED
-    while True:
-        ready, _, _ = select.select([sys.stdin.buffer], [], [], PARENT_POLL_S)
-        if ready:
-            received = os.read(sys.stdin.fileno(), 64)
-            if not received:
-                return state
-            state = received[-1:]
-        elif os.getppid() != parent_pid:
-            return state
+    for received in receive_until_gone(parent_pid):
+        state = received[-1:]
+    return state
 
 
 def _on_terminate(signum: int, frame: FrameType | None) -> None:

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Final, Protocol
 
 from profiles.errors import VoltanaError
+from profiles.signals import stops_put_off
 
 HOST: Final = "127.0.0.1"
 POLL_S: Final = 0.5
@@ -149,7 +150,12 @@ def clean(server: ServerProcess) -> None:
 
 
 def end(servers: Sequence[ServerProcess]) -> None:
-    """Ask all servers to end, and kill those that do not."""
+    """Ask all servers to end, and kill those that do not; a second Ctrl-C is heard after that."""
+    with stops_put_off():
+        _end(servers)
+
+
+def _end(servers: Sequence[ServerProcess]) -> None:
     for server in servers:
         server.shared_memory.update(find_shared_memory(server.process.pid))
     for number in (signal.SIGTERM, signal.SIGKILL):

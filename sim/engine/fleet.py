@@ -218,14 +218,13 @@ class Fleet(ABC):
     def _context(self, phase: Phase, index: int, stream: str) -> PolicyContext:
         seeds = np.random.SeedSequence(self._config.seed, spawn_key=(_STREAMS[stream], index))
         clocks = self._profile.meta.clocks
-        aim = self._config.aim_ratio or 1.0
         return PolicyContext(
             predictor=self._predictor,
             power=self._known,
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
-            slo_ttft_s=self._config.slo_ttft_s * aim,
-            slo_itl_s=self._config.slo_itl_s * aim,
+            slo_ttft_s=self._config.aimed_ttft_s,
+            slo_itl_s=self._config.aimed_itl_s,
             profile_hash=self._profile.content_hash,
             kv_capacity_tokens=self._kv_capacity,
             rng=np.random.default_rng(seeds),

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.launch import Server, run_fleet
+from hwreplay.launch import Engine, Server, run_fleet
 from tests.conftest import ROOT
 
 ENGINE = ROOT / ".engine"
@@ -46,7 +46,9 @@ def engine_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineFle
     sockets = Path(tempfile.mkdtemp(prefix="voltana-"))  # a socket's path must be short
     logs = tmp_path_factory.mktemp("engine")
     try:
-        with run_fleet(ENGINE, logs, num_decode=2, sockets=sockets, start_s=400) as servers:
+        with run_fleet(
+            Engine.in_folder(ENGINE), logs, num_decode=2, sockets=sockets, start_s=400
+        ) as servers:
             yield EngineFleet(servers=servers, sockets=sockets, logs=logs)
     finally:
         shutil.rmtree(sockets, ignore_errors=True)

@@ -11,7 +11,6 @@ import os
 import signal
 import socket
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,13 +20,12 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent import AgentConfig, await_agent, read_agent_config, start_agent
+from hwreplay.agent import AgentConfig, await_agent, start_agent
 from hwreplay.context import PolicySource
 from hwreplay.control import StaleLimits
 from hwreplay.events import Event, EventPublisher
-from hwreplay.reports import Report, ReportFeed
+from hwreplay.reports import ReportFeed
 from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
 from sim.config import make_config
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.engine_voice import EngineVoice, repeating
@@ -381,69 +379,3 @@ def test_prefill_decides_on_the_plug_ins_word_with_the_routers_queue(
 
 def now_s(config: AgentConfig) -> float:
     return (time.monotonic_ns() - config.start_ns) * 1e-9
-
-
-def test_the_router_is_told_of_clock_decisions_and_energy(
-    card: Standin, tmp_path: Path, voice: EngineVoice
-) -> None:
-    """The stand-in's card draws 250 W: so many joules between two reports."""
-    address = f"ipc://{tmp_path}/reports"
-    config = with_helper(tmp_path, voice, report_address=address)
-    assert card["power_mw"] == 250_000
-
-    async def collect() -> list[Report]:
-        feed = ReportFeed(address)
-        try:
-            found = [await feed.receive()]
-            while found[-1].clock_mhz != 1005 or found[-1].at_s - found[0].at_s < 1.0:
-                found.append(await feed.receive())
-            return found
-        finally:
-            feed.close()
-
-    with running(config, tmp_path), repeating(lambda: voice.decode(*SMALL)):
-        reports = asyncio.run(asyncio.wait_for(collect(), 30))
-    first, last = reports[0], reports[-1]
-    assert (last.phase, last.instance_id, last.clock_mhz) == ("decode", 0, 1005)
-    assert last.decisions > first.decisions
-    assert first.energy_j is not None
-    assert last.energy_j is not None
-    # A reading is up to 0.1 s old, and the thread that takes it may wait as long for the CPU.
-    assert last.energy_j - first.energy_j == pytest.approx(
-        250.0 * (last.at_s - first.at_s), abs=250.0 * 0.3
-    )
-
-
-def test_who_starts_an_agent_learns_why_it_ended(tmp_path: Path, voice: EngineVoice) -> None:
-    config = config_of(tmp_path, voice, settings=SETTINGS | {"controller": "ecofrek"})
-    with (
-        pytest.raises(VoltanaError, match=r"it ended with 2: voltana agent: .*'ecofreq'"),
-        running(config, tmp_path),
-    ):
-        pass
-    shared = config_of(tmp_path, voice, settings=SETTINGS | {"controller": "polca"})
-    with (
-        pytest.raises(VoltanaError, match="sees the whole fleet: replay another policy"),
-        running(shared, tmp_path),
-    ):
-        pass
-    lonely = with_helper(tmp_path, voice)
-    with (
-        pytest.raises(VoltanaError, match=r"the actuator must answer at .*/helper"),
-        running(lonely, tmp_path),
-    ):
-        pass
-
-
-def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
-    file = tmp_path / "agent.json"
-    with pytest.raises(VoltanaError, match=r"no agent\.json"):
-        read_agent_config(file)
-    file.write_text('{"phase": "prefil"}')
-    with pytest.raises(VoltanaError, match="an agent's file must hold its configuration"):
-        read_agent_config(file)
-    command = [sys.executable, "-m", "experiments.cli", "agent", str(file)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stderr.startswith("voltana: an agent's file must hold")
-    assert done.stderr.count("\n") == 1

@@ -82,7 +82,7 @@ class TenMilliseconds:
 
 
 def make(
-    phase: Phase, plan: IdlePlan | None = None, *, decides_before_decode: bool = False
+    phase: Phase, plan: IdlePlan | None = None, *, decides_before: bool = False
 ) -> tuple[ControlLoop, Script, Clock, InstanceTracker]:
     tracker = InstanceTracker(
         phase, 0, kv_capacity_tokens=10_000, max_prefill_tokens=4096, max_running_requests=16
@@ -95,7 +95,7 @@ def make(
         clock,
         predictor=TenMilliseconds(),
         limits=limits,
-        decides_before_decode=decides_before_decode,
+        decides_before=decides_before,
     )
     return loop, controller, clock, tracker
 
@@ -116,8 +116,8 @@ def prefill(sequence: int, at_s: float) -> IterationMetrics:
     return record(sequence, at_s, num_prefill_requests=1, sum_prefill_tokens=50)
 
 
-def notice(at_s: float) -> BatchNotice:
-    return BatchNotice(kind=Kind.PREFILL, num_requests=1, tokens=50, num_waiting=0, sent_ns=0)
+def notice(at_s: float, tokens: int = 50) -> BatchNotice:
+    return BatchNotice(kind=Kind.PREFILL, num_requests=1, tokens=tokens, num_waiting=0, sent_ns=0)
 
 
 def with_requests(tracker: InstanceTracker, count: int) -> None:
@@ -139,7 +139,7 @@ def test_decode_decides_on_each_record_and_sees_the_clock_in_force() -> None:
 
 
 def test_prefill_decides_before_its_batch_with_the_plug_in() -> None:
-    loop, controller, _, tracker = make("prefill")
+    loop, controller, _, tracker = make("prefill", decides_before=True)
     tracker.on_assigned(1, 0.9, 50)
     assert loop.on_notice(notice(1.0), 1.0)
     assert not loop.on_record(prefill(0, 1.02))
@@ -148,15 +148,29 @@ def test_prefill_decides_before_its_batch_with_the_plug_in() -> None:
     assert seen[3] == pytest.approx(0.1)
 
 
-def test_prefill_lags_by_one_iteration_without_it() -> None:
-    loop, controller, _, tracker = make("prefill")
+def test_a_plug_in_that_is_silent_is_counted() -> None:
+    """The engine only logs an error when it cannot load the plug-in: the decision comes late."""
+    loop, controller, _, tracker = make("prefill", decides_before=True)
     tracker.on_assigned(1, 0.9, 50)
     assert loop.on_record(prefill(0, 1.02))
     assert controller.seen[0][:3] == (1.02, 1, 50)
+    assert loop.report.counts["decided_late"] == 1
+
+
+def test_prefill_after_decides_on_the_batch_that_has_ended() -> None:
+    """Though the plug-in has announced the next one, of 80 tokens, before the record came."""
+    loop, controller, _, tracker = make("prefill")
+    for request_id, tokens in ((1, 50), (2, 80)):
+        tracker.on_assigned(request_id, 0.9, tokens)
+    assert not loop.on_notice(notice(1.0), 1.0)
+    assert not loop.on_notice(notice(1.01, tokens=80), 1.01)
+    assert loop.on_record(prefill(0, 1.02))
+    assert [seen[:3] for seen in controller.seen] == [(1.02, 1, 50)]
+    assert "decided_late" not in loop.report.counts
 
 
 def test_decode_before_needs_the_notice() -> None:
-    loop, controller, _, tracker = make("decode", decides_before_decode=True)
+    loop, controller, _, tracker = make("decode", decides_before=True)
     with_requests(tracker, 4)
     told = BatchNotice(kind=Kind.DECODE, num_requests=4, tokens=90, num_waiting=0, sent_ns=0)
     assert loop.on_notice(told, 2.0)

@@ -22,6 +22,7 @@ from experiments.replaying import run_replay
 from experiments.runs import run, workload_of
 from experiments.validation import run_validation
 from hwreplay.assembly import Window, assemble
+from hwreplay.launch import Engine
 from hwreplay.replay_config import ReplayConfig, read_replay_config
 from hwreplay.validate import Thresholds
 from profiles.errors import VoltanaError
@@ -87,7 +88,7 @@ def write_config(folder: Path, fleet: dict[str, Any], seconds: float, outputs: i
     ).write(folder / "trace.csv")
     simulate = {
         "profile": str(folder / "profile"), "trace": str(folder / "trace.csv"),
-        "controller": "static", "router": "round-robin",
+        "controller": "static", "router": "round-robin", "prefill_metrics": "after",
     }  # fmt: skip
     path = folder / "replay.toml"
     whole = {"simulate": simulate, "fleet": fleet, "replay": {"power_w": POWER_W, "rest_s": 1.2}}
@@ -145,6 +146,7 @@ def test_a_replay_leaves_what_a_simulation_leaves(tmp_path: Path) -> None:
     assert state["load"]["lateness_s"]["max"] >= 0
     assert state["agents"]["decode-0"]["counts"]["records"] > 0
     assert observed.settings["is_power_measured"] is False
+    assert observed.settings["is_complete"] is True
 
 
 def start_command(config: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
@@ -164,14 +166,15 @@ def await_rows(process: subprocess.Popen[bytes], path: Path, count: int) -> None
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
 def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int) -> None:
     with stub_process() as fleet:
         config = write_config(tmp_path, fleet, seconds=60, outputs=10)
         process = start_command(config, tmp_path / "real")
         await_rows(process, tmp_path / "real/requests.jsonl", 5)
         os.kill(process.pid, number)
-        process.communicate(timeout=60)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (-number if number == signal.SIGKILL else 1), said
         if number == signal.SIGKILL:
             again = start_command(config, tmp_path / "real", "--finish")
             _, said = again.communicate(timeout=60)
@@ -182,10 +185,18 @@ def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int)
     assert counts[IN_FLIGHT] > 300
     assert counts.sum() == len(record.requests)
     assert summarise(record)["energy_j"] > 0
+    assert record.settings["is_complete"] is False
+    assert record.settings["incomplete_reason"] == "it was interrupted"
     process = start_command(config, tmp_path / "real")
     _, said = process.communicate(timeout=60)
     assert process.returncode == 2
     assert b"already holds a run" in said
+
+
+ATTACHED = {
+    "prefill": [{"url": "http://h:1", "metrics": "ipc:///tmp/p.0"}],
+    "decode": [{"url": "http://h:2", "metrics": "ipc:///tmp/d.0"}],
+}
 
 
 @pytest.mark.parametrize(
@@ -208,8 +219,32 @@ def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int)
             "prefill-0 must publish forward-pass metrics",
         ),
         (
+            {"fleet": ATTACHED, "replay": {"power_w": 1}},
+            'prefill_metrics = "before" needs an engine that announces its batches, prefill-0 has',
+        ),
+        (
+            {
+                "simulate": {"prefill_metrics": "after", "decode_metrics": "before"},
+                "fleet": ATTACHED,
+                "replay": {"power_w": 1},
+            },
+            'decode_metrics = "before" needs an engine that announces its batches, decode-0 has no',
+        ),
+        (
             {"fleet": {"engine": "e"}, "replay": {"gpus": {"prefill": [[0]], "decode": [[1]]}}},
             "gpus.prefill must list the cards of 2 instances",
+        ),
+        (
+            {
+                "simulate": {"num_prefill": 1, "num_decode": 1},
+                "fleet": {"engine": "e"},
+                "replay": {"gpus": {"prefill": [[0]], "decode": [[]]}},
+            },
+            "gpus.decode must list the cards of 1 instances, at least one each",
+        ),
+        (
+            {"fleet": {"engine": "e"}, "replay": {"power_w": 50.0, "actuator": "/run/v.sock"}},
+            "actuator must have gpus to set, got /run/v.sock with power_w: name the cards",
         ),
     ],
 )
@@ -268,7 +303,7 @@ def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
 def test_gpus_are_given_by_instance() -> None:
     config = ReplayConfig(
         sim=make_config({"num_prefill": 1, "num_decode": 1}),
-        engine=Path("x"),
+        engine=Engine(python=Path("x"), model=Path("m")),
         gpus={"prefill": ((0, 1),), "decode": ((2,),)},
     )
     assert config.gpus_of("prefill", 0) == (0, 1)

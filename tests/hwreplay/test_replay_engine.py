@@ -30,7 +30,8 @@ def entry(server: Server) -> dict[str, Any]:
 
 def test_the_example_is_a_configuration() -> None:
     config = read_replay_config(EXAMPLE)
-    assert config.engine == Path(".engine")
+    assert config.engine is not None
+    assert config.engine.model == Path(".engine/model")
     assert len(workload_of(config.sim)) == 100
 
 
@@ -41,7 +42,11 @@ def test_the_loop_on_the_real_engine(engine_fleet: EngineFleet, tmp_path: Path) 
 
     On a quiet machine the errors are smaller; `voltana validate` states them.
     """
-    fleet = {"prefill": [entry(engine_fleet.prefill)], "decode": [entry(engine_fleet.decode[0])]}
+    fleet: dict[str, Any] = {
+        "prefill": [entry(engine_fleet.prefill)],
+        "decode": [entry(engine_fleet.decode[0])],
+    }
+    fleet["batch_sockets"] = {"prefill-0": str(engine_fleet.prefill.batch_socket)}
     simulate = read_replay_config(EXAMPLE).sim.as_dict() | {"duration_s": 30.0}
     path = tmp_path / "replay.toml"
     path.write_text(

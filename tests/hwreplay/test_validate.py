@@ -8,6 +8,7 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -16,7 +17,16 @@ import pytest
 from hwreplay.validate import Comparison, Thresholds, Validation, cdf, predict_iterations, validate
 from hwreplay.validation_report import markdown
 from profiles.errors import VoltanaError
-from sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
+from sim.records import (
+    COMPLETED,
+    FAILED,
+    IN_FLIGHT,
+    REJECTED,
+    InstanceRecord,
+    IterationTable,
+    RequestTable,
+    RunRecord,
+)
 from sim.results import write_run
 from tests.conftest import ROOT
 
@@ -161,17 +171,54 @@ def test_iterations_are_predicted_one_by_one() -> None:
     assert alone["predicted_s"].isna().tolist() == [False, False, True]
 
 
-def test_what_makes_runs_incomparable_is_said() -> None:
+def test_differences_between_the_runs_are_said() -> None:
     base = run(ttft_s=0.1, gap_s=0.02, energy_j=400)
-    other = dataclasses.replace(
-        base,
-        requests=dataclasses.replace(base.requests, input_tokens=np.array([10, 21])),
-        settings={**base.settings, "seed": 14, "is_power_measured": False},
-        iterations=None,
-    )
-    notes = " ".join(validate(base, other, thresholds=Thresholds()).notes)
-    for words in ("lengths differ", "seed differs: 13 simulated, 14", "stated", "no iterations"):
+    other = dataclasses.replace(base, settings={**base.settings, "seed": 14}, iterations=None)
+    found = validate(base, other, thresholds=Thresholds())
+    notes = " ".join(found.notes)
+    for words in ("seed differs: 13 simulated, 14", "no iterations"):
         assert words in notes
+    assert found.passes
+
+
+def with_requests(record: RunRecord, **columns: Any) -> RunRecord:  # noqa: ANN401
+    return dataclasses.replace(record, requests=dataclasses.replace(record.requests, **columns))
+
+
+def test_another_workload_or_a_run_that_did_not_end_fails_whatever_the_errors_are() -> None:
+    base = run(ttft_s=0.1, gap_s=0.02, energy_j=400)
+    cut_off = {"is_complete": False, "incomplete_reason": "agent decode-0 ended"}
+    cases = [
+        (with_requests(base, input_tokens=np.array([10, 21])), "request lengths differ"),
+        (with_requests(base, arrival_s=np.array([0.0, 1.2])), "differ by up to 0.200 s"),
+        (with_requests(base, status=np.array([COMPLETED, IN_FLIGHT])), "(1 in_flight)"),
+        (with_requests(base, status=np.array([COMPLETED, FAILED])), "(1 failed)"),
+        (dataclasses.replace(base, settings={**base.settings, **cut_off}), "agent decode-0 ended"),
+    ]
+    for observed, words in cases:
+        found = validate(base, observed, thresholds=Thresholds(energy_frac=9, p50_frac=9))
+        (fault,) = found.faults
+        assert words in fault
+        assert not found.passes
+        assert found.as_dict()["passes"] is False
+        text = markdown(found, simulated="a", observed="b", figure="f.png")
+        assert f"**Verdict: fails** ({fault}" in text
+    rejected = with_requests(base, status=np.array([COMPLETED, REJECTED]))
+    assert validate(rejected, rejected, thresholds=Thresholds()).passes
+
+
+def test_energy_of_a_stated_power_is_reported_and_not_judged() -> None:
+    """440 + 100 J against 400 + 100 is +8 %, over the limit of 5 %: no power was measured."""
+    ours, theirs = (run(ttft_s=0.1, gap_s=0.02, energy_j=j) for j in (440.0, 400.0))
+    stated = dataclasses.replace(theirs, settings={**theirs.settings, "is_power_measured": False})
+    assert not validate(ours, theirs, thresholds=Thresholds()).passes
+    found = validate(ours, stated, thresholds=Thresholds())
+    assert found.passes
+    assert by_name(found)["energy_j"].error_frac == pytest.approx(0.08)
+    assert not by_name(found)["energy_j"].is_judged
+    text = markdown(found, simulated="a", observed="b", figure="f.png")
+    assert "Not judged: energy, as power was stated and not measured." in text
+    assert "| energy_j | 540 J | 500 J | +8.0 % |  |  |" in text
 
 
 def test_residency_and_report() -> None:

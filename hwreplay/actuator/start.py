@@ -1,0 +1,76 @@
+"""From the actuator's options to its end, whichever command line gave them."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from hwreplay.actuator.backends import open_backend
+from hwreplay.actuator.helper import HelperConfig, run_helper
+from hwreplay.actuator.trust import check_code
+from profiles.errors import VoltanaError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What the command line says."""
+
+    socket: Path
+    gpus: frozenset[int]
+    uid: int | None = None
+    """User that may ask; None: who called sudo, or this process's own."""
+    clocks: str | None = None
+    """Clocks that may be locked, whole MHz with commas; None: all."""
+    is_power_cap: bool = False
+    previous_clock_mhz: int | None = None
+    silence_s: float = 2.0
+    max_rate_per_s: float = 500.0
+    dry_run: Path | None = None
+    allows_writable_code: bool = False
+
+
+def start(options: Options) -> None:
+    """Serve until a signal ends it.
+
+    Raises:
+        VoltanaError: A wrong option, code that others may change, or no such socket or GPU.
+    """
+    if not options.allows_writable_code:
+        check_code()
+    uid = options.uid
+    if uid is None:
+        uid = int(os.environ.get("SUDO_UID", os.geteuid()))
+    config = HelperConfig(
+        socket_path=options.socket,
+        allowed_uids=frozenset({uid}),
+        owner_uid=uid,
+        silence_s=options.silence_s,
+        max_rate_per_s=options.max_rate_per_s,
+    )
+    backend = open_backend(
+        options.gpus,
+        clocks_mhz=_parse_clocks(options.clocks),
+        previous_clock_mhz=options.previous_clock_mhz,
+        is_power_cap=options.is_power_cap,
+        dry_run=options.dry_run,
+    )
+    greeting = f"listening on {options.socket} for user {uid}\n"
+    run_helper(backend, config, ready=lambda: _tell(greeting))
+
+
+def _tell(text: str) -> None:
+    sys.stderr.write(text)
+    sys.stderr.flush()
+
+
+def _parse_clocks(text: str | None) -> frozenset[int] | None:
+    if text is None:
+        return None
+    try:
+        return frozenset(int(part) for part in text.split(","))
+    except ValueError:
+        raise VoltanaError(
+            f"--clocks must be whole MHz with commas, got {text!r}: e.g. 1005,1410"
+        ) from None

@@ -1,0 +1,168 @@
+"""The command lines and environments of servers, without starting any."""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tomli_w
+
+from hwreplay.clock import RunClock
+from hwreplay.launch import Engine, Placement, run_fleet, server_arguments, server_environment
+from hwreplay.parts import Run, router
+from hwreplay.replay_config import ReplayConfig, read_replay_config
+from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.policies.base import Phase
+from tests.conftest import ROOT
+
+ENGINE = Engine(
+    python=Path("/opt/sglang/bin/python"),
+    model=Path("models/llama"),
+    arguments=("--load-format", "dummy", "--port", "7"),
+)
+
+
+def place(phase: Phase, gpus: tuple[int, ...] = ()) -> Placement:
+    bootstrap_port = 9000 if phase == "prefill" else None
+    return Placement(
+        phase=phase, instance_id=1, port=8000, bootstrap_port=bootstrap_port, gpus=gpus,
+        sockets=Path("/tmp/v"),
+    )  # fmt: skip
+
+
+def test_a_gpu_server_by_hand() -> None:
+    """Two cards are a tensor parallelism of two; nothing of the CPU's; the user's word is last."""
+    at = place("prefill", (2, 5))
+    assert " ".join(server_arguments(ENGINE, at)) == (
+        "/opt/sglang/bin/python -m sglang.launch_server --model-path models/llama"
+        " --host 127.0.0.1 --port 8000 --disaggregation-mode prefill"
+        " --disaggregation-transfer-backend mooncake --incremental-streaming-output"
+        " --disaggregation-bootstrap-port 9000 --tp-size 2 --enable-forward-pass-metrics"
+        " --forward-pass-metrics-worker-id prefill-1"
+        " --forward-pass-metrics-ipc-name ipc:///tmp/v/prefill-1"
+        " --load-format dummy --port 7"
+    )
+    assert server_environment(at) == {
+        "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
+        "CUDA_VISIBLE_DEVICES": "2,5",
+        "VOLTANA_BATCH_SOCKET": "/tmp/v/prefill-1.batch",
+    }
+    decode = server_arguments(ENGINE, place("decode", (0,)))
+    assert "--disaggregation-bootstrap-port" not in decode
+    assert "--disaggregation-decode-retraction-backup" not in decode
+    assert decode[decode.index("--tp-size") + 1] == "1"
+
+
+def test_a_cpu_server_has_what_a_cpu_needs_and_no_cards() -> None:
+    at = place("decode")
+    command = " ".join(server_arguments(ENGINE, at))
+    for words in ("--device cpu", "--max-total-tokens 8192", "--sleep-on-idle", "cpu_tensor"):
+        assert words in command
+    assert "--tp-size" not in command
+    found = server_environment(at)
+    assert found["SGLANG_USE_CPU_ENGINE"] == "1"
+    assert not any(key.startswith("CUDA") for key in found)
+
+
+def test_without_an_installation_the_remedy_is_named(tmp_path: Path) -> None:
+    with (
+        pytest.raises(VoltanaError, match=r"must name a Python with SGLang, .* `make engine`"),
+        run_fleet(Engine.in_folder(tmp_path), tmp_path),
+    ):
+        pass
+
+
+def test_the_fleet_table_names_what_to_start(tmp_path: Path) -> None:
+    path = tmp_path / "replay.toml"
+    fleet = {"engine": "e", "model": "m", "arguments": "--load-format dummy --dtype 'half'"}
+    path.write_text(tomli_w.dumps({"fleet": fleet, "replay": {"power_w": 1.0}}))
+    assert read_replay_config(path).engine == Engine(
+        python=Path("e/venv/bin/python"),
+        model=Path("m"),
+        arguments=("--load-format", "dummy", "--dtype", "half"),
+    )
+    path.write_text(tomli_w.dumps({"fleet": {"python": "p"}, "replay": {"power_w": 1.0}}))
+    with pytest.raises(VoltanaError, match="must name both python and model, or engine"):
+        read_replay_config(path)
+
+
+def test_token_ids_must_be_the_models(tmp_path: Path) -> None:
+    """The engine's own model has 512: the default range ends there, another may not go beyond."""
+    path = tmp_path / "replay.toml"
+    fleet = {"python": sys.executable, "model": str(tmp_path)}
+    whole: dict[str, Any] = {"fleet": fleet, "replay": {"power_w": 1.0}}
+    path.write_text(tomli_w.dumps(whole))
+    with pytest.raises(VoltanaError, match=r"config.json has its vocab_size, got .*FileNotFound"):
+        read_replay_config(path).vocab_size()
+    (tmp_path / "config.json").write_text('{"vocab_size": 512}')
+    assert read_replay_config(path).vocab_size() == 512
+    whole["replay"]["vocabulary"] = [3, 513]
+    path.write_text(tomli_w.dumps(whole))
+    with pytest.raises(VoltanaError, match=r"within the model's 512 token ids, got \[3, 513\]"):
+        read_replay_config(path).vocab_size()
+    running = [{"url": "http://h:1", "metrics": "ipc:///tmp/m"}]
+    whole["fleet"] = {"prefill": running, "decode": running}
+    whole["simulate"] = {"prefill_metrics": "after"}
+    path.write_text(tomli_w.dumps(whole))
+    assert read_replay_config(path).vocab_size() is None  # nobody says
+    whole["router"] = {"vocab_size": 512}
+    path.write_text(tomli_w.dumps(whole))
+    with pytest.raises(VoltanaError, match="within the model's 512"):
+        read_replay_config(path).vocab_size()
+
+
+def test_the_router_is_told_what_the_model_has(tmp_path: Path) -> None:
+    """Its file is there as soon as it starts."""
+    (tmp_path / "config.json").write_text('{"vocab_size": 512}')
+    config = ReplayConfig(
+        sim=make_config({}),
+        engine=Engine(python=Path(sys.executable), model=tmp_path),
+        power_w=1.0,
+    )
+    run = Run(
+        config=config,
+        directory=tmp_path,
+        sockets=tmp_path,
+        clock=RunClock(),
+        workers=(),
+        batch_sockets={},
+        vocab_size=config.vocab_size(),
+        has_fleet_view=False,
+    )
+
+    async def start() -> None:
+        async with router(run):
+            pass
+
+    with pytest.raises(VoltanaError):  # it has no workers
+        asyncio.run(start())
+    told = tomllib.loads((tmp_path / "router.toml").read_text())
+    assert told["router"]["vocab_size"] == 512
+
+
+def test_one_command_runs_the_loop_on_gpus() -> None:
+    make = shutil.which("make")
+    if make is None:
+        pytest.skip("make is not installed")
+    done = subprocess.run(
+        [make, "-n", "replay-gpu"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    steps = [line.split()[1] for line in done.stdout.splitlines() if "/voltana " in line]
+    assert steps == ["replay", "simulate", "replay", "validate"]
+
+
+def test_the_gpu_example_is_a_configuration() -> None:
+    config = read_replay_config(ROOT / "hwreplay/replay-gpu.toml")
+    assert config.engine is not None
+    assert config.actuator is None  # no clock is touched
+    assert config.power_w is None
+    assert config.gpus_of("prefill", 0) == (0,)
+    engine = Engine(python=config.engine.python, model=ROOT / config.engine.model)
+    assert engine.vocab_size() == 128256
