@@ -88,11 +88,12 @@ def plan_probe() -> ProbePlan:
     ready: on a CPU the first prompt of a length takes twice as long as the next.
     """
     rng = np.random.default_rng(SEED)
+    shortest, longest = np.log(PROMPT_TOKENS)
     rows: list[tuple[float, int, int]] = []
 
     def add_single(begin_s: float, count: int) -> None:
         at_s = begin_s + np.cumsum(MIN_GAP_S + rng.exponential(GAP_S - MIN_GAP_S, count))
-        tokens = np.exp(rng.uniform(*np.log(PROMPT_TOKENS), count)).round()
+        tokens = np.exp(rng.uniform(shortest, longest, count)).round()
         rows.extend((float(t), int(n), OUTPUT_TOKENS) for t, n in zip(at_s, tokens, strict=True))
 
     add_single(0.0, NUM_SINGLE)
