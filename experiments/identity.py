@@ -20,7 +20,7 @@ from experiments.runs import cached_profile
 from profiles import step_model
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
-from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
 from sim.policies.spec import parse_spec
 
 _SHARED: Final = (
@@ -64,8 +64,8 @@ def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
 def _own_module(name: str) -> str | None:
     """The file of a user's policy, given by its module's name."""
     try:
-        found = importlib.util.find_spec(name) if "." in name else None
-    except ModuleNotFoundError:
+        found = importlib.util.find_spec(name) if is_module_name(name) else None
+    except ImportError:
         return None
     return found.origin if found else None
 
