@@ -20,6 +20,7 @@ from experiments.executors import Executor, Outcome, open_executor
 from experiments.grid import Point
 from experiments.store import ResultStore, open_store
 from profiles.errors import VoltanaError
+from profiles.files import write_text
 from sim.config import SimConfig
 from sim.results import write_json
 
@@ -64,7 +65,7 @@ def run_sweep(
         with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
             failures = _run_missing(missing, results, executor)
     table = tidy(points, results)
-    _write_text(table.to_csv(index=False), directory / RESULTS)
+    write_text(table.to_csv(index=False), directory / RESULTS)
     write_json(failures, directory / FAILURES)
     if failures:
         first = next(iter(failures.values()))
@@ -176,10 +177,4 @@ def flat_summary(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _write_config(points: Sequence[Point], path: Path) -> None:
     resolved = [{"labels": dict(p.labels), **p.config.as_dict()} for p in points]
-    _write_text(tomli_w.dumps({"point": resolved}), path)
-
-
-def _write_text(text: str, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(tomli_w.dumps({"point": resolved}), path)
