@@ -10,7 +10,8 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.compare import TARGET
+from experiments.compare import TARGET, load_columns
+from profiles.errors import VoltanaError
 
 COLOURS: Final = (
     "#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#999999",
@@ -33,7 +34,16 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
     Args:
         frame: Result of `experiments.compare.compare`.
         target: Attainment drawn as the line to stay above.
+
+    Raises:
+        VoltanaError: Something else than rate and policy varies.
     """
+    others = [n for n in load_columns(frame, "policy") if n != "rate_rps"]
+    if others or "rate_rps" not in frame:
+        raise VoltanaError(
+            f"this figure runs along rate_rps alone, and {others[0] if others else 'it'} "
+            f"{'varies too' if others else 'is not in the results'}: voltana report draws the rest"
+        )
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 6.2), layout="constrained")
         axes = figure.subplots(2, 2)

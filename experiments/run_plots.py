@@ -9,8 +9,7 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
-from experiments.compare import BEST_PAIR, TARGET, best_pair, keeps_slo
-from experiments.grid import STATIC_PAIR
+from experiments.compare import ATTAINMENTS, TARGET, best_pairs, is_static_pair, keeps_slo
 from experiments.plots import COLOURS, MARKERS, STYLE
 from profiles.errors import VoltanaError
 from sim.policies.base import DECODE, PREFILL
@@ -81,11 +80,15 @@ def energy_against_itl_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Fi
 
 
 def best_of_pairs(frame: pd.DataFrame, *, target: float = TARGET) -> pd.DataFrame:
-    """Policies as they are, and the best static pair at each ITL promise; with `keeps_slo`."""
-    frame = frame.assign(keeps_slo=keeps_slo(frame, target))
-    is_pair = frame["policy"].str.startswith(STATIC_PAIR)
-    best = [best_pair(part) for _, part in frame[is_pair].groupby("slo_itl_s")]
-    columns = ["slo_itl_s", "policy", "clocks", "energy_j", "ttft_attainment", "itl_attainment"]
-    joined = pd.concat([frame[~is_pair].assign(clocks=""), *best], ignore_index=True)
-    assert set(joined["policy"]) >= {BEST_PAIR}
-    return joined[[*columns, "keeps_slo"]]
+    """Policies as they are, and the best static pair at each ITL promise; with `keeps_slo`.
+
+    Raises:
+        VoltanaError: The sweep has no static pairs.
+    """
+    is_pair = is_static_pair(frame)
+    if not is_pair.any():
+        raise VoltanaError("no static pairs in these results: give the sweep [static_pairs]")
+    best = best_pairs(frame[is_pair], ["slo_itl_s"], target=target)
+    joined = pd.concat([frame[~is_pair].assign(clocks=""), best], ignore_index=True)
+    columns = ["slo_itl_s", "policy", "clocks", "energy_j", *ATTAINMENTS]
+    return joined[columns].assign(keeps_slo=keeps_slo(joined, target))

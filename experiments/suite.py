@@ -30,6 +30,7 @@ from typing import Any, Final
 
 import pandas as pd
 
+from experiments.compare import SEED, add_saving, is_static_pair
 from experiments.grid import STATIC_PAIR, Point, expand
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, read_toml
@@ -123,15 +124,14 @@ def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
     """
     panel = frame[PANEL].fillna("") if PANEL in frame else ""  # an empty name is NaN in a CSV
     frame = frame.assign(**{PANEL: panel})
-    keys = [PANEL, figure.x, *(["seed"] if "seed" in frame else [])]
+    loads = [PANEL, figure.x]
     if figure.match is not None:
+        keys = [*loads, *([SEED] if SEED in frame else [])]
         frame = _with_matched_pair(frame, figure.series, figure.match, keys)
     if figure.baseline is None:
         return frame
-    base = _of_series(frame, figure.series, figure.baseline, "to count savings against")
-    reference = base.groupby(keys)["energy_j"].mean().rename("baseline_j")
-    joined = frame.join(reference, on=keys)
-    return joined.assign(saving_pct=100 * (1 - joined["energy_j"] / joined["baseline_j"]))
+    _of_series(frame, figure.series, figure.baseline, "to count savings against")
+    return add_saving(frame, loads, figure.series, figure.baseline)
 
 
 def _with_matched_pair(
@@ -141,7 +141,7 @@ def _with_matched_pair(
 
     Where no pair does, none is kept: the figure shows a gap.
     """
-    is_pair = frame[series].astype(str).str.startswith(STATIC_PAIR)
+    is_pair = is_static_pair(frame, series)
     attainments = ["ttft_attainment", "itl_attainment"]
     matched = _of_series(frame, series, match, "to match")
     wanted = matched.groupby(keys)[attainments].mean() - EQUAL_ATTAINMENT

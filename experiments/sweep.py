@@ -6,7 +6,7 @@ import os
 import socket
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,14 +22,17 @@ from experiments.store import ResultStore, open_store
 from profiles.errors import VoltanaError
 from profiles.files import write_text
 from sim.config import SimConfig
-from sim.results import write_json
+from sim.results import read_json, write_json
 
 RESULTS = "results.csv"
 FAILURES = "failures.json"
 POINTS = "points"
+RESIDENCY = "residency.json"
 
 Configs = dict[str, SimConfig]
 Failures = dict[str, dict[str, Any]]
+Residency = Mapping[str, Mapping[str, float]]
+"""Phase, clock in MHz, share of busy time."""
 
 
 def run_sweep(
@@ -44,7 +47,7 @@ def run_sweep(
 
     Args:
         points: What to run; points with equal configurations share one run.
-        directory: Takes `config.toml`, `results.csv`, `failures.json`.
+        directory: Takes `config.toml`, `results.csv`, `residency.json`, `failures.json`.
         jobs: Processes; all cores by default.
         engine: One of `experiments.executors.ENGINES`.
         store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
@@ -65,6 +68,7 @@ def run_sweep(
         with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
             failures = _run_missing(missing, results, executor)
     table = tidy(points, results)
+    write_json(_residency(points, results), directory / RESIDENCY)
     write_text(table.to_csv(index=False), directory / RESULTS)
     write_json(failures, directory / FAILURES)
     if failures:
@@ -93,6 +97,27 @@ def read_results(directory: Path) -> pd.DataFrame:
         return pd.read_csv(directory / RESULTS)
     except FileNotFoundError:
         raise VoltanaError(f"no {RESULTS} in {directory}: is it a sweep's directory?") from None
+
+
+def read_residency(directory: Path, keys: Iterable[str]) -> dict[str, Residency]:
+    """Clock shares by key of those runs whose shares were kept, wherever their results are."""
+    path = directory / RESIDENCY
+    if path.exists():
+        kept = read_json(path)
+        return {key: kept[key] for key in dict.fromkeys(keys) if key in kept}
+    points = directory / POINTS  # of an earlier version
+    found = [key for key in dict.fromkeys(keys) if (points / f"{key}.json").exists()]
+    return {key: _shares(read_json(points / f"{key}.json")) for key in found}
+
+
+def _residency(points: Sequence[Point], results: ResultStore) -> dict[str, Residency]:
+    keys = dict.fromkeys(p.key for p in points)
+    return {key: _shares(results.get(key)) for key in keys if results.has(key)}
+
+
+def _shares(summary: Mapping[str, Any]) -> Residency:
+    shares: Residency = summary.get("clock_residency", {})
+    return shares
 
 
 def _run_missing(missing: Configs, store: ResultStore, executor: Executor) -> Failures:

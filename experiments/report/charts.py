@@ -12,11 +12,12 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from plotly.subplots import make_subplots
 
-from experiments.compare import BEST_PAIR, best_pair
+from experiments.compare import BEST_PAIR, KEEPS, SAVING, best_pairs
 from experiments.curves import MEASURES
 from experiments.plots import COLOURS
-from experiments.report.collect import ID, KEEPS, SAVING, Residency, Results
+from experiments.report.collect import ID, Results
 from experiments.report.series import RunSeries
+from experiments.sweep import Residency
 
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star")
 DASHES: Final = ("solid", "dash", "dot", "dashdot")
@@ -196,9 +197,9 @@ def _curve_rows(results: Results, rows: pd.DataFrame) -> list[tuple[str, pd.Data
     """Rows of each curve; of the static pairs the best one at each point."""
     parts = [(name, part) for name, part in _by_series(results, rows) if name != "static pairs"]
     pairs = rows[results.is_static_pair.loc[rows.index]]
-    if len(pairs):
-        best = [best_pair(part) for _, part in pairs.groupby([results.x, "seed"])]
-        parts.append((BEST_PAIR, pd.concat(best)))
+    if len(pairs) and results.x is not None:
+        best = best_pairs(pairs, [results.x], series=results.series, target=results.target)
+        parts.append((BEST_PAIR, best))
     return parts
 
 

@@ -16,8 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from experiments.compare import KEEPS, SAVING
 from experiments.report import charts
-from experiments.report.collect import ID, KEEPS, RUN, SAVING, Results, collect
+from experiments.report.collect import ID, RUN, Results, collect
 from experiments.report.series import RunSeries, choose, series_of
 from experiments.runs import cached_profile
 from profiles.errors import VoltanaError
