@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -20,12 +18,13 @@ from rich.table import Table
 
 from experiments.bound import lower_bound
 from experiments.compare import BEST_PAIR, STATIC_MAX
-from experiments.frontier import Search, Study
+from experiments.frontier import Search, Study, Trial
+from experiments.identity import bound_key
 from experiments.intervals import Interval, saving_pct, t_interval
 from experiments.plots import COLOURS, MARKERS, STYLE
 from experiments.runs import cached_profile, workload_of
 from experiments.show import render
-from sim.config import SimConfig, make_config
+from sim.config import KEYS, SimConfig, make_config
 from sim.results import read_json, write_json
 
 _GRAIN: Final = 200
@@ -62,37 +61,44 @@ def frontier_table(
     for load, searched in searches.items():
         references = {s.name: s.best() for s in searched if s.name in (STATIC_MAX, BEST_PAIR)}
         for search in searched:
-            trial = chosen[load, search.name]
-            reached = search.best() is not None
-            energies = [float(e) for e in trial.rows["energy_j"]] if len(trial.rows) else []
-            energy = t_interval(energies)
-            row: dict[str, Any] = {
-                "load": load, "policy": search.name, "reached": reached,
-                "knob": f"{search.knob} {trial.value}".strip(),
-                "attainment": trial.attainment, "energy_j": energy.mean,
-                "energy_half_j": energy.half,
-            }  # fmt: skip
-            for column, name in (("saving_max", STATIC_MAX), ("saving_pair", BEST_PAIR)):
-                reference = references.get(name)
-                saving = Interval(math.nan, math.nan)
-                if reached and reference is not None and search.name != name:
-                    saving = saving_pct(energies, [float(e) for e in reference.rows["energy_j"]])
-                row |= {f"{column}_pct": saving.mean, f"{column}_half_pct": saving.half}
-            ratios = [e / bounds[k] for e, k in zip(energies, _keys(trial.rows), strict=True)]
-            row["bound_ratio"] = t_interval(ratios).mean
-            row["goodput_per_j"] = (
-                float(trial.rows["goodput_per_j"].mean()) if reached else math.nan
-            )
-            row["note"] = _note(search, reached=reached)
-            rows.append(row)
+            row = _row(search, chosen[load, search.name], references, bounds)
+            rows.append({"load": load, **row})
     return pd.DataFrame(rows)
 
 
+def _row(
+    search: Search,
+    trial: Trial,
+    references: Mapping[str, Trial | None],
+    bounds: Mapping[str, float],
+) -> dict[str, Any]:
+    """One policy at one load."""
+    reached = search.best() is not None
+    energies = [float(e) for e in trial.rows["energy_j"]] if len(trial.rows) else []
+    energy = t_interval(energies)
+    ratios = [e / bounds[k] for e, k in zip(energies, _keys(trial.rows), strict=True)]
+    row: dict[str, Any] = {
+        "policy": search.name, "reached": reached, "knob": f"{search.knob} {trial.value}".strip(),
+        "attainment": trial.attainment, "energy_j": energy.mean, "energy_half_j": energy.half,
+        "bound_ratio": t_interval(ratios).mean,
+        "goodput_per_j": float(trial.rows["goodput_per_j"].mean()) if reached else math.nan,
+        "note": _note(search, reached=reached),
+    }  # fmt: skip
+    for column, name in (("saving_max", STATIC_MAX), ("saving_pair", BEST_PAIR)):
+        reference = references.get(name)
+        saving = Interval(math.nan, math.nan)
+        if reached and reference is not None and search.name != name:
+            saving = saving_pct(energies, [float(e) for e in reference.rows["energy_j"]])
+        row |= {f"{column}_pct": saving.mean, f"{column}_half_pct": saving.half}
+    return row
+
+
 def _note(search: Search, *, reached: bool) -> str:
-    failed = sum(t.attainment != t.attainment for t in search.tried.values())
+    failed = [t for t in search.tried.values() if t.attainment != t.attainment]
     parts = [] if reached else [NOT_REACHED]
     if failed:
-        parts.append(f"{failed} settings could not run")
+        error = next((t.error for t in failed if t.error), "")
+        parts.append(f"{len(failed)} settings could not run" + (f": {error}" if error else ""))
     elif reached and not search.is_monotone():
         parts.append("not monotone in its knob")
     return "; ".join(parts)
@@ -106,28 +112,19 @@ def _keys(rows: pd.DataFrame) -> list[str]:
     return [f"{h} {a:.3f}" for h, a in zip(rows["hash"], floors, strict=True)]
 
 
-_POLICY_KEYS: Final = (
-    "controller", "prefill_controller", "decode_controller", "router", "aim_ratio", "predictor",
-    "predictor_scale",
-)  # fmt: skip
-
-
 def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -> dict[str, float]:
-    """Bounds by key; kept in the directory, as they do not depend on policies."""
+    """Bounds by key; kept in the directory by what they depend on, which is no policy."""
     store = directory / "bounds"
     store.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, tuple[SimConfig, float]] = {}
     of_key: dict[str, str] = {}
-    known = {f.name for f in SimConfig.__dataclass_fields__.values()} - set(_POLICY_KEYS)
     for frame in frames:
         for values, key in zip(frame.to_dict("records"), _keys(frame), strict=True):
-            plain = {str(k): v for k, v in values.items() if k in known and v == v}
+            config = make_config({k: v for k, v in values.items() if k in KEYS and v == v})
             attainment = float(key.split()[1])
-            text = json.dumps([plain, attainment], sort_keys=True, default=str)
-            name = hashlib.sha256(text.encode()).hexdigest()[:16]
-            of_key[key] = name
+            of_key[key] = name = bound_key(config, attainment)
             if not (store / f"{name}.json").exists():
-                wanted[name] = (make_config(plain), attainment)
+                wanted[name] = (config, attainment)
     with ProcessPoolExecutor(max_workers=jobs or os.cpu_count()) as pool:
         for name, energy_j in zip(wanted, pool.map(_bound_j, wanted.values()), strict=True):
             write_json({"energy_j": energy_j}, store / f"{name}.json")
