@@ -5,9 +5,7 @@ One panel alone lies down: its measures stand side by side.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 import matplotlib as mpl
 import numpy as np
@@ -16,35 +14,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from experiments.measures import Measure, find_measure
 from experiments.plots import COLOURS, MARKERS, STYLE
 from experiments.suite import PANEL, Experiment, FigureSpec
 from profiles.errors import VoltanaError, nearest
-
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One quantity of the vertical axis."""
-
-    label: str
-    of: Callable[[pd.DataFrame], pd.Series[Any]]
-    is_percentage: bool = False
-
-
-MEASURES: Final = {
-    "energy": Measure("energy of the run (kJ)", lambda f: f["energy_j"] / 1e3),
-    "saving": Measure("energy saved (%)", lambda f: f["saving_pct"]),
-    "token_energy": Measure(
-        "energy per output token (J)", lambda f: f["energy_per_output_token_j"]
-    ),
-    "request_energy": Measure("energy per request (J)", lambda f: f["energy_per_request_j"]),
-    "ttft": Measure("TTFT attainment (% of requests)", lambda f: 100 * f["ttft_attainment"], True),
-    "itl": Measure("ITL attainment (% of token gaps)", lambda f: 100 * f["itl_attainment"], True),
-    "attainment": Measure("both kept (% of requests)", lambda f: 100 * f["attainment"], True),
-    "power": Measure("mean power (W)", lambda f: f["energy_j"] / f["makespan_s"]),
-    "clock_changes": Measure(
-        "clock changes per second", lambda f: f["clock_changes"] / f["makespan_s"]
-    ),
-}
 
 
 def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
@@ -58,7 +31,7 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
         VoltanaError: The figure asks for a measure or column that does not exist.
     """
     spec = experiment.figure
-    measures = [_measure(name) for name in spec.rows]
+    measures = [find_measure(name) for name in spec.rows]
     for wanted in (spec.x, spec.series):
         if wanted not in frame:
             raise VoltanaError(f"[figure] names {wanted!r}{nearest(wanted, frame.columns)}")
@@ -97,12 +70,6 @@ def _legend_columns(labels: list[str], width_in: float) -> int:
     """As many columns as fit at about 0.075 inch a character."""
     longest_in = 0.6 + 0.075 * max(len(label) for label in labels)
     return max(1, min(len(labels), int(width_in / longest_in)))
-
-
-def _measure(name: str) -> Measure:
-    if name not in MEASURES:
-        raise VoltanaError(f"no measure {name!r} to draw{nearest(name, MEASURES)}")
-    return MEASURES[name]
 
 
 def _styles(frame: pd.DataFrame, spec: FigureSpec) -> dict[Any, dict[str, Any]]:
@@ -147,7 +114,7 @@ def _label(
 ) -> None:
     for row, measure in enumerate(measures):
         grid[row, 0].set_ylabel(measure.label, fontsize=8)
-        if measure.label.startswith("energy of"):
+        if measure.from_zero:
             for axes in grid[row]:
                 axes.set_ylim(bottom=0)
     for column, panel in enumerate(panels):

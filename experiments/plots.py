@@ -44,6 +44,8 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
             f"this figure runs along rate_rps alone, and {others[0] if others else 'it'} "
             f"{'varies too' if others else 'is not in the results'}: voltana report draws the rest"
         )
+    if "energy_per_output_token_j" not in frame:
+        raise VoltanaError("no energy_per_output_token_j in the results: run the sweep again")
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(7.6, 6.2), layout="constrained")
         axes = figure.subplots(2, 2)

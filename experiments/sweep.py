@@ -28,6 +28,8 @@ RESULTS = "results.csv"
 FAILURES = "failures.json"
 POINTS = "points"
 RESIDENCY = "residency.json"
+NEEDED = ("energy_j", "ttft_attainment", "itl_attainment")
+"""Numbers without which a table is none of results."""
 
 Configs = dict[str, SimConfig]
 Failures = dict[str, dict[str, Any]]
@@ -92,11 +94,37 @@ def tidy(points: Sequence[Point], store: ResultStore | Path) -> pd.DataFrame:
 
 
 def read_results(directory: Path) -> pd.DataFrame:
-    """The tidy table that `run_sweep` wrote."""
+    """The tidy table that `run_sweep` wrote.
+
+    Raises:
+        VoltanaError: There is none, it has no row, or it is something else.
+    """
+    path = directory / RESULTS
     try:
-        return pd.read_csv(directory / RESULTS)
-    except FileNotFoundError:
+        table = pd.read_csv(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise VoltanaError(f"no {RESULTS} in {directory}: is it a sweep's directory?") from None
+    except ValueError as error:  # empty, binary, or of uneven rows
+        raise VoltanaError(
+            f"{path} is no table of results ({' '.join(str(error).split())}): run the sweep again"
+        ) from None
+    check_results(table, path, NEEDED)
+    return table
+
+
+def check_results(table: pd.DataFrame, path: Path, needed: Sequence[str]) -> None:
+    """Whether it has rows, and numbers in the columns that are needed.
+
+    Raises:
+        VoltanaError: It has not.
+    """
+    if table.empty:
+        raise VoltanaError(f"{path} holds no finished run: run the sweep again")
+    for name in needed:
+        if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
+            raise VoltanaError(
+                f"{path} has no numbers {name}: is it a result of voltana simulate or sweep?"
+            )
 
 
 def read_residency(directory: Path, keys: Iterable[str]) -> dict[str, Residency]:

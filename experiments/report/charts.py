@@ -13,7 +13,7 @@ from matplotlib.colors import to_hex
 from plotly.subplots import make_subplots
 
 from experiments.compare import BEST_PAIR, KEEPS, SAVING, best_pairs
-from experiments.curves import MEASURES
+from experiments.measures import MEASURES
 from experiments.plots import COLOURS
 from experiments.report.collect import ID, Results
 from experiments.report.series import RunSeries

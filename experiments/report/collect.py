@@ -21,13 +21,26 @@ from experiments.compare import (
 )
 from experiments.suite import CONFIGS as EXPERIMENTS
 from experiments.suite import FigureSpec, list_experiments, read_experiment
-from experiments.sweep import RESULTS, Residency, flat_summary, read_residency, read_results
+from experiments.sweep import (
+    RESULTS,
+    Residency,
+    check_results,
+    flat_summary,
+    read_residency,
+    read_results,
+)
 from profiles.errors import VoltanaError
 from sim.results import read_json
 
 SUMMARY: Final = "summary.json"
 RUN: Final = "run"
 ID: Final = "id"
+_NEEDED: Final = (
+    "energy_j", "energy_per_output_token_j", "ttft_attainment", "itl_attainment", "ttft_p99_s",
+    "itl_p99_s", "slo_ttft_s", "slo_itl_s", "makespan_s", "wall_s",
+)  # fmt: skip
+"""Numbers that the report draws."""
+_NAMES: Final = ("controller", "router")
 _AXES: Final = {"rate_rps": "request rate (requests/s)"}
 
 
@@ -123,19 +136,32 @@ def collect(directory: Path, *, target: float = TARGET) -> Results:
 def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
     rows, residency = [], {}
     for path in runs:
-        settings, summary = read_json(path / "settings.json"), read_json(path / SUMMARY)
+        settings, summary = _table(path / "settings.json"), _table(path / SUMMARY)
         plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
         rows.append({RUN: path.name, **plain, **flat_summary(summary), ID: path.name})
         residency[path.name] = summary.get("clock_residency", {})
+    table = pd.DataFrame(rows)
+    check_results(table, directory / SUMMARY, _NEEDED)
     return _results(
-        directory, pd.DataFrame(rows), RUN, target,
+        directory, table, RUN, target,
         figure=None, question=None, residency=residency,
         run_directories={path.name: path for path in runs},
     )  # fmt: skip
 
 
+def _table(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise VoltanaError(f"{path} is no table of keys: is it a run directory?")
+    return found
+
+
 def _of_sweep(directory: Path, target: float) -> Results:
     table = read_results(directory).rename(columns={"hash": ID})
+    check_results(table, directory / RESULTS, _NEEDED)
+    missing = [name for name in (ID, *_NAMES) if name not in table]
+    if missing:
+        raise VoltanaError(f"{directory / RESULTS} has no column {missing[0]}: is it of a sweep?")
     question, figure = _experiment(directory.name)
     series = figure.series if figure and figure.series in table else None
     if series is None:

@@ -77,6 +77,7 @@ def write_report(
     results = collect(directory, target=target)
     chosen = choose(results, wanted) if with_series else []
     runs, failures = _series(results, chosen)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_page(results, runs, failures), encoding="utf-8")
     return failures
 
