@@ -281,7 +281,7 @@ def search_frontier(
     Raises:
         VoltanaError: Not one run of a round succeeded.
     """
-    searches = {load.name: _searches(study) for load in study.loads}
+    searches = {load.name: make_searches(study) for load in study.loads}
     points: list[Point] = []
     while True:
         proposed = [
@@ -315,7 +315,8 @@ def _fill(study: Study, trial: Trial, rows: pd.DataFrame | None) -> None:
         trial.energy_j = float(rows["energy_j"].mean())
 
 
-def _searches(study: Study) -> list[Search]:
+def make_searches(study: Study) -> list[Search]:
+    """The searches of one load: static-max, the best static pair, each contender."""
     repeats, target = len(study.repeats), study.target
     top = Contender(
         name=STATIC_MAX, settings={"controller": "static", "router": study.static_router},

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -13,6 +15,7 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
@@ -21,9 +24,10 @@ from experiments.compare import BEST_PAIR, STATIC_MAX
 from experiments.frontier import Search, Study, Trial
 from experiments.identity import bound_key
 from experiments.intervals import Interval, saving_pct, t_interval
-from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.plots import add_legend, hollow, stretch_attainment
 from experiments.runs import cached_profile, workload_of
 from experiments.show import render
+from profiles.measure.style import COLOURS, STYLE, WIDTH_IN, line_style
 from sim.config import KEYS, SimConfig, make_config
 from sim.results import read_json, write_json
 
@@ -181,54 +185,67 @@ def _with_half(mean: float, half: float) -> str:
 def pareto_figure(
     study: Study, searches: Mapping[str, Sequence[Search]], frame: pd.DataFrame
 ) -> Figure:
-    """Energy against attainment, all that was tried; what was chosen is filled. A panel a load."""
+    """Energy against attainment, a panel a load: filled what was chosen, hollow what was tried.
+
+    What attains far less than the target is left out.
+    """
     loads = list(searches)
-    columns = min(len(loads), 3)
+    columns = 1 if len(loads) in (1, 3) else 2
     lines = -(-len(loads) // columns)
     with mpl.rc_context(STYLE):
-        size = (max(3.4 * columns, 5.6), 3.0 * lines + 1.1)
-        figure = Figure(figsize=size, layout="constrained")
+        names = [search.name for search in searches[loads[0]]]
+        styles = {name: line_style(i) for i, name in enumerate(names)}
+        figure = Figure(figsize=(WIDTH_IN, 2.3 * lines + 1.6), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
-        for i, axes in enumerate(grid.flat):
-            if i >= len(loads):
-                axes.set_visible(False)
+        for axes, load in zip_longest(grid.flat, loads):
+            if load is None:
+                axes.remove()
                 continue
-            _draw_load(axes, study, searches[loads[i]], frame[frame["load"] == loads[i]])
-            axes.set_title(loads[i], fontsize=9)
-            if i % columns == 0:
-                axes.set_ylabel("energy of the run (kJ)")
-            if i >= len(loads) - columns:
-                axes.set_xlabel(f"{study.attainment} (%)".replace("_", " "))
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", frameon=False, fontsize=8,
-            ncols=max(1, int(size[0] / 2.6)),
-        )  # fmt: skip
+            _draw_load(axes, study, searches[load], frame[frame["load"] == load], styles)
+            axes.set_title(textwrap.fill(load, 26 if columns == 2 else 60))
+        figure.supylabel("energy of the run (kJ)")
+        figure.supxlabel(f"{study.attainment} (%)".replace("_", " "))
+        handles = [
+            Line2D([], [], label=name, **(styles[name] | {"linestyle": ""})) for name in names
+        ]
+        handles += [
+            hollow("hollow: other settings"),
+            Line2D([], [], color=COLOURS[0], linestyle="--", linewidth=1, label="lower bound"),
+        ]
+        add_legend(figure, handles, "outside upper center")
     return figure
 
 
-def _draw_load(axes: Axes, study: Study, searched: Sequence[Search], frame: pd.DataFrame) -> None:
-    bound = frame[frame["reached"]]
-    least = 0.0
-    if len(bound):
-        least = float((bound["energy_j"] / bound["bound_ratio"]).min()) / 1e3
-        axes.axhline(least, color="#000000", linestyle="--", linewidth=1, label="lower bound")
-    axes.axvline(100 * study.target, color="#999999", linestyle=":", linewidth=1)
-    lowest = 100 * study.target
-    for i, search in enumerate(searched):
+def _draw_load(
+    axes: Axes,
+    study: Study,
+    searched: Sequence[Search],
+    frame: pd.DataFrame,
+    styles: Mapping[str, Mapping[str, Any]],
+) -> None:
+    least_attainment = study.target - 10 * (1.0 - study.target)
+    lowest, energies = study.target, []
+    for search in searched:
         trials = sorted(search.complete(), key=lambda t: t.energy_j)
-        shown = [t for t in trials if t.attainment >= study.target - 10 * (1.0 - study.target)]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        shown = [t for t in trials if t.attainment >= least_attainment]
+        if not shown:  # an empty line, not clipped, would count as a point at the corner
+            continue
         x, y = [100 * t.attainment for t in shown], [t.energy_j / 1e3 for t in shown]
-        lowest = min([lowest, *x])
-        joined = "" if search.name in (BEST_PAIR, STATIC_MAX) else "-"
-        axes.plot(
-            x, y, marker=marker, color=colour, markersize=4, linestyle=joined, linewidth=0.8,
-            markerfacecolor="none", label=search.name,
-        )  # fmt: skip
+        lowest = min([lowest, *(t.attainment for t in shown)])
+        energies += y
+        style = dict(styles[search.name])
+        if search.name in (BEST_PAIR, STATIC_MAX):
+            style["linestyle"] = ""
+        axes.plot(x, y, linewidth=0.8, markersize=4, markerfacecolor="none", clip_on=False, **style)
         best = search.best()
         if best is not None:
-            axes.plot([100 * best.attainment], [best.energy_j / 1e3], marker=marker, color=colour,
-                      markersize=8, linestyle="")  # fmt: skip
-    axes.set_xlim(lowest - 0.3, 100.15)
-    axes.set_ylim(bottom=0.85 * least)
+            axes.plot([100 * best.attainment], [best.energy_j / 1e3], markersize=7, clip_on=False,
+                      zorder=3, **(style | {"linestyle": ""}))  # fmt: skip
+    bound = frame[frame["reached"]]
+    if len(bound):
+        least = float((bound["energy_j"] / bound["bound_ratio"]).min()) / 1e3
+        axes.axhline(least, color=COLOURS[0], linestyle="--", linewidth=1)
+        energies.append(least)
+    stretch_attainment(axes, "x", 100 * lowest, study.target)
+    if energies:
+        axes.set_ylim(0.85 * min(energies), 1.04 * max(energies))

@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.grid import Point
+from experiments.plots import VOLTANALLM
 from experiments.suite import CONFIGS, PANEL, read_experiment
 from experiments.sweep import run_sweep
 from profiles.errors import VoltanaError
@@ -103,7 +104,7 @@ def as_panel(frame: pd.DataFrame) -> pd.DataFrame:
             "model": names[0],
             "dataset": names[1],
             "rps": frame["rate_rps"].astype(int),
-            "series": frame["policy"],
+            "series": frame["policy"].replace(VOLTANALLM, "voltanallm"),
             "ttft_attainment_pct": 100 * frame["ttft_attainment"],
             "itl_attainment_pct": 100 * frame["itl_attainment"],
             "energy_kj": frame["energy_busy_window_j"] / 1e3,

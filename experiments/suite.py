@@ -9,7 +9,7 @@ x_scale = 1.0                  # optional: what the column is multiplied by (1e3
 series = "policy"              # column, or free axis, of the curves
 rows = ["energy", "ttft", "itl"]  # keys of experiments.measures.MEASURES
 baseline = "static-1410"       # optional: the series that `saving` is counted against
-match = "voltanallm"           # optional, with static pairs: keep the one of least energy whose
+match = "ecofreq + ecoroute"   # optional, with static pairs: keep the one of least energy whose
                                # attainments are those of this series or better
 [quick]                        # optional: keys or axes that --quick replaces
 duration_s = 15

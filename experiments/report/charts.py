@@ -14,7 +14,7 @@ from plotly.subplots import make_subplots
 
 from experiments.compare import BEST_PAIR, KEEPS, SAVING, best_pairs
 from experiments.measures import MEASURES
-from experiments.plots import COLOURS
+from experiments.plots import COLOURS, PHASE_COLOURS
 from experiments.report.collect import ID, Results
 from experiments.report.series import RunSeries
 from experiments.sweep import Residency
@@ -23,7 +23,6 @@ SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "triangle-down",
 DASHES: Final = ("solid", "dash", "dot", "dashdot")
 GREY: Final = "#767676"
 INK: Final = "#1a1a1a"
-PHASE_COLOURS: Final = {"prefill": ("#0072B2", "#56B4E9"), "decode": ("#D55E00", "#E69F00")}
 MAX_INSTANCES: Final = 4
 """More instances of a phase than this are drawn as their mean."""
 MAX_DOTS: Final = 3000

@@ -104,6 +104,21 @@ def test_what_is_no_comparison_is_refused() -> None:
         compare(pd.DataFrame([{"rate_rps": 1.0, "energy_j": 1.0}]))
 
 
+def test_the_best_pair_may_be_another_at_each_rate() -> None:
+    rows = []
+    for rate, itl in ((10, 1.0), (20, 0.5)):
+        rows += [
+            row("static-max", 100.0, rate_rps=rate, controller="static"),
+            row("static pair 1005/1005", 50.0, 1.0, itl, rate_rps=rate, controller="static:f=1005"),
+            row("static pair 1410/1410", 90.0, rate_rps=rate, controller="static:f=1410"),
+        ]
+    table = compared(*rows).assign(energy_per_output_token_j=0.1)
+    assert table.loc[table["policy"] == "best static pair", "clocks"].tolist() == [
+        "1005/1005", "1410/1410",
+    ]  # fmt: skip
+    assert len(energy_vs_slo(table).axes) == 4
+
+
 def test_the_figure_along_the_rate_says_what_it_cannot_show() -> None:
     rows = [row("static-max", 1.0, num_decode=fleet) for fleet in (2, 4)]
     with pytest.raises(VoltanaError, match="num_decode varies too: voltana report"):
