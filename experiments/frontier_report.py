@@ -27,7 +27,7 @@ from experiments.intervals import Interval, saving_pct, t_interval
 from experiments.plots import add_legend, hollow, stretch_attainment
 from experiments.runs import cached_profile, workload_of
 from experiments.show import render
-from profiles.measure.style import COLOURS, STYLE, WIDTH_IN, line_style
+from profiles.measure.style import COLOURS, STYLE, WIDTH_IN, legend_height_in, line_style
 from sim.config import KEYS, SimConfig, make_config
 from sim.results import read_json, write_json
 
@@ -195,7 +195,8 @@ def pareto_figure(
     with mpl.rc_context(STYLE):
         names = [search.name for search in searches[loads[0]]]
         styles = {name: line_style(i) for i, name in enumerate(names)}
-        figure = Figure(figsize=(WIDTH_IN, 2.3 * lines + 1.6), layout="constrained")
+        height_in = 2.3 * lines + 0.8 + legend_height_in([*names, "", ""])
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
         for axes, load in zip_longest(grid.flat, loads):
             if load is None:

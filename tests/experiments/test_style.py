@@ -11,7 +11,6 @@ import pandas as pd
 import pytest
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.text import Text
 
 from experiments.compare import compare
@@ -105,10 +104,10 @@ def test_letters_and_colours(name: str, tmp_path: Path) -> None:
     figure = FIGURES[name](tmp_path)
     save(figure, tmp_path, "figure")  # a warning of the layout is an error
     shrunk = HALF_WIDTH_IN / figure.get_size_inches()[0]
-    texts = [t for t in figure.findobj(Text) if isinstance(t, Text) and t.get_text().strip()]
+    texts = [t for t in figure.findobj(Text) if t.get_text().strip()]
     assert texts
     assert min(t.get_fontsize() for t in texts) * shrunk >= LEAST_PT - 1e-9
-    drawn = [line for axes in figure.axes for line in axes.get_lines() if isinstance(line, Line2D)]
+    drawn = [line for axes in figure.axes for line in axes.get_lines()]
     assert {to_hex(line.get_color()).upper() for line in drawn} <= {*COLOURS}
 
 
