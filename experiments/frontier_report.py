@@ -24,9 +24,10 @@ from experiments.compare import BEST_PAIR, STATIC_MAX
 from experiments.frontier import Search, Study, Trial
 from experiments.identity import bound_key
 from experiments.intervals import Interval, saving_pct, t_interval
-from experiments.plots import add_legend, hollow, stretch_attainment
+from experiments.plots import add_legend, hollow, save, stretch_attainment
 from experiments.runs import cached_profile, workload_of
 from experiments.show import render
+from profiles.files import write_text
 from profiles.measure.style import COLOURS, STYLE, WIDTH_IN, legend_height_in, line_style
 from sim.config import KEYS, SimConfig, make_config
 from sim.results import read_json, write_json
@@ -250,3 +251,26 @@ def _draw_load(
     stretch_attainment(axes, "x", 100 * lowest, study.target)
     if energies:
         axes.set_ylim(0.85 * min(energies), 1.04 * max(energies))
+
+
+def write_frontier(
+    study: Study,
+    searches: Mapping[str, Sequence[Search]],
+    frame: pd.DataFrame,
+    out: Path,
+    question: str,
+) -> list[str]:
+    """Write frontier.csv, frontier.md and the figure into `out`; returns what to print."""
+    frame.to_csv(out / "frontier.csv", index=False)
+    said, parts = [], [question] if question else []
+    for load in searches:
+        rows = frame[frame["load"] == load]
+        title = f"{load}: least energy at {study.attainment} >= {100 * study.target:g} %"
+        said.append(text_table(rows, title))
+        parts.append(f"**{title}**\n\n{markdown_table(rows)}")
+        if not bool(rows.loc[rows["policy"] == STATIC_MAX, "reached"].all()):
+            said.append(f"{load}: overload, the top clock itself misses the target")
+    write_text("\n\n".join([*parts, LEGEND]) + "\n", out / "frontier.md")
+    paths = save(pareto_figure(study, searches, frame), out, "frontier")
+    files = [*paths, out / "frontier.csv", out / "frontier.md"]
+    return [*said, LEGEND, " ".join(map(str, files))]

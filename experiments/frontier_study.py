@@ -89,6 +89,30 @@ def read_study(
     return study, value(options, "question", str, "", where)
 
 
+def quick_study(
+    settings: Mapping[str, Any],
+    rates_rps: Sequence[float] | None,
+    policies: Sequence[str] | None,
+    num_seeds: int | None,
+    target: float | None,
+    attainment: str | None,
+) -> Study:
+    """The study of the command line's options; None is the default of each.
+
+    Raises:
+        VoltanaError: A setting that would change nothing, or a bad value.
+    """
+    check_settings(settings, [{"rate_rps": None}], "use --rate, --seeds and --policy")
+    return make_study(
+        settings,
+        [Load(name=f"{r:g} requests/s", settings={"rate_rps": r}) for r in rates_rps or [30.0]],
+        [parse_contender(p) for p in policies or ("ecofreq + ecoroute", "ecomin + ecoroute")],
+        target=0.99 if target is None else target,
+        attainment=attainment or "attainment",
+        seeds=range(11, 11 + (num_seeds or len(SEEDS))),
+    )
+
+
 def check_settings(
     settings: Mapping[str, Any], loads: Sequence[Mapping[str, Any]], where: str
 ) -> None:

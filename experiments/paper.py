@@ -28,7 +28,7 @@ ConfigValue = str | float
 MAIN_FIGURE: Final = CONFIGS / "main-figure.toml"
 FITTED: Final = CONFIGS / "paper.toml"
 BASELINE: Final = "static-1410"
-KEYS: Final = ("model", "dataset", "rps", "series")
+PANEL_KEYS: Final = ("model", "dataset", "rps", "series")
 VALUES: Final = ("ttft_attainment_pct", "itl_attainment_pct", "energy_kj")
 AIMS: Final = {"saving_pct": 3.0, "ttft_attainment_pct": 8.0, "itl_attainment_pct": 8.0}
 """Largest error that counts as agreement, in points."""
@@ -46,12 +46,12 @@ def read_panel(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise VoltanaError(f"cannot read the panel {path}: {error}") from None
-    missing = [c for c in (*KEYS, *VALUES) if c not in frame.columns]
+    missing = [c for c in (*PANEL_KEYS, *VALUES) if c not in frame.columns]
     if missing:
         raise VoltanaError(f"{path}: missing column {', '.join(missing)}")
     if not (frame["series"] == BASELINE).any():
         raise VoltanaError(f"{path}: no series {BASELINE!r}, against which savings are counted")
-    return frame[[*KEYS, *VALUES]]
+    return frame[[*PANEL_KEYS, *VALUES]]
 
 
 def below_overload(panel: pd.DataFrame) -> list[int]:
@@ -150,9 +150,9 @@ def residuals(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
         (ours minus published; empty where nothing was published).
     """
     merged = with_saving_pct(published).merge(
-        with_saving_pct(ours), on=list(KEYS), suffixes=("_published", "_ours"), how="inner"
+        with_saving_pct(ours), on=list(PANEL_KEYS), suffixes=("_published", "_ours"), how="inner"
     )
-    columns = list(KEYS)
+    columns = list(PANEL_KEYS)
     for value in ("saving_pct", *VALUES):
         merged[f"{value}_error"] = merged[f"{value}_ours"] - merged[f"{value}_published"]
         columns += [f"{value}_ours", f"{value}_published", f"{value}_error"]

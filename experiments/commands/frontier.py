@@ -58,20 +58,10 @@ def frontier(
     Writes OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of
     its configuration: run it again to go on. A saving is given only where the target is reached.
     """
-    from experiments.compare import STATIC_MAX
-    from experiments.contenders import parse_contender
-    from experiments.frontier import Load, search_frontier
-    from experiments.frontier_report import (
-        LEGEND,
-        frontier_table,
-        markdown_table,
-        pareto_figure,
-        text_table,
-    )
-    from experiments.frontier_study import check_settings, make_study, read_study
-    from experiments.plots import save
+    from experiments.frontier import search_frontier
+    from experiments.frontier_report import frontier_table, write_frontier
+    from experiments.frontier_study import quick_study, read_study
 
-    question = ""
     given = parse_settings(settings or [])
     if config is not None:
         named = (("--rate", rate), ("--policy", policy), ("--seeds", seeds))
@@ -84,28 +74,8 @@ def frontier(
     else:
         if only:
             raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
-        check_settings(given, [{"rate_rps": None}], "use --rate, --seeds and --policy")
-        study = make_study(
-            given,
-            [Load(name=f"{r:g} requests/s", settings={"rate_rps": r}) for r in rate or [30.0]],
-            [parse_contender(p) for p in policy or ("ecofreq + ecoroute", "ecomin + ecoroute")],
-            target=0.99 if target is None else target,
-            attainment=attainment or "attainment",
-            seeds=range(11, 11 + (seeds or 5)),
-        )
+        study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
     searches = search_frontier(study, out, jobs=jobs)
     frame = frontier_table(study, searches, out, jobs)
-    frame.to_csv(out / "frontier.csv", index=False)
-    parts = [question] if question else []
-    for load in searches:
-        rows = frame[frame["load"] == load]
-        title = f"{load}: least energy at {study.attainment} >= {100 * study.target:g} %"
-        typer.echo(text_table(rows, title))
-        parts.append(f"**{title}**\n\n{markdown_table(rows)}")
-        if not bool(rows.loc[rows["policy"] == STATIC_MAX, "reached"].all()):
-            typer.echo(f"{load}: overload, the top clock itself misses the target")
-    typer.echo(LEGEND)
-    parts.append(LEGEND)
-    (out / "frontier.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    paths = save(pareto_figure(study, searches, frame), out, "frontier")
-    typer.echo(" ".join(map(str, [*paths, out / "frontier.csv", out / "frontier.md"])))
+    for line in write_frontier(study, searches, frame, out, question):
+        typer.echo(line)
