@@ -13,7 +13,7 @@ CONTESTS := sharegpt sharegpt-large azure
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
-	@echo "make figures  redraw every figure of docs/ (minutes; runs that are kept are not run again)"
+	@echo "make figures  redraw every figure of docs/ (a minute if runs are kept, else 15)"
 	@echo "make test   install if missing, then lint, types, import contracts, tests"
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
@@ -31,9 +31,9 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/voltana demo --out results/demo
 
-# With the runs kept in results/ five minutes on two idle cores, without them fifteen more. A contest
-# takes an hour or more of its own: it is redrawn if its runs are there, and run with CONTEST=1. The
-# figure beside the published panel needs the panel: PANEL=file.csv.
+# With the runs kept in results/ a minute on two idle cores, without them fifteen more. The contests
+# are redrawn if their runs are there, and run with CONTEST=1: ten to twenty minutes each. The figure
+# beside the published panel needs the panel: PANEL=file.csv.
 figures: $(STAMP)
 	$(BIN)/voltana demo --out results/demo
 	cp results/demo/energy_vs_slo.png docs/energy_vs_slo.png

@@ -119,7 +119,7 @@ def test_nothing_joins_categories_and_panels_share_their_energy_from_zero() -> N
     assert energy[0].get_ylim()[0] == 0
 
 
-@pytest.mark.parametrize("lowest", [0.0, 30.0, 60.0, 93.0, 98.0, 100.0])
+@pytest.mark.parametrize("lowest", [0.0, 30.0, 60.0, 85.0, 93.0, 98.0, 100.0])
 def test_an_attainment_axis_shows_what_there_is(lowest: float) -> None:
     axes = Figure().subplots()
     stretch_attainment(axes, "y", lowest)
