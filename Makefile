@@ -7,10 +7,13 @@ FAST_STAMP := $(FAST)/.installed
 SOURCES := $(shell find sim profiles hwreplay experiments -name '*.py')
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo test lint types contracts unit bench fast fast-test fast-bench engine profile-gpu replay-gpu clean
+CONTESTS := sharegpt sharegpt-large azure
+
+.PHONY: help demo figures test lint types contracts unit bench fast fast-test fast-bench engine profile-gpu replay-gpu clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
+	@echo "make figures  redraw every figure of docs/ (a minute if runs are kept, else 15)"
 	@echo "make test   install if missing, then lint, types, import contracts, tests"
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
@@ -28,6 +31,24 @@ $(STAMP): pyproject.toml
 
 demo: $(STAMP)
 	$(BIN)/voltana demo --out results/demo
+
+# With the runs kept in results/ a minute on two idle cores, without them fifteen more. The contests
+# are redrawn if their runs are there, and run with CONTEST=1: ten to twenty minutes each. The figure
+# beside the published panel needs the panel: PANEL=file.csv.
+figures: $(STAMP)
+	$(BIN)/voltana demo --out results/demo
+	cp results/demo/energy_vs_slo.png docs/energy_vs_slo.png
+	$(BIN)/voltana experiment run all --figures docs/figures
+	@for name in $(CONTESTS); do \
+	  if [ -d results/contest/$$name ] || [ -n "$(CONTEST)" ]; then \
+	    $(BIN)/voltana frontier experiments/configs/contest-$$name.toml --out results/contest/$$name \
+	      && cp results/contest/$$name/frontier.png docs/figures/contest-$$name.png || exit 1; \
+	  else echo "contest-$$name: no runs in results/contest/$$name, CONTEST=1 makes them"; fi; \
+	done
+	@if [ -n "$(PANEL)" ]; then \
+	  $(BIN)/voltana paper compare --panel $(PANEL) --out results/paper-compare \
+	    && cp results/paper-compare/residuals.png docs/figures/paper_residuals.png; \
+	else echo "paper_residuals: PANEL=file.csv redraws it"; fi
 
 test: lint types contracts unit
 

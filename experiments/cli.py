@@ -48,6 +48,17 @@ def main() -> None:
         raise SystemExit(130) from None
     except BrokenPipeError:
         raise SystemExit(EXIT_FAILED) from None
+    except OSError as error:
+        sys.stderr.write(f"voltana: {_os_error(error)}\n")
+        raise SystemExit(EXIT_USAGE) from None
+
+
+def _os_error(error: OSError) -> str:
+    """What the system refused, on one line: of a file its name, the reason, and what to do."""
+    reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    if error.filename is None:
+        return reason
+    return f"cannot read or write {error.filename}: {reason}; name another place"
 
 
 if __name__ == "__main__":

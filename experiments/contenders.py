@@ -20,6 +20,7 @@ from typing import Any, Final
 
 from profiles.errors import VoltanaError
 from sim.config import make_config
+from sim.policies.registry import check_policies
 from sim.policies.spec import parse_spec
 
 KNOBS: Final[Mapping[str, tuple[str, float, float]]] = {
@@ -63,7 +64,7 @@ def parse_contender(text: str, extra: Mapping[str, Any] | None = None) -> Conten
     """Read `controller + router`, with further configuration keys in `extra` (`name`, …).
 
     Raises:
-        VoltanaError: It is not of that form, has two ranges, or names an unknown key.
+        VoltanaError: It is not of that form, has two ranges, or names an unknown key or policy.
     """
     parts = [part.strip() for part in text.split(" + ")]
     if len(parts) != 2 or not all(parts):
@@ -84,7 +85,9 @@ def parse_contender(text: str, extra: Mapping[str, Any] | None = None) -> Conten
     made = Contender(name=_RANGE.sub("", name) if name != text else _short(text),
                      settings=settings, knob=knob, safe=safe, cheap=cheap)  # fmt: skip
     for end in (0.0, 1.0):
-        make_config(made.at(end), where=f"contender {text!r}")
+        config = make_config(made.at(end), where=f"contender {text!r}")
+        for controller in (config.prefill_controller_spec, config.decode_controller_spec):
+            check_policies(controller, config.router)
     return made
 
 

@@ -1,12 +1,11 @@
 """The figure of an experiment: a column of axes a panel, a row a measure, a curve a series.
 
-One panel alone lies down: its measures stand side by side.
+Where there are many panels they are the rows, and measures the columns.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import textwrap
 from typing import Any, Final
 
 import matplotlib as mpl
@@ -15,40 +14,22 @@ import numpy.typing as npt
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import MaxNLocator
 
-from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.measures import Measure, find_measure
+from experiments.plots import add_legend, display_name, stretch_attainment
 from experiments.suite import PANEL, Experiment, FigureSpec
 from profiles.errors import VoltanaError, nearest
+from profiles.measure.style import FONT_PT, STYLE, WIDTH_IN, legend_height_in, line_style
 
-
-@dataclass(frozen=True, slots=True)
-class Measure:
-    """One quantity of the vertical axis."""
-
-    label: str
-    of: Callable[[pd.DataFrame], pd.Series[Any]]
-    is_percentage: bool = False
-
-
-MEASURES: Final = {
-    "energy": Measure("energy of the run (kJ)", lambda f: f["energy_j"] / 1e3),
-    "saving": Measure("energy saved (%)", lambda f: f["saving_pct"]),
-    "token_energy": Measure(
-        "energy per output token (J)", lambda f: f["energy_per_output_token_j"]
-    ),
-    "request_energy": Measure("energy per request (J)", lambda f: f["energy_per_request_j"]),
-    "ttft": Measure("TTFT attainment (% of requests)", lambda f: 100 * f["ttft_attainment"], True),
-    "itl": Measure("ITL attainment (% of token gaps)", lambda f: 100 * f["itl_attainment"], True),
-    "attainment": Measure("both kept (% of requests)", lambda f: 100 * f["attainment"], True),
-    "power": Measure("mean power (W)", lambda f: f["energy_j"] / f["makespan_s"]),
-    "clock_changes": Measure(
-        "clock changes per second", lambda f: f["clock_changes"] / f["makespan_s"]
-    ),
-}
+Styles = dict[Any, dict[str, Any]]
+MOST_COLUMNS: Final = 3
+"""More panels than this become rows."""
 
 
 def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
-    """Draw an experiment's results.
+    """Draw an experiment's results: means over seeds, bands from the lowest to the highest seed.
 
     Args:
         experiment: Says what is on the axes.
@@ -58,99 +39,107 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
         VoltanaError: The figure asks for a measure or column that does not exist.
     """
     spec = experiment.figure
-    measures = [_measure(name) for name in spec.rows]
+    measures = [find_measure(name) for name in spec.rows]
     for wanted in (spec.x, spec.series):
         if wanted not in frame:
             raise VoltanaError(f"[figure] names {wanted!r}{nearest(wanted, frame.columns)}")
     panels = list(dict.fromkeys(frame[PANEL]))
-    styles = _styles(frame, spec)
-    flat = len(panels) == 1
+    names = list(dict.fromkeys(frame[spec.series]))
+    styles = {name: line_style(i) for i, name in enumerate(names)}
+    panels_are_rows = len(panels) > MOST_COLUMNS
+    rows, columns = len(measures), len(panels)
+    if panels_are_rows:
+        rows, columns = columns, rows
     with mpl.rc_context(STYLE):
-        size = _size(len(panels), len(measures))
-        figure = Figure(figsize=size, layout="constrained")
-        rows, columns = (1, len(measures)) if flat else (len(measures), len(panels))
-        grid = figure.subplots(rows, columns, squeeze=False, sharex="col")
-        if flat:  # the one panel lies down: its measures side by side
-            grid = grid.T
-        for column, panel in enumerate(panels):
-            part = frame[frame[PANEL] == panel]
-            for row, measure in enumerate(measures):
-                _draw(grid[row][column], part, spec, measure, styles)
-        _label(grid, spec, measures, panels)
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", frameon=False,
-            ncols=_legend_columns(labels, size[0]),
-        )  # fmt: skip
+        labels = [display_name(name) for name in names]
+        height_in = (1.35 if panels_are_rows else 1.65) * rows + 0.8 + legend_height_in(labels)
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False, sharex=_shared_x(panels_are_rows))
+        by_measure = grid.T if panels_are_rows else grid
+        for row, measure in zip(by_measure, measures, strict=True):
+            _draw_row(row, measure, frame, panels, spec, styles)
+        _label(grid, measures, panels, panels_are_rows=panels_are_rows)
+        figure.supxlabel(spec.x_label)
+        handles = [Line2D([], [], label=display_name(n), **styles[n]) for n in names]
+        add_legend(figure, handles, "outside upper center")
     return figure
 
 
-def _size(num_panels: int, num_measures: int) -> tuple[float, float]:
-    """Inches: panels are narrower where there are many."""
-    if num_panels == 1:
-        return 3.1 * num_measures, 3.3
-    width = 3.1 if num_panels <= 3 else 2.4
-    return max(width * num_panels, 4.2), 2.1 * num_measures + 0.8
+def _shared_x(panels_are_rows: bool) -> Any:  # noqa: ANN401 (matplotlib's word)
+    return "row" if panels_are_rows else "col"
 
 
-def _legend_columns(labels: list[str], width_in: float) -> int:
-    """As many columns as fit at about 0.075 inch a character."""
-    longest_in = 0.6 + 0.075 * max(len(label) for label in labels)
-    return max(1, min(len(labels), int(width_in / longest_in)))
-
-
-def _measure(name: str) -> Measure:
-    if name not in MEASURES:
-        raise VoltanaError(f"no measure {name!r} to draw{nearest(name, MEASURES)}")
-    return MEASURES[name]
-
-
-def _styles(frame: pd.DataFrame, spec: FigureSpec) -> dict[Any, dict[str, Any]]:
-    """Colour and marker of each series, the same in every panel."""
-    return {
-        name: {
-            "color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)],
-            "markersize": 4, "linewidth": 1.3, "label": _text(name),
-            "linestyle": "-" if i < len(COLOURS) else "--",
-        }
-        for i, name in enumerate(dict.fromkeys(frame[spec.series]))
-    }  # fmt: skip
-
-
-def _text(value: object) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-def _draw(
-    axes: Axes, part: pd.DataFrame, spec: FigureSpec, measure: Measure, styles: dict[Any, Any]
+def _draw_row(
+    row: npt.NDArray[Any],
+    measure: Measure,
+    frame: pd.DataFrame,
+    panels: list[str],
+    spec: FigureSpec,
+    styles: Styles,
 ) -> None:
+    """One measure in all panels; energies and powers share their axis from panel to panel."""
+    values = measure.of(frame)
+    is_of_one_kind = len(panels) <= MOST_COLUMNS
+    for axes, panel in zip(row, panels, strict=True):
+        inside = frame[PANEL] == panel
+        _draw(axes, frame[inside].assign(_y=values[inside]), spec, styles)
+        seen = values if is_of_one_kind else values[inside]
+        if measure.is_percentage:
+            stretch_attainment(axes, "y", float(seen.min()))
+        elif measure.from_zero:
+            axes.set_ylim(0, 1.05 * float(seen.max()))
+        elif is_of_one_kind:
+            room = 0.06 * max(float(seen.max() - seen.min()), 1e-9)
+            axes.set_ylim(float(seen.min()) - room, float(seen.max()) + room)
+        if is_of_one_kind and axes is not row[0]:
+            axes.tick_params(labelleft=False)
+
+
+def _draw(axes: Axes, part: pd.DataFrame, spec: FigureSpec, styles: Styles) -> None:
+    """The curves of one panel; where x has no numbers, dots side by side that nothing joins."""
     order = list(dict.fromkeys(part[spec.x]))
     is_number = pd.api.types.is_numeric_dtype(part[spec.x])
-    for name, rows in part.assign(_y=measure.of(part)).groupby(spec.series, sort=False):
-        mean = rows.groupby(spec.x, sort=False)["_y"].agg(["mean", "min", "max"])
+    for i, (name, rows) in enumerate(part.groupby(spec.series, sort=False)):
+        found = rows.groupby(spec.x, sort=is_number)["_y"].agg(["mean", "min", "max"])
+        style = styles[name] | {"markersize": 4}
         if is_number:
-            mean = mean.sort_index()
-            x: npt.NDArray[Any] = mean.index.to_numpy(dtype=float) * spec.x_scale
+            x: npt.NDArray[Any] = found.index.to_numpy(dtype=float) * spec.x_scale
         else:
-            x = np.array([order.index(v) for v in mean.index])
-        axes.plot(x, mean["mean"], **styles[name])
-        if (mean["max"] > mean["min"]).any():
-            axes.fill_between(x, mean["min"], mean["max"], color=styles[name]["color"], alpha=0.15)
-    if not is_number:
-        axes.set_xticks(range(len(order)), [_text(v) for v in order], rotation=20, ha="right")
-    if measure.is_percentage:
-        axes.set_ylim(-3, 103)
+            share = (i - (len(styles) - 1) / 2) / (len(styles) + 1)
+            x = np.array([order.index(v) for v in found.index]) + share
+            style |= {"linestyle": ""}
+        axes.plot(x, found["mean"], clip_on=False, zorder=3, **style)
+        if (found["max"] > found["min"]).any():
+            if is_number:
+                axes.fill_between(x, found["min"], found["max"], color=style["color"], alpha=0.15)
+            else:
+                axes.vlines(x, found["min"], found["max"], color=style["color"], linewidth=1)
+    if is_number:
+        spec_of = axes.get_subplotspec()
+        columns = spec_of.get_geometry()[1] if spec_of is not None else 1
+        bins = {1: 6, 2: 4}.get(columns, 3)
+        axes.xaxis.set_major_locator(MaxNLocator(nbins=bins, steps=[1, 2, 2.5, 5, 10]))
+    else:
+        axes.set_xticks(range(len(order)), [display_name(v) for v in order])
+        axes.set_xlim(-0.6, len(order) - 0.4)
+        axes.grid(visible=False, axis="x")
 
 
 def _label(
-    grid: npt.NDArray[Any], spec: FigureSpec, measures: list[Measure], panels: list[str]
+    grid: npt.NDArray[Any],
+    measures: list[Measure],
+    panels: list[str],
+    *,
+    panels_are_rows: bool,
 ) -> None:
-    for row, measure in enumerate(measures):
-        grid[row, 0].set_ylabel(measure.label, fontsize=8)
-        if measure.label.startswith("energy of"):
-            for axes in grid[row]:
-                axes.set_ylim(bottom=0)
-    for column, panel in enumerate(panels):
-        grid[0, column].set_title(panel, fontsize=9)
-        for axes in grid[:, column] if len(panels) == 1 else grid[-1:, column]:
-            axes.set_xlabel(spec.x_label, fontsize=8 if len(panels) > 3 else 9)
+    """Titles above the columns, labels left of the rows, wrapped to the room that there is."""
+    labels = [measure.label.replace(" (", "\n(") for measure in measures]
+    rows, columns = (panels, labels) if panels_are_rows else (labels, panels)
+    letters = int(WIDTH_IN / len(columns) / (0.0085 * FONT_PT))
+    for axes, text in zip(grid[0], columns, strict=True):
+        axes.set_title("\n".join(textwrap.fill(t, letters) for t in text.split("\n")))
+    for axes, text in zip(grid[:, 0], rows, strict=True):
+        axes.set_ylabel(text.replace(", ", ",\n") if panels_are_rows else text)
+    figure = grid[0, 0].figure
+    if not panels_are_rows:
+        figure.align_ylabels(grid[:, 0])

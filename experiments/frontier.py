@@ -24,10 +24,11 @@ import pandas as pd
 from experiments.compare import BEST_PAIR, STATIC_MAX
 from experiments.contenders import Contender
 from experiments.grid import Point
-from experiments.sweep import run_sweep, tidy
+from experiments.sweep import FAILURES, POINTS, run_sweep, tidy
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.policies.clocks import nearest_clock_mhz
+from sim.results import read_json
 
 ATTAINMENTS: Final = ("attainment", "ttft_attainment", "itl_attainment", "worse")
 """What can be held equal: see NOMENCLATURE.md; `worse` is the lower of TTFT's and ITL's."""
@@ -91,6 +92,8 @@ class Trial:
     """How many of the repeats, from the first."""
     attainment: float = math.nan
     """Mean over the repeats; NaN if one of them failed, which reaches no target."""
+    error: str = ""
+    """Why a run failed, if one did."""
     energy_j: float = math.nan
     rows: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
 
@@ -278,7 +281,7 @@ def search_frontier(
     Raises:
         VoltanaError: Not one run of a round succeeded.
     """
-    searches = {load.name: _searches(study) for load in study.loads}
+    searches = {load.name: make_searches(study) for load in study.loads}
     points: list[Point] = []
     while True:
         proposed = [
@@ -292,20 +295,28 @@ def search_frontier(
         for load, search, key, trial in proposed:
             points += _points(study, load, search, trial)
             search.tried[key] = trial
-        frame = _run(points, directory, jobs)
+        frame, errors = _run(points, directory, jobs)
         groups = dict(iter(frame.groupby(["load", "policy", "value"], sort=False)))
         for load, search, _, trial in proposed:
-            rows = groups.get((load.name, search.name, trial.value))
-            if rows is not None:
-                rows = rows[rows["repeat"].astype(int) < trial.repeats]
-                rows = rows.drop_duplicates("repeat").sort_values("repeat", key=_numbers)
-                if len(rows) == trial.repeats:
-                    trial.rows = rows
-                    trial.attainment = float(study.attained(rows).mean())
-                    trial.energy_j = float(rows["energy_j"].mean())
+            name = (load.name, search.name, trial.value)
+            _fill(study, trial, groups.get(name))
+            trial.error = errors.get(name, "")
 
 
-def _searches(study: Study) -> list[Search]:
+def _fill(study: Study, trial: Trial, rows: pd.DataFrame | None) -> None:
+    """Take a trial's repeats out of its rows, if all of them have run."""
+    if rows is None:
+        return
+    rows = rows[rows["repeat"].astype(int) < trial.repeats]
+    rows = rows.drop_duplicates("repeat").sort_values("repeat", key=_numbers)
+    if len(rows) == trial.repeats:
+        trial.rows = rows
+        trial.attainment = float(study.attained(rows).mean())
+        trial.energy_j = float(rows["energy_j"].mean())
+
+
+def make_searches(study: Study) -> list[Search]:
+    """The searches of one load: static-max, the best static pair, each contender."""
     repeats, target = len(study.repeats), study.target
     top = Contender(
         name=STATIC_MAX, settings={"controller": "static", "router": study.static_router},
@@ -326,15 +337,26 @@ def _points(study: Study, load: Load, search: Search, trial: Trial) -> list[Poin
     return made
 
 
-def _run(points: list[Point], directory: Path, jobs: int | None) -> pd.DataFrame:
-    """All points; one that cannot run (outside the profiled grid, say) is left out."""
+def _run(
+    points: list[Point], directory: Path, jobs: int | None
+) -> tuple[pd.DataFrame, dict[tuple[str, str, str], str]]:
+    """All points, and the first error of each load, policy and value that could not run.
+
+    One that lies outside the profiled grid, say, is left out.
+    """
     try:
-        return run_sweep(points, directory, jobs=jobs)
+        return run_sweep(points, directory, jobs=jobs), {}
     except VoltanaError:
-        frame = tidy(points, directory / "points")
+        frame = tidy(points, directory / POINTS)
         if frame.empty:
             raise
-        return frame
+        failures = read_json(directory / FAILURES)
+        errors: dict[tuple[str, str, str], str] = {}
+        for point in points:
+            if point.key in failures:
+                name = (point.labels["load"], point.labels["policy"], point.labels["value"])
+                errors.setdefault(name, str(failures[point.key]["error"]))
+        return frame, errors
 
 
 def _numbers(column: pd.Series[Any]) -> pd.Series[int]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import os
+import textwrap
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any, Final
 
@@ -15,17 +15,21 @@ import matplotlib as mpl
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from experiments.bound import lower_bound
 from experiments.compare import BEST_PAIR, STATIC_MAX
-from experiments.frontier import Search, Study
+from experiments.frontier import Search, Study, Trial
+from experiments.identity import bound_key
 from experiments.intervals import Interval, saving_pct, t_interval
-from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.plots import add_legend, hollow, save, stretch_attainment
 from experiments.runs import cached_profile, workload_of
 from experiments.show import render
-from sim.config import SimConfig, make_config
+from profiles.files import write_text
+from profiles.measure.style import COLOURS, STYLE, WIDTH_IN, legend_height_in, line_style
+from sim.config import KEYS, SimConfig, make_config
 from sim.results import read_json, write_json
 
 _GRAIN: Final = 200
@@ -62,37 +66,44 @@ def frontier_table(
     for load, searched in searches.items():
         references = {s.name: s.best() for s in searched if s.name in (STATIC_MAX, BEST_PAIR)}
         for search in searched:
-            trial = chosen[load, search.name]
-            reached = search.best() is not None
-            energies = [float(e) for e in trial.rows["energy_j"]] if len(trial.rows) else []
-            energy = t_interval(energies)
-            row: dict[str, Any] = {
-                "load": load, "policy": search.name, "reached": reached,
-                "knob": f"{search.knob} {trial.value}".strip(),
-                "attainment": trial.attainment, "energy_j": energy.mean,
-                "energy_half_j": energy.half,
-            }  # fmt: skip
-            for column, name in (("saving_max", STATIC_MAX), ("saving_pair", BEST_PAIR)):
-                reference = references.get(name)
-                saving = Interval(math.nan, math.nan)
-                if reached and reference is not None and search.name != name:
-                    saving = saving_pct(energies, [float(e) for e in reference.rows["energy_j"]])
-                row |= {f"{column}_pct": saving.mean, f"{column}_half_pct": saving.half}
-            ratios = [e / bounds[k] for e, k in zip(energies, _keys(trial.rows), strict=True)]
-            row["bound_ratio"] = t_interval(ratios).mean
-            row["goodput_per_j"] = (
-                float(trial.rows["goodput_per_j"].mean()) if reached else math.nan
-            )
-            row["note"] = _note(search, reached=reached)
-            rows.append(row)
+            row = _row(search, chosen[load, search.name], references, bounds)
+            rows.append({"load": load, **row})
     return pd.DataFrame(rows)
 
 
+def _row(
+    search: Search,
+    trial: Trial,
+    references: Mapping[str, Trial | None],
+    bounds: Mapping[str, float],
+) -> dict[str, Any]:
+    """One policy at one load."""
+    reached = search.best() is not None
+    energies = [float(e) for e in trial.rows["energy_j"]] if len(trial.rows) else []
+    energy = t_interval(energies)
+    ratios = [e / bounds[k] for e, k in zip(energies, _keys(trial.rows), strict=True)]
+    row: dict[str, Any] = {
+        "policy": search.name, "reached": reached, "knob": f"{search.knob} {trial.value}".strip(),
+        "attainment": trial.attainment, "energy_j": energy.mean, "energy_half_j": energy.half,
+        "bound_ratio": t_interval(ratios).mean,
+        "goodput_per_j": float(trial.rows["goodput_per_j"].mean()) if reached else math.nan,
+        "note": _note(search, reached=reached),
+    }  # fmt: skip
+    for column, name in (("saving_max", STATIC_MAX), ("saving_pair", BEST_PAIR)):
+        reference = references.get(name)
+        saving = Interval(math.nan, math.nan)
+        if reached and reference is not None and search.name != name:
+            saving = saving_pct(energies, [float(e) for e in reference.rows["energy_j"]])
+        row |= {f"{column}_pct": saving.mean, f"{column}_half_pct": saving.half}
+    return row
+
+
 def _note(search: Search, *, reached: bool) -> str:
-    failed = sum(t.attainment != t.attainment for t in search.tried.values())
+    failed = [t for t in search.tried.values() if t.attainment != t.attainment]
     parts = [] if reached else [NOT_REACHED]
     if failed:
-        parts.append(f"{failed} settings could not run")
+        error = next((t.error for t in failed if t.error), "")
+        parts.append(f"{len(failed)} settings could not run" + (f": {error}" if error else ""))
     elif reached and not search.is_monotone():
         parts.append("not monotone in its knob")
     return "; ".join(parts)
@@ -106,28 +117,19 @@ def _keys(rows: pd.DataFrame) -> list[str]:
     return [f"{h} {a:.3f}" for h, a in zip(rows["hash"], floors, strict=True)]
 
 
-_POLICY_KEYS: Final = (
-    "controller", "prefill_controller", "decode_controller", "router", "aim_ratio", "predictor",
-    "predictor_scale",
-)  # fmt: skip
-
-
 def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -> dict[str, float]:
-    """Bounds by key; kept in the directory, as they do not depend on policies."""
+    """Bounds by key; kept in the directory by what they depend on, which is no policy."""
     store = directory / "bounds"
     store.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, tuple[SimConfig, float]] = {}
     of_key: dict[str, str] = {}
-    known = {f.name for f in SimConfig.__dataclass_fields__.values()} - set(_POLICY_KEYS)
     for frame in frames:
         for values, key in zip(frame.to_dict("records"), _keys(frame), strict=True):
-            plain = {str(k): v for k, v in values.items() if k in known and v == v}
+            config = make_config({k: v for k, v in values.items() if k in KEYS and v == v})
             attainment = float(key.split()[1])
-            text = json.dumps([plain, attainment], sort_keys=True, default=str)
-            name = hashlib.sha256(text.encode()).hexdigest()[:16]
-            of_key[key] = name
+            of_key[key] = name = bound_key(config, attainment)
             if not (store / f"{name}.json").exists():
-                wanted[name] = (make_config(plain), attainment)
+                wanted[name] = (config, attainment)
     with ProcessPoolExecutor(max_workers=jobs or os.cpu_count()) as pool:
         for name, energy_j in zip(wanted, pool.map(_bound_j, wanted.values()), strict=True):
             write_json({"energy_j": energy_j}, store / f"{name}.json")
@@ -184,54 +186,91 @@ def _with_half(mean: float, half: float) -> str:
 def pareto_figure(
     study: Study, searches: Mapping[str, Sequence[Search]], frame: pd.DataFrame
 ) -> Figure:
-    """Energy against attainment, all that was tried; what was chosen is filled. A panel a load."""
+    """Energy against attainment, a panel a load: filled what was chosen, hollow what was tried.
+
+    What attains far less than the target is left out.
+    """
     loads = list(searches)
-    columns = min(len(loads), 3)
+    columns = 1 if len(loads) in (1, 3) else 2
     lines = -(-len(loads) // columns)
     with mpl.rc_context(STYLE):
-        size = (max(3.4 * columns, 5.6), 3.0 * lines + 1.1)
-        figure = Figure(figsize=size, layout="constrained")
+        names = [search.name for search in searches[loads[0]]]
+        styles = {name: line_style(i) for i, name in enumerate(names)}
+        height_in = 2.3 * lines + 0.8 + legend_height_in([*names, "", ""])
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
         grid = figure.subplots(lines, columns, squeeze=False)
-        for i, axes in enumerate(grid.flat):
-            if i >= len(loads):
-                axes.set_visible(False)
+        for axes, load in zip_longest(grid.flat, loads):
+            if load is None:
+                axes.remove()
                 continue
-            _draw_load(axes, study, searches[loads[i]], frame[frame["load"] == loads[i]])
-            axes.set_title(loads[i], fontsize=9)
-            if i % columns == 0:
-                axes.set_ylabel("energy of the run (kJ)")
-            if i >= len(loads) - columns:
-                axes.set_xlabel(f"{study.attainment} (%)".replace("_", " "))
-        handles, labels = grid[0, 0].get_legend_handles_labels()
-        figure.legend(
-            handles, labels, loc="outside lower center", frameon=False, fontsize=8,
-            ncols=max(1, int(size[0] / 2.6)),
-        )  # fmt: skip
+            _draw_load(axes, study, searches[load], frame[frame["load"] == load], styles)
+            axes.set_title(textwrap.fill(load, 26 if columns == 2 else 60))
+        figure.supylabel("energy of the run (kJ)")
+        figure.supxlabel(f"{study.attainment} (%)".replace("_", " "))
+        handles = [
+            Line2D([], [], label=name, **(styles[name] | {"linestyle": ""})) for name in names
+        ]
+        handles += [
+            hollow("hollow: other settings"),
+            Line2D([], [], color=COLOURS[0], linestyle="--", linewidth=1, label="lower bound"),
+        ]
+        add_legend(figure, handles, "outside upper center")
     return figure
 
 
-def _draw_load(axes: Axes, study: Study, searched: Sequence[Search], frame: pd.DataFrame) -> None:
-    bound = frame[frame["reached"]]
-    least = 0.0
-    if len(bound):
-        least = float((bound["energy_j"] / bound["bound_ratio"]).min()) / 1e3
-        axes.axhline(least, color="#000000", linestyle="--", linewidth=1, label="lower bound")
-    axes.axvline(100 * study.target, color="#999999", linestyle=":", linewidth=1)
-    lowest = 100 * study.target
-    for i, search in enumerate(searched):
+def _draw_load(
+    axes: Axes,
+    study: Study,
+    searched: Sequence[Search],
+    frame: pd.DataFrame,
+    styles: Mapping[str, Mapping[str, Any]],
+) -> None:
+    least_attainment = study.target - 10 * (1.0 - study.target)
+    lowest, energies = study.target, []
+    for search in searched:
         trials = sorted(search.complete(), key=lambda t: t.energy_j)
-        shown = [t for t in trials if t.attainment >= study.target - 10 * (1.0 - study.target)]
-        colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
+        shown = [t for t in trials if t.attainment >= least_attainment]
+        if not shown:  # an empty line, not clipped, would count as a point at the corner
+            continue
         x, y = [100 * t.attainment for t in shown], [t.energy_j / 1e3 for t in shown]
-        lowest = min([lowest, *x])
-        joined = "" if search.name in (BEST_PAIR, STATIC_MAX) else "-"
-        axes.plot(
-            x, y, marker=marker, color=colour, markersize=4, linestyle=joined, linewidth=0.8,
-            markerfacecolor="none", label=search.name,
-        )  # fmt: skip
+        lowest = min([lowest, *(t.attainment for t in shown)])
+        energies += y
+        style = dict(styles[search.name])
+        if search.name in (BEST_PAIR, STATIC_MAX):
+            style["linestyle"] = ""
+        axes.plot(x, y, linewidth=0.8, markersize=4, markerfacecolor="none", clip_on=False, **style)
         best = search.best()
         if best is not None:
-            axes.plot([100 * best.attainment], [best.energy_j / 1e3], marker=marker, color=colour,
-                      markersize=8, linestyle="")  # fmt: skip
-    axes.set_xlim(lowest - 0.3, 100.15)
-    axes.set_ylim(bottom=0.85 * least)
+            axes.plot([100 * best.attainment], [best.energy_j / 1e3], markersize=7, clip_on=False,
+                      zorder=3, **(style | {"linestyle": ""}))  # fmt: skip
+    bound = frame[frame["reached"]]
+    if len(bound):
+        least = float((bound["energy_j"] / bound["bound_ratio"]).min()) / 1e3
+        axes.axhline(least, color=COLOURS[0], linestyle="--", linewidth=1)
+        energies.append(least)
+    stretch_attainment(axes, "x", 100 * lowest, study.target)
+    if energies:
+        axes.set_ylim(0.85 * min(energies), 1.04 * max(energies))
+
+
+def write_frontier(
+    study: Study,
+    searches: Mapping[str, Sequence[Search]],
+    frame: pd.DataFrame,
+    out: Path,
+    question: str,
+) -> list[str]:
+    """Write frontier.csv, frontier.md and the figure into `out`; returns what to print."""
+    frame.to_csv(out / "frontier.csv", index=False)
+    said, parts = [], [question] if question else []
+    for load in searches:
+        rows = frame[frame["load"] == load]
+        title = f"{load}: least energy at {study.attainment} >= {100 * study.target:g} %"
+        said.append(text_table(rows, title))
+        parts.append(f"**{title}**\n\n{markdown_table(rows)}")
+        if not bool(rows.loc[rows["policy"] == STATIC_MAX, "reached"].all()):
+            said.append(f"{load}: overload, the top clock itself misses the target")
+    write_text("\n\n".join([*parts, LEGEND]) + "\n", out / "frontier.md")
+    paths = save(pareto_figure(study, searches, frame), out, "frontier")
+    files = [*paths, out / "frontier.csv", out / "frontier.md"]
+    return [*said, LEGEND, " ".join(map(str, files))]

@@ -25,18 +25,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from experiments.contenders import Contender, parse_contender
 from experiments.frontier import Load, Study
 from experiments.runs import cached_profile
-from profiles.errors import VoltanaError, nearest
+from experiments.sections import check_names, table, tables, value, values
+from profiles.errors import VoltanaError
 from sim.config import make_config, read_toml
 from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.registry import check_policies
 from sim.workload.traces import open_trace
 
 SEEDS: Final = (11, 12, 13, 14, 15)
 COARSE_LEVELS: Final = 8
+_OF_REPEATS: Final = ("seed", "trace_start_s")
+_OF_POLICIES: Final = ("controller", "prefill_controller", "decode_controller", "router")
 _SECTIONS: Final = ("frontier", "base", "load", "policy")
 _KEYS: Final = (
     "question", "target", "attainment", "seeds", "trace_parts", "policies", "static_router",
@@ -44,38 +49,107 @@ _KEYS: Final = (
 )  # fmt: skip
 
 
-def read_study(path: Path) -> tuple[Study, str]:
+def read_study(
+    path: Path,
+    *,
+    settings: Mapping[str, Any] = MappingProxyType({}),
+    load_names: Sequence[str] = (),
+    target: float | None = None,
+    attainment: str | None = None,
+) -> tuple[Study, str]:
     """Read a frontier file; returns the study and its question.
+
+    Args:
+        path: TOML file, see the module's text.
+        settings: Configuration keys that replace those of [base].
+        load_names: Of the file's loads only these; empty takes all.
+        target: Replaces the file's.
+        attainment: Replaces the file's.
 
     Raises:
         VoltanaError: An unknown section or key (the nearest is suggested), or a bad value.
     """
     data, where = read_toml(path), str(path)
-    options = data.get("frontier", {})
-    for given, known in ((data, _SECTIONS), (options, _KEYS)):
-        for key in given:
-            if key not in known:
-                raise VoltanaError(f"unknown key {key!r} ({where}){nearest(key, known)}")
+    options = table(data, "frontier", where)
+    check_names(data, _SECTIONS, "section", where)
+    check_names(options, _KEYS, "key", where)
+    check_settings(settings, tables(data, "load", where), where)
+    parts = options.get("trace_parts")
+    study = make_study(
+        {**table(data, "base", where), **settings},
+        _loads(tables(data, "load", where), load_names, where),
+        _contenders(data, options, where),
+        target=value(options, "target", float, 0.99, where) if target is None else target,
+        attainment=attainment or value(options, "attainment", str, "attainment", where),
+        seeds=values(options, "seeds", int, SEEDS, where),
+        trace_parts=None if parts is None else value(options, "trace_parts", int, 1, where),
+        static_router=value(options, "static_router", str, "round-robin", where),
+        static_clocks_mhz=values(options, "static_clocks_mhz", int, (), where),
+    )
+    return study, value(options, "question", str, "", where)
+
+
+def quick_study(
+    settings: Mapping[str, Any],
+    rates_rps: Sequence[float] | None,
+    policies: Sequence[str] | None,
+    num_seeds: int | None,
+    target: float | None,
+    attainment: str | None,
+) -> Study:
+    """The study of the command line's options; None is the default of each.
+
+    Raises:
+        VoltanaError: A setting that would change nothing, or a bad value.
+    """
+    check_settings(settings, [{"rate_rps": None}], "use --rate, --seeds and --policy")
+    return make_study(
+        settings,
+        [Load(name=f"{r:g} requests/s", settings={"rate_rps": r}) for r in rates_rps or [30.0]],
+        [parse_contender(p) for p in policies or ("ecofreq + ecoroute", "ecomin + ecoroute")],
+        target=0.99 if target is None else target,
+        attainment=attainment or "attainment",
+        seeds=range(11, 11 + (num_seeds or len(SEEDS))),
+    )
+
+
+def check_settings(
+    settings: Mapping[str, Any], loads: Sequence[Mapping[str, Any]], where: str
+) -> None:
+    """Refuse a setting that loads, repeats or policies would set again.
+
+    Raises:
+        VoltanaError: There is one.
+    """
+    of_loads = {key for load in loads for key in load} - {"name"}
+    for key in settings:
+        owner = next(
+            (name for name, keys in (("loads", of_loads), ("repeats", _OF_REPEATS),
+                                     ("policies", _OF_POLICIES)) if key in keys), None,
+        )  # fmt: skip
+        if owner is not None:
+            raise VoltanaError(
+                f"--set {key} would change nothing: the {owner} set it themselves ({where})"
+            )
+
+
+def _loads(entries: Sequence[Mapping[str, Any]], chosen: Sequence[str], where: str) -> list[Load]:
     loads = [
         Load(name=str(values.get("name", f"load {i + 1}")), settings=_without_name(values))
-        for i, values in enumerate(data.get("load", [{}]))
+        for i, values in enumerate(entries or [{}])
     ]
-    contenders = [parse_contender(text) for text in options.get("policies", ())]
-    for values in data.get("policy", ()):
-        if "rule" not in values:
+    check_names(chosen, [load.name for load in loads], "load", where)
+    return [load for load in loads if not chosen or load.name in chosen]
+
+
+def _contenders(data: Mapping[str, Any], options: Mapping[str, Any], where: str) -> list[Contender]:
+    contenders = [parse_contender(text) for text in values(options, "policies", str, (), where)]
+    for entry in tables(data, "policy", where):
+        if not isinstance(entry.get("rule"), str):
             raise VoltanaError(f"a [[policy]] needs rule = 'controller + router' ({where})")
-        rest = {k: v for k, v in values.items() if k != "rule"}
-        contenders.append(parse_contender(values["rule"], rest))
-    study = make_study(
-        data.get("base", {}), loads, contenders,
-        target=options.get("target", 0.99),
-        attainment=options.get("attainment", "attainment"),
-        seeds=options.get("seeds", SEEDS),
-        trace_parts=options.get("trace_parts"),
-        static_router=options.get("static_router", "round-robin"),
-        static_clocks_mhz=options.get("static_clocks_mhz", ()),
-    )  # fmt: skip
-    return study, str(options.get("question", ""))
+        rest = {k: v for k, v in entry.items() if k != "rule"}
+        contenders.append(parse_contender(entry["rule"], rest))
+    return contenders
 
 
 def make_study(
@@ -99,7 +173,10 @@ def make_study(
         twice = {n for n in names if names.count(n) > 1}
         if twice:
             raise VoltanaError(f"two loads or policies are called {twice.pop()!r}: name them")
+    check_policies("static", static_router)
     configs = [make_config({**base, **load.settings}) for load in loads]
+    if not configs:
+        raise VoltanaError("a frontier needs a load at least")
     profiles = {c.profile for c in configs}
     if len(profiles) != 1:
         raise VoltanaError(f"the loads of a frontier share one profile, got {sorted(profiles)}")

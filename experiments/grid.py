@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from experiments.identity import run_key
+from experiments.sections import check_names, table
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, SimConfig, make_config, read_toml
 
@@ -55,14 +56,10 @@ def read_sweep(path: Path) -> list[Point]:
 
 def expand(data: Mapping[str, Any], where: str) -> list[Point]:
     """Every point of the grid, in the order of the file, the last key turning fastest."""
-    for section in data:
-        if section not in _SECTIONS:
-            raise VoltanaError(
-                f"unknown section [{section}] ({where}){nearest(section, _SECTIONS)}"
-            )
-    base = dict(data.get("base", {}))
-    axes = [_axis(name, values, where) for name, values in data.get("grid", {}).items()]
-    pairs = _static_pairs(data.get("static_pairs"), where)
+    check_names(data, _SECTIONS, "section", where)
+    base = table(data, "base", where)
+    axes = [_axis(name, values, where) for name, values in table(data, "grid", where).items()]
+    pairs = _static_pairs(table(data, "static_pairs", where), where)
     if pairs:
         axes = _join_policies(axes, pairs)
     points = []
@@ -96,8 +93,8 @@ def _axis(name: str, values: object, where: str) -> list[_Choice]:
     return choices
 
 
-def _static_pairs(section: Mapping[str, Any] | None, where: str) -> list[_Choice]:
-    if section is None:
+def _static_pairs(section: Mapping[str, Any], where: str) -> list[_Choice]:
+    if not section:
         return []
     extra = set(section) - {"clocks_mhz", "router"}
     clocks = section.get("clocks_mhz")

@@ -10,17 +10,19 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
+import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 import sim
+from experiments import bound, surface
 from experiments.runs import cached_profile
 from profiles import step_model
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
-from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
 from sim.policies.spec import parse_spec
 
 _SHARED: Final = (
@@ -31,6 +33,11 @@ _SHARED: Final = (
     "policies/*.py",
     "policies/mdp/*.py",
 )
+POLICY_KEYS: Final = (
+    "controller", "prefill_controller", "decode_controller", "router", "aim_ratio", "predictor",
+    "predictor_scale",
+)  # fmt: skip
+"""Of a configuration: what a policy is and what it believes."""
 
 
 def run_key(config: SimConfig) -> str:
@@ -38,17 +45,35 @@ def run_key(config: SimConfig) -> str:
 
     A configuration that cannot run (it names a profile that is not there, say) has a key too.
     """
-    parts = [config.content_hash(), _program()]
-    try:
-        parts.append(cached_profile(config.profile).content_hash)
-    except VoltanaError as error:
-        parts.append(str(error))
+    program, profile, trace = _world(config)
+    parts = [config.content_hash(), program, profile]
     for spec in (config.prefill_controller_spec, config.decode_controller_spec):
         parts += map(_content, _policy_files(spec, CONTROLLERS))
     parts += map(_content, _policy_files(config.router, ROUTERS))
-    if config.trace is not None and Path(config.trace).is_file():
-        parts.append(_content(Path(config.trace)))
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+    return _short("\n".join([*parts, *trace]))
+
+
+def bound_key(config: SimConfig, attainment: float) -> str:
+    """Like `run_key`, of a lower bound: it knows no policy, and has a program of its own."""
+    program, profile, trace = _world(config)
+    own = [_content(Path(module.__file__ or "")) for module in (bound, surface)]
+    plain = {k: v for k, v in config.as_dict().items() if k not in POLICY_KEYS}
+    text = json.dumps([plain, attainment], sort_keys=True)
+    return _short("\n".join([text, program, profile, *trace, *own]))
+
+
+def _world(config: SimConfig) -> tuple[str, str, list[str]]:
+    """What every policy meets: the program, the profile, and the trace if there is one."""
+    try:
+        profile = cached_profile(config.profile).content_hash
+    except VoltanaError as error:
+        profile = str(error)
+    is_file = config.trace is not None and Path(config.trace).is_file()
+    return _program(), profile, [_content(Path(config.trace or ""))] if is_file else []
+
+
+def _short(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
@@ -64,8 +89,8 @@ def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
 def _own_module(name: str) -> str | None:
     """The file of a user's policy, given by its module's name."""
     try:
-        found = importlib.util.find_spec(name) if "." in name else None
-    except ModuleNotFoundError:
+        found = importlib.util.find_spec(name) if is_module_name(name) else None
+    except ImportError:
         return None
     return found.origin if found else None
 

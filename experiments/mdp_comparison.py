@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare import keeps_slo
-from experiments.grid import STATIC_PAIR, Point, expand
+from experiments.compare import BEST_PAIR, add_saving, best_pairs, is_static_pair, keeps_slo
+from experiments.grid import Point, expand
 from experiments.sweep import run_sweep
 from experiments.training import TrainingPlan, train
 from profiles.errors import VoltanaError
@@ -26,7 +26,6 @@ from sim.config import make_config
 SEEDS: Final = (21, 22, 23)
 ROUTERS: Final = ("round-robin", "ecoroute", "min-delta-energy")
 REFERENCE: Final = "ecofreq + ecoroute"
-BEST_PAIR: Final = "best static pair + ecoroute"
 BASE: Final = {
     "workload": "sharegpt", "duration_s": 120, "slo_ttft_s": 0.6, "slo_itl_s": 0.045,
     "controller": "ecofreq",
@@ -92,18 +91,11 @@ def _points(setting: Setting, policy: Path) -> list[Point]:
 
 def _at_rate(frame: pd.DataFrame) -> pd.DataFrame:
     """The policies, the best static pair last; savings against `REFERENCE`."""
-    is_pair = frame["policy"].str.startswith(STATIC_PAIR)
-    pairs, rest = frame[is_pair], frame[~is_pair]
-    kept = pairs[pairs["keeps_slo"]]
-    if kept.empty:
-        worse = pairs[["ttft_attainment", "itl_attainment"]].min(axis=1)
-        best = pairs.loc[[worse.idxmax()]]
-    else:
-        best = kept.loc[[kept["energy_j"].idxmin()]]
-    clocks = best["policy"].iloc[0].removeprefix(f"{STATIC_PAIR} ")
-    rows = pd.concat([rest, best.assign(policy=f"{BEST_PAIR} ({clocks})")])
-    reference_j = float(rest.loc[rest["policy"] == REFERENCE, "energy_j"].iloc[0])
-    return rows.assign(saving_pct=100.0 * (1.0 - rows["energy_j"] / reference_j))
+    is_pair = is_static_pair(frame)
+    best = best_pairs(frame[is_pair], ["rate_rps"])
+    best = best.assign(policy=f"{BEST_PAIR} + ecoroute (" + best["clocks"] + ")")
+    rows = pd.concat([frame[~is_pair], best], ignore_index=True)
+    return add_saving(rows, ["rate_rps"], "policy", REFERENCE)
 
 
 def markdown(setting: Setting, frame: pd.DataFrame) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from profiles.errors import VoltanaError
 from sim.policies.base import Controller, InstanceState, PolicyContext
 from sim.policies.clocks import clock_at_least_mhz
 from sim.policies.registry import Entry
@@ -30,6 +31,11 @@ class LoadRamp(Controller):
     """
 
     def __init__(self, parameters: LoadRampParameters, context: PolicyContext) -> None:
+        if parameters.low_requests >= parameters.high_requests:
+            raise VoltanaError(
+                f"own_policy needs low < high, got {parameters.low_requests:g} and "
+                f"{parameters.high_requests:g}: set both"
+            )
         self._parameters = parameters
         self._clocks_mhz = context.clocks_mhz
         self._low_mhz = context.default_levels_mhz[0]

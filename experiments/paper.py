@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from experiments.grid import Point
+from experiments.plots import VOLTANALLM
 from experiments.suite import CONFIGS, PANEL, read_experiment
 from experiments.sweep import run_sweep
 from profiles.errors import VoltanaError
@@ -27,7 +28,7 @@ ConfigValue = str | float
 MAIN_FIGURE: Final = CONFIGS / "main-figure.toml"
 FITTED: Final = CONFIGS / "paper.toml"
 BASELINE: Final = "static-1410"
-KEYS: Final = ("model", "dataset", "rps", "series")
+PANEL_KEYS: Final = ("model", "dataset", "rps", "series")
 VALUES: Final = ("ttft_attainment_pct", "itl_attainment_pct", "energy_kj")
 AIMS: Final = {"saving_pct": 3.0, "ttft_attainment_pct": 8.0, "itl_attainment_pct": 8.0}
 """Largest error that counts as agreement, in points."""
@@ -45,12 +46,12 @@ def read_panel(path: Path) -> pd.DataFrame:
         frame = pd.read_csv(path)
     except (OSError, ValueError) as error:
         raise VoltanaError(f"cannot read the panel {path}: {error}") from None
-    missing = [c for c in (*KEYS, *VALUES) if c not in frame.columns]
+    missing = [c for c in (*PANEL_KEYS, *VALUES) if c not in frame.columns]
     if missing:
         raise VoltanaError(f"{path}: missing column {', '.join(missing)}")
     if not (frame["series"] == BASELINE).any():
         raise VoltanaError(f"{path}: no series {BASELINE!r}, against which savings are counted")
-    return frame[[*KEYS, *VALUES]]
+    return frame[[*PANEL_KEYS, *VALUES]]
 
 
 def below_overload(panel: pd.DataFrame) -> list[int]:
@@ -103,7 +104,7 @@ def as_panel(frame: pd.DataFrame) -> pd.DataFrame:
             "model": names[0],
             "dataset": names[1],
             "rps": frame["rate_rps"].astype(int),
-            "series": frame["policy"],
+            "series": frame["policy"].replace(VOLTANALLM, "voltanallm"),
             "ttft_attainment_pct": 100 * frame["ttft_attainment"],
             "itl_attainment_pct": 100 * frame["itl_attainment"],
             "energy_kj": frame["energy_busy_window_j"] / 1e3,
@@ -149,9 +150,9 @@ def residuals(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
         (ours minus published; empty where nothing was published).
     """
     merged = with_saving_pct(published).merge(
-        with_saving_pct(ours), on=list(KEYS), suffixes=("_published", "_ours"), how="inner"
+        with_saving_pct(ours), on=list(PANEL_KEYS), suffixes=("_published", "_ours"), how="inner"
     )
-    columns = list(KEYS)
+    columns = list(PANEL_KEYS)
     for value in ("saving_pct", *VALUES):
         merged[f"{value}_error"] = merged[f"{value}_ours"] - merged[f"{value}_published"]
         columns += [f"{value}_ours", f"{value}_published", f"{value}_error"]

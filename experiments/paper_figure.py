@@ -9,7 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.plots import add_legend, display_name
+from profiles.measure.style import GREY, STYLE, WIDTH_IN, line_style
 
 _ROWS: Final = {
     "saving_pct": "energy saved (%)",
@@ -26,26 +27,25 @@ def draw_panel(compared: pd.DataFrame) -> Figure:
         compared: Result of `experiments.paper.residuals`.
     """
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.2, 5.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, 5.2), layout="constrained")
         axes = figure.subplots(2, 2, sharex=True)
         handles = []
         for i, (series, rows) in enumerate(compared.groupby("series", sort=False)):
+            style = line_style(i) | {"markerfacecolor": "none"}
             for place, column in zip(axes.flat, _ROWS, strict=True):
-                place.plot(rows["rps"], rows[f"{column}_ours"], color=COLOURS[i], linewidth=1.4)
-                place.plot(
-                    rows["rps"], rows[f"{column}_published"], color=COLOURS[i],
-                    marker=MARKERS[i], markersize=5, linestyle="none", markerfacecolor="none",
-                )  # fmt: skip
-            handles.append(Line2D([], [], color=COLOURS[i], marker=MARKERS[i], markersize=5,
-                                  markerfacecolor="none", label=str(series)))  # fmt: skip
+                place.plot(rows["rps"], rows[f"{column}_ours"], color=style["color"])
+                published = style | {"linestyle": ""}
+                place.plot(rows["rps"], rows[f"{column}_published"], clip_on=False, **published)
+            handles.append(Line2D([], [], label=display_name(series), **style))
         for place, (column, label) in zip(axes.flat, _ROWS.items(), strict=True):
             place.set_ylabel(label)
             if column == "energy_kj":
                 place.set_ylim(bottom=0)
-        for place in axes[-1]:
-            place.set_xlabel("request rate (requests/s)")
-        figure.legend(
-            handles=handles, loc="outside lower center", ncols=3, frameon=False,
-            title="lines: simulated; markers: published",
-        )  # fmt: skip
+        figure.supxlabel("rate (requests/s)")
+        handles += [
+            Line2D([], [], color=GREY, label="simulated"),
+            Line2D([], [], color=GREY, marker="o", linestyle="", markerfacecolor="none",
+                   label="published"),
+        ]  # fmt: skip
+        add_legend(figure, handles, "outside upper center")
     return figure

@@ -9,8 +9,9 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.plots import COLOURS, MARKERS, STYLE
 from profiles.catalog import Profile
+from profiles.measure.report import decode_at_context
+from profiles.measure.style import FONT_PT, STYLE, WIDTH_IN, line_style
 
 CONTEXT_TOKENS: Final = 1024
 """Context per request at which decode is drawn, or the nearest that was profiled."""
@@ -27,7 +28,7 @@ def profile_figure(profile: Profile) -> Figure:
     """
     rows = _at_context(profile.decode)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 3.2), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, 3.2), layout="constrained")
         left, right = figure.subplots(1, 2)
         _lines(left, rows, by="frequency_mhz", x="batch_size", y="time_ms", title="clock (MHz)")
         left.set(xlabel="batch (requests)", ylabel="decode iteration (ms)")
@@ -35,7 +36,7 @@ def profile_figure(profile: Profile) -> Figure:
         _lines(
             right, rows, by="batch_size", x="frequency_mhz", y="relative", title="batch (requests)"
         )
-        right.set(xlabel="clock (MHz)", ylabel="energy per token (top clock = 1)")
+        right.set(xlabel="clock (MHz)", ylabel="energy per token (top = 1)")
         right.set_ylim(bottom=0)
     return figure
 
@@ -50,27 +51,19 @@ def provenance_table(profile: Profile) -> pd.DataFrame:
 
 
 def _at_context(decode: pd.DataFrame) -> pd.DataFrame:
-    """Of each clock and batch size the profiled point nearest to the context, medians of trials."""
-    keys = ["frequency_mhz", "batch_size", "tokens"]
-    medians = decode.groupby(keys, as_index=False)[["time_s", "power_w"]].median()
-    medians = medians[medians["batch_size"] <= MAX_BATCH]
-    off = (medians["tokens"] / medians["batch_size"] - CONTEXT_TOKENS).abs()
-    nearest = medians.loc[off.groupby([medians["frequency_mhz"], medians["batch_size"]]).idxmin()]
-    energy_j = nearest["time_s"] * nearest["power_w"] / nearest["batch_size"]
-    by_clock = energy_j.groupby(nearest["batch_size"])  # rows ascend by clock
-    return nearest.assign(
-        time_ms=1e3 * nearest["time_s"], relative=energy_j / by_clock.transform("last")
+    """With the time in ms and the energy relative to the top clock."""
+    rows = decode_at_context(decode[decode["batch_size"] <= MAX_BATCH], CONTEXT_TOKENS)
+    by_batch = rows["energy_j"].groupby(rows["batch_size"])  # rows ascend by clock
+    return rows.assign(
+        time_ms=1e3 * rows["time_s"], relative=rows["energy_j"] / by_batch.transform("last")
     )
 
 
 def _lines(axes: Axes, rows: pd.DataFrame, *, by: str, x: str, y: str, title: str) -> None:
     for i, value in enumerate(_spread(sorted(rows[by].unique()))):
         part = rows[rows[by] == value].sort_values(x)
-        axes.plot(
-            part[x], part[y], color=COLOURS[i + 1], marker=MARKERS[i], markersize=3.5,
-            linewidth=1.3, label=str(value),
-        )  # fmt: skip
-    axes.legend(title=title, frameon=False, fontsize=8, title_fontsize=8)
+        axes.plot(part[x], part[y], markersize=3.5, label=str(value), **line_style(i + 1))
+    axes.legend(title=title, title_fontsize=FONT_PT, labelspacing=0.2)
 
 
 def _spread(values: list[Any]) -> list[Any]:

@@ -8,15 +8,14 @@ import matplotlib as mpl
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from experiments.compare import BEST_PAIR, TARGET, best_pair, keeps_slo
-from experiments.grid import STATIC_PAIR
-from experiments.plots import COLOURS, MARKERS, STYLE
+from experiments.compare import ATTAINMENTS, TARGET, best_pairs, is_static_pair, keeps_slo
+from experiments.plots import PHASE_COLOURS, add_legend, display_name, hollow, plot_kept
 from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL
+from profiles.measure.style import STYLE, WIDTH_IN, line_style
 from sim.records import RunRecord
 
-PHASE_COLOURS: Final = {PREFILL: COLOURS[1], DECODE: COLOURS[2]}
 _ROWS: Final = (
     ("clock_mhz", "clock lock (MHz)"),
     ("batch_size", "batch (requests)"),
@@ -35,10 +34,10 @@ def run_figure(record: RunRecord) -> Figure:
     frame = pd.DataFrame(dict(record.timeline))
     first = frame[frame["instance_id"] == 0]
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 4.6), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, 5.0), layout="constrained")
         grid = figure.subplots(len(_ROWS), 1, sharex=True)
         for axes, (column, label) in zip(grid, _ROWS, strict=True):
-            for phase, colour in PHASE_COLOURS.items():
+            for phase, (colour, _) in PHASE_COLOURS.items():
                 rows = first[first["phase"] == phase]
                 values = rows[column].replace(0, np.nan) if column == "clock_mhz" else rows[column]
                 axes.step(
@@ -47,8 +46,8 @@ def run_figure(record: RunRecord) -> Figure:
                 )  # fmt: skip
             axes.set_ylabel(label)
         grid[-1].set_xlabel("time (s)")
-        handles, labels = grid[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        add_legend(figure, grid[0].get_lines())
+        figure.align_ylabels(grid)
     return figure
 
 
@@ -62,30 +61,29 @@ def energy_against_itl_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Fi
     """
     rows = best_of_pairs(frame, target=target)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+        figure = Figure(figsize=(WIDTH_IN, 3.8), layout="constrained")
         axes = figure.subplots()
+        handles = []
         for i, (policy, part) in enumerate(rows.groupby("policy", sort=False)):
             x, y = 1e3 * part["slo_itl_s"], part["energy_j"] / 1e3
-            colour, marker = COLOURS[i % len(COLOURS)], MARKERS[i % len(MARKERS)]
-            axes.plot(x, y, color=colour, linewidth=1.3)
-            for kept, face in ((True, colour), (False, "white")):
-                dots = part["keeps_slo"] == kept
-                axes.plot(
-                    x[dots], y[dots], marker, color=colour, markerfacecolor=face, markersize=6,
-                )  # fmt: skip
-            axes.plot([], [], marker=marker, color=colour, label=str(policy))
+            plot_kept(axes, x, y, part["keeps_slo"], line_style(i))
+            handles.append(Line2D([], [], label=display_name(policy), **line_style(i)))
         axes.set(xlabel="promised ITL (ms)", ylabel="energy of the run (kJ)")
         axes.set_ylim(bottom=0)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        add_legend(figure, [*handles, hollow(f"hollow: below {100 * target:g} %")])
     return figure
 
 
 def best_of_pairs(frame: pd.DataFrame, *, target: float = TARGET) -> pd.DataFrame:
-    """Policies as they are, and the best static pair at each ITL promise; with `keeps_slo`."""
-    frame = frame.assign(keeps_slo=keeps_slo(frame, target))
-    is_pair = frame["policy"].str.startswith(STATIC_PAIR)
-    best = [best_pair(part) for _, part in frame[is_pair].groupby("slo_itl_s")]
-    columns = ["slo_itl_s", "policy", "clocks", "energy_j", "ttft_attainment", "itl_attainment"]
-    joined = pd.concat([frame[~is_pair].assign(clocks=""), *best], ignore_index=True)
-    assert set(joined["policy"]) >= {BEST_PAIR}
-    return joined[[*columns, "keeps_slo"]]
+    """Policies as they are, and the best static pair at each ITL promise; with `keeps_slo`.
+
+    Raises:
+        VoltanaError: The sweep has no static pairs.
+    """
+    is_pair = is_static_pair(frame)
+    if not is_pair.any():
+        raise VoltanaError("no static pairs in these results: give the sweep [static_pairs]")
+    best = best_pairs(frame[is_pair], ["slo_itl_s"], target=target)
+    joined = pd.concat([frame[~is_pair].assign(clocks=""), best], ignore_index=True)
+    columns = ["slo_itl_s", "policy", "clocks", "energy_j", *ATTAINMENTS]
+    return joined[columns].assign(keeps_slo=keeps_slo(joined, target))

@@ -53,18 +53,17 @@ def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:
 
 
 def policy_table(frame: pd.DataFrame, title: str) -> str:
-    """Policies of one load point: energy, saving against static-max, attainments.
+    """Policies of one load point: energy, saving against static-max, attainments, energy a token.
 
     Args:
         frame: Columns policy, energy_j, saving_pct, ttft_attainment, itl_attainment,
             energy_per_output_token_j, keeps_slo.
         title: Printed above.
     """
-    table = Table(title=title)
+    table = Table(title=title, box=None, pad_edge=False, title_justify="left", title_style="")
     table.add_column("policy", no_wrap=True)
-    for name in ("energy J", "saving vs static-max %", "TTFT attainment", "ITL attainment",
-                 "J per output token", "keeps SLO"):  # fmt: skip
-        table.add_column(name, justify="right")
+    for name in ("energy J", "saving %", "TTFT ok", "ITL ok", "J/token", "keeps SLO"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
         table.add_row(
             str(row["policy"]),
@@ -82,7 +81,7 @@ def render(table: Table) -> str:
     """A rich table as plain text."""
     stream = io.StringIO()
     Console(file=stream, width=_WIDTH).print(table)
-    return stream.getvalue().rstrip("\n")
+    return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).rstrip("\n")
 
 
 def _quantiles(values: Mapping[str, float]) -> str:

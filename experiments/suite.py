@@ -7,9 +7,9 @@ x = "rate_rps"                 # column on the horizontal axis
 x_label = "request rate (requests/s)"
 x_scale = 1.0                  # optional: what the column is multiplied by (1e3: s to ms)
 series = "policy"              # column, or free axis, of the curves
-rows = ["energy", "ttft", "itl"]  # keys of experiments.curves.MEASURES
+rows = ["energy", "ttft", "itl"]  # keys of experiments.measures.MEASURES
 baseline = "static-1410"       # optional: the series that `saving` is counted against
-match = "voltanallm"           # optional, with static pairs: keep the one of least energy whose
+match = "ecofreq + ecoroute"   # optional, with static pairs: keep the one of least energy whose
                                # attainments are those of this series or better
 [quick]                        # optional: keys or axes that --quick replaces
 duration_s = 15
@@ -23,14 +23,17 @@ rate_rps = [50, 70]            # a list is an axis of this panel
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import pandas as pd
 
+from experiments.compare import SEED, add_saving, is_static_pair
 from experiments.grid import STATIC_PAIR, Point, expand
+from experiments.measures import find_measure
+from experiments.sections import check_names, table, tables, value, values
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, read_toml
 
@@ -43,7 +46,8 @@ MATCHED_PAIR: Final = "best static pair at equal attainment"
 EQUAL_ATTAINMENT: Final = 0.005
 """Half a point less still counts as equal: about the spread between seeds."""
 _SECTIONS: Final = ("question", "figure", "quick", "base", "grid", "static_pairs", "panel")
-_FIGURE: Final = ("x", "x_label", "x_scale", "series", "rows", "baseline", "match")
+_TEXTS: Final = ("x", "x_label", "series", "baseline", "match")
+_FIGURE: Final = (*_TEXTS, "x_scale", "rows")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,7 +90,17 @@ def find_experiment(name: str) -> Path:
         return CONFIGS / f"{name}.toml"
     if name.endswith(".toml"):
         return Path(name)
+    if (CONFIGS / f"{name}.toml").is_file():
+        raise VoltanaError(f"{name} is no experiment of this kind: run {_other_command(name)}")
     raise VoltanaError(f"no experiment {name!r}{nearest(name, known)}")
+
+
+def _other_command(name: str) -> str:
+    """The command that a shipped file of another kind is for."""
+    path = CONFIGS / f"{name}.toml"
+    if "frontier" in read_toml(path):
+        return f"voltana frontier {path}"
+    return "voltana demo" if name == "demo" else f"voltana {name} --help"
 
 
 def read_experiment(path: Path, *, quick: bool = False) -> Experiment:
@@ -101,15 +115,19 @@ def read_experiment(path: Path, *, quick: bool = False) -> Experiment:
         VoltanaError: An unknown section or key, or a value that no run accepts.
     """
     data, where = read_toml(path), str(path)
-    _check_sections(data, where)
-    question = data.get("question")
-    if not isinstance(question, str) or not question.strip():
+    check_names(data, _SECTIONS, "section", where)
+    question = value(data, "question", str, "", where).strip()
+    if not question:
         raise VoltanaError(f"an experiment needs a question ({where})")
-    figure = _figure(data.get("figure"), where)
+    figure = _figure(data, where)
+    for name in ("quick", "base", "grid", "static_pairs"):
+        table(data, name, where)
+    tables(data, "panel", where)
     if quick:
         data = _shrink(data, figure.x)
     points = [p for panel in _panels(data) for p in _expand_panel(data, panel, where)]
-    return Experiment(name=path.stem, question=question.strip(), figure=figure, points=points)
+    _check_figure(figure, points, where)
+    return Experiment(name=path.stem, question=question, figure=figure, points=points)
 
 
 def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
@@ -123,15 +141,14 @@ def with_saving(frame: pd.DataFrame, figure: FigureSpec) -> pd.DataFrame:
     """
     panel = frame[PANEL].fillna("") if PANEL in frame else ""  # an empty name is NaN in a CSV
     frame = frame.assign(**{PANEL: panel})
-    keys = [PANEL, figure.x, *(["seed"] if "seed" in frame else [])]
+    loads = [PANEL, figure.x]
     if figure.match is not None:
+        keys = [*loads, *([SEED] if SEED in frame else [])]
         frame = _with_matched_pair(frame, figure.series, figure.match, keys)
     if figure.baseline is None:
         return frame
-    base = _of_series(frame, figure.series, figure.baseline, "to count savings against")
-    reference = base.groupby(keys)["energy_j"].mean().rename("baseline_j")
-    joined = frame.join(reference, on=keys)
-    return joined.assign(saving_pct=100 * (1 - joined["energy_j"] / joined["baseline_j"]))
+    _of_series(frame, figure.series, figure.baseline, "to count savings against")
+    return add_saving(frame, loads, figure.series, figure.baseline)
 
 
 def _with_matched_pair(
@@ -141,7 +158,7 @@ def _with_matched_pair(
 
     Where no pair does, none is kept: the figure shows a gap.
     """
-    is_pair = frame[series].astype(str).str.startswith(STATIC_PAIR)
+    is_pair = is_static_pair(frame, series)
     attainments = ["ttft_attainment", "itl_attainment"]
     matched = _of_series(frame, series, match, "to match")
     wanted = matched.groupby(keys)[attainments].mean() - EQUAL_ATTAINMENT
@@ -163,21 +180,36 @@ def _of_series(frame: pd.DataFrame, series: str, name: str, why: str) -> pd.Data
     return found
 
 
-def _check_sections(data: Mapping[str, Any], where: str) -> None:
-    for section in data:
-        if section not in _SECTIONS:
-            raise VoltanaError(
-                f"unknown section [{section}] ({where}){nearest(section, _SECTIONS)}"
-            )
-
-
-def _figure(section: object, where: str) -> FigureSpec:
-    if not isinstance(section, dict) or not {"x", "x_label", "series", "rows"} <= set(section):
+def _figure(data: Mapping[str, Any], where: str) -> FigureSpec:
+    section = table(data, "figure", where)
+    check_names(section, _FIGURE, "key", f"[figure], {where}")
+    if not {"x", "x_label", "series", "rows"} <= set(section):
         raise VoltanaError(f"[figure] needs x, x_label, series and rows ({where})")
-    for key in section:
-        if key not in _FIGURE:
-            raise VoltanaError(f"unknown key {key!r} in [figure] ({where}){nearest(key, _FIGURE)}")
-    return FigureSpec(**(section | {"rows": tuple(section["rows"])}))
+    texts = {key: value(section, key, str, "", where) for key in _TEXTS if key in section}
+    rows = values(section, "rows", str, (), where)
+    for name in rows:
+        find_measure(name, where)
+    return FigureSpec(rows=rows, x_scale=value(section, "x_scale", float, 1.0, where), **texts)
+
+
+def _check_figure(figure: FigureSpec, points: Sequence[Point], where: str) -> None:
+    """Whether the runs will have what the figure is to show; asked before they are run."""
+    labels = list(dict.fromkeys(name for p in points for name in p.labels))
+    for key in ("x", "series"):
+        name = getattr(figure, key)
+        if name not in labels and name not in KEYS:
+            raise VoltanaError(
+                f"{key} of [figure] must be a free axis or a configuration key, got {name!r} "
+                f"({where}){nearest(name, [*labels, *KEYS])}"
+            )
+    known = {str({**p.config.as_dict(), **p.labels}.get(figure.series)) for p in points}
+    for key in ("baseline", "match"):
+        name = getattr(figure, key)
+        if name is not None and name not in known:
+            shown = [n for n in known if not n.startswith(STATIC_PAIR)]
+            raise VoltanaError(
+                f"{key} of [figure] is no {figure.series}: {name!r} ({where}){nearest(name, shown)}"
+            )
 
 
 def _panels(data: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -213,8 +245,8 @@ def _shrink(data: Mapping[str, Any], x: str) -> dict[str, Any]:
     grid = {k: _thin(v) if k == x else v for k, v in data.get("grid", {}).items()}
     if "seed" in grid:
         grid["seed"] = grid["seed"][:1]
-    for key, value in wishes.items():
-        (grid if isinstance(value, list) else base)[key] = value
+    for key, wish in wishes.items():
+        (grid if isinstance(wish, list) else base)[key] = wish
     panels = [{k: _thin(v) if k == x else v for k, v in panel.items()} for panel in _panels(data)]
     small = {**data, "base": base, "grid": grid, "panel": panels}
     if "static_pairs" in data:

@@ -6,7 +6,7 @@ import os
 import socket
 import zlib
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,21 @@ from experiments.executors import Executor, Outcome, open_executor
 from experiments.grid import Point
 from experiments.store import ResultStore, open_store
 from profiles.errors import VoltanaError
+from profiles.files import write_text
 from sim.config import SimConfig
-from sim.results import write_json
+from sim.results import read_json, write_json
 
 RESULTS = "results.csv"
 FAILURES = "failures.json"
 POINTS = "points"
+RESIDENCY = "residency.json"
+NEEDED = ("energy_j", "ttft_attainment", "itl_attainment")
+"""Numbers without which a table is none of results."""
 
 Configs = dict[str, SimConfig]
 Failures = dict[str, dict[str, Any]]
+Residency = Mapping[str, Mapping[str, float]]
+"""Phase, clock in MHz, share of busy time."""
 
 
 def run_sweep(
@@ -43,7 +49,7 @@ def run_sweep(
 
     Args:
         points: What to run; points with equal configurations share one run.
-        directory: Takes `config.toml`, `results.csv`, `failures.json`.
+        directory: Takes `config.toml`, `results.csv`, `residency.json`, `failures.json`.
         jobs: Processes; all cores by default.
         engine: One of `experiments.executors.ENGINES`.
         store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
@@ -64,7 +70,8 @@ def run_sweep(
         with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
             failures = _run_missing(missing, results, executor)
     table = tidy(points, results)
-    _write_text(table.to_csv(index=False), directory / RESULTS)
+    write_json(_residency(points, results), directory / RESIDENCY)
+    write_text(table.to_csv(index=False), directory / RESULTS)
     write_json(failures, directory / FAILURES)
     if failures:
         first = next(iter(failures.values()))
@@ -87,11 +94,58 @@ def tidy(points: Sequence[Point], store: ResultStore | Path) -> pd.DataFrame:
 
 
 def read_results(directory: Path) -> pd.DataFrame:
-    """The tidy table that `run_sweep` wrote."""
+    """The tidy table that `run_sweep` wrote.
+
+    Raises:
+        VoltanaError: There is none, it has no row, or it is something else.
+    """
+    path = directory / RESULTS
     try:
-        return pd.read_csv(directory / RESULTS)
-    except FileNotFoundError:
+        table = pd.read_csv(path)
+    except (FileNotFoundError, NotADirectoryError):
         raise VoltanaError(f"no {RESULTS} in {directory}: is it a sweep's directory?") from None
+    except ValueError as error:  # empty, binary, or of uneven rows
+        raise VoltanaError(
+            f"{path} is no table of results ({' '.join(str(error).split())}): run the sweep again"
+        ) from None
+    check_results(table, path, NEEDED)
+    return table
+
+
+def check_results(table: pd.DataFrame, path: Path, needed: Sequence[str]) -> None:
+    """Whether it has rows, and numbers in the columns that are needed.
+
+    Raises:
+        VoltanaError: It has not.
+    """
+    if table.empty:
+        raise VoltanaError(f"{path} holds no finished run: run the sweep again")
+    for name in needed:
+        if name not in table or not pd.api.types.is_numeric_dtype(table[name]):
+            raise VoltanaError(
+                f"{path} has no numbers {name}: is it a result of voltana simulate or sweep?"
+            )
+
+
+def read_residency(directory: Path, keys: Iterable[str]) -> dict[str, Residency]:
+    """Clock shares by key of those runs whose shares were kept, wherever their results are."""
+    path = directory / RESIDENCY
+    if path.exists():
+        kept = read_json(path)
+        return {key: kept[key] for key in dict.fromkeys(keys) if key in kept}
+    points = directory / POINTS  # of an earlier version
+    found = [key for key in dict.fromkeys(keys) if (points / f"{key}.json").exists()]
+    return {key: _shares(read_json(points / f"{key}.json")) for key in found}
+
+
+def _residency(points: Sequence[Point], results: ResultStore) -> dict[str, Residency]:
+    keys = dict.fromkeys(p.key for p in points)
+    return {key: _shares(results.get(key)) for key in keys if results.has(key)}
+
+
+def _shares(summary: Mapping[str, Any]) -> Residency:
+    shares: Residency = summary.get("clock_residency", {})
+    return shares
 
 
 def _run_missing(missing: Configs, store: ResultStore, executor: Executor) -> Failures:
@@ -176,10 +230,4 @@ def flat_summary(summary: dict[str, Any]) -> dict[str, Any]:
 
 def _write_config(points: Sequence[Point], path: Path) -> None:
     resolved = [{"labels": dict(p.labels), **p.config.as_dict()} for p in points]
-    _write_text(tomli_w.dumps({"point": resolved}), path)
-
-
-def _write_text(text: str, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
+    write_text(tomli_w.dumps({"point": resolved}), path)

@@ -29,6 +29,7 @@ from experiments.sweep import run_sweep
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.policies.controllers.feedback import PidParameters
+from sim.policies.registry import check_policies
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -44,7 +45,7 @@ _PENALTY: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Judged:
     """Mean energy and attainment of one setting over some seeds, and its cost."""
 
     energy_j: float
@@ -58,9 +59,9 @@ class Tuned:
 
     settings: Mapping[str, str]
     """`prefill_controller` and `decode_controller`: ready policy specs."""
-    tuning: Mapping[str, Outcome]
+    tuning: Mapping[str, Judged]
     """By "default" and "tuned", on the tuning seeds."""
-    held_out: Mapping[str, Outcome]
+    held_out: Mapping[str, Judged]
     """The same on seeds that the search has not seen."""
 
 
@@ -101,6 +102,8 @@ class PidTuner:
                 f"{generations}"
             )
         self._base = {k: v for k, v in base.items() if "controller" not in k}
+        checked = make_config(self._base, where="tune")
+        check_policies("pid", checked.router)
         self._directory = directory
         self._seeds, self._held_out = tuple(seeds), tuple(held_out)
         self._target = target
@@ -112,6 +115,7 @@ class PidTuner:
         """Tune decode, then prefill with the decode found; judge both on the held-out seeds."""
         settings = dict.fromkeys((f"{phase}_controller" for phase in PHASES), "pid")
         default = dict(settings)
+        self.judge([default], self._seeds)  # what cannot run says so here, and not inside SciPy
         for phase in PHASES:
             settings |= self._tune_phase(f"{phase}_controller", settings)
         both = {"default": default, "tuned": settings}
@@ -121,7 +125,7 @@ class PidTuner:
             held_out=dict(zip(both, self.judge(list(both.values()), self._held_out), strict=True)),
         )
 
-    def judge(self, settings: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> list[Outcome]:
+    def judge(self, settings: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> list[Judged]:
         """Run every setting on every seed, in parallel, and reduce each to its outcome."""
         frame = self._run([{"controller": "static"}, *settings], seeds)
         energy_j = frame["energy_j"].to_numpy(float).reshape(-1, len(seeds)).mean(axis=1)
@@ -129,7 +133,7 @@ class PidTuner:
         missed = np.maximum(self._target - attained, 0.0)
         costs = energy_j / energy_j[0] + _PENALTY * missed
         rows = zip(energy_j[1:], attained[1:], costs[1:], strict=True)
-        return [Outcome(energy_j=float(e), attainment=float(a), cost=float(c)) for e, a, c in rows]
+        return [Judged(energy_j=float(e), attainment=float(a), cost=float(c)) for e, a, c in rows]
 
     def _tune_phase(self, key: str, others: Mapping[str, str]) -> dict[str, str]:
         low, high = np.array([_coded(r) for r in zip(*RANGES.values(), strict=True)])

@@ -10,8 +10,9 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.plots import COLOURS, STYLE
+from experiments.plots import add_legend
 from hwreplay.validate import Validation, cdf
+from profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN
 from sim.metrics import tpot_s, ttft_s
 from sim.policies.base import DECODE, PREFILL
 from sim.records import RunRecord
@@ -25,25 +26,25 @@ WIDE: Final = 30.0
 def validation_figure(simulated: RunRecord, observed: RunRecord, found: Validation) -> Figure:
     """CDFs of TTFT, ITL and TPOT; predicted against observed iterations; clock residency."""
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(11.0, 6.6), layout="constrained")
-        axes = figure.subplots(2, 3)
+        figure = Figure(figsize=(WIDTH_IN, 8.0), layout="constrained")
+        axes = figure.subplots(3, 2)
+        shares = axes.flat[:3]
         for record, colour, label in (
             (simulated, SIMULATED, "simulated"),
             (observed, OBSERVED, "observed"),
         ):
             style = {"color": colour, "label": label, "linewidth": 1.4, "where": "post"}
-            _step(axes[0, 0], _known(ttft_s(record)), None, style)
-            _step(axes[0, 1], record.itl_s, record.itl_weight, style)
-            _step(axes[0, 2], _known(tpot_s(record)), None, style)
-        for axis, name in zip(axes[0], ("TTFT", "ITL", "TPOT"), strict=True):
+            _step(shares[0], _known(ttft_s(record)), None, style)
+            _step(shares[1], record.itl_s, record.itl_weight, style)
+            _step(shares[2], _known(tpot_s(record)), None, style)
+        for axis, name in zip(shares, ("TTFT", "ITL", "TPOT"), strict=True):
             axis.set_xlabel(f"{name} (ms)")
             axis.set_ylabel("share at or below")
             axis.set_ylim(0, 1.02)
-        _scatter(axes[1, 0], found, PREFILL)
-        _scatter(axes[1, 1], found, DECODE)
-        _residency(axes[1, 2], found)
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
+        _residency(axes.flat[3], found)
+        _scatter(axes.flat[4], found, PREFILL)
+        _scatter(axes.flat[5], found, DECODE)
+        add_legend(figure, axes[0, 0].get_lines())
     return figure
 
 
@@ -62,7 +63,7 @@ def _step(
 
 
 def _scatter(axis: Axes, found: Validation, phase: str) -> None:
-    axis.set_xlabel(f"observed {phase} iteration (ms)")
+    axis.set_xlabel(f"observed {phase} (ms)")
     axis.set_ylabel("predicted (ms)")
     if found.points is None:
         return
@@ -73,7 +74,7 @@ def _scatter(axis: Axes, found: Validation, phase: str) -> None:
     x, y = 1e3 * rows["observed_s"], 1e3 * rows["predicted_s"]
     axis.scatter(x, y, s=6, alpha=0.3, color=OBSERVED, linewidths=0)
     ends = [min(x.min(), y.min()), max(x.max(), y.max())]
-    axis.plot(ends, ends, color="#999999", linestyle=":", linewidth=1)
+    axis.plot(ends, ends, color=GREY, linestyle=":", linewidth=1)
     if ends[1] > WIDE * ends[0]:
         axis.set_xscale("log")
         axis.set_yscale("log")
@@ -93,6 +94,6 @@ def _residency(axis: Axes, found: Validation) -> None:
         shares = [found.residency[side].get(p, {}).get(str(c), 0.0) for p, c in keys]
         axis.bar(np.arange(len(keys)) + offset, shares, width=0.4, color=colour)
     names = [f"{phase[0].upper()} {clock or 'unlocked'}" for phase, clock in keys]
-    axis.set_xticks(np.arange(len(keys)), names, rotation=60, ha="right", fontsize=7)
-    axis.set_xlabel("phase (P, D) and clock (MHz)")
+    axis.set_xticks(np.arange(len(keys)), names, rotation=60, ha="right")
+    axis.set_xlabel("phase, clock (MHz)")
     axis.set_ylabel("share of busy time")

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import numpy as np
 import pandas as pd
 
 from profiles.errors import VoltanaError
+from profiles.files import replacing, write_text
 from sim.metrics import summarise
 from sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
 
@@ -90,10 +90,8 @@ def read_run(directory: Path) -> RunRecord:
 
 
 def write_json(value: Any, path: Path) -> None:  # noqa: ANN401 (any JSON value)
-    """Write strict JSON (NaN becomes null) under a temporary name, then move it into place."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(finite(value), indent=1) + "\n", encoding="utf-8")
-    partial.replace(path)
+    """Write strict JSON (NaN becomes null), whole or not at all."""
+    write_text(json.dumps(finite(value), indent=1) + "\n", path)
 
 
 def read_json(path: Path) -> Any:  # noqa: ANN401 (any JSON value)
@@ -126,9 +124,8 @@ def _arrays(frame: pd.DataFrame) -> dict[str, Any]:
 
 
 def _write_frame(frame: pd.DataFrame, path: Path) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    frame.to_parquet(partial, index=False)
-    partial.replace(path)
+    with replacing(path) as partial:
+        frame.to_parquet(partial, index=False)
 
 
 def _read_frame(path: Path) -> pd.DataFrame:

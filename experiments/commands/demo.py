@@ -38,7 +38,7 @@ def demo(
             f"{rows['profile'].iloc[0]}, {rows['workload'].iloc[0]}, {rate:g} requests/s, TTFT "
             f"{1e3 * rows['slo_ttft_s'].iloc[0]:g} ms, ITL {1e3 * rows['slo_itl_s'].iloc[0]:g} ms"
         )
-        typer.echo(policy_table(_with_clocks(rows), title))
+        typer.echo(policy_table(_with_clocks(rows), title) + "\n")
     typer.echo(
         f"keeps SLO: at least {TARGET:.0%} TTFT and ITL attainment. A saving counts only there."
     )

@@ -52,14 +52,28 @@ def run(
     figure is drawn anew each time. --quick writes to OUT/NAME-quick.
     """
     from experiments.suite import find_experiment, list_experiments, read_experiment
+    from profiles.errors import VoltanaError
 
     names = list(list_experiments()) if name == "all" else [name]
+    failures: dict[str, str] = {}
     for each in names:
-        chosen = read_experiment(find_experiment(each), quick=quick)
-        picture = _run_one(chosen, out, quick=quick, jobs=jobs)
+        try:
+            chosen = read_experiment(find_experiment(each), quick=quick)
+            picture = _run_one(chosen, out, quick=quick, jobs=jobs)
+        except VoltanaError as error:
+            if name != "all":
+                raise
+            failures[each] = str(error)
+            typer.echo(f"voltana: {each}: {error}", err=True)
+            continue
         if figures is not None:
             figures.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(picture, figures / picture.name)
+    if failures:
+        raise VoltanaError(
+            f"{len(failures)} of {len(names)} experiments failed: {', '.join(failures)} (each said "
+            "why above); the others are done"
+        )
 
 
 def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) -> Path:
@@ -88,7 +102,7 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     """One line a point: what the figure shows, as numbers."""
     import pandas as pd
 
-    from experiments.curves import MEASURES
+    from experiments.measures import MEASURES
     from experiments.suite import PANEL
 
     spec = chosen.figure

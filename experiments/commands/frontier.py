@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from profiles.errors import VoltanaError
 from sim.config import parse_settings
 
 
@@ -30,7 +31,8 @@ def frontier(
         ),
     ] = None,
     rate: Annotated[
-        list[float] | None, typer.Option(help="Request rate, repeatable: a load each")
+        list[float] | None,
+        typer.Option(help="Without a file: request rate, repeatable, a load each"),
     ] = None,
     target: Annotated[
         float | None, typer.Option(help="Attainment to reach [default: 0.99]")
@@ -39,7 +41,9 @@ def frontier(
         str | None,
         typer.Option(help="attainment, ttft_attainment, itl_attainment or worse (of the two)"),
     ] = None,
-    seeds: Annotated[int, typer.Option(min=1, help="Repeats, with seeds 11, 12, …")] = 5,
+    seeds: Annotated[
+        int | None, typer.Option(min=1, help="Repeats, with seeds 11, 12, … [default: 5]")
+    ] = None,
     only: Annotated[
         list[str] | None,
         typer.Option("--load", help="Of the file's loads only these, by name, repeatable"),
@@ -54,54 +58,24 @@ def frontier(
     Writes OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of
     its configuration: run it again to go on. A saving is given only where the target is reached.
     """
-    import dataclasses
+    from experiments.frontier import search_frontier
+    from experiments.frontier_report import frontier_table, write_frontier
+    from experiments.frontier_study import quick_study, read_study
 
-    from experiments.compare import STATIC_MAX
-    from experiments.contenders import parse_contender
-    from experiments.frontier import Load, search_frontier
-    from experiments.frontier_report import (
-        LEGEND,
-        frontier_table,
-        markdown_table,
-        pareto_figure,
-        text_table,
-    )
-    from experiments.frontier_study import make_study, read_study
-    from experiments.plots import save
-
-    question = ""
+    given = parse_settings(settings or [])
     if config is not None:
-        study, question = read_study(config)
-        changed: dict[str, Any] = {"base": {**study.base, **parse_settings(settings or [])}}
-        if target is not None:
-            changed["target"] = target
-        if attainment is not None:
-            changed["attainment"] = attainment
-        if only:
-            changed["loads"] = [load for load in study.loads if load.name in only]
-        study = dataclasses.replace(study, **changed)
-    else:
-        study = make_study(
-            parse_settings(settings or []),
-            [Load(name=f"{r:g} requests/s", settings={"rate_rps": r}) for r in rate or [30.0]],
-            [parse_contender(p) for p in policy or ("ecofreq + ecoroute", "ecomin + ecoroute")],
-            target=0.99 if target is None else target,
-            attainment=attainment or "attainment",
-            seeds=range(11, 11 + seeds),
+        named = (("--rate", rate), ("--policy", policy), ("--seeds", seeds))
+        unused = [name for name, value in named if value]
+        if unused:
+            raise VoltanaError(f"{unused[0]} is for a search without a file: edit {config} instead")
+        study, question = read_study(
+            config, settings=given, load_names=only or (), target=target, attainment=attainment
         )
+    else:
+        if only:
+            raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
+        study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
     searches = search_frontier(study, out, jobs=jobs)
     frame = frontier_table(study, searches, out, jobs)
-    frame.to_csv(out / "frontier.csv", index=False)
-    parts = [question] if question else []
-    for load in searches:
-        rows = frame[frame["load"] == load]
-        title = f"{load}: least energy at {study.attainment} >= {100 * study.target:g} %"
-        typer.echo(text_table(rows, title))
-        parts.append(f"**{title}**\n\n{markdown_table(rows)}")
-        if not bool(rows.loc[rows["policy"] == STATIC_MAX, "reached"].all()):
-            typer.echo(f"{load}: overload, the top clock itself misses the target")
-    typer.echo(LEGEND)
-    parts.append(LEGEND)
-    (out / "frontier.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
-    paths = save(pareto_figure(study, searches, frame), out, "frontier")
-    typer.echo(" ".join(map(str, [*paths, out / "frontier.csv", out / "frontier.md"])))
+    for line in write_frontier(study, searches, frame, out, question):
+        typer.echo(line)

@@ -91,6 +91,8 @@ def _run(config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bo
         refuse_existing(out)
     if spill is not None and spill.exists():
         raise VoltanaError(f"{spill} is there already: name another file")
+    if spill is not None:
+        spill.parent.mkdir(parents=True, exist_ok=True)
     record = run(config, spill=spill, watch=_watch(config))
     summary = summarise(record) if out is None else write_run(record, out)
     typer.echo(summary_json(summary) if as_json else summary_table(config, summary))

@@ -14,7 +14,9 @@ def register(app: typer.Typer) -> None:
 
 
 def sweep(
-    config: Annotated[Path, typer.Argument(help="Sweep file, see below", metavar="CONFIG.toml")],
+    config: Annotated[
+        Path, typer.Argument(help="Sweep file, as described above", metavar="CONFIG.toml")
+    ],
     out: Annotated[Path, typer.Option(help="Directory of the results")],
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
     engine: Annotated[

@@ -12,17 +12,17 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from plotly.subplots import make_subplots
 
-from experiments.compare import BEST_PAIR, best_pair
-from experiments.curves import MEASURES
-from experiments.plots import COLOURS
-from experiments.report.collect import ID, KEEPS, SAVING, Residency, Results
+from experiments.compare import BEST_PAIR, KEEPS, SAVING, best_pairs
+from experiments.measures import MEASURES
+from experiments.plots import COLOURS, PHASE_COLOURS
+from experiments.report.collect import ID, Results
 from experiments.report.series import RunSeries
+from experiments.sweep import Residency
 
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star")
 DASHES: Final = ("solid", "dash", "dot", "dashdot")
 GREY: Final = "#767676"
 INK: Final = "#1a1a1a"
-PHASE_COLOURS: Final = {"prefill": ("#0072B2", "#56B4E9"), "decode": ("#D55E00", "#E69F00")}
 MAX_INSTANCES: Final = 4
 """More instances of a phase than this are drawn as their mean."""
 MAX_DOTS: Final = 3000
@@ -196,9 +196,9 @@ def _curve_rows(results: Results, rows: pd.DataFrame) -> list[tuple[str, pd.Data
     """Rows of each curve; of the static pairs the best one at each point."""
     parts = [(name, part) for name, part in _by_series(results, rows) if name != "static pairs"]
     pairs = rows[results.is_static_pair.loc[rows.index]]
-    if len(pairs):
-        best = [best_pair(part) for _, part in pairs.groupby([results.x, "seed"])]
-        parts.append((BEST_PAIR, pd.concat(best)))
+    if len(pairs) and results.x is not None:
+        best = best_pairs(pairs, [results.x], series=results.series, target=results.target)
+        parts.append((BEST_PAIR, best))
     return parts
 
 

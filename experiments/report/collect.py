@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,22 +9,39 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare import STATIC_MAX, TARGET, keeps_slo
-from experiments.grid import STATIC_PAIR
+from experiments.compare import (
+    KEEPS,
+    STATIC_MAX,
+    TARGET,
+    add_saving,
+    is_static_pair,
+    keeps_slo,
+    labels_of,
+    load_columns,
+)
 from experiments.suite import CONFIGS as EXPERIMENTS
 from experiments.suite import FigureSpec, list_experiments, read_experiment
-from experiments.sweep import RESULTS, flat_summary, read_results
+from experiments.sweep import (
+    RESULTS,
+    Residency,
+    check_results,
+    flat_summary,
+    read_residency,
+    read_results,
+)
 from profiles.errors import VoltanaError
-from sim.config import KEYS
 from sim.results import read_json
 
 SUMMARY: Final = "summary.json"
 RUN: Final = "run"
 ID: Final = "id"
-SAVING: Final = "saving_pct"
-KEEPS: Final = "keeps_slo"
+_NEEDED: Final = (
+    "energy_j", "energy_per_output_token_j", "ttft_attainment", "itl_attainment", "ttft_p99_s",
+    "itl_p99_s", "slo_ttft_s", "slo_itl_s", "makespan_s", "wall_s",
+)  # fmt: skip
+"""Numbers that the report draws."""
+_NAMES: Final = ("controller", "router")
 _AXES: Final = {"rate_rps": "request rate (requests/s)"}
-Residency = Mapping[str, Mapping[str, float]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +73,7 @@ class Results:
     @property
     def is_static_pair(self) -> pd.Series[bool]:
         """Rows that are one of the fixed clock pairs the policies are held against."""
-        return self.table[self.series].astype(str).str.startswith(STATIC_PAIR)
+        return is_static_pair(self.table, self.series)
 
     def load_points(self) -> list[tuple[str, pd.DataFrame]]:
         """Rows by load point, each with its name, in the order of the table."""
@@ -120,26 +136,39 @@ def collect(directory: Path, *, target: float = TARGET) -> Results:
 def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
     rows, residency = [], {}
     for path in runs:
-        settings, summary = read_json(path / "settings.json"), read_json(path / SUMMARY)
+        settings, summary = _table(path / "settings.json"), _table(path / SUMMARY)
         plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
         rows.append({RUN: path.name, **plain, **flat_summary(summary), ID: path.name})
         residency[path.name] = summary.get("clock_residency", {})
+    table = pd.DataFrame(rows)
+    check_results(table, directory / SUMMARY, _NEEDED)
     return _results(
-        directory, pd.DataFrame(rows), RUN, target,
+        directory, table, RUN, target,
         figure=None, question=None, residency=residency,
         run_directories={path.name: path for path in runs},
     )  # fmt: skip
 
 
+def _table(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise VoltanaError(f"{path} is no table of keys: is it a run directory?")
+    return found
+
+
 def _of_sweep(directory: Path, target: float) -> Results:
     table = read_results(directory).rename(columns={"hash": ID})
+    check_results(table, directory / RESULTS, _NEEDED)
+    missing = [name for name in (ID, *_NAMES) if name not in table]
+    if missing:
+        raise VoltanaError(f"{directory / RESULTS} has no column {missing[0]}: is it of a sweep?")
     question, figure = _experiment(directory.name)
     series = figure.series if figure and figure.series in table else None
     if series is None:
         table, series = _series(table)
     return _results(
         directory, table, series, target,
-        figure=figure, question=question, residency=_residency(directory, table[ID]),
+        figure=figure, question=question, residency=read_residency(directory, table[ID]),
         run_directories={},
     )  # fmt: skip
 
@@ -153,14 +182,9 @@ def _experiment(name: str) -> tuple[str | None, FigureSpec | None]:
     return found.question, found.figure
 
 
-def _labels(table: pd.DataFrame) -> list[str]:
-    """A sweep's free axes: the columns before the first configuration key."""
-    return list(itertools.takewhile(lambda name: name not in KEYS, table.columns))
-
-
 def _series(table: pd.DataFrame) -> tuple[pd.DataFrame, str]:
     """The column to compare: the policy axis, another free axis, or the policies as configured."""
-    labels = _labels(table)
+    labels = labels_of(table)
     if labels:
         return table, "policy" if "policy" in labels else labels[-1]
     return table.assign(policy=table["controller"] + " + " + table["router"]), "policy"
@@ -177,12 +201,12 @@ def _results(
     residency: Mapping[str, Residency],
     run_directories: Mapping[str, Path],
 ) -> Results:
-    loads = () if series == RUN else _loads(table, series, figure.x if figure else None)
+    loads = () if series == RUN else load_columns(table, series, figure.x if figure else None)
     wanted = figure.baseline if figure and figure.baseline else STATIC_MAX
     baseline = wanted if wanted in set(table[series].astype(str)) else None
     table = table.assign(**{KEEPS: keeps_slo(table, target)})
     if baseline is not None:
-        table = _with_saving(table, series, loads, baseline)
+        table = add_saving(table, loads, series, baseline)
     x = _horizontal(table, loads, figure)
     is_asked = figure is not None and figure.x == x
     return Results(
@@ -194,56 +218,11 @@ def _results(
     )  # fmt: skip
 
 
-def _loads(table: pd.DataFrame, series: str, x: str | None) -> tuple[str, ...]:
-    """Columns that vary within a series; what follows from a label, or from x, is not named twice.
-
-    Repeats (`seed`) are no load of their own.
-    """
-    labels = [name for name in _labels(table) if name != series]
-    keys = [key for key in KEYS if key in table and key not in ("seed", series)]
-    first = [*([x] if x in table.columns and x is not None and x != series else []), *labels]
-    chosen: list[str] = []
-    for name in dict.fromkeys([*first, *keys]):
-        if _varies(table, name, by=series) and all(
-            _varies(table, name, by=other) for other in chosen if other in first
-        ):
-            chosen.append(name)
-    return tuple(sorted(chosen, key=[*labels, *keys].index))
-
-
-def _varies(table: pd.DataFrame, name: str, *, by: str) -> bool:
-    return bool((table.groupby(by, dropna=False)[name].nunique(dropna=False) > 1).any())
-
-
 def _horizontal(table: pd.DataFrame, loads: Sequence[str], figure: FigureSpec | None) -> str | None:
     if figure and figure.x in loads:
         return figure.x
     numeric = [n for n in loads if pd.api.types.is_numeric_dtype(table[n])]
     return next((n for n in ("rate_rps", *numeric) if n in numeric), None)
-
-
-def _with_saving(
-    table: pd.DataFrame, series: str, loads: Sequence[str], baseline: str
-) -> pd.DataFrame:
-    """Energy saved against the baseline at the same load point (mean over its seeds), in %."""
-    base = table[table[series].astype(str) == baseline]
-    if not loads:
-        return table.assign(**{SAVING: 100 * (1 - table["energy_j"] / base["energy_j"].mean())})
-    reference = base.groupby(list(loads), dropna=False)["energy_j"].mean().rename("baseline_j")
-    joined = table.merge(reference.reset_index(), on=list(loads), how="left")
-    return joined.assign(**{SAVING: 100 * (1 - joined["energy_j"] / joined["baseline_j"])}).drop(
-        columns="baseline_j"
-    )
-
-
-def _residency(directory: Path, ids: pd.Series[str]) -> dict[str, Residency]:
-    """Clock shares of the points whose summaries are still there."""
-    found: dict[str, Residency] = {}
-    for name in dict.fromkeys(ids):
-        path = directory / "points" / f"{name}.json"
-        if path.exists():
-            found[name] = read_json(path).get("clock_residency", {})
-    return found
 
 
 def _value_name(name: str, value: object) -> str:

@@ -16,8 +16,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
+from experiments.compare import KEEPS, SAVING
 from experiments.report import charts
-from experiments.report.collect import ID, KEEPS, RUN, SAVING, Results, collect
+from experiments.report.collect import ID, RUN, Results, collect
 from experiments.report.series import RunSeries, choose, series_of
 from experiments.runs import cached_profile
 from profiles.errors import VoltanaError
@@ -76,6 +77,7 @@ def write_report(
     results = collect(directory, target=target)
     chosen = choose(results, wanted) if with_series else []
     runs, failures = _series(results, chosen)
+    out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(_page(results, runs, failures), encoding="utf-8")
     return failures
 

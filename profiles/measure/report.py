@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from profiles.catalog import Profile
 from profiles.ecopred import fit_report
+from profiles.measure.style import STYLE, WIDTH_IN, line_style
 
 POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
 CONTEXT_TOKENS: Final = 512
@@ -33,7 +34,7 @@ def write_report(profile: Profile, directory: Path) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     fit_path = directory / "fit_report.csv"
     fit_report(profile.fitted).to_csv(fit_path, index=False, float_format="%.5g")
-    with mpl.rc_context({"figure.dpi": 120, "axes.spines.top": False, "axes.spines.right": False}):
+    with mpl.rc_context(STYLE):
         figures = {
             "energy_u.png": _energy_figure(profile),
             "latency_steps.png": _latency_figure(profile),
@@ -48,11 +49,21 @@ def _medians(table: pd.DataFrame) -> pd.DataFrame:
     return table.groupby(POINT)[["time_s", "power_w"]].median().reset_index()
 
 
-def _at_context(profile: Profile) -> pd.DataFrame:
-    """Of each clock and batch size the decode point nearest to the context."""
-    rows = _medians(profile.decode)
+def decode_at_context(decode: pd.DataFrame, context_tokens: int) -> pd.DataFrame:
+    """Of each clock and batch size the decode point nearest to the context, medians of trials.
+
+    A batch size that was measured at no context within a factor of 2 is left out.
+
+    Args:
+        decode: A profile's table.
+        context_tokens: Of a request; the nearest one that was measured counts.
+
+    Returns:
+        Rows in ascending clock and batch size, with `energy_j` of a token.
+    """
+    rows = _medians(decode)
     context = rows["tokens"] / rows["batch_size"]
-    target = context.iloc[(context - CONTEXT_TOKENS).abs().argmin()]
+    target = context.iloc[(context - context_tokens).abs().argmin()]
     off = (np.log(context) - np.log(target)).abs()
     nearest = off.groupby([rows["frequency_mhz"], rows["batch_size"]]).idxmin()
     found: pd.DataFrame = rows.loc[nearest[(off.loc[nearest] <= LIMIT).to_numpy()]]
@@ -72,11 +83,11 @@ def _energy_figure(profile: Profile) -> Figure:
 
     With one clock there is no U; then the energy itself, against batch size.
     """
-    rows = _at_context(profile)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    rows = decode_at_context(profile.decode, CONTEXT_TOKENS)
+    figure = Figure(figsize=(WIDTH_IN, 4), layout="constrained")
     axes = figure.subplots()
     if rows["frequency_mhz"].nunique() == 1:
-        axes.plot(rows["batch_size"], rows["energy_j"], marker=".")
+        axes.plot(rows["batch_size"], rows["energy_j"], **line_style(1))
         axes.set(xlabel="batch size", ylabel="energy per output token (J)")
         axes.set_title(f"{profile.name}, {_clock_text(rows)}")
         axes.set_ylim(bottom=0)
@@ -84,11 +95,11 @@ def _energy_figure(profile: Profile) -> Figure:
     steps = 2 ** np.arange(0, 12, 2)
     known = sorted(int(batch) for batch in rows["batch_size"].unique())
     batches = {min(known, key=lambda size: abs(size - step)) for step in steps}
-    for batch in _some(sorted(batches)):
+    for i, batch in enumerate(_some(sorted(batches))):
         part = rows[rows["batch_size"] == batch]
         relative = part["energy_j"].to_numpy() / part["energy_j"].iloc[-1]
-        axes.plot(part["frequency_mhz"], relative, marker="o", label=str(batch))
-    axes.set(xlabel="clock (MHz)", ylabel="energy per output token (top clock = 1)")
+        axes.plot(part["frequency_mhz"], relative, label=str(batch), **line_style(i))
+    axes.set(xlabel="clock (MHz)", ylabel="energy per token (top clock = 1)")
     axes.set_title(f"{profile.name}\ndecode at a context of {_context_text(rows)}")
     axes.legend(title="batch size")
     return figure
@@ -96,12 +107,12 @@ def _energy_figure(profile: Profile) -> Figure:
 
 def _latency_figure(profile: Profile) -> Figure:
     """Decode iteration time against batch size: the steps."""
-    rows = _at_context(profile)
-    figure = Figure(figsize=(6, 4), layout="constrained")
+    rows = decode_at_context(profile.decode, CONTEXT_TOKENS)
+    figure = Figure(figsize=(WIDTH_IN, 4), layout="constrained")
     axes = figure.subplots()
-    for clock in _some([int(clock) for clock in rows["frequency_mhz"].unique()]):
+    for i, clock in enumerate(_some([int(clock) for clock in rows["frequency_mhz"].unique()])):
         part = rows[rows["frequency_mhz"] == clock]
-        axes.plot(part["batch_size"], 1e3 * part["time_s"], marker=".", label=f"{clock} MHz")
+        axes.plot(part["batch_size"], 1e3 * part["time_s"], label=f"{clock} MHz", **line_style(i))
     axes.set(xlabel="batch size", ylabel="decode iteration (ms)")
     axes.set_title(f"{profile.name}\ndecode at a context of {_context_text(rows)}")
     axes.set_ylim(bottom=0)
@@ -111,8 +122,8 @@ def _latency_figure(profile: Profile) -> Figure:
 
 def _power_figure(profile: Profile) -> Figure:
     """Power at the top clock, over tokens and batch size; dots are the points measured."""
-    figure = Figure(figsize=(9.5, 4), layout="constrained")
-    left, right = figure.subplots(1, 2)
+    figure = Figure(figsize=(WIDTH_IN, 7), layout="constrained")
+    left, right = figure.subplots(2, 1)
     prefill, decode = (_top_clock(_medians(t)) for t in (profile.prefill, profile.decode))
     _surface(figure, left, prefill, prefill["tokens"])
     left.set(title="prefill", ylabel="tokens of the batch")

@@ -1,6 +1,6 @@
 """Policies by name: what `voltana list` shows and what a configuration may name.
 
-A name with a dot is a module of yours that python can import; it holds `CONTROLLER = Entry(…)` or
+Any other name is a module of yours that python can import; it holds `CONTROLLER = Entry(…)` or
 `ROUTER = Entry(…)`, as `experiments/own_policy.py` does.
 """
 
@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from profiles.errors import VoltanaError
+from profiles.errors import VoltanaError, nearest
 from sim.policies.base import Controller, PolicyContext, Router
 from sim.policies.controllers import (
     agft,
@@ -35,7 +35,6 @@ from sim.policies.spec import (
     bind_parameters,
     describe_parameters,
     parse_spec,
-    suggest,
 )
 
 P = TypeVar("P", Controller, Router)
@@ -131,21 +130,50 @@ def make_router(spec: str, context: PolicyContext) -> Router:
     return _make(spec, context, ROUTERS, "router")
 
 
+def check_policies(controller: str, router: str) -> None:
+    """Whether both exist and take their parameters, without making them.
+
+    Raises:
+        VoltanaError: As `make_controller` and `make_router` do.
+    """
+    _bound(controller, CONTROLLERS, "controller")
+    _bound(router, ROUTERS, "router")
+
+
+def is_module_name(name: str) -> bool:
+    """Whether an unknown policy's name may be a module of the user's own.
+
+    Modules of the standard library are not: `random` names a router.
+    """
+    parts = name.split(".")
+    return all(p.isidentifier() for p in parts) and parts[0] not in sys.stdlib_module_names
+
+
 def _make(text: str, context: PolicyContext, known: Mapping[str, Entry[P]], kind: str) -> P:
+    entry, parameters = _bound(text, known, kind)
+    return entry.make(parameters, context)
+
+
+def _bound(text: str, known: Mapping[str, Entry[P]], kind: str) -> tuple[Entry[P], object]:
+    """A policy's entry and its parameters."""
     spec = parse_spec(text)
-    entry = known.get(spec.name)
-    if entry is None and "." in spec.name:
-        entry = _own(spec.name, kind)
-    if entry is None:
-        raise VoltanaError(f"unknown {kind} {spec.name!r}: {suggest(spec.name, known)}")
-    return entry.make(bind_parameters(spec, entry.parameters), context)
+    entry = known.get(spec.name) or _own(spec.name, known, kind)
+    return entry, bind_parameters(spec, entry.parameters)
 
 
-def _own(name: str, kind: str) -> Entry[Any]:
+def _own(name: str, known: Mapping[str, Entry[P]], kind: str) -> Entry[Any]:
     """The entry of a user's module."""
+    unknown = f"unknown {kind} {name!r}{nearest(name, known)}"
+    if not is_module_name(name):
+        raise VoltanaError(unknown)
     try:
         module = importlib.import_module(name)
     except ModuleNotFoundError as error:
+        is_absent = error.name is not None and f"{name}.".startswith(f"{error.name}.")
+        if is_absent and "." not in name:  # a slip of the pen, or a module that is not on the path
+            raise VoltanaError(
+                f"{unknown} (a module of yours: set PYTHONPATH to its folder)"
+            ) from None
         raise VoltanaError(
             f"cannot import {kind} {name!r}: no module {error.name!r}; set PYTHONPATH to its folder"
         ) from None
@@ -153,6 +181,6 @@ def _own(name: str, kind: str) -> Entry[Any]:
     if not isinstance(entry, Entry):
         raise VoltanaError(
             f"module {name!r} holds no {kind}: it needs {kind.upper()} = Entry(make=…, "
-            "parameters=…)"
+            f"parameters=…), or name a {kind} that there is{nearest(name, known)}"
         )
     return entry

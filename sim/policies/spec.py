@@ -8,14 +8,13 @@ Each policy declares its parameters as a frozen dataclass whose fields end in th
 
 from __future__ import annotations
 
-import difflib
 import math
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from profiles.errors import VoltanaError
+from profiles.errors import VoltanaError, nearest
 
 T = TypeVar("T")
 
@@ -65,18 +64,6 @@ def parameter(
         metadata={"meaning": meaning, "low": low, "high": high, "choices": choices},
     )
     return made  # type: ignore[no-any-return]
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """End of an error message: the nearest known word, or all of them.
-
-    Example:
-        >>> suggest("ecofrek", ["static", "ecofreq"])
-        "did you mean 'ecofreq'?"
-    """
-    names = sorted(known)
-    near = difflib.get_close_matches(word, names, n=1, cutoff=0.5)
-    return f"did you mean {near[0]!r}?" if near else "one of: " + (", ".join(names) or "(none)")
 
 
 def parse_spec(text: str) -> PolicySpec:
@@ -140,8 +127,8 @@ def bind_parameters(spec: PolicySpec, parameters: type[T]) -> T:
         if key not in declared:
             known = [short_key(item.name) for item in declared.values()]
             raise VoltanaError(
-                f"{spec.name} has no parameter {key!r} (in {spec.text!r}): "
-                + (suggest(key, known) if known else "it takes none")
+                f"{spec.name} has no parameter {key!r} (in {spec.text!r})"
+                + (nearest(key, known) if known else ": it takes none")
             )
         item = declared[key]
         if item.name in values:
@@ -234,7 +221,7 @@ def _check_range(value: object, item: Field[Any], where: str) -> None:
     choices = item.metadata.get("choices")
     for part in value if isinstance(value, tuple) else (value,):
         if choices and part not in choices:
-            raise VoltanaError(f"{where}: unknown choice {part!r}: {suggest(str(part), choices)}")
+            raise VoltanaError(f"{where}: unknown choice {part!r}{nearest(str(part), choices)}")
         if not isinstance(part, (int, float)) or isinstance(part, bool):
             continue
         if low is not None and part < low:

@@ -26,6 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiles.errors import VoltanaError
+from profiles.files import replacing
 
 FloatArray = npt.NDArray[np.float64]
 Features = tuple[Sequence[int], Sequence[float]]
@@ -159,15 +160,13 @@ def _count(learner: Learner, cost_j: float, elapsed_s: float, memory_s: float) -
 
 
 def save_checkpoint(path: Path, learner: Learner, settings: QSettings, purpose: str) -> None:
-    """Write a learner, under a temporary name first; `purpose` says what it learns."""
+    """Write a learner, whole or not at all; `purpose` says what it learns."""
     meta = {
         "settings": asdict(settings), "purpose": purpose, "cost_j": learner.cost_j,
         "time_s": learner.time_s, "steps": learner.steps, "episodes": learner.episodes,
     }  # fmt: skip
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("wb") as stream:
+    with replacing(path) as partial, partial.open("wb") as stream:
         np.savez(stream, weights_j=learner.weights_j, meta=np.array(json.dumps(meta)))
-    partial.replace(path)
 
 
 def load_checkpoint(path: Path, settings: QSettings, purpose: str) -> Learner | None:

@@ -13,6 +13,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from experiments.cli import make_app
+from profiles.errors import VoltanaError
 from tests.conftest import ROOT
 
 QUICK = ["--rate", "20", "--duration", "5"]
@@ -74,6 +76,13 @@ MISTAKES = [
     (["sweep", "nowhere.toml", "--out", "x"], "no such configuration file"),
     (["list", "profile"], "did you mean 'profiles'"),
     (["plot", "nowhere"], "no results.csv in nowhere"),
+    (["plot", "README.md"], "no results.csv in README.md"),
+    (["simulate", *QUICK, "--out", "README.md"], "README.md: "),
+    (["simulate", *QUICK, "--out", "/proc/x"], "cannot read or write /proc/x: "),
+    (["sweep", "experiments/configs/demo.toml", "--out", "README.md"], "README.md: "),
+    (["tune", "pid", "--set", "foo=1"], "unknown key 'foo' (tune)"),
+    (["experiment", "run", "demo"], "run voltana demo"),
+    (["simulate", "--controller", "experiments.own_policy:high=32"], "own_policy needs low < high"),
 ]
 
 
@@ -117,6 +126,44 @@ controller = "{controller}"
 [static_pairs]
 clocks_mhz = [1005, 1410]
 """
+
+
+FOREIGN = {
+    "empty": "",
+    "no rows": "policy,rate_rps,energy_j,ttft_attainment,itl_attainment\n",
+    "another table": "a,b\n1,2\n",
+    "uneven": "a,b\n1,2,3\n4\n5,6,7,8\n",
+    "words": "policy,rate_rps,energy_j,ttft_attainment,itl_attainment\nstatic-max,1,much,1,1\n",
+    "no policy": "rate_rps,energy_j,ttft_attainment,itl_attainment,hash\n1,2,1,1,x\n",
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+@pytest.mark.parametrize("verb", ["plot", "report"])
+def test_what_are_no_results_is_one_line(tmp_path: Path, verb: str, kind: str) -> None:
+    (tmp_path / "results.csv").write_text(FOREIGN[kind])
+    with pytest.raises(VoltanaError, match=r"^[^\n]*$"):
+        make_app()([verb, str(tmp_path)], standalone_mode=False)
+
+
+@pytest.mark.parametrize("text", ["[]", "{}", "3", '{"energy_j": "much"}'])
+def test_what_is_no_run_is_one_line(tmp_path: Path, text: str) -> None:
+    for name in ("summary.json", "settings.json"):
+        (tmp_path / name).write_text(text)
+    with pytest.raises(VoltanaError, match=r"^[^\n]*$"):
+        make_app()(["report", str(tmp_path)], standalone_mode=False)
+
+
+def test_files_are_written_into_folders_that_are_made(tmp_path: Path) -> None:
+    run, page = tmp_path / "run", tmp_path / "new" / "page.html"
+    spilled = tmp_path / "far" / "away" / "rows.parquet"
+    make_app()(
+        ["simulate", *QUICK, "--set", "metrics=sketch", "--spill", str(spilled), "--out", str(run)],
+        standalone_mode=False,
+    )
+    assert spilled.exists()
+    make_app()(["report", str(run), "--out", str(page), "--no-series"], standalone_mode=False)
+    assert page.exists()
 
 
 def write_sweep(tmp_path: Path, *, duration: int = 4, controller: str = "ecofreq") -> Path:

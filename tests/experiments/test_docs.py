@@ -10,11 +10,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 import typer
 
 from experiments.cli import make_app
 from experiments.docs_tables import TABLES, table
+from experiments.frontier_report import HEADINGS
+from experiments.show import policy_table
 from experiments.suite import list_experiments
 from profiles.errors import VoltanaError
 from sim.config import KEYS
@@ -94,3 +97,20 @@ def test_the_readme_names_every_policy() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z0-9-]+)`", text))
     assert named >= {*CONTROLLERS, *ROUTERS}
+
+
+def test_the_readme_shows_tables_as_they_are_printed() -> None:
+    row = {
+        "policy": "static-max", "energy_j": 1.0, "saving_pct": 0.0, "ttft_attainment": 1.0,
+        "itl_attainment": 1.0, "energy_per_output_token_j": 0.1, "keeps_slo": True,
+    }  # fmt: skip
+    printed = policy_table(pd.DataFrame([row]), "title").splitlines()
+    text = " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    assert " ".join(printed[1].split()) in text
+    headings = " ".join(line for line in HEADINGS if line)
+    assert headings in text
+
+
+def test_commands_of_pages_name_their_python() -> None:
+    for page in PAGES:
+        assert not re.search(r"^ {4}python ", page.read_text(encoding="utf-8"), re.MULTILINE), page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from experiments.suite import CONFIGS
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.workload.traces import open_trace
+from tests.profiles.synthetic import write_synthetic_profile
 
 Law = Callable[[Any], tuple[float, float]]
 """Key of a trial -> attainment and energy."""
@@ -157,6 +159,82 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
         read_study(path)
     with pytest.raises(VoltanaError, match="attainment must be one of"):
         study(attainment="goodput")
+
+
+STUDY = """
+[frontier]
+policies = ["ecofreq + ecoroute"]
+[[load]]
+name = "low"
+rate_rps = 10
+[[load]]
+name = "high"
+rate_rps = 20
+"""
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("[frontier]", "base = 3\n[frontier]", r"\[base\] must be a table of keys, got 3"),
+        ("[frontier]", "frontier = 1\n[other]", r"\[frontier\] must be a table of keys, got 1"),
+        ("[frontier]", '[frontier]\ntarget = "x"', "target must be a number, got 'x'"),
+        ("[frontier]", "[frontier]\nseeds = 3", "seeds must be a list, got 3"),
+        ("[frontier]", '[frontier]\nseeds = ["a"]', "seeds must be a whole number, got 'a'"),
+        ("[frontier]", '[frontier]\nstatic_router = "eco"', "unknown router 'eco'"),
+        ("ecofreq + ecoroute", "ecofrek + ecoroute", "unknown controller 'ecofrek': did you mean"),
+        ("ecofreq + ecoroute", "ecofreq + ecoroot", "unknown router 'ecoroot': did you mean"),
+        ("ecofreq + ecoroute", "ecofreq:idel=1 + ecoroute", "no parameter 'idel'"),
+    ],
+)
+def test_a_mistake_in_the_file_is_one_line(tmp_path: Path, old: str, new: str, words: str) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text(STUDY.replace(old, new))
+    with pytest.raises(VoltanaError, match=words) as caught:
+        read_study(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_loads_are_chosen_by_name_and_settings_that_do_nothing_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text(STUDY)
+    chosen, _ = read_study(path, load_names=["high"], target=0.9)
+    assert [load.name for load in chosen.loads] == ["high"]
+    assert chosen.target == 0.9
+    with pytest.raises(VoltanaError, match=r"unknown load 'hi'.*did you mean 'high'"):
+        read_study(path, load_names=["hi"])
+    for key, owner in (("rate_rps", "loads"), ("seed", "repeats"), ("router", "policies")):
+        with pytest.raises(VoltanaError, match=f"--set {key} would change nothing: the {owner}"):
+            read_study(path, settings={key: "1"})
+
+
+def test_another_profile_brings_its_own_clocks(tmp_path: Path) -> None:
+    path, other = tmp_path / "f.toml", tmp_path / "profile"
+    write_synthetic_profile(other)
+    path.write_text(STUDY)
+    chosen, _ = read_study(path, settings={"profile": str(other)})
+    assert chosen.clocks_mhz == (700, 1000, 1400)
+    assert set(chosen.coarse_mhz) <= {700, 1000, 1400}
+
+
+def test_options_that_a_file_replaces_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "f.toml"
+    path.write_text(STUDY)
+    for extra in (["--rate", "3"], ["--policy", "boost + random"], ["--seeds", "2"]):
+        done = CliRunner().invoke(make_app(), ["frontier", str(path), *extra])
+        assert f"{extra[0]} is for a search without a file" in str(done.exception)
+    done = CliRunner().invoke(make_app(), ["frontier", "--load", "low"])
+    assert "--load picks from a frontier file" in str(done.exception)
+
+
+@pytest.mark.slow
+def test_a_setting_that_cannot_run_says_why(tmp_path: Path) -> None:
+    chosen = study(seeds=(1,), static_clocks_mhz=[1410], base={"duration_s": 2})
+    chosen = replace(chosen, contenders=[parse_contender("static:f=1007 + round-robin")])
+    searches = search_frontier(chosen, tmp_path, jobs=1)
+    note = frontier_table(chosen, searches, tmp_path, jobs=1)["note"].iloc[-1]
+    assert "1 settings could not run: " in note
+    assert "1007" in note
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 import profiles
-from experiments.identity import run_key
+from experiments.identity import bound_key, run_key
 from experiments.runs import cached_profile
 from sim.config import make_config
 
@@ -60,3 +60,23 @@ def test_the_source_of_the_policy_counts(tmp_path: Path, monkeypatch: pytest.Mon
 
 def test_what_cannot_run_has_a_key_too() -> None:
     assert len({key(profile="nowhere"), key(controller="nothing"), key(router="no.module")}) == 3
+
+
+def test_a_bound_is_kept_by_its_world_and_not_by_a_policy(tmp_path: Path) -> None:
+    def bound(attainment: float = 0.99, **settings: object) -> str:
+        cached_profile.cache_clear()
+        return bound_key(make_config(dict(settings)), attainment)
+
+    assert bound() == bound(controller="boost", router="least-kv", aim_ratio=0.5)
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,10\n")
+    first = bound(trace=str(trace))
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,11\n")
+    source = Path(profiles.__file__).parent / "data" / "a100-80g-sxm" / "llama-3.1-8b"
+    copy = tmp_path / "copy"
+    shutil.copytree(source, copy)
+    before = bound(profile=str(copy))
+    table = copy / "idle.csv"
+    table.write_text(table.read_text().replace("\n0,", "\n0,1", 1))
+    keys = [bound(), bound(0.9), bound(seed=2), first, bound(trace=str(trace)), before]
+    assert len({*keys, bound(profile=str(copy))}) == 7

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+from experiments.identity import run_key
 from experiments.runs import run
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
@@ -33,11 +36,29 @@ def test_it_runs_in_the_simulator_by_its_module() -> None:
     assert shares["1410"] > 0.9
 
 
+def test_a_module_needs_no_dot_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the README says: `--controller my_module:key=value`."""
+    source = tmp_path / "my_ramp.py"
+    source.write_text("from experiments.own_policy import CONTROLLER\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    controller = make_controller("my_ramp:high=120", make_context())
+    assert controller.decide(decode_state(waiting=0)) == 1000
+    before = run_key(SimConfig(controller="my_ramp"))
+    source.write_text("from experiments.own_policy import CONTROLLER  # changed\n")
+    assert run_key(SimConfig(controller="my_ramp")) != before
+
+
 def test_mistakes_are_one_line() -> None:
     for spec, words in (
         ("no.such.module", "cannot import controller 'no.such.module': no module 'no'"),
         ("experiments.plots", "holds no controller: it needs CONTROLLER = Entry"),
         ("experiments.own_policy:hi=3", "did you mean 'high'"),
+        ("ecofrek", "unknown controller 'ecofrek': did you mean 'ecofreq'?"),
+        ("eco-freq", "unknown controller 'eco-freq': did you mean 'ecofreq'?"),
+        # a router's name, and a module of the standard library
+        ("random", "unknown controller 'random'"),
+        # what can be imported and is no policy
+        ("numpy", "module 'numpy' holds no controller: it needs CONTROLLER = Entry"),
     ):
         with pytest.raises(VoltanaError, match=r"^[^\n]*$") as caught:
             make_controller(spec, make_context())

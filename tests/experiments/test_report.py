@@ -14,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from experiments.compare import add_saving
 from experiments.grid import expand
 from experiments.report.charts import curves, pareto_front, styles_of
 from experiments.report.collect import collect
@@ -170,6 +171,25 @@ def test_a_sketched_run_has_a_report_too(tmp_path: Path) -> None:
     out = tmp_path / "report.html"
     assert write_report(tmp_path / "a", out, target=0.99, wanted=()) == []
     assert out.stat().st_size > 1e6
+
+
+def test_savings_are_paired_by_seed() -> None:
+    """Seed 2 has twice the energy everywhere: b saves half on each, and not -50 and 75 %."""
+    rows = [
+        {"policy": p, "rate_rps": 5.0, "seed": s, "energy_j": e * s}
+        for p, e in (("a", 100.0), ("b", 50.0))
+        for s in (1, 2)
+    ]
+    made = add_saving(pd.DataFrame(rows), ["rate_rps"], "policy", "a")
+    assert made["saving_pct"].tolist() == [0.0, 0.0, 50.0, 50.0]
+
+
+def test_residency_is_there_wherever_the_results_are_kept(tmp_path: Path) -> None:
+    run_sweep(expand(GRID, "test")[:2], tmp_path / "a", jobs=1, store=tmp_path / "elsewhere")
+    assert not (tmp_path / "a" / "points").exists()
+    results = collect(tmp_path / "a")
+    assert set(results.residency) == set(results.table["id"])
+    assert all(shares["decode"] for shares in results.residency.values())
 
 
 def test_nothing_to_report_is_one_line(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
+from experiments import suite
 from experiments.cli import make_app
 from experiments.suite import (
     MATCHED_PAIR,
@@ -66,7 +67,16 @@ def test_a_file_becomes_panels_times_axes(tmp_path: Path) -> None:
     ("old", "new", "words"),
     [
         ('question = "Is it so?"', "", "needs a question"),
-        ("[quick]", "[quik]", r"unknown section \[quik\].*did you mean 'quick'"),
+        ("[quick]", "[quik]", r"unknown section 'quik'.*did you mean 'quick'"),
+        ('x = "rate_rps"', 'x = "rate"', r"x of \[figure\].*'rate'.*did you mean 'rate_rps'"),
+        ('series = "policy"', 'series = "polcy"', r"series of \[figure\].*did you mean 'policy'"),
+        ('rows = ["saving"]', 'rows = ["savings"]', "no measure 'savings'.*did you mean 'saving'"),
+        ('rows = ["saving"]', "rows = 3", "rows must be a list, got 3"),
+        ('x_label = "rate"', "x_label = 3", "x_label must be a text, got 3"),
+        ('baseline = "a"', 'baseline = "b"', r"baseline of \[figure\] is no policy: 'b'"),
+        ("[base]", "[[base]]", r"\[base\] must be a table of keys"),
+        ("[quick]\nnum_decode = 1\n[base]", "[base]\nnum_decode = 'x'", "num_decode must be int"),
+        ("[grid]\nseed = [1, 2]", "[grid]\nseed = 1", "grid.seed must be a list"),
         ('baseline = "a"', 'basline = "a"', r"unknown key 'basline'.*did you mean 'baseline'"),
         ('name = "left"\nrate_rps', 'name = "left"\nrate', r"unknown key 'rate' in \[\[panel\]\]"),
     ],
@@ -76,6 +86,36 @@ def test_bad_files_are_named(tmp_path: Path, old: str, new: str, words: str) -> 
     path.write_text(SMALL.replace(old, new))
     with pytest.raises(VoltanaError, match=words):
         read_experiment(path)
+
+
+def test_what_is_no_experiment_names_its_own_command() -> None:
+    with pytest.raises(VoltanaError, match=r"run voltana frontier .*contest-azure\.toml"):
+        find_experiment("contest-azure")
+    with pytest.raises(VoltanaError, match="run voltana demo"):
+        find_experiment("demo")
+
+
+def test_one_failure_does_not_end_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, controller in (("broken", "static:f=1007"), ("good", "static")):
+        text = SMALL.replace('controller = "static"', f'controller = "{controller}"')
+        (tmp_path / f"{name}.toml").write_text(text.partition('[[panel]]\nname = "right"')[0])
+    monkeypatch.setattr(suite, "CONFIGS", tmp_path)
+    arguments = [
+        "experiment",
+        "run",
+        "all",
+        "--quick",
+        "--out",
+        str(tmp_path / "out"),
+        "--jobs",
+        "1",
+    ]
+    done = CliRunner().invoke(make_app(), arguments)
+    assert "1 of 2 experiments failed: broken" in str(done.exception)
+    assert "1007 MHz" in done.stderr
+    assert (tmp_path / "out" / "good-quick" / "good.png").exists()
 
 
 def results() -> pd.DataFrame:

@@ -11,7 +11,6 @@ A NumPy archive (.npz) without pickled objects: `meta`, a JSON text, and arrays 
 from __future__ import annotations
 
 import json
-import os
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from profiles.errors import VoltanaError
+from profiles.files import replacing
 from sim.policies.mdp.grid import StateGrid
 from sim.policies.mdp.observation import size
 
@@ -60,15 +60,13 @@ class PolicyFile:
     arrays: Mapping[str, npt.NDArray[Any]]
 
     def save(self, path: Path) -> None:
-        """Write under a temporary name and move into place: a reader never sees half a file."""
+        """Write it, whole or not at all."""
         meta = {key: getattr(self, key) for key in _KEYS if key != "grid"}
         meta |= {"format": FORMAT, "version": VERSION, "grid": _grid_json(self.grid)}
         text = np.array(json.dumps(meta, sort_keys=True, default=dict))
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.{os.getpid()}")
-        with partial.open("wb") as stream:
+        with replacing(path) as partial, partial.open("wb") as stream:
             np.savez_compressed(stream, allow_pickle=False, meta=text, **dict(self.arrays))
-        partial.replace(path)
 
 
 def load_policy(path: Path, *, profile_hash: str | None = None) -> PolicyFile:
