@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 RAY_POINTS = 24
+FAULTY = "tests.experiments.faulty"
 
 
 def points(count: int, duration_s: float = 2.0) -> list[Point]:
@@ -106,6 +107,17 @@ def test_a_worker_that_dies_loses_no_other_point(
     assert failures[bad[0].key]["config"]["controller"] == "deadly"
     want = {key: summary["energy_j"] for key, summary in local(good).items()}
     assert energies(pd.read_csv(tmp_path / "results.csv")) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_any_error_of_a_point_is_its_own(jobs: int, tmp_path: Path) -> None:
+    good = points(3)
+    bad = expand({"base": {"duration_s": 2.0, "controller": FAULTY}}, "test")
+    with pytest.raises(VoltanaError, match=r"1 of 4 points failed.*KeyError: \('prefill', "):
+        run_sweep([*good[:1], *bad, *good[1:]], tmp_path, jobs=jobs)
+    assert set(energies(pd.read_csv(tmp_path / "results.csv"))) == {p.key for p in good}
+    failures = json.loads((tmp_path / "failures.json").read_text())
+    assert "\n" not in failures[bad[0].key]["error"]
 
 
 def test_two_sweeps_share_a_store(tmp_path: Path) -> None:
@@ -197,6 +209,18 @@ def test_a_ray_cluster_that_loses_a_node_loses_no_point(
     assert set(got) == {p.key for p in chosen}
     for key, summary in some.items():
         assert got[key] == pytest.approx(summary["energy_j"], rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_on_a_ray_cluster_is_the_point_s_own(
+    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    good, bad = points(2), expand({"base": {"duration_s": 2.0, "controller": FAULTY}}, "test")
+    with pytest.raises(VoltanaError, match=r"1 of 3 points failed, the first with: KeyError"):
+        run_sweep([*bad, *good], tmp_path, engine="ray")
+    assert set(energies(pd.read_csv(tmp_path / "results.csv"))) == {p.key for p in good}
 
 
 def _wait_for_points(out: Path, count: int, process: subprocess.Popen[str]) -> None:
