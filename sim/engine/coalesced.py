@@ -49,15 +49,14 @@ class CoalescedDecode(DecodeInstance):
     def submit(self, request: SimRequest, now_s: float) -> None:
         super().submit(request, now_s)
         if self._left > 1:
-            # what comes at the very end of an iteration joins there, so leave that one open
-            self._book_ended(now_s - _SAME_INSTANT_S * max(1.0, now_s))
+            self._book_before(now_s)
             if self._left > 1:
                 self._left = 1
                 self.on_cut(self, self._start_s + self._first_s)
 
     def sync(self, now_s: float) -> None:
         if self._left > 1:
-            self._book_ended(now_s)
+            self._book_before(now_s)
         else:
             super().sync(now_s)
 
@@ -126,6 +125,13 @@ class CoalescedDecode(DecodeInstance):
         finished = self._finishing.pop(self._iteration, None)
         if finished is not None:
             self._leave(finished, now_s)
+
+    def _book_before(self, now_s: float) -> None:
+        """Book what has ended; an iteration that ends at this very instant is yet to end.
+
+        Decode comes last at an instant: a router still sees it run, a joiner joins at its end.
+        """
+        self._book_ended(now_s - _SAME_INSTANT_S * max(1.0, now_s))
 
     def _book_ended(self, now_s: float) -> None:
         """Book the iterations of the run that have ended by now, never its last."""
