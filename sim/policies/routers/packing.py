@@ -158,5 +158,5 @@ class MinDeltaEnergy(Router):
         for clock in c.default_levels_mhz:
             excess_s = c.predictor.predict_s(DECODE, clock, batch_size, tokens) - self._limit_s
             if excess_s <= 0:
-                return 0.0, c.power.power_w(DECODE, clock, 1, tokens)
-        return excess_s, c.power.power_w(DECODE, c.default_levels_mhz[-1], 1, tokens)
+                return 0.0, c.power.power_w(DECODE, clock, batch_size, tokens)
+        return excess_s, c.power.power_w(DECODE, c.default_levels_mhz[-1], batch_size, tokens)

@@ -119,10 +119,10 @@ def test_packing(name: str, opened: tuple[int, ...], chosen: int) -> None:
 
 
 class LevelPower:
-    """As many watts as MHz / 10."""
+    """MHz / 10 in watts, and one watt for each of the first 16 requests."""
 
     def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return frequency_mhz / 10
+        return frequency_mhz / 10 + min(batch_size, 16)
 
     def idle_power_w(self, frequency_mhz: int) -> float:
         return 40.0
@@ -131,8 +131,9 @@ class LevelPower:
 def test_min_delta_energy_avoids_the_step_to_the_next_level() -> None:
     """1.4 ms a request at 1000 MHz, limit 47 ms: 33 requests fit there (46.2 ms), 34 do not.
 
-    A at 33: +40 W. B at 20: +0 W. An empty one: 100 - 40 = +60 W. All at the top level and over
-    the limit come last.
+    At 33: +40 W for the higher level. At 16 to 32: +0 W. At 1 to 15: +1 W. An empty one:
+    100 + 1 - 40 = +61 W. All at the top level and over the limit come last; a tie goes to the
+    fewest requests.
     """
     context = replace(make_context(PER_REQUEST), power=LevelPower())
     router = make_router("min-delta-energy", context)
@@ -145,4 +146,6 @@ def test_min_delta_energy_avoids_the_step_to_the_next_level() -> None:
     assert pick(33, 20, 0) == 1
     assert pick(33, 0) == 0
     assert pick(47, 33) == 1
-    assert pick(20, 10) == 1
+    assert pick(20, 10) == 0
+    assert pick(8, 4) == 1
+    assert pick(30, 20) == 1
