@@ -125,6 +125,8 @@ class InstanceState:
     ended_batch_size: int = 0
     """Batch of the iteration that lasted `last_duration_s`, whichever batch `last_*` describe."""
     ended_tokens: int = 0
+    ended_queue_delay_s: float = 0.0
+    """Prefill: `last_queue_delay_s` of the batch that lasted `last_duration_s`. Decode: 0."""
     last_queue_delay_s: float = 0.0
     """Prefill: longest time from arrival to scheduling within the batch. Decode: 0."""
     num_running: int = 0

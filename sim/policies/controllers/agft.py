@@ -237,14 +237,15 @@ class _Window:
         self._iterations += 1
         self._batches += state.ended_batch_size
         self._tokens += state.ended_batch_size if is_decode else state.ended_tokens
-        self._delay_s += state.last_duration_s + (0.0 if is_decode else state.last_queue_delay_s)
+        delay_s = state.last_duration_s + (0.0 if is_decode else state.ended_queue_delay_s)
+        self._delay_s += state.ended_batch_size * delay_s
 
     def measure(self, state: InstanceState, window_s: float) -> tuple[Vector, float, float]:
-        """Features, EDP (J·s, the energy scaled to a whole window) and mean delay (s)."""
+        """Features, EDP (J·s, the energy scaled to a whole window) and requests' mean delay (s)."""
         elapsed_s = max(state.now_s - self.opened_s, 1e-9)
         energy_j = (state.energy_j - self._energy_j) * window_s / elapsed_s
         count = max(self._iterations, 1)
-        delay_s = self._delay_s / count
+        delay_s = self._delay_s / max(self._batches, 1)
         is_decode = state.phase == DECODE
         use = state.kv_tokens / max(state.kv_capacity_tokens, 1)
         rate = self._tokens * window_s / elapsed_s

@@ -20,11 +20,11 @@ class LatencyWindow:
         self._samples: deque[tuple[float, float, int]] = deque()
 
     def add(self, state: InstanceState, phase: str) -> None:
-        """Take one iteration: decode counts its duration, prefill queueing plus duration."""
+        """Take the iteration that has ended: its duration, in prefill with its queueing delay."""
         if state.last_duration_s <= 0:
             return
-        latency_s = state.last_duration_s + (0 if phase == DECODE else state.last_queue_delay_s)
-        self._samples.append((state.now_s, latency_s, max(state.last_batch_size, 1)))
+        latency_s = state.last_duration_s + (0 if phase == DECODE else state.ended_queue_delay_s)
+        self._samples.append((state.now_s, latency_s, max(state.ended_batch_size, 1)))
         while self._samples[0][0] < state.now_s - self._window_s:
             self._samples.popleft()
 

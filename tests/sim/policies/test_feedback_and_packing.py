@@ -15,7 +15,7 @@ from tests.sim.policies.doubles import Formula, decode_state, make_context
 
 def felt(now_s: float, duration_s: float, batch: int = 10, waiting: int = 0) -> InstanceState:
     state = decode_state(batch=batch, tokens=100, waiting=waiting)
-    state.now_s, state.last_duration_s = now_s, duration_s
+    state.now_s, state.last_duration_s, state.ended_batch_size = now_s, duration_s, batch
     return state
 
 
@@ -32,6 +32,19 @@ def test_the_window_weighs_by_requests_and_forgets() -> None:
     assert window.p95_s() == 0.090
     window.add(felt(5.0, 0.020, batch=1), "decode")
     assert window.p95_s() == 0.020
+
+
+def test_prefill_latency_is_of_the_batch_that_has_ended() -> None:
+    """19 requests that waited 10 ms for a batch of 20 ms: 30 ms. The one that is about to run
+    has waited for a second; that is not over yet."""
+    window = LatencyWindow(1.0)
+    state = InstanceState(instance_id=0, phase="prefill", now_s=1.0, last_duration_s=0.020)
+    state.ended_batch_size, state.ended_queue_delay_s = 19, 0.010
+    state.last_batch_size, state.last_queue_delay_s = 40, 1.0
+    window.add(state, "prefill")
+    state.ended_batch_size, state.ended_queue_delay_s = 1, 0.5
+    window.add(state, "prefill")
+    assert window.p95_s() == pytest.approx(0.030)
 
 
 def test_pid_proportional_part() -> None:
