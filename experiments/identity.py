@@ -1,21 +1,21 @@
 """The key under which a run's result is kept: configuration, profile, data and program together.
 
 A changed table, trace, policy or simulator gives another key, so that a kept result is never that
-of another program. Of the policies count the files of those that the configuration names, and what
-all policies share.
+of another program. All shipped policies count, as one imports from another; of a user's own, the
+module that the configuration names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
 import sim
+from experiments import runs
 from experiments.runs import cached_profile
 from profiles import step_model
 from profiles.errors import VoltanaError
@@ -23,14 +23,7 @@ from sim.config import SimConfig
 from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
 from sim.policies.spec import parse_spec
 
-_SHARED: Final = (
-    "*.py",
-    "engine/*.py",
-    "workload/*.py",
-    "workload/data/*",
-    "policies/*.py",
-    "policies/mdp/*.py",
-)
+_SHARED: Final = ("*.py", "engine/*.py", "workload/*.py", "workload/data/*", "policies/**/*.py")
 
 
 def run_key(config: SimConfig) -> str:
@@ -52,10 +45,9 @@ def run_key(config: SimConfig) -> str:
 
 
 def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
-    """The source of a policy, and the files that its parameters name."""
+    """The source of a user's own policy, and the files that any policy's parameters name."""
     spec = parse_spec(text)
-    entry = known.get(spec.name)
-    source = inspect.getsourcefile(entry.make) if entry is not None else _own_module(spec.name)
+    source = None if spec.name in known else _own_module(spec.name)
     if source is not None:
         yield Path(source)
     yield from (Path(value) for value in spec.arguments.values() if Path(value).is_file())
@@ -72,9 +64,14 @@ def _own_module(name: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _program() -> str:
+    return "".join(_content(path) for path in program_files())
+
+
+def program_files() -> list[Path]:
+    """Every shipped file that may change a result."""
     folders = (Path(sim.__file__).parent, _SHARED), (Path(step_model.__file__).parent, ("*.py",))
     paths = [p for folder, patterns in folders for each in patterns for p in folder.glob(each)]
-    return "".join(_content(path) for path in sorted(paths))
+    return sorted([*paths, Path(runs.__file__)])
 
 
 def _content(path: Path) -> str:
