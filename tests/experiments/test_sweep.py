@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -57,6 +57,45 @@ def test_a_result_is_written_once(where: str, tmp_path: Path) -> None:
     assert store.get("a") == {"energy_j": 1.0, "lost_s": None}
     with pytest.raises(VoltanaError, match="run the sweep again"):
         store.get("b")
+
+
+def test_a_folder_without_hard_links_keeps_the_first_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    store = FolderStore(tmp_path)
+    store.put("a", {"energy_j": 1.0})
+    store.put("a", {"energy_j": 2.0})
+    assert store.get("a") == {"energy_j": 1.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_url_without_exclusive_creation_gets_results_by_a_move(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    written: list[str] = []
+
+    memory: Any = type(fsspec.filesystem("memory"))
+
+    class Plain(memory):  # type: ignore[misc]
+        protocol = "plain"
+        store: ClassVar[dict[str, Any]] = {}
+
+        def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:  # noqa: ANN401
+            written.append(path)
+            assert mode == "overwrite"
+            super().pipe_file(path, value)
+
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    store = open_store(f"plain://{tmp_path.name}")
+    store.put("a", {"energy_j": 1.0})
+    store.put("a", {"energy_j": 2.0})
+    assert store.get("a") == {"energy_j": 1.0}
+    assert len(written) == 2
+    assert all("/." in path for path in written)
+    assert len(Plain.store) == 1
 
 
 def test_no_reader_sees_half_a_result(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 
 from profiles.catalog import Profile
@@ -14,6 +15,7 @@ from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.engine.simulate import simulate
 from sim.metrics import summarise, weighted_quantile
+from sim.records import COMPLETED, IN_FLIGHT, REJECTED
 from sim.results import read_run, write_run
 from sim.sketches import RELATIVE_ERROR, Sketch
 from sim.workload.generate import make_workload, stream_diurnal
@@ -66,6 +68,25 @@ def test_a_sketched_run_counts_exactly_and_spills_every_row(
     assert a["requests_rejected"] > 0
     assert rows["status"].tolist() == exact.requests.status.tolist()
     assert rows["finish_s"].to_numpy() == pytest.approx(exact.requests.finish_s, nan_ok=True)
+
+
+def test_rows_are_written_in_groups_and_those_in_flight_too(
+    profile: Profile, tmp_path: Path
+) -> None:
+    """Most requests are too large for the cache, and the run is cut while some go on."""
+    settings = {"profile": "synthetic", "kv_capacity_tokens": 100, "kv_reserve_tokens": 0}
+    workload = short(300)
+    cut = settings | {"run_limit_s": float(workload.arrival_s[-1]) + 1e-6}
+    exact = simulate(make_config(cut), profile, workload)
+    simulate(make_config(cut | {"metrics": "sketch"}), profile, workload,
+             spill=tmp_path / "rows.parquet")  # fmt: skip
+    rows = pd.read_parquet(tmp_path / "rows.parquet").sort_values("request_id")
+    assert {IN_FLIGHT, COMPLETED, REJECTED} == set(rows["status"])
+    assert rows["status"].tolist() == exact.requests.status.tolist()
+    assert rows["decode_id"].tolist() == exact.requests.decode_id.tolist()
+    first_s = rows["first_token_s"].to_numpy()
+    assert first_s == pytest.approx(exact.requests.first_token_s, nan_ok=True)
+    assert pq.ParquetFile(tmp_path / "rows.parquet").num_row_groups == 1
 
 
 @pytest.mark.parametrize("spread", [1.01, 3.0])
