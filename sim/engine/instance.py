@@ -73,13 +73,14 @@ class Instance(ABC):
         Returns:
             When the next iteration ends; None if there is none and the instance is idle.
         """
-        if self.state.is_busy:
+        state = self.state
+        if state.is_busy:
             self._finish_iteration(now_s)
         else:
             self.settle(now_s)
-            self.state.is_busy = True
+            state.is_busy = True
             self._forget_last_iteration()
-        if not self._has_work():
+        if not (state.num_running or state.num_waiting):
             self.park(now_s)
             return None
         self._start_s = now_s
@@ -97,6 +98,10 @@ class Instance(ABC):
         self.has_idle_changes = self.has_idle_changes or not self.state.is_busy
         self.sync(now_s)
 
+    def catch_up(self, now_s: float) -> None:
+        """As `sync`, and report to the log whatever has happened by `now_s`."""
+        self.sync(now_s)
+
     def settle(self, now_s: float) -> None:
         """Book time and energy up to `now_s`, at the end of idleness or of the run."""
         if self.state.is_busy:
@@ -112,9 +117,8 @@ class Instance(ABC):
         return self.track.record(self.state.phase, self.state.instance_id, self.num_retractions)
 
     def _wake(self) -> None:
-        if self._is_parked:
-            self._is_parked = False
-            self.on_work(self)
+        self._is_parked = False
+        self.on_work(self)
 
     def _ask_controller(self, now_s: float) -> None:
         state = self.state
@@ -138,9 +142,6 @@ class Instance(ABC):
                  state.clock_mhz, track.energy_j - before_j)
             )  # fmt: skip
         state.clock_mhz = track.clock_mhz
-
-    @abstractmethod
-    def _has_work(self) -> bool: ...
 
     @abstractmethod
     def _forget_last_iteration(self) -> None:

@@ -68,9 +68,9 @@ class CoalescedFleet(Fleet):
         self._run(until_s, is_draining=False)
 
     def look(self, now_s: float) -> None:
-        """Bring every instance's state up to date, as a router sees it."""
+        """Bring every instance's state, as a router sees it, and the log up to date."""
         for instance in self.instances:
-            instance.sync(now_s)
+            instance.catch_up(now_s)
 
     def accept(self, request: SimRequest) -> None:
         """The request arrives: it is rejected, or the router is asked and it is on its way."""

@@ -52,10 +52,8 @@ class PrefillInstance(Instance):
         self._queue.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens
-        self._wake()
-
-    def _has_work(self) -> bool:
-        return bool(self._queue)
+        if self._is_parked:
+            self._wake()
 
     def _forget_last_iteration(self) -> None:
         self._has_record = False

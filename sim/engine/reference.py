@@ -87,8 +87,8 @@ class SimpyFleet(Fleet):
         if self._all_sent and self._log.unresolved == 0 and not self._all_ended.triggered:
             self._all_ended.succeed()
 
-    def _refresh(self, instance: Instance) -> None:
-        instance.refresh(self.env.now)
+    def _make_refresh(self, instance: Instance) -> Callable[[], None]:
+        return lambda: instance.refresh(self.env.now)
 
     def _sample(self, timeline: Timeline) -> Generator[simpy.Event, None, None]:
         while True:

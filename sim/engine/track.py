@@ -21,7 +21,7 @@ class GpuTrack:
     __slots__ = (
         "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
         "_idle_s", "_idle_since_s", "_last_busy_j", "_model", "_pending", "_phase", "_plan",
-        "_plan_due_s", "_segments", "actuation_s", "clock_mhz", "num_clock_changes",
+        "_plan_due_s", "_segments", "actuation_s", "clock_mhz", "energy_j", "num_clock_changes",
         "num_iterations", "power_w", "target_mhz",
     )  # fmt: skip
 
@@ -32,6 +32,8 @@ class GpuTrack:
         self._phase = phase
         self.actuation_s = actuation_s
         self.clock_mhz = clock_mhz
+        self.energy_j = 0.0
+        """Energy counter: all settled time since the start of the run."""
         self.power_w = 0.0
         """Power of the segment entered last; for timelines."""
         self.num_clock_changes = 0
@@ -47,11 +49,6 @@ class GpuTrack:
         self._plan_due_s = math.inf
         self._clock_busy_s: dict[int, float] = {}
         self._clock_idle_s: dict[int, float] = {}
-
-    @property
-    def energy_j(self) -> float:
-        """Energy counter: all settled time since the start of the run."""
-        return self._busy_j + self._idle_j
 
     def request_clock(self, now_s: float, clock_mhz: int) -> None:
         """Take a decision into the delay line, unless it is what was asked for last."""
@@ -103,7 +100,7 @@ class GpuTrack:
         self._busy_j += energy_j
         clock = self.clock_mhz
         self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
-        self._last_busy_j = self._busy_j + self._idle_j
+        self._last_busy_j = self.energy_j = self._busy_j + self._idle_j
         self.num_iterations += count
 
     def settle_iteration(self, until_s: float) -> None:
@@ -115,7 +112,7 @@ class GpuTrack:
                 self._busy_j += power_w * elapsed_s
                 self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
         self._segments.clear()
-        self._last_busy_j = self._busy_j + self._idle_j
+        self._last_busy_j = self.energy_j = self._busy_j + self._idle_j
         self.num_iterations += 1
 
     def enter_idle(self, now_s: float, plan: IdlePlan | None) -> None:
@@ -164,6 +161,7 @@ class GpuTrack:
         self.power_w = self._model.idle_power_w(clock)
         self._idle_s += elapsed_s
         self._idle_j += self.power_w * elapsed_s
+        self.energy_j = self._busy_j + self._idle_j
         self._clock_idle_s[clock] = self._clock_idle_s.get(clock, 0.0) + elapsed_s
 
     def _apply_due(self, now_s: float) -> None:
