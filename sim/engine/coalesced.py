@@ -63,7 +63,7 @@ class CoalescedDecode(DecodeInstance):
             count = self._ended_before(now_s)
             if count != self._seen:
                 self._show(count)
-        elif not self.state.is_busy:
+        else:
             super().sync(now_s)
 
     def refresh(self, now_s: float) -> None:
@@ -73,7 +73,7 @@ class CoalescedDecode(DecodeInstance):
             super().refresh(now_s)
 
     def catch_up(self, now_s: float) -> None:
-        self.sync(now_s)
+        self.refresh(now_s)
         self._book_seen()
 
     def settle(self, now_s: float) -> None:
@@ -165,8 +165,8 @@ class CoalescedDecode(DecodeInstance):
         """What the first `count` iterations of the run last."""
         return count * self._first_s + self._step_s * (0.5 * count * (count - 1))
 
-    def _show(self, count: int) -> float:
-        """Let the state show that so many iterations of the run have ended; their energy in J."""
+    def _show(self, count: int) -> tuple[float, float]:
+        """Let the state show that so many iterations of the run have ended; their time, energy."""
         first_s, step_s, first_w, step_w = self._first_s, self._step_s, self._first_w, self._step_w
         pairs = 0.5 * count * (count - 1)
         energy_j = count * first_w * first_s + (first_w * step_s + step_w * first_s) * pairs
@@ -180,7 +180,7 @@ class CoalescedDecode(DecodeInstance):
         state.last_duration_s = first_s + (count - 1) * step_s
         track.power_w = first_w + count * step_w
         self._seen = count
-        return energy_j
+        return count * first_s + step_s * pairs, energy_j
 
     def _book_seen(self) -> None:
         if self._seen:
@@ -192,7 +192,7 @@ class CoalescedDecode(DecodeInstance):
             self._keep_rows(count)
         self._log_gaps(count)
         state, track = self.state, self.track
-        energy_j, elapsed_s = self._show(count), self._elapsed_s(count)
+        elapsed_s, energy_j = self._show(count)
         track.book_run(count, elapsed_s, energy_j)
         state.energy_j = track.energy_j
         state.clock_mhz = track.clock_mhz

@@ -151,7 +151,7 @@ class Fleet(ABC):
                 instance.sync(now_s)
         elif self._looks_at_clocks:
             for instance in self.instances:
-                if instance.has_idle_changes:
+                if instance.idle_change_s <= now_s:
                     instance.sync(now_s)
         view = RequestView(
             request.request_id,

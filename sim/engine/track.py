@@ -60,7 +60,8 @@ class GpuTrack:
         """Lay out one iteration from `start_s`; returns the instant it ends."""
         if self._first_busy_j < 0:
             self._first_busy_j = self.energy_j
-        self._apply_due(start_s)
+        if self._pending:
+            self._apply_due(start_s)
         segments = self._segments
         remaining = 1.0
         at_s = start_s
@@ -115,24 +116,29 @@ class GpuTrack:
         self._last_busy_j = self.energy_j = self._busy_j + self._idle_j
         self.num_iterations += 1
 
-    def enter_idle(self, now_s: float, plan: IdlePlan | None) -> None:
-        """The instance has run out of work; `plan` is decided later, if it stays so."""
+    def enter_idle(self, now_s: float, plan: IdlePlan | None) -> float:
+        """The instance has run out of work; `plan` is decided later, if it stays so.
+
+        Returns:
+            When the clock, or what was asked for, changes next; infinity if it does not.
+        """
         self._idle_since_s = now_s
         self._plan = plan
         self._plan_due_s = now_s + plan.after_s if plan else math.inf
         self.power_w = self._model.idle_power_w(self.clock_mhz)
+        return self._next_idle_change_s()
 
-    def settle_idle(self, now_s: float) -> bool:
-        """Book idle time up to `now_s`; true while a clock change is still to come."""
+    def settle_idle(self, now_s: float) -> float:
+        """Book idle time up to `now_s`; returns as `enter_idle`."""
         if self._plan is not None and self._plan_due_s <= now_s:
             self.request_clock(self._plan_due_s, self._plan.clock_mhz)
-            self._plan = None
+            self._plan, self._plan_due_s = None, math.inf
         while self._pending and self._pending[0][0] <= now_s:
             change_s, clock = self._pending.popleft()
             self._book_idle(change_s)
             self._set_clock(clock)
         self._book_idle(now_s)
-        return self._plan is not None or bool(self._pending)
+        return self._next_idle_change_s()
 
     def record(self, phase: Phase, instance_id: int, num_retractions: int) -> InstanceRecord:
         """Freeze the totals."""
@@ -151,6 +157,9 @@ class GpuTrack:
             num_clock_changes=self.num_clock_changes,
             num_retractions=num_retractions,
         )
+
+    def _next_idle_change_s(self) -> float:
+        return min(self._plan_due_s, self._pending[0][0]) if self._pending else self._plan_due_s
 
     def _book_idle(self, until_s: float) -> None:
         elapsed_s = until_s - self._idle_since_s
