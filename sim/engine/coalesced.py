@@ -78,7 +78,7 @@ class CoalescedDecode(DecodeInstance):
 
     def settle(self, now_s: float) -> None:
         if self._left > 0:  # the run of the simulation ends inside this one
-            count = self._ended_by(now_s)
+            count = self._ended_before(now_s)
             if count:
                 self._book(count)
             elapsed_s = now_s - self._start_s
@@ -107,7 +107,11 @@ class CoalescedDecode(DecodeInstance):
 
     def _further_iterations(self, batch_size: int, tokens: int, end_tokens: float) -> int:
         """How many iterations after this one are sure to lie on its line."""
-        further = self._steady_iterations(batch_size, tokens)
+        if self._decision_mhz != self.track.target_mhz:
+            return 0
+        # the next calls see this run's iterations: each the one to come, or the one before it
+        seen_tokens = tokens if self._sees_next_batch else tokens - batch_size
+        further = self.controller.steady_iterations(self.state, batch_size, seen_tokens)
         if further == 0:
             return 0
         order = self._finish_order
@@ -120,20 +124,6 @@ class CoalescedDecode(DecodeInstance):
                 return max(room, 0)
         return further
 
-    def _steady_iterations(self, batch_size: int, tokens: int) -> int:
-        """How many further iterations will not change the clock."""
-        if self._decision_mhz != self.track.target_mhz:
-            return 0
-        state = self.state
-        if self._sees_next_batch:
-            return self.controller.steady_iterations(state, batch_size)
-        # the next calls see this run's iterations, not the one before it that the last call saw
-        seen = state.last_batch_size, state.last_tokens
-        state.last_batch_size, state.last_tokens = batch_size, tokens - batch_size
-        count = self.controller.steady_iterations(state, batch_size)
-        state.last_batch_size, state.last_tokens = seen
-        return count
-
     def _finish_iteration(self, now_s: float) -> None:
         if self._left == 0:
             super()._finish_iteration(now_s)
@@ -145,15 +135,13 @@ class CoalescedDecode(DecodeInstance):
             self._leave(finished, now_s)
 
     def _ended_before(self, now_s: float) -> int:
-        """Iterations of the run that have ended; one that does at this very instant is yet to.
+        """Iterations of the run that have ended, never its last.
 
-        Decode comes last at an instant: a router still sees it run, a joiner joins at its end.
+        One that ends at this very instant is yet to: decode comes last, so that a router still
+        sees it run, a joiner joins at its end, and a run's limit cuts it.
         """
-        return self._ended_by(now_s - _SAME_INSTANT_S * max(1.0, now_s))
-
-    def _ended_by(self, now_s: float) -> int:
-        """Iterations of the run that have ended by now, never its last."""
-        since_s, first_s, step_s = now_s - self._start_s, self._first_s, self._step_s
+        first_s, step_s = self._first_s, self._step_s
+        since_s = now_s - self._start_s - _SAME_INSTANT_S * max(1.0, now_s)
         if since_s < first_s:
             return 0
         # k·first + k(k-1)/2·step = since, in the form that does not cancel

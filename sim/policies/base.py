@@ -187,11 +187,11 @@ class Controller(ABC):
         """Called when the instance runs out of work. None keeps the clock."""
         return None
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """How many further calls of `decide` are sure to return what the last one returned.
 
-        The premise: call k = 1, 2, … sees `last_batch_size` and the queue as they are in `state`
-        and `last_tokens` + k·tokens_per_iteration; nothing is promised of the other fields. 0,
+        The premise: call k = 1, 2, … sees the queue as it is in `state`, `last_batch_size` =
+        batch_size and `last_tokens` = tokens + k·batch_size; nothing is promised of the rest. 0,
         the default, asks to be called every iteration and is right for every controller that
         looks at time, latency or energy.
         """

@@ -99,12 +99,10 @@ class EcoFreq(Controller):
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return self._idle
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """A waiting queue asks for the top clock as long as it waits; else until tokens bind."""
-        if self._phase != DECODE or state.last_batch_size == 0:
+        if self._phase != DECODE:
             return 0
         if state.num_waiting > 0:
             return FOREVER if self._decision_mhz == self._top_mhz else 0
-        return self._fitting.steady_iterations(
-            self._decision_mhz, state.last_batch_size, state.last_tokens, tokens_per_iteration
-        )
+        return self._fitting.steady_iterations(self._decision_mhz, batch_size, tokens, batch_size)

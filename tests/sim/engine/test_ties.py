@@ -46,6 +46,7 @@ ROW = st.tuples(
     latency_s=st.sampled_from([0.0, TICK_S, 6 * TICK_S]),
     shape=st.tuples(st.integers(1, 3), st.integers(1, 3)),
     transfer_s=st.sampled_from([0.0, 3 * TICK_S]),
+    limit_s=st.sampled_from([None, 100 * TICK_S, 131 * TICK_S]),
 )
 def test_same_run_where_events_tie(
     profile: Profile,
@@ -55,10 +56,12 @@ def test_same_run_where_events_tie(
     latency_s: float,
     shape: tuple[int, int],
     transfer_s: float,
+    limit_s: float | None,
 ) -> None:
     policy: dict[str, Any] = {
         "router": router, "controller": controller, "actuation_latency_s": latency_s,
         "num_prefill": shape[0], "num_decode": shape[1], "kv_transfer_latency_s": transfer_s,
+        "run_limit_s": limit_s,
     }  # fmt: skip
     assert_same(profile, rows, policy)
 
