@@ -152,10 +152,18 @@ class InstanceState:
     """Costs time in proportion to the queue: call it only if the rule needs it."""
     list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
 
+    def clock_or_top_mhz(self, top_mhz: int) -> int:
+        """The clock in force; without a lock the top one, which a busy card boosts to."""
+        return self.clock_mhz or top_mhz
+
     @property
     def kv_load_tokens(self) -> int:
         """KV tokens in use or spoken for by the queue: what EcoRoute calls the load."""
         return self.kv_tokens + self.waiting_tokens
+
+
+States = Sequence[InstanceState]
+"""The instances of one phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -221,8 +229,8 @@ class Router(ABC):
     def route(
         self,
         request: RequestView,
-        prefill: Sequence[InstanceState],
-        decode: Sequence[InstanceState],
+        prefill: States,
+        decode: States,
     ) -> tuple[int, int]:
         """Indices into `prefill` and `decode` of the chosen pair.
 
@@ -283,6 +291,11 @@ class PolicyContext:
     """For oracles; None outside a simulation."""
     cluster: Cluster | None = None
     """None where the driver cannot show one instance the others."""
+
+    @property
+    def slo_s(self) -> float:
+        """The promise that a controller of this phase keeps: ITL in decode, TTFT in prefill."""
+        return self.slo_itl_s if self.phase == DECODE else self.slo_ttft_s
 
     def share(self, name: str, make: Callable[[], T]) -> T:
         """One object of that name for the whole run; the caller's own where there is no cluster.

@@ -18,7 +18,7 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.clocks import levels_of
 from sim.policies.spec import parameter
 
 Vector = npt.NDArray[np.float64]
@@ -102,9 +102,7 @@ class Agft(Controller):
     )  # fmt: skip
 
     def __init__(self, parameters: AgftParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
-        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
-        levels = clock_list(clocks, parameters.frequencies_mhz, spread, "agft: frequencies")
+        levels = levels_of(context, parameters.frequencies_mhz, parameters.num_levels, "agft")
         self._arms = [Arm(clock, parameters.ridge) for clock in levels]
         self._parameters = parameters
         self._context = context
@@ -174,7 +172,7 @@ class Agft(Controller):
 
     def _prune(self, tried: Arm, delay_s: float) -> None:
         c = self._context
-        slo_s = c.slo_itl_s if c.phase == DECODE else c.slo_ttft_s
+        slo_s = c.slo_s
         failed = self._round <= 60 and tried.tries >= 3 and tried.reward / tried.tries <= -1.2
         with_slower = delay_s > slo_s or tried.clock_mhz < self._parameters.prune_below_mhz
         if delay_s > slo_s or failed:

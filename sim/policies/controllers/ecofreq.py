@@ -43,7 +43,9 @@ class EcoFreq(Controller):
     it is (not locked). Idle for `idle_s`: lock the lowest listed clock.
 
     There is no energy term, no hysteresis and no use of measured latency, exactly as in the
-    reference. Its `tps_threshold` and `rps_threshold`, off in the reference's demo, are left out.
+    reference. Left out are its `tps_threshold`, `rps_threshold` and `use_bs_total` (queued requests
+    count into the batch), off in its demo, and `freq_manager_interval`, whose default is to decide
+    at each iteration, as here.
 
     Source: VoltanaLLM v0.1, arXiv 2509.04827 (freq_manager.py); levels: the profile's default list,
     [1005, 1410] on the A100. Our default margin is 0: the reference's demo aims above its SLO.
@@ -64,7 +66,7 @@ class EcoFreq(Controller):
         self._lower_mhz = levels_mhz[:-1]
         self._top_mhz = levels_mhz[-1]
         self._phase = context.phase
-        slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        slo_s = context.slo_s
         self._limit_s = slo_s * (1.0 + parameters.margin_frac)
         self._predict_s = context.predictor.predict_s
         self._fitting = context.share(

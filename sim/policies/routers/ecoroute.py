@@ -7,19 +7,16 @@ Source: VoltanaLLM v0.1, arXiv 2509.04827 (echo_lb.py, policies `fadr` and `tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import DECODE, PolicyContext, RequestView, Router, States
 from sim.policies.clocks import clock_list, spread_clocks_mhz
 from sim.policies.dice import Dice
 from sim.policies.fitting import LowestFitting
 from sim.policies.spec import parameter
 
 REFERENCE_LEVELS_MHZ: Final = (1005, 1095, 1200, 1305, 1410)
-
-States = Sequence[InstanceState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,7 +140,7 @@ class EcoRouteTile(Router):
 
 def slowest_emptiest(states: States, top_mhz: int) -> int:
     """Lowest clock (an unlocked card counts as the top one), then fewest open requests."""
-    keys = [(s.clock_mhz or top_mhz, s.open_requests) for s in states]
+    keys = [(s.clock_or_top_mhz(top_mhz), s.open_requests) for s in states]
     return keys.index(min(keys))
 
 

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router, States
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
-
-States = Sequence[InstanceState]
 
 
 def predicted_itl_s(context: PolicyContext, state: InstanceState, added_tokens: int) -> float:
