@@ -100,7 +100,7 @@ class Trial:
     @property
     def value(self) -> str:
         """The label, for the reader."""
-        return f"{self.label} (end of range)" if self.is_at_end else self.label
+        return f"{self.label} (end)" if self.is_at_end else self.label
 
     def reaches(self, target: float) -> bool:
         """Whether the repeats together attain the target."""

@@ -140,7 +140,7 @@ def test_a_knob_at_the_end_of_its_range_says_so() -> None:
     play(search, lambda x: (1.0, 100 - 50 * x))
     best = search.best()
     assert best is not None
-    assert best.value == "1.0000 (end of range)"
+    assert best.value == "1.0000 (end)"
     bare = KnobSearch(parse_contender("boost + random"), 1, 0.99)
     play(bare, lambda _: (1.0, 1.0))
     assert bare.complete()[0].value == ""
