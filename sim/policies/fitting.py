@@ -50,9 +50,10 @@ class LowestFitting:
 
     def steady_iterations(self, clock_mhz: int, batch_size: int, tokens: int, step: int) -> int:
         """For how many k = 1, 2, … `clock_mhz(batch_size, tokens + k·step)` is sure to be that."""
-        if batch_size not in self._limits:
-            self._find_limits(batch_size)
-        limits = self._limits[batch_size]
+        try:
+            limits = self._limits[batch_size]
+        except KeyError:
+            limits = self._find_limits(batch_size)
         if limits is None:  # a line might fall, and a clock that does not fit might come to fit
             return 0
         at = bisect_left(limits, tokens)
