@@ -25,7 +25,7 @@ from sim.policies.spec import parse_spec
 
 KNOBS: Final[Mapping[str, tuple[str, float, float]]] = {
     "ecofreq": ("margin", -0.5, 0.5),
-    "ecomin": ("headroom", 0.6, 0.0),
+    "ecomin": ("headroom", 0.6, -0.6),
     "pid": ("target", 0.3, 1.0),
     "miad": ("danger", 0.4, 1.2),
     "greenllm": ("slack", 0.3, 1.0),

@@ -52,11 +52,13 @@ class Executor(Protocol):
 
 
 def run_point(config: SimConfig) -> Outcome:
-    """Run one point here. An error of the configuration is an outcome, not an exception."""
+    """Run one point here. Whatever goes wrong in it is its outcome, and no other point's."""
     try:
         return Outcome(summary=summarise(run(config)))
     except VoltanaError as error:
         return Outcome(error=str(error))
+    except Exception as error:  # noqa: BLE001 (a policy is anybody's code)
+        return Outcome(error=_in_one_line(error))
 
 
 class SerialExecutor:
@@ -145,6 +147,8 @@ class RayExecutor:
     def _outcome(self, handle: object) -> Outcome:
         try:
             outcome: Outcome = self._ray.get(handle)
+        except self._ray.exceptions.RayTaskError as error:  # not even its result could be sent
+            return Outcome(error=_in_one_line(error.cause))
         except self._ray.exceptions.RayError as error:
             text = str(error).strip().splitlines()[0]
             return Outcome(error=f"lost on the cluster {_RETRIES + 1} times: {text}")
@@ -194,3 +198,10 @@ def _outcome(future: Future[Outcome]) -> Outcome:
         return future.result()
     except BrokenProcessPool:
         return Outcome(is_lost=True)
+    except Exception as error:  # noqa: BLE001 (the point or its result did not pickle)
+        return Outcome(error=_in_one_line(error))
+
+
+def _in_one_line(error: BaseException) -> str:
+    """Type and text of an error that no rule of ours words."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -74,11 +74,11 @@ class Study:
         if not (self.loads and self.contenders and self.repeats):
             raise VoltanaError("a frontier needs a load, a policy and a repeat at least")
 
-    def attained(self, frame: pd.DataFrame) -> pd.Series[float]:
-        """The attainment that is held equal, one value a row."""
-        if self.attainment == "worse":
-            return frame[["ttft_attainment", "itl_attainment"]].min(axis=1)
-        return frame[self.attainment]
+    def attained(self, runs: pd.DataFrame) -> float:
+        """The attainment that is held equal, of all requests (ITL: gaps) of the runs together."""
+        both = ("ttft_attainment", "itl_attainment")
+        names = both if self.attainment == "worse" else (self.attainment,)
+        return min(_pooled(runs, name) for name in names)
 
 
 @dataclass(slots=True)
@@ -86,16 +86,24 @@ class Trial:
     """One setting of one policy, on some or all of the repeats."""
 
     settings: Mapping[str, Any]
-    value: str
-    """The knob's value or the pair of clocks, for the reader."""
+    label: str
+    """The knob's value or the pair of clocks."""
     repeats: int
     """How many of the repeats, from the first."""
+    is_at_end: bool = False
+    """Whether the knob stands at an end of its range: what lies beyond is not tried."""
     attainment: float = math.nan
-    """Mean over the repeats; NaN if one of them failed, which reaches no target."""
+    """Of all repeats together; NaN if one of them failed, which reaches no target."""
     error: str = ""
     """Why a run failed, if one did."""
     energy_j: float = math.nan
+    """Mean over the repeats."""
     rows: pd.DataFrame = field(default_factory=pd.DataFrame, repr=False)
+
+    @property
+    def value(self) -> str:
+        """The label, for the reader."""
+        return f"{self.label} (end)" if self.is_at_end else self.label
 
     def reaches(self, target: float) -> bool:
         """Whether the repeats together attain the target."""
@@ -168,8 +176,9 @@ class KnobSearch(Search):
         return _middles(order, sides)
 
     def _trial(self, position: float) -> Trial:
-        value = self._contender.value_text(position) if self._contender.knob else ""
-        return Trial(self._contender.at(position), value, self._repeats)
+        settings, has_knob = self._contender.at(position), bool(self._contender.knob)
+        label = self._contender.value_text(position) if has_knob else ""
+        return Trial(settings, label, self._repeats, is_at_end=has_knob and position in (0.0, 1.0))
 
     def is_monotone(self) -> bool:
         trials = [self.tried[p] for p in sorted(self.tried)]
@@ -260,6 +269,12 @@ class PairSearch(Search):
         return Trial(settings, f"{prefill_mhz}/{decode_mhz} MHz", repeats or self._repeats)
 
 
+def _pooled(runs: pd.DataFrame, attainment: str) -> float:
+    weights = runs["gaps_total" if attainment == "itl_attainment" else "requests_total"]
+    total = float(weights.sum())
+    return float((runs[attainment] * weights).sum()) / total if total else 1.0
+
+
 def _steps(clocks_mhz: Sequence[int]) -> list[int]:
     return [b - a for a, b in pairwise(clocks_mhz)]
 
@@ -296,9 +311,10 @@ def search_frontier(
             points += _points(study, load, search, trial)
             search.tried[key] = trial
         frame, errors = _run(points, directory, jobs)
+        points = [p for p in points if p.key in set(frame["hash"])]  # a failure would fail again
         groups = dict(iter(frame.groupby(["load", "policy", "value"], sort=False)))
         for load, search, _, trial in proposed:
-            name = (load.name, search.name, trial.value)
+            name = (load.name, search.name, trial.label)
             _fill(study, trial, groups.get(name))
             trial.error = errors.get(name, "")
 
@@ -311,7 +327,7 @@ def _fill(study: Study, trial: Trial, rows: pd.DataFrame | None) -> None:
     rows = rows.drop_duplicates("repeat").sort_values("repeat", key=_numbers)
     if len(rows) == trial.repeats:
         trial.rows = rows
-        trial.attainment = float(study.attained(rows).mean())
+        trial.attainment = study.attained(rows)
         trial.energy_j = float(rows["energy_j"].mean())
 
 
@@ -331,7 +347,7 @@ def _points(study: Study, load: Load, search: Search, trial: Trial) -> list[Poin
     for index, repeat in enumerate(study.repeats[: trial.repeats]):
         values = {**study.base, **load.settings, **repeat, **trial.settings}
         labels = {
-            "load": load.name, "policy": search.name, "value": trial.value, "repeat": str(index),
+            "load": load.name, "policy": search.name, "value": trial.label, "repeat": str(index),
         }  # fmt: skip
         made.append(Point(labels=labels, config=make_config(values, where=f"load {load.name!r}")))
     return made

@@ -1,15 +1,14 @@
 """The key under which a run's result is kept: configuration, profile, data and program together.
 
 A changed table, trace, policy or simulator gives another key, so that a kept result is never that
-of another program. Of the policies count the files of those that the configuration names, and what
-all policies share.
+of another program. All shipped policies count, as one imports from another; of a user's own, the
+module that the configuration names.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.util
-import inspect
 import json
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
@@ -17,7 +16,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import sim
-from experiments import bound, surface
+from experiments import bound, runs, surface
 from experiments.runs import cached_profile
 from profiles import step_model
 from profiles.errors import VoltanaError
@@ -25,14 +24,7 @@ from sim.config import SimConfig
 from sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
 from sim.policies.spec import parse_spec
 
-_SHARED: Final = (
-    "*.py",
-    "engine/*.py",
-    "workload/*.py",
-    "workload/data/*",
-    "policies/*.py",
-    "policies/mdp/*.py",
-)
+_SHARED: Final = ("*.py", "engine/*.py", "workload/*.py", "workload/data/*", "policies/**/*.py")
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "aim_ratio", "predictor",
     "predictor_scale",
@@ -77,10 +69,9 @@ def _short(text: str) -> str:
 
 
 def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
-    """The source of a policy, and the files that its parameters name."""
+    """The source of a user's own policy, and the files that any policy's parameters name."""
     spec = parse_spec(text)
-    entry = known.get(spec.name)
-    source = inspect.getsourcefile(entry.make) if entry is not None else _own_module(spec.name)
+    source = None if spec.name in known else _own_module(spec.name)
     if source is not None:
         yield Path(source)
     yield from (Path(value) for value in spec.arguments.values() if Path(value).is_file())
@@ -97,9 +88,14 @@ def _own_module(name: str) -> str | None:
 
 @lru_cache(maxsize=1)
 def _program() -> str:
+    return "".join(_content(path) for path in program_files())
+
+
+def program_files() -> list[Path]:
+    """Every shipped file that may change a result."""
     folders = (Path(sim.__file__).parent, _SHARED), (Path(step_model.__file__).parent, ("*.py",))
     paths = [p for folder, patterns in folders for each in patterns for p in folder.glob(each)]
-    return "".join(_content(path) for path in sorted(paths))
+    return sorted([*paths, Path(runs.__file__)])
 
 
 def _content(path: Path) -> str:

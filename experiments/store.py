@@ -2,7 +2,8 @@
 
 Several processes or machines can share one store: a folder (also over a network), or anything that
 fsspec has a URL for (`s3://bucket/points`, `memory://points`). Who comes second finds the result
-there and keeps it.
+there and keeps it; where a store cannot promise that to the instant, its class says so. Two results
+of one key differ in the time that the run took only.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from profiles.errors import VoltanaError
 from sim.results import finite
 
 Summary = dict[str, Any]
+_EXCLUSIVE: Final = frozenset({"memory", "s3", "s3a", "gs", "gcs"})
+"""Protocols of fsspec whose `pipe_file(mode="create")` is one conditional request."""
 
 
 class ResultStore(Protocol):
@@ -41,7 +44,8 @@ class FolderStore:
     """A file KEY.json for each result in a folder.
 
     A file appears under its name by a hard link, which fails if the name is taken: no reader sees
-    half a file and no writer replaces another's. Where there are no hard links it is renamed.
+    half a file and no writer replaces another's. Where there are no hard links it is renamed: still
+    whole, but of two writers at the same instant the later one's stays.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -68,7 +72,8 @@ class FolderStore:
         except FileExistsError:
             pass
         except OSError:
-            partial.replace(self._path(key))
+            if not self.has(key):
+                partial.replace(self._path(key))
         partial.unlink(missing_ok=True)
 
     def _path(self, key: str) -> Path:
@@ -76,7 +81,12 @@ class FolderStore:
 
 
 class UrlStore:
-    """An object KEY.json for each result below an fsspec URL, created exclusively."""
+    """An object KEY.json for each result below an fsspec URL.
+
+    Object stores (and memory) create it whole and only if it is not there. Elsewhere it is written
+    under another name and moved: whole where the file system renames, but of two writers at the
+    same instant the later one's stays.
+    """
 
     def __init__(self, url: str) -> None:
         try:
@@ -91,6 +101,8 @@ class UrlStore:
             raise VoltanaError(f"cannot open the store {url}: {error}") from None
         self._root = root.rstrip("/")
         self._files.makedirs(self._root, exist_ok=True)
+        names = self._files.protocol
+        self._is_exclusive = not _EXCLUSIVE.isdisjoint([names] if isinstance(names, str) else names)
 
     def has(self, key: str) -> bool:
         self._files.invalidate_cache(self._root)  # another machine may have written since
@@ -103,8 +115,16 @@ class UrlStore:
             raise VoltanaError(f"no result {self._path(key)}: run the sweep again") from None
 
     def put(self, key: str, summary: Summary) -> None:
-        with contextlib.suppress(FileExistsError):
-            self._files.pipe_file(self._path(key), _text(summary), mode="create")
+        if self._is_exclusive:
+            with contextlib.suppress(FileExistsError):
+                self._files.pipe_file(self._path(key), _text(summary), mode="create")
+            return
+        partial = f"{self._root}/.{key}.{uuid.uuid4().hex}"
+        self._files.pipe_file(partial, _text(summary))
+        if self.has(key):
+            self._files.rm_file(partial)
+        else:
+            self._files.mv(partial, self._path(key))
 
     def _path(self, key: str) -> str:
         return f"{self._root}/{key}.json"

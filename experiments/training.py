@@ -22,14 +22,15 @@ from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.policies.mdp.grid import StateGrid, batch_edges, kv_nodes
 from sim.policies.mdp.policy_file import PolicyFile
-from sim.rl.factored import group_sizes, lower_bound_w, solve_groups
+from sim.rl.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
 from sim.rl.model import ClockRule, InstanceModel, ModelParameters, build_instance
 from sim.rl.model import mean_context_tokens as mean_context
 from sim.rl.qlearn import Learner, QSettings, load_checkpoint, q_learn, save_checkpoint
 from sim.rl.tasks import SimulatorTask
+from sim.workload.lengths import draw_lengths
 
-Solver = Literal["vi", "factored", "q", "sb3"]
-SOLVERS: Final = ("vi", "factored", "q", "sb3")
+Solver = Literal["vi", "pi", "factored", "q", "sb3"]
+SOLVERS: Final = ("vi", "pi", "factored", "q", "sb3")
 Algorithm = Literal["ppo", "dqn"]
 ALGORITHMS: Final = ("ppo", "dqn")
 Arrays = dict[str, npt.NDArray[Any]]
@@ -93,7 +94,7 @@ def train(plan: TrainingPlan, out: Path) -> PolicyFile:
         raise VoltanaError(f"{out} exists: remove it, or choose another --out")
     profile = cached_profile(plan.config.profile)
     instance = build_model(plan, profile)
-    if plan.solver in ("vi", "factored"):
+    if plan.solver in ("vi", "pi", "factored"):
         arrays, result = _solve(plan, instance)
     elif plan.solver == "q":
         arrays, result = _learn_q(plan, profile, instance.grid, out)
@@ -152,18 +153,20 @@ def _lengths(config: SimConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.i
     if config.trace is not None:
         workload = workload_of(config)
         return workload.input_tokens, workload.output_tokens
-    from sim.workload.lengths import draw_lengths
-
     return draw_lengths(config.workload, LENGTHS, np.random.default_rng(1))
 
 
 def _solve(plan: TrainingPlan, instance: InstanceModel) -> tuple[Arrays, Result]:
     count = plan.config.num_decode
-    size = count if plan.solver == "vi" else min(plan.group_size, count)
+    size = min(plan.group_size, count) if plan.solver == "factored" else count
     policies, bounds = [], []
     for rate_rps in plan.rates_rps:
         with _progress(f"{plan.solver} at {rate_rps:g} requests/s") as tell:
-            policies.append(solve_groups(instance, rate_rps, count, group_size=size, progress=tell))
+            policies.append(
+                solve_by_policies(instance, rate_rps, count)
+                if plan.solver == "pi"
+                else solve_groups(instance, rate_rps, count, group_size=size, progress=tell)
+            )
         is_free = plan.clock_rule == "free"
         bounds.append(None if is_free else lower_bound_w(instance, rate_rps, count))
     arrays: Arrays = {

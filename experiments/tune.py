@@ -37,7 +37,7 @@ PHASES: Final = ("decode", "prefill")
 """In the order in which they are tuned."""
 RANGES: Final = {
     "target_ratio": (0.4, 1.0), "kp_mhz": (10.0, 5000.0), "ki_mhz_per_s": (5.0, 5000.0),
-    "kd_mhz": (0.5, 500.0),
+    "kd_mhz_s": (0.5, 500.0),
 }  # fmt: skip
 """Searched; gains on a logarithmic scale."""
 _KEYS: Final = ("target", "kp", "ki", "kd")

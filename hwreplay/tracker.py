@@ -9,6 +9,7 @@ a router the engine's: then the queue is the engine's own.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Final
@@ -82,7 +83,8 @@ class InstanceTracker:
         self._reserve_tokens = kv_reserve_tokens
         self._length_oracle = length_oracle
         self._has_router = False
-        self._announced = 0
+        self._announced: deque[float] = deque()
+        """Queueing delays (s) of the batches that were announced and have not ended."""
         self.state.list_waiting = lambda: list(self._list_waiting())
         self.state.list_running = lambda: list(self._list_running())
 
@@ -186,10 +188,10 @@ class InstanceTracker:
             start_s: When it starts.
             num_waiting: The engine's queue; counts where no router speaks.
         """
-        self._announced += 1
         if not self._has_router:
             self.state.num_waiting = num_waiting
         self._take_batch(num_requests, tokens, start_s)
+        self._announced.append(self.state.last_queue_delay_s)
         self.state.now_s = start_s
 
     def on_iteration(self, record: IterationMetrics) -> None:
@@ -232,9 +234,10 @@ class InstanceTracker:
     def _end_prefill(self, record: IterationMetrics) -> None:
         state = self.state
         if self._announced:
-            self._announced -= 1
+            state.ended_queue_delay_s = self._announced.popleft()
         else:
             self._take_batch(record.num_prefill_requests, record.sum_prefill_tokens, record.start_s)
+            state.ended_queue_delay_s = state.last_queue_delay_s
         state.num_running = 0
         state.kv_tokens = 0
         if not self._has_router:

@@ -86,7 +86,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
     counts, samples = _sampled(record) if record.sketch is None else _sketched(record.sketch)
     total, tokens_out = counts["requests_total"], counts.pop("output_tokens")
     energy = _energy(record)
-    attained_count, gaps = counts.pop("both_kept"), counts.pop("gaps")
+    attained_count, gaps = counts.pop("both_kept"), counts["gaps_total"]
     ttft_kept, gaps_kept = counts.pop("ttft_kept"), counts.pop("gaps_kept")
     done = counts["requests_completed"]
     return {
@@ -130,7 +130,7 @@ def _sampled(record: RunRecord) -> Sampled:
         "output_tokens": int(requests.output_tokens[done].sum()),
         "both_kept": int(attained(record).sum()),
         "ttft_kept": ttft_kept,
-        "gaps": int(record.itl_weight.sum()),
+        "gaps_total": int(record.itl_weight.sum()),
         "gaps_kept": int(record.itl_weight[record.itl_s <= record.slo_itl_s].sum()),
     }
     samples = {
@@ -151,12 +151,13 @@ def _sketched(sketch: RunSketch) -> Sampled:
         "requests_rejected": kept["rejected"],
         "requests_failed": 0,
         "requests_in_flight": kept["arrived"] - ended,
+        "gaps_total": kept["gaps"],
         **{name: kept[name] for name in _PRIVATE_COUNTS},
     }
     return counts, {name: s.describe(QUANTILES) for name, s in sketch.samples.items()}
 
 
-_PRIVATE_COUNTS = ("output_tokens", "both_kept", "ttft_kept", "gaps", "gaps_kept")
+_PRIVATE_COUNTS = ("output_tokens", "both_kept", "ttft_kept", "gaps_kept")
 
 
 def _ratio(amount: float, per: float) -> float:

@@ -53,8 +53,12 @@ class Sketch:
         self.total += other.total
 
     def quantile(self, fraction: float) -> float:
-        """Value at that rank within `RELATIVE_ERROR`; NaN when empty."""
-        value = self._sketch.get_quantile_value(fraction)
+        """Value of the nearest rank, as `sim.metrics`, within `RELATIVE_ERROR`; NaN when empty."""
+        # of n values the sketch takes the first whose 0-based rank is not below q·(n - 1): half a
+        # rank under the one wanted meets it whatever the rounding
+        rank = max(1, math.ceil(fraction * self.count - 1e-9))
+        asked = min(1.0, (rank - 0.5) / max(self.count - 1, 1))
+        value = self._sketch.get_quantile_value(asked)
         return math.nan if value is None else float(value)
 
     def describe(self, levels: dict[str, float]) -> dict[str, float]:

@@ -55,10 +55,8 @@ class DecodeInstance(Instance):
         self._waiting.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens + request.generated_tokens
-        self._wake()
-
-    def _has_work(self) -> bool:
-        return self.state.num_running > 0 or bool(self._waiting)
+        if self._is_parked:
+            self._wake()
 
     def _forget_last_iteration(self) -> None:
         self._has_record = False
@@ -121,11 +119,8 @@ class DecodeInstance(Instance):
             state.num_running -= 1
             state.open_requests -= 1
             # its own steps here wrote one token each, on top of the context it joined with
-            state.kv_tokens -= self._context_at_end(request)
+            state.kv_tokens -= request.end_context_tokens
             self.log.finish(request, now_s)
-
-    def _context_at_end(self, request: SimRequest) -> int:
-        return request.input_tokens + request.output_tokens - (0 if self._first_token_here else 1)
 
     def _make_room(self, now_s: float) -> None:
         state = self.state
@@ -144,7 +139,7 @@ class DecodeInstance(Instance):
         state = self.state
         steps_left = request.finish_iteration - self._iteration
         request.is_running = False
-        request.generated_tokens = self._context_at_end(request) - request.input_tokens - steps_left
+        request.generated_tokens = request.end_context_tokens - request.input_tokens - steps_left
         request.last_token_s = now_s
         context = request.input_tokens + request.generated_tokens
         filed = self._finishing[request.finish_iteration]
@@ -178,8 +173,9 @@ class DecodeInstance(Instance):
 
     def _join(self, request: SimRequest, context: int, now_s: float) -> None:
         state = self.state
-        steps = self._context_at_end(request) - context
-        request.finish_iteration = self._iteration + steps
+        end = request.input_tokens + request.output_tokens - (0 if self._first_token_here else 1)
+        request.end_context_tokens = end
+        request.finish_iteration = self._iteration + end - context
         self._file(request)
         request.is_running = True
         self._join_order.append(request)

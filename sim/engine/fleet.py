@@ -86,9 +86,14 @@ class Fleet(ABC):
         self.instances: list[Instance] = [*self.prefill, *self.decode]
         """Prefill instances first, then decode."""
         for instance in self.instances:
-            instance.state.refresh = partial(self._refresh, instance)
+            instance.state.refresh = self._make_refresh(instance)
         self._looks_at_load = self._router.looks_at == "load"
         self._looks_at_clocks = self._router.looks_at == "clocks"
+        self._length_oracle = config.length_oracle
+        self._is_transfer_instant = (
+            config.kv_transfer_latency_s == 0 and config.kv_transfer_bytes_per_s is None
+        )
+        self._finishes_in_prefill = config.first_token == "prefill"
         self._now_s = 0.0
         """When the request that is being routed arrived."""
         self._timeline = Timeline.make(config, self.instances)
@@ -136,7 +141,8 @@ class Fleet(ABC):
 
     def _arrive(self, request: SimRequest, now_s: float) -> None:
         self._log.arrive(request)
-        if not self.can_hold(request):
+        output_tokens = request.output_tokens
+        if request.input_tokens + output_tokens > self._kv_capacity:  # as `can_hold`
             self._log.reject(request)
             return
         self._now_s = now_s
@@ -145,13 +151,13 @@ class Fleet(ABC):
                 instance.sync(now_s)
         elif self._looks_at_clocks:
             for instance in self.instances:
-                if instance.has_idle_changes:
+                if instance.idle_change_s <= now_s:
                     instance.sync(now_s)
         view = RequestView(
             request.request_id,
             request.arrival_s,
             request.input_tokens,
-            request.output_tokens if self._config.length_oracle else None,
+            output_tokens if self._length_oracle else None,
         )
         prefill_id, decode_id = self._router.route(view, self._prefill_states, self._decode_states)
         request.prefill_id, request.decode_id = prefill_id, decode_id
@@ -164,11 +170,14 @@ class Fleet(ABC):
         """Whether the request fits an empty decode instance; it is rejected if not."""
         return request.input_tokens + request.output_tokens <= self._kv_capacity
 
-    def _refresh(self, instance: Instance) -> None:
-        instance.refresh(self._now_s)
+    def _make_refresh(self, instance: Instance) -> Callable[[], None]:
+        return lambda: instance.refresh(self._now_s)
 
     def _hand_over(self, request: SimRequest, now_s: float) -> None:
         """Prefill is done: move the KV cache, at once or over the configured link."""
+        if self._is_transfer_instant:
+            self._deliver(request, now_s)
+            return
         config = self._config
         delay_s = config.kv_transfer_latency_s
         if config.kv_transfer_bytes_per_s is not None:
@@ -180,7 +189,7 @@ class Fleet(ABC):
             self._deliver(request, now_s)
 
     def _deliver(self, request: SimRequest, now_s: float) -> None:
-        if self._config.first_token == "prefill" and request.output_tokens == 1:
+        if self._finishes_in_prefill and request.output_tokens == 1:
             self._log.first_token(request, now_s)
             self._decode_states[request.decode_id].open_requests -= 1
             self._log.finish(request, now_s)

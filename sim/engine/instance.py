@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
@@ -54,8 +55,10 @@ class Instance(ABC):
         """When the running iteration began."""
         self._decision_mhz = self.track.clock_mhz
         self._is_parked = True
-        self.has_idle_changes = False
-        """Idle, with a clock change to come that nobody has been told of."""
+        self.idle_change_s = math.inf
+        """Idle: when its clock changes next; nobody has been told of that. Infinity if busy."""
+        self.tie_rank = 0
+        """The driver's: of steps that are due at one instant those of a lower rank come first."""
         state.clock_mhz = self.track.clock_mhz
 
     def park(self, now_s: float) -> None:
@@ -63,8 +66,7 @@ class Instance(ABC):
         state = self.state
         state.is_busy = False
         state.now_s = now_s
-        self.track.enter_idle(now_s, self.controller.on_idle(state))
-        self.has_idle_changes = True
+        self.idle_change_s = self.track.enter_idle(now_s, self.controller.on_idle(state))
         self._is_parked = True
 
     def step(self, now_s: float) -> float | None:
@@ -73,13 +75,15 @@ class Instance(ABC):
         Returns:
             When the next iteration ends; None if there is none and the instance is idle.
         """
-        if self.state.is_busy:
+        state = self.state
+        if state.is_busy:
             self._finish_iteration(now_s)
         else:
             self.settle(now_s)
-            self.state.is_busy = True
+            self.idle_change_s = math.inf
+            state.is_busy = True
             self._forget_last_iteration()
-        if not self._has_work():
+        if not (state.num_running or state.num_waiting):
             self.park(now_s)
             return None
         self._start_s = now_s
@@ -87,23 +91,24 @@ class Instance(ABC):
 
     def sync(self, now_s: float) -> None:
         """Bring an idle instance's clock up to date before somebody looks at it."""
-        if self.has_idle_changes and not self.state.is_busy:
-            self.has_idle_changes = self.track.settle_idle(now_s)
-            self.state.clock_mhz = self.track.clock_mhz
-            self.state.energy_j = self.track.energy_j
+        if self.idle_change_s <= now_s:
+            self.settle(now_s)
 
     def refresh(self, now_s: float) -> None:
         """As `sync`, and book the energy of an idle instance up to `now_s`."""
-        self.has_idle_changes = self.has_idle_changes or not self.state.is_busy
-        self.sync(now_s)
+        if not self.state.is_busy:
+            self.settle(now_s)
+
+    def catch_up(self, now_s: float) -> None:
+        """As `refresh`, and report to the log whatever has happened by `now_s`."""
+        self.refresh(now_s)
 
     def settle(self, now_s: float) -> None:
         """Book time and energy up to `now_s`, at the end of idleness or of the run."""
         if self.state.is_busy:
             self.track.settle_iteration(now_s)
         else:
-            self.track.settle_idle(now_s)
-        self.has_idle_changes = False
+            self.idle_change_s = self.track.settle_idle(now_s)
         self.state.clock_mhz = self.track.clock_mhz
         self.state.energy_j = self.track.energy_j
 
@@ -112,9 +117,8 @@ class Instance(ABC):
         return self.track.record(self.state.phase, self.state.instance_id, self.num_retractions)
 
     def _wake(self) -> None:
-        if self._is_parked:
-            self._is_parked = False
-            self.on_work(self)
+        self._is_parked = False
+        self.on_work(self)
 
     def _ask_controller(self, now_s: float) -> None:
         state = self.state
@@ -138,9 +142,6 @@ class Instance(ABC):
                  state.clock_mhz, track.energy_j - before_j)
             )  # fmt: skip
         state.clock_mhz = track.clock_mhz
-
-    @abstractmethod
-    def _has_work(self) -> bool: ...
 
     @abstractmethod
     def _forget_last_iteration(self) -> None:

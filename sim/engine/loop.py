@@ -13,7 +13,7 @@ from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
-from sim.policies.base import PREFILL, Controller, PolicyContext, Router
+from sim.policies.base import Controller, PolicyContext, Router
 from sim.records import RunRecord
 from sim.workload.workload import Workload
 
@@ -51,6 +51,7 @@ class CoalescedFleet(Fleet):
         for instance in self.instances:
             instance.on_work = self._wake
             if isinstance(instance, CoalescedDecode):
+                instance.tie_rank = _LAST
                 instance.on_cut = self._schedule
                 instance.may_coalesce &= not self._cluster.is_observed
 
@@ -68,9 +69,9 @@ class CoalescedFleet(Fleet):
         self._run(until_s, is_draining=False)
 
     def look(self, now_s: float) -> None:
-        """Bring every instance's state up to date, as a router sees it."""
+        """Bring every instance's state, as a router sees it, and the log up to date."""
         for instance in self.instances:
-            instance.sync(now_s)
+            instance.catch_up(now_s)
 
     def accept(self, request: SimRequest) -> None:
         """The request arrives: it is rejected, or the router is asked and it is on its way."""
@@ -123,8 +124,8 @@ class CoalescedFleet(Fleet):
 
     def _schedule(self, instance: Instance, at_s: float) -> None:
         self._order += 1
-        instance.due = self._order if instance.state.phase == PREFILL else self._order + _LAST
-        heappush(self._heap, (at_s, instance.due, instance, None))
+        instance.due = due = self._order + instance.tie_rank
+        heappush(self._heap, (at_s, due, instance, None))
 
     def _later(self, at_s: float, action: Action) -> None:
         self._order += 1

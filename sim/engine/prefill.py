@@ -38,6 +38,8 @@ class PrefillInstance(Instance):
         """Requests whose prompts end with the running iteration."""
         self._batch_size = 0
         self._batch_tokens = 0
+        self._oldest_s = 0.0
+        """Earliest arrival in the running batch."""
         self._max_tokens = max_tokens
         self._max_requests = config.max_prefill_requests
         self._sees_next_batch = config.prefill_metrics == "before"
@@ -50,16 +52,14 @@ class PrefillInstance(Instance):
         self._queue.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens
-        self._wake()
-
-    def _has_work(self) -> bool:
-        return bool(self._queue)
+        if self._is_parked:
+            self._wake()
 
     def _forget_last_iteration(self) -> None:
         self._has_record = False
 
     def _begin(self, now_s: float) -> float:
-        oldest_s, attention = self._form_batch(now_s)
+        attention = self._form_batch(now_s)
         state = self.state
         effective_batch = self._batch_tokens * self._batch_tokens / attention
         state.effective_batch_size = effective_batch
@@ -67,13 +67,13 @@ class PrefillInstance(Instance):
             self._ask_controller(now_s)
         state.last_batch_size = self._batch_size
         state.last_tokens = self._batch_tokens
-        state.last_queue_delay_s = now_s - oldest_s
+        state.last_queue_delay_s = now_s - self._oldest_s
         if self._sees_next_batch:
             self._ask_controller(now_s)
         return self.track.begin_iteration(now_s, effective_batch, self._batch_tokens)
 
-    def _form_batch(self, now_s: float) -> tuple[float, float]:
-        """Take requests off the queue; returns the earliest arrival and Σ c·(c + 2p)."""
+    def _form_batch(self, now_s: float) -> float:
+        """Take requests off the queue; returns Σ c·(c + 2p)."""
         budget = self._max_tokens
         self._batch = []
         self._batch_size = 0
@@ -93,18 +93,20 @@ class PrefillInstance(Instance):
             self._batch.append(self._queue.popleft())
         tokens = self._max_tokens - budget
         self._batch_tokens = tokens
+        self._oldest_s = oldest_s
         state = self.state
         state.num_waiting -= len(self._batch)
         state.num_running = self._batch_size
         state.waiting_tokens -= tokens
         state.kv_tokens = tokens
-        return oldest_s, attention
+        return attention
 
     def _complete(self, start_s: float, now_s: float) -> None:
         state = self.state
         state.last_duration_s = now_s - start_s
         state.ended_batch_size = self._batch_size
         state.ended_tokens = self._batch_tokens
+        state.ended_queue_delay_s = self._start_s - self._oldest_s
         state.num_running = 0
         state.kv_tokens = 0
         self._has_record = True

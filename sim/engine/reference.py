@@ -23,7 +23,10 @@ _LAST = EventPriority(2)
 
 
 class SimpyFleet(Fleet):
-    """The readable reference; the coalesced driver is held against it by differential tests."""
+    """The readable reference; the coalesced driver is held against it by differential tests.
+
+    At one instant arrivals come first, then prefill, deliveries and samples, then decode.
+    """
 
     def __init__(
         self, config: SimConfig, profile: Profile, requests: Iterable[Workload], log: RunLog
@@ -52,7 +55,9 @@ class SimpyFleet(Fleet):
         for request in self._arrivals():
             delay_s = request.arrival_s - env.now
             if delay_s > 0:
-                yield env.timeout(delay_s)
+                arrival = _happening(env)
+                env.schedule(arrival, URGENT, delay_s)
+                yield arrival
             self._arrive(request, env.now)
         self._all_sent = True
         self._check_end()
@@ -82,8 +87,8 @@ class SimpyFleet(Fleet):
         if self._all_sent and self._log.unresolved == 0 and not self._all_ended.triggered:
             self._all_ended.succeed()
 
-    def _refresh(self, instance: Instance) -> None:
-        instance.refresh(self.env.now)
+    def _make_refresh(self, instance: Instance) -> Callable[[], None]:
+        return lambda: instance.refresh(self.env.now)
 
     def _sample(self, timeline: Timeline) -> Generator[simpy.Event, None, None]:
         while True:

@@ -9,9 +9,9 @@ class SimRequest:
     """Mutable state of one request on its way through the fleet."""
 
     __slots__ = (
-        "arrival_s", "decode_id", "finish_iteration", "first_token_s", "generated_tokens",
-        "input_tokens", "is_running", "last_token_s", "output_tokens", "prefill_id",
-        "prefilled_tokens", "request_id", "retractions",
+        "arrival_s", "decode_id", "end_context_tokens", "finish_iteration", "first_token_s",
+        "generated_tokens", "input_tokens", "is_running", "last_token_s", "output_tokens",
+        "prefill_id", "prefilled_tokens", "request_id", "retractions",
     )  # fmt: skip
 
     def __init__(
@@ -26,6 +26,8 @@ class SimRequest:
         self.prefilled_tokens = 0
         self.generated_tokens = 0
         """Tokens whose keys and values decode holds or held beyond the prompt."""
+        self.end_context_tokens = 0
+        """Tokens whose keys and values decode holds when it leaves; set when it joins."""
         self.finish_iteration = -1
         self.is_running = False
         self.first_token_s = NEVER

@@ -30,7 +30,7 @@ def simulate(
         config: What to run, `workload` and `profile` names aside.
         profile: The truth about times and power.
         workload: The requests; a stream of parts in order of arrival needs metrics="sketch".
-        spill: With metrics="sketch": a parquet file that takes one row a request as they end.
+        spill: With metrics="sketch": a parquet file that takes one row a request.
 
     Raises:
         VoltanaError: The workload is empty, or needs another `metrics`, or an iteration fell

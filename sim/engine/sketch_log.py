@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from sim.engine.log import expand_gaps
-from sim.engine.request import SimRequest
-from sim.records import COMPLETED, REJECTED, FloatArray, IntArray, RequestTable
+from sim.engine.request import NEVER, SimRequest
+from sim.records import COMPLETED, IN_FLIGHT, REJECTED, IntArray, RequestTable
 from sim.sketches import RunSketch
 
 _ROWS: Final = 65_536
@@ -30,11 +30,15 @@ class SketchLog:
         self._finish_s: list[float] = []
         self._gaps: tuple[list[float], list[float], list[int], list[int]] = ([], [], [], [])
         self._gap_iterations = 0
+        self._open: dict[int, SimRequest] = {}
+        """Requests that have arrived and not ended, if their rows are wanted."""
         self.unresolved = 0
 
     def arrive(self, request: SimRequest) -> None:
         self.unresolved += 1
         self._sketch.counts["arrived"] += 1
+        if self._spill is not None:
+            self._open[request.request_id] = request
 
     def assign(self, request: SimRequest) -> None:
         pass
@@ -50,14 +54,14 @@ class SketchLog:
         self.unresolved -= 1
         self._finished.append(request)
         self._finish_s.append(now_s)
+        self._end_row(request, now_s, COMPLETED)
         if len(self._finished) >= _ROWS:
             self._fold_requests()
 
     def reject(self, request: SimRequest) -> None:
         self.unresolved -= 1
         self._sketch.counts["rejected"] += 1
-        if self._spill is not None:
-            self._spill.write([request], np.array([np.nan]), REJECTED)
+        self._end_row(request, NEVER, REJECTED)
 
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
         firsts, steps, counts, weights = self._gaps
@@ -72,6 +76,8 @@ class SketchLog:
     def results(self) -> dict[str, Any]:
         self._fold_requests()
         self._fold_gaps()
+        for request in list(self._open.values()):
+            self._end_row(request, NEVER, IN_FLIGHT)
         empty = np.array([], dtype=np.int64)
         return {
             "requests": _no_requests(),
@@ -80,6 +86,11 @@ class SketchLog:
             "sketch": self._sketch,
         }
 
+    def _end_row(self, request: SimRequest, finish_s: float, status: int) -> None:
+        if self._spill is not None:
+            del self._open[request.request_id]
+            self._spill.add(request, finish_s, status)
+
     def _fold_requests(self) -> None:
         self._sketch.add_first_tokens(np.array(self._ttft_s))
         finished, finish_s = self._finished, np.array(self._finish_s)
@@ -87,8 +98,6 @@ class SketchLog:
         first_s = np.array([r.first_token_s for r in finished])
         outputs = np.array([r.output_tokens for r in finished], dtype=np.int64)
         self._sketch.add_finished(first_s - arrival_s, finish_s - arrival_s, outputs)
-        if self._spill is not None:
-            self._spill.write(finished, finish_s, COMPLETED)
         self._ttft_s, self._finished, self._finish_s = [], [], []
 
     def _fold_gaps(self) -> None:
@@ -105,13 +114,17 @@ class SketchLog:
 
 
 class RowSpill:
-    """One parquet row a request that has ended, in the order in which they end.
+    """One parquet row a request: in the order in which they end, then those still in flight.
 
-    The columns are those of `requests.parquet` in a run directory, after `request_id`.
+    The columns are those of `requests.parquet` in a run directory, after `request_id`. Rows are
+    written in groups, the last one when the spill is closed.
     """
 
     def __init__(self, path: Path) -> None:
         self._writer = pq.ParquetWriter(path, _SCHEMA)
+        self._rows: list[SimRequest] = []
+        self._finish_s: list[float] = []
+        self._status: list[int] = []
 
     def __enter__(self) -> RowSpill:
         return self
@@ -122,16 +135,24 @@ class RowSpill:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._write()
         self._writer.close()
 
-    def write(self, requests: list[SimRequest], finish_s: FloatArray, status: int) -> None:
-        """Append rows; `finish_s` has shape (n,)."""
-        if not requests:
+    def add(self, request: SimRequest, finish_s: float, status: int) -> None:
+        """Append a row; the request does not change any more."""
+        self._rows.append(request)
+        self._finish_s.append(finish_s)
+        self._status.append(status)
+        if len(self._rows) >= _ROWS:
+            self._write()
+
+    def _write(self) -> None:
+        if not self._rows:
             return
-        columns = {name: [getattr(r, name) for r in requests] for name in _FIELDS}
-        ended = {"finish_s": finish_s, "status": np.full(len(requests), status)}
-        table = pa.table({**columns, **ended}, schema=_SCHEMA)
-        self._writer.write_table(table)
+        columns = {name: [getattr(r, name) for r in self._rows] for name in _FIELDS}
+        ended = {"finish_s": self._finish_s, "status": self._status}
+        self._writer.write_table(pa.table({**columns, **ended}, schema=_SCHEMA))
+        self._rows, self._finish_s, self._status = [], [], []
 
 
 _FIELDS: Final = (

@@ -21,7 +21,7 @@ class GpuTrack:
     __slots__ = (
         "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
         "_idle_s", "_idle_since_s", "_last_busy_j", "_model", "_pending", "_phase", "_plan",
-        "_plan_due_s", "_segments", "actuation_s", "clock_mhz", "num_clock_changes",
+        "_plan_due_s", "_segments", "actuation_s", "clock_mhz", "energy_j", "num_clock_changes",
         "num_iterations", "power_w", "target_mhz",
     )  # fmt: skip
 
@@ -32,6 +32,8 @@ class GpuTrack:
         self._phase = phase
         self.actuation_s = actuation_s
         self.clock_mhz = clock_mhz
+        self.energy_j = 0.0
+        """Energy counter: all settled time since the start of the run."""
         self.power_w = 0.0
         """Power of the segment entered last; for timelines."""
         self.num_clock_changes = 0
@@ -48,11 +50,6 @@ class GpuTrack:
         self._clock_busy_s: dict[int, float] = {}
         self._clock_idle_s: dict[int, float] = {}
 
-    @property
-    def energy_j(self) -> float:
-        """Energy counter: all settled time since the start of the run."""
-        return self._busy_j + self._idle_j
-
     def request_clock(self, now_s: float, clock_mhz: int) -> None:
         """Take a decision into the delay line, unless it is what was asked for last."""
         if clock_mhz != self.target_mhz:
@@ -63,7 +60,8 @@ class GpuTrack:
         """Lay out one iteration from `start_s`; returns the instant it ends."""
         if self._first_busy_j < 0:
             self._first_busy_j = self.energy_j
-        self._apply_due(start_s)
+        if self._pending:
+            self._apply_due(start_s)
         segments = self._segments
         remaining = 1.0
         at_s = start_s
@@ -103,7 +101,7 @@ class GpuTrack:
         self._busy_j += energy_j
         clock = self.clock_mhz
         self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
-        self._last_busy_j = self._busy_j + self._idle_j
+        self._last_busy_j = self.energy_j = self._busy_j + self._idle_j
         self.num_iterations += count
 
     def settle_iteration(self, until_s: float) -> None:
@@ -115,27 +113,32 @@ class GpuTrack:
                 self._busy_j += power_w * elapsed_s
                 self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
         self._segments.clear()
-        self._last_busy_j = self._busy_j + self._idle_j
+        self._last_busy_j = self.energy_j = self._busy_j + self._idle_j
         self.num_iterations += 1
 
-    def enter_idle(self, now_s: float, plan: IdlePlan | None) -> None:
-        """The instance has run out of work; `plan` is decided later, if it stays so."""
+    def enter_idle(self, now_s: float, plan: IdlePlan | None) -> float:
+        """The instance has run out of work; `plan` is decided later, if it stays so.
+
+        Returns:
+            When the clock, or what was asked for, changes next; infinity if it does not.
+        """
         self._idle_since_s = now_s
         self._plan = plan
         self._plan_due_s = now_s + plan.after_s if plan else math.inf
         self.power_w = self._model.idle_power_w(self.clock_mhz)
+        return self._next_idle_change_s()
 
-    def settle_idle(self, now_s: float) -> bool:
-        """Book idle time up to `now_s`; true while a clock change is still to come."""
+    def settle_idle(self, now_s: float) -> float:
+        """Book idle time up to `now_s`; returns as `enter_idle`."""
         if self._plan is not None and self._plan_due_s <= now_s:
             self.request_clock(self._plan_due_s, self._plan.clock_mhz)
-            self._plan = None
+            self._plan, self._plan_due_s = None, math.inf
         while self._pending and self._pending[0][0] <= now_s:
             change_s, clock = self._pending.popleft()
             self._book_idle(change_s)
             self._set_clock(clock)
         self._book_idle(now_s)
-        return self._plan is not None or bool(self._pending)
+        return self._next_idle_change_s()
 
     def record(self, phase: Phase, instance_id: int, num_retractions: int) -> InstanceRecord:
         """Freeze the totals."""
@@ -155,6 +158,9 @@ class GpuTrack:
             num_retractions=num_retractions,
         )
 
+    def _next_idle_change_s(self) -> float:
+        return min(self._plan_due_s, self._pending[0][0]) if self._pending else self._plan_due_s
+
     def _book_idle(self, until_s: float) -> None:
         elapsed_s = until_s - self._idle_since_s
         if elapsed_s <= 0:
@@ -164,6 +170,7 @@ class GpuTrack:
         self.power_w = self._model.idle_power_w(clock)
         self._idle_s += elapsed_s
         self._idle_j += self.power_w * elapsed_s
+        self.energy_j = self._busy_j + self._idle_j
         self._clock_idle_s[clock] = self._clock_idle_s.get(clock, 0.0) + elapsed_s
 
     def _apply_due(self, now_s: float) -> None:

@@ -125,6 +125,8 @@ class InstanceState:
     ended_batch_size: int = 0
     """Batch of the iteration that lasted `last_duration_s`, whichever batch `last_*` describe."""
     ended_tokens: int = 0
+    ended_queue_delay_s: float = 0.0
+    """Prefill: `last_queue_delay_s` of the batch that lasted `last_duration_s`. Decode: 0."""
     last_queue_delay_s: float = 0.0
     """Prefill: longest time from arrival to scheduling within the batch. Decode: 0."""
     num_running: int = 0
@@ -150,10 +152,18 @@ class InstanceState:
     """Costs time in proportion to the queue: call it only if the rule needs it."""
     list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
 
+    def clock_or_top_mhz(self, top_mhz: int) -> int:
+        """The clock in force; without a lock the top one, which a busy card boosts to."""
+        return self.clock_mhz or top_mhz
+
     @property
     def kv_load_tokens(self) -> int:
         """KV tokens in use or spoken for by the queue: what EcoRoute calls the load."""
         return self.kv_tokens + self.waiting_tokens
+
+
+States = Sequence[InstanceState]
+"""The instances of one phase."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -185,11 +195,11 @@ class Controller(ABC):
         """Called when the instance runs out of work. None keeps the clock."""
         return None
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """How many further calls of `decide` are sure to return what the last one returned.
 
-        The premise: call k = 1, 2, … sees `last_batch_size` and the queue as they are in `state`
-        and `last_tokens` + k·tokens_per_iteration; nothing is promised of the other fields. 0,
+        The premise: call k = 1, 2, … sees the queue as it is in `state`, `last_batch_size` =
+        batch_size and `last_tokens` = tokens + k·batch_size; nothing is promised of the rest. 0,
         the default, asks to be called every iteration and is right for every controller that
         looks at time, latency or energy.
         """
@@ -219,8 +229,8 @@ class Router(ABC):
     def route(
         self,
         request: RequestView,
-        prefill: Sequence[InstanceState],
-        decode: Sequence[InstanceState],
+        prefill: States,
+        decode: States,
     ) -> tuple[int, int]:
         """Indices into `prefill` and `decode` of the chosen pair.
 
@@ -281,6 +291,11 @@ class PolicyContext:
     """For oracles; None outside a simulation."""
     cluster: Cluster | None = None
     """None where the driver cannot show one instance the others."""
+
+    @property
+    def slo_s(self) -> float:
+        """The promise that a controller of this phase keeps: ITL in decode, TTFT in prefill."""
+        return self.slo_itl_s if self.phase == DECODE else self.slo_ttft_s
 
     def share(self, name: str, make: Callable[[], T]) -> T:
         """One object of that name for the whole run; the caller's own where there is no cluster.

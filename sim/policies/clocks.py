@@ -65,6 +65,15 @@ def clock_list(
     return tuple(sorted({require_clock(clocks_mhz, clock, where) for clock in chosen}))
 
 
+def levels_of(
+    context: PolicyContext, wanted_mhz: Sequence[int], num_levels: int, where: str
+) -> tuple[int, ...]:
+    """The user's clocks, or `num_levels` of the profile's, evenly spread over all of them."""
+    clocks = context.clocks_mhz
+    spread = spread_clocks_mhz(clocks, clocks[0], num_levels)
+    return clock_list(clocks, wanted_mhz, spread, f"{where}: frequencies")
+
+
 def spread_clocks_mhz(clocks_mhz: Sequence[int], low_mhz: int, num_levels: int) -> tuple[int, ...]:
     """`num_levels` supported clocks, evenly spread from `low_mhz` to the top."""
     top_mhz = clocks_mhz[-1]

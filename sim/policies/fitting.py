@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from typing import Final
 
 from sim.policies.base import LinePredictor, Phase, Predictor
@@ -9,15 +10,13 @@ from sim.policies.base import LinePredictor, Phase, Predictor
 FOREVER: Final = 1 << 62
 """More iterations or tokens than any run has: of a controller that will not change its mind."""
 
-Limits = tuple[tuple[int, int | None], ...]
-
 
 class LowestFitting:
     """For one phase and one limit: the first clock with T(clock, batch, tokens) <= limit.
 
     Where the predictor is a rising line in tokens, "fits" means "at most so many tokens"; those
     counts are found once a batch size, checked against the predictor itself to the last token, and
-    then a decision is a comparison of integers. Elsewhere the predictor is asked each time.
+    then a decision is a bisection among integers. Elsewhere the predictor is asked each time.
 
     Args:
         predictor: What is believed of iteration times.
@@ -25,7 +24,7 @@ class LowestFitting:
         limit_s: The latency to keep.
     """
 
-    __slots__ = ("_clocks_mhz", "_limit_s", "_limits", "_line", "_phase", "_predictor", "_top_mhz")
+    __slots__ = ("_clocks_mhz", "_limit_s", "_limits", "_line", "_phase", "_predictor")
 
     def __init__(
         self, predictor: Predictor, phase: Phase, clocks_mhz: tuple[int, ...], limit_s: float
@@ -33,34 +32,53 @@ class LowestFitting:
         self._predictor = predictor
         self._line = predictor if isinstance(predictor, LinePredictor) else None
         self._phase = phase
-        self._clocks_mhz = clocks_mhz[:-1]
-        self._top_mhz = clocks_mhz[-1]
+        self._clocks_mhz = clocks_mhz
         self._limit_s = limit_s
-        self._limits: dict[int, Limits] = {}
+        self._limits: dict[int, list[int] | None] = {}
+        """By batch size: most tokens that one of the first clocks fits, clock by clock; ascending,
+        so that the first that fits is found by bisection. None where tokens do not decide it."""
 
     def clock_mhz(self, batch_size: int, tokens: int) -> int:
         """The first clock that fits, else the last."""
-        limits = self._limits.get(batch_size)
-        if limits is None:
+        try:
+            limits = self._limits[batch_size]
+        except KeyError:
             limits = self._find_limits(batch_size)
-        for clock, most in limits:
-            if tokens <= most if most is not None else self._fits(clock, batch_size, tokens):
-                return clock
-        return self._top_mhz
+        if limits is None:
+            return self._ask_mhz(batch_size, tokens)
+        return self._clocks_mhz[bisect_left(limits, tokens)]
 
     def steady_iterations(self, clock_mhz: int, batch_size: int, tokens: int, step: int) -> int:
         """For how many k = 1, 2, … `clock_mhz(batch_size, tokens + k·step)` is sure to be that."""
-        if self.clock_mhz(batch_size, tokens) != clock_mhz:
+        try:
+            limits = self._limits[batch_size]
+        except KeyError:
+            limits = self._find_limits(batch_size)
+        if limits is None:  # a line might fall, and a clock that does not fit might come to fit
             return 0
-        for clock, most in self._limits[batch_size]:
-            if most is None:  # its line might fall, and a clock that does not fit might come to fit
-                return 0
-            if clock == clock_mhz:
-                return FOREVER if most >= FOREVER or step == 0 else (most - tokens) // step
-        return FOREVER
+        at = bisect_left(limits, tokens)
+        if self._clocks_mhz[at] != clock_mhz:
+            return 0
+        if at == len(limits) or limits[at] >= FOREVER or step == 0:
+            return FOREVER
+        return (limits[at] - tokens) // step
 
-    def _find_limits(self, batch_size: int) -> Limits:
-        limits = tuple((clock, self._most_tokens(clock, batch_size)) for clock in self._clocks_mhz)
+    def _ask_mhz(self, batch_size: int, tokens: int) -> int:
+        for clock in self._clocks_mhz[:-1]:
+            if self._fits(clock, batch_size, tokens):
+                return clock
+        return self._clocks_mhz[-1]
+
+    def _find_limits(self, batch_size: int) -> list[int] | None:
+        limits: list[int] = []
+        highest = -1
+        for clock in self._clocks_mhz[:-1]:
+            most = self._most_tokens(clock, batch_size)
+            if most is None:
+                self._limits[batch_size] = None
+                return None
+            highest = max(highest, most)
+            limits.append(highest)
         self._limits[batch_size] = limits
         return limits
 

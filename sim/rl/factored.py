@@ -35,7 +35,7 @@ from scipy.optimize import linprog
 
 from profiles.errors import VoltanaError
 from sim.rl.model import InstanceModel
-from sim.rl.solve import JointModel, Solution, evaluate, value_iteration
+from sim.rl.solve import JointModel, Solution, evaluate, policy_iteration, value_iteration
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -57,6 +57,21 @@ class GroupPolicy:
     """Average cost of that split, J/s, an upper bound of this policy's; with one group, its own."""
     gap_w: float
     """By which the costs of the groups' own solutions may be off, in sum."""
+
+
+def solve_by_policies(instance: InstanceModel, rate_rps: float, num_instances: int) -> GroupPolicy:
+    """The fleet as one group by policy iteration: exact, for small models whose clocks have a rule.
+
+    Raises:
+        VoltanaError: The chain is too large for a linear solve, or its clocks are free.
+    """
+    solved = policy_iteration(JointModel(instance, rate_rps, num_instances))
+    return GroupPolicy(
+        delta_j=(delta_of(instance, solved.values_j),),
+        shares_rps=(rate_rps,),
+        split_cost_w=solved.cost_w,
+        gap_w=solved.gap_w,
+    )
 
 
 def solve_groups(

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -14,39 +13,20 @@ from hypothesis import strategies as st
 from experiments.bound import lower_bound
 from experiments.runs import cached_profile, run, workload_of
 from experiments.surface import decode_surface, prefill_knots
-from profiles.catalog import Profile, write_profile
+from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.engine.simulate import simulate
 from sim.metrics import summarise
+from sim.policies.registry import CONTROLLERS, ROUTERS
 from sim.workload.workload import Workload
-from tests.profiles.synthetic import constant_time_s, make_meta, write_synthetic_profile
+from tests.profiles.synthetic import (
+    ROUGH_CLOCKS,
+    constant_time_s,
+    rough_profile,
+    write_synthetic_profile,
+)
 from tests.sim.engine.fixtures import make_requests
-
-CLOCKS = (700, 1000, 1200, 1400)
-BATCHES = {700: (1, 3, 4, 30), 1000: (1, 8, 30), 1200: (1, 2, 16, 30), 1400: (1, 30)}
-TOKENS = (1, 40, 300, 4096)
-
-
-def rough_profile(directory: Path, seed: int) -> Profile:
-    """Tables of random numbers on grids that differ from clock to clock: no law but > 0 holds."""
-    rng = np.random.default_rng(seed)
-    columns = ["frequency_mhz", "batch_size", "tokens", "trial", "time_s", "power_w"]
-    tables = {}
-    for phase in ("prefill", "decode"):
-        rows = []
-        for clock in (700, 1200, 1400):  # 1000 is interpolated between
-            for batch in BATCHES[clock]:
-                inner = [] if rng.random() < 0.4 else [int(rng.integers(41, 299))]
-                for tokens in sorted({*TOKENS, *inner}):
-                    work = rng.uniform(0.3, 3.0) if seed % 2 else 1.0 + tokens / 500
-                    rows.append((clock, batch, tokens, 0, 0.003 * work, rng.uniform(60, 300)))
-        tables[phase] = pd.DataFrame(rows, columns=columns)
-    idle = pd.DataFrame(
-        [(f, 0, rng.uniform(50, 120)) for f in (0, *CLOCKS)],
-        columns=["frequency_mhz", "trial", "power_w"],
-    )
-    return write_profile(directory, make_meta(CLOCKS), tables["prefill"], tables["decode"], idle)
 
 
 @pytest.fixture(scope="module")
@@ -59,13 +39,14 @@ REQUEST = st.tuples(st.floats(0.0, 0.3, allow_nan=False), st.integers(1, 250), s
 SETTINGS = st.fixed_dictionaries(
     {
         "controller": st.sampled_from(
-            ["static:f=700", "static:f=1200", "static", "boost", "ecofreq", "ecofreq:idle=0",
-             "ecomin:dwell=0,idle=0", "pid", "miad", "window", "greenllm", "dualscale-mpc",
-             "kairos", "powercap:cap=150"]
+            [*sorted(CONTROLLERS), "static:f=700", "static:f=1000", "ecofreq:idle=0",
+             "ecomin:dwell=0,idle=0", "powercap:cap=150",
+             "agft:window=0.05,settle=0.01,num_baseline=2", "rapid:period=0.05,cooldown=0.1",
+             "polca:budget=500,lag=0.05,brake_lag=0.02,period=0.05"]
         ),
         "router": st.sampled_from(
-            ["random", "round-robin", "least-kv", "ecoroute:tile=2", "slo-pack", "kairos",
-             "latency-headroom", "min-delta-energy"]
+            # mdp needs a policy file
+            [*sorted(set(ROUTERS) - {"mdp"}), "ecoroute:tile=2", "kairos:fill=0.1"]
         ),
         "num_prefill": st.integers(1, 2),
         "num_decode": st.integers(1, 3),
@@ -162,7 +143,7 @@ def test_minima_against_brute_force(profiles: list[Profile]) -> None:
         surface = decode_surface(profile, 30, False, 4096)
         points = [
             (b, t, *truth.time_and_power("decode", f, b, t))
-            for f in CLOCKS
+            for f in ROUGH_CLOCKS
             for b in range(1, 31)
             for t in (*range(1, 300, 13), *range(300, 4097, 201), 4096)
         ]
@@ -185,7 +166,7 @@ def test_prefill_rows_hold_every_point_above_them(profiles: list[Profile]) -> No
             cost = (np.interp(at, knots, powers) - 40) * np.interp(at, knots, times) / at
             dense.append(float(cost.min()))
         for _ in range(3000):
-            clock, tokens = int(rng.choice(CLOCKS)), int(rng.integers(1, 1025))
+            clock, tokens = int(rng.choice(ROUGH_CLOCKS)), int(rng.integers(1, 1025))
             batch = float(np.exp(rng.uniform(np.log(0.2), np.log(30))))
             time_s, power_w = truth.time_and_power("prefill", clock, batch, tokens)
             assert (power_w - 40) * time_s / tokens >= min(dense) * (1 - 1e-3)

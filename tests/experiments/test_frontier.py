@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 from typer.testing import CliRunner
@@ -19,9 +20,11 @@ from experiments.contenders import parse_contender
 from experiments.frontier import KnobSearch, Load, PairSearch, Search, search_frontier
 from experiments.frontier_report import frontier_table, markdown_table, text_table
 from experiments.frontier_study import make_study, read_study
+from experiments.grid import Point
 from experiments.intervals import saving_pct, t_interval
 from experiments.runs import workload_of
 from experiments.suite import CONFIGS
+from experiments.sweep import run_sweep
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.workload.traces import open_trace
@@ -110,6 +113,61 @@ def test_the_best_pair_is_that_of_all_pairs() -> None:
     assert best is not None
     assert best.energy_j <= min(every)[0] * 1.02
     assert runs < 64 + 3 * 40
+
+
+@pytest.mark.parametrize(
+    ("attainment", "expected"),
+    [
+        ("attainment", (100 * 0.90 + 300 * 1.00) / 400),
+        ("ttft_attainment", (100 * 1.00 + 300 * 0.96) / 400),
+        ("itl_attainment", (9000 * 0.95 + 1000 * 1.00) / 10_000),
+        ("worse", 0.955),  # of 0.97 and 0.955
+    ],
+)
+def test_attainment_is_of_all_repeats_together(attainment: str, expected: float) -> None:
+    """A run of 100 requests and 9,000 gaps, and one of 300 requests and 1,000 gaps."""
+    runs = pd.DataFrame(
+        {
+            "requests_total": [100, 300], "gaps_total": [9000, 1000], "attainment": [0.9, 1.0],
+            "ttft_attainment": [1.0, 0.96], "itl_attainment": [0.95, 1.0],
+        }
+    )  # fmt: skip
+    assert study(attainment=attainment).attained(runs) == pytest.approx(expected)
+
+
+def test_a_knob_at_the_end_of_its_range_says_so() -> None:
+    """Cheaper to the very end, and kept there; and a policy without a knob has no range."""
+    search = knob()
+    play(search, lambda x: (1.0, 100 - 50 * x))
+    best = search.best()
+    assert best is not None
+    assert best.value == "1.0000 (end)"
+    bare = KnobSearch(parse_contender("boost + random"), 1, 0.99)
+    play(bare, lambda _: (1.0, 1.0))
+    assert bare.complete()[0].value == ""
+
+
+def test_a_setting_that_cannot_run_is_run_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The faulty controller fails; the other goes on for further rounds without it."""
+    asked: list[list[str]] = []
+
+    def note(points: list[Point], *args: Any, **options: Any) -> pd.DataFrame:  # noqa: ANN401
+        asked.append([p.config.controller for p in points])
+        return run_sweep(points, *args, **options)
+
+    monkeypatch.setattr("experiments.frontier.run_sweep", note)
+    chosen = study(base={"duration_s": 1}, seeds=(1,), static_clocks_mhz=[1410])
+    chosen = replace(chosen, contenders=[
+        parse_contender("ecofreq + ecoroute"), parse_contender("tests.experiments.faulty + random"),
+    ])  # fmt: skip
+    searches = search_frontier(chosen, tmp_path, jobs=1)
+    assert len(asked) > 2
+    assert [any("faulty" in c for c in row) for row in asked] == [True] * 3 + [False] * (
+        len(asked) - 3
+    )
+    assert searches["20 requests/s"][3].best() is None
 
 
 def test_intervals_are_those_of_scipy() -> None:

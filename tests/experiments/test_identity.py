@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 import profiles
-from experiments.identity import bound_key, run_key
+from experiments.identity import bound_key, program_files, run_key
 from experiments.runs import cached_profile
 from sim.config import make_config
 
@@ -56,6 +58,22 @@ def test_the_source_of_the_policy_counts(tmp_path: Path, monkeypatch: pytest.Mon
     module.write_text("# two\n")
     assert key(controller="mine.policy") != before
     assert key(controller="ecofreq") == other
+
+
+def test_every_file_that_a_run_imports_counts() -> None:
+    """All of voltana that is loaded after a run of each policy family, but for what makes the key
+    and the tables' own folder, which the profile's hash stands for."""
+    code = (
+        "import sys, experiments.runs as r; from sim.config import make_config;"
+        "r.run(make_config({'duration_s': 1, 'router': 'consolidate', 'controller': 'agft'}));"
+        "print(*{m.__file__ for n, m in sys.modules.items()"
+        " if n.partition('.')[0] in ('sim', 'profiles', 'experiments') and m.__file__})"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = {Path(name) for name in done.stdout.split() if not name.endswith("__init__.py")}
+    counted = set(program_files())
+    assert len(loaded) > 40
+    assert loaded <= counted, sorted(loaded - counted)
 
 
 def test_what_cannot_run_has_a_key_too() -> None:

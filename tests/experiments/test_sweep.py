@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import pandas as pd
 import pytest
@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
 
 RAY_POINTS = 24
+FAULTY = "tests.experiments.faulty"
 
 
 def points(count: int, duration_s: float = 2.0) -> list[Point]:
@@ -56,6 +57,45 @@ def test_a_result_is_written_once(where: str, tmp_path: Path) -> None:
     assert store.get("a") == {"energy_j": 1.0, "lost_s": None}
     with pytest.raises(VoltanaError, match="run the sweep again"):
         store.get("b")
+
+
+def test_a_folder_without_hard_links_keeps_the_first_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr(Path, "hardlink_to", refuse)
+    store = FolderStore(tmp_path)
+    store.put("a", {"energy_j": 1.0})
+    store.put("a", {"energy_j": 2.0})
+    assert store.get("a") == {"energy_j": 1.0}
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_a_url_without_exclusive_creation_gets_results_by_a_move(tmp_path: Path) -> None:
+    fsspec = pytest.importorskip("fsspec")
+    written: list[str] = []
+
+    memory: Any = type(fsspec.filesystem("memory"))
+
+    class Plain(memory):  # type: ignore[misc]
+        protocol = "plain"
+        store: ClassVar[dict[str, Any]] = {}
+
+        def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **_: Any) -> None:  # noqa: ANN401
+            written.append(path)
+            assert mode == "overwrite"
+            super().pipe_file(path, value)
+
+    fsspec.register_implementation("plain", Plain, clobber=True)
+    store = open_store(f"plain://{tmp_path.name}")
+    store.put("a", {"energy_j": 1.0})
+    store.put("a", {"energy_j": 2.0})
+    assert store.get("a") == {"energy_j": 1.0}
+    assert len(written) == 2
+    assert all("/." in path for path in written)
+    assert len(Plain.store) == 1
 
 
 def test_no_reader_sees_half_a_result(tmp_path: Path) -> None:
@@ -106,6 +146,17 @@ def test_a_worker_that_dies_loses_no_other_point(
     assert failures[bad[0].key]["config"]["controller"] == "deadly"
     want = {key: summary["energy_j"] for key, summary in local(good).items()}
     assert energies(pd.read_csv(tmp_path / "results.csv")) == pytest.approx(want, rel=1e-12)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_any_error_of_a_point_is_its_own(jobs: int, tmp_path: Path) -> None:
+    good = points(3)
+    bad = expand({"base": {"duration_s": 2.0, "controller": FAULTY}}, "test")
+    with pytest.raises(VoltanaError, match=r"1 of 4 points failed.*KeyError: \('prefill', "):
+        run_sweep([*good[:1], *bad, *good[1:]], tmp_path, jobs=jobs)
+    assert set(energies(pd.read_csv(tmp_path / "results.csv"))) == {p.key for p in good}
+    failures = json.loads((tmp_path / "failures.json").read_text())
+    assert "\n" not in failures[bad[0].key]["error"]
 
 
 def test_two_sweeps_share_a_store(tmp_path: Path) -> None:
@@ -199,6 +250,18 @@ def test_a_ray_cluster_that_loses_a_node_loses_no_point(
     assert set(got) == {p.key for p in chosen}
     for key, summary in some.items():
         assert got[key] == pytest.approx(summary["energy_j"], rel=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_an_error_on_a_ray_cluster_is_the_point_s_own(
+    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    good, bad = points(2), expand({"base": {"duration_s": 2.0, "controller": FAULTY}}, "test")
+    with pytest.raises(VoltanaError, match=r"1 of 3 points failed, the first with: KeyError"):
+        run_sweep([*bad, *good], tmp_path, engine="ray")
+    assert set(energies(pd.read_csv(tmp_path / "results.csv"))) == {p.key for p in good}
 
 
 def _wait_for_points(out: Path, count: int, process: subprocess.Popen[str]) -> None:

@@ -55,9 +55,12 @@ def test_two_instances_are_solved_exactly_by_either_solver(tmp_path: Path) -> No
     """A pair is the whole fleet: factored and vi are the same problem. Rates are kept apart."""
     results = [
         train(plan(solver=solver, rates_rps=(6.0, 20.0)), tmp_path / f"{solver}.npz")
-        for solver in ("vi", "factored")
+        for solver in ("vi", "factored", "pi")
     ]
     np.testing.assert_allclose(results[0].arrays["delta_0"], results[1].arrays["delta_0"])
+    by_values, by_policies = results[0].arrays["delta_0"], results[2].arrays["delta_0"]
+    scale_j = float(np.abs(by_policies).max())
+    np.testing.assert_allclose(by_values, by_policies, atol=1e-2 * scale_j)
     for policy in results:
         low, cost = policy.result["lower_bound_w"], policy.result["cost_w"]
         assert cost[0] < cost[1]
@@ -114,7 +117,7 @@ def test_a_network_is_trained_and_serves(tmp_path: Path) -> None:
 
 
 MISTAKES = [
-    ({"solver": "magic"}, "solver must be one of vi, factored, q, sb3"),
+    ({"solver": "magic"}, "solver must be one of vi, pi, factored, q, sb3"),
     ({"algorithm": "magic"}, "algorithm must be ppo or dqn"),
     ({"rates_rps": ()}, "rates must be > 0 and different"),
     ({"rates_rps": (3.0, -1.0)}, "rates must be > 0 and different"),

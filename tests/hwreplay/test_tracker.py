@@ -120,6 +120,21 @@ def test_an_announced_batch_is_not_taken_twice() -> None:
     assert (seen.state.num_running, seen.state.num_waiting) == (0, 1)
 
 
+def test_the_delay_of_the_batch_that_ended_is_kept_beside_that_of_the_next() -> None:
+    """The next batch is announced before the record of the one before it comes."""
+    seen = tracker("prefill")
+    for request_id in range(3):
+        seen.on_assigned(request_id, 0.0, 20)
+    seen.on_batch(1, 20, start_s=0.25)
+    seen.on_batch(1, 20, start_s=0.75)
+    seen.on_iteration(prefilled(0, 1, 20, ended_s=0.75))
+    assert (seen.state.last_queue_delay_s, seen.state.ended_queue_delay_s) == (0.75, 0.25)
+    seen.on_iteration(prefilled(1, 1, 20, ended_s=1.25))
+    assert seen.state.ended_queue_delay_s == 0.75
+    seen.on_iteration(prefilled(2, 1, 20, ended_s=2.0))  # not announced
+    assert seen.state.ended_queue_delay_s == seen.state.last_queue_delay_s == 1.5
+
+
 def test_decode_from_arrival_to_end() -> None:
     seen = tracker("decode")
     state = seen.state

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from profiles.catalog import Profile, write_profile
@@ -90,3 +91,31 @@ def write_synthetic_profile(
     )
     meta = make_meta(clocks_mhz, kv_capacity_tokens)
     return write_profile(directory, meta, tables["prefill"], tables["decode"], idle)
+
+
+ROUGH_CLOCKS = (700, 1000, 1200, 1400)
+_BATCHES = {700: (1, 3, 4, 30), 1000: (1, 8, 30), 1200: (1, 2, 16, 30), 1400: (1, 30)}
+_TOKENS = (1, 40, 300, 4096)
+
+
+def rough_profile(directory: Path, seed: int) -> Profile:
+    """Tables of random numbers on grids that differ from clock to clock: no law but > 0 holds."""
+    rng = np.random.default_rng(seed)
+    columns = ["frequency_mhz", "batch_size", "tokens", "trial", "time_s", "power_w"]
+    tables = {}
+    for phase in ("prefill", "decode"):
+        rows = []
+        for clock in (700, 1200, 1400):  # 1000 is interpolated between
+            for batch in _BATCHES[clock]:
+                inner = [] if rng.random() < 0.4 else [int(rng.integers(41, 299))]
+                for tokens in sorted({*_TOKENS, *inner}):
+                    work = rng.uniform(0.3, 3.0) if seed % 2 else 1.0 + tokens / 500
+                    rows.append((clock, batch, tokens, 0, 0.003 * work, rng.uniform(60, 300)))
+        tables[phase] = pd.DataFrame(rows, columns=columns)
+    idle = pd.DataFrame(
+        [(f, 0, rng.uniform(50, 120)) for f in (0, *ROUGH_CLOCKS)],
+        columns=["frequency_mhz", "trial", "power_w"],
+    )
+    return write_profile(
+        directory, make_meta(ROUGH_CLOCKS), tables["prefill"], tables["decode"], idle
+    )

@@ -18,7 +18,7 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.clocks import levels_of
 from sim.policies.spec import parameter
 
 Vector = npt.NDArray[np.float64]
@@ -102,9 +102,7 @@ class Agft(Controller):
     )  # fmt: skip
 
     def __init__(self, parameters: AgftParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
-        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
-        levels = clock_list(clocks, parameters.frequencies_mhz, spread, "agft: frequencies")
+        levels = levels_of(context, parameters.frequencies_mhz, parameters.num_levels, "agft")
         self._arms = [Arm(clock, parameters.ridge) for clock in levels]
         self._parameters = parameters
         self._context = context
@@ -174,7 +172,7 @@ class Agft(Controller):
 
     def _prune(self, tried: Arm, delay_s: float) -> None:
         c = self._context
-        slo_s = c.slo_itl_s if c.phase == DECODE else c.slo_ttft_s
+        slo_s = c.slo_s
         failed = self._round <= 60 and tried.tries >= 3 and tried.reward / tried.tries <= -1.2
         with_slower = delay_s > slo_s or tried.clock_mhz < self._parameters.prune_below_mhz
         if delay_s > slo_s or failed:
@@ -237,14 +235,15 @@ class _Window:
         self._iterations += 1
         self._batches += state.ended_batch_size
         self._tokens += state.ended_batch_size if is_decode else state.ended_tokens
-        self._delay_s += state.last_duration_s + (0.0 if is_decode else state.last_queue_delay_s)
+        delay_s = state.last_duration_s + (0.0 if is_decode else state.ended_queue_delay_s)
+        self._delay_s += state.ended_batch_size * delay_s
 
     def measure(self, state: InstanceState, window_s: float) -> tuple[Vector, float, float]:
-        """Features, EDP (J·s, the energy scaled to a whole window) and mean delay (s)."""
+        """Features, EDP (J·s, the energy scaled to a whole window) and requests' mean delay (s)."""
         elapsed_s = max(state.now_s - self.opened_s, 1e-9)
         energy_j = (state.energy_j - self._energy_j) * window_s / elapsed_s
         count = max(self._iterations, 1)
-        delay_s = self._delay_s / count
+        delay_s = self._delay_s / max(self._batches, 1)
         is_decode = state.phase == DECODE
         use = state.kv_tokens / max(state.kv_capacity_tokens, 1)
         rate = self._tokens * window_s / elapsed_s

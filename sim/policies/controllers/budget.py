@@ -146,8 +146,8 @@ class Polca(Controller):
     but for the brake. Without a cap: no lock.
 
     Source: POLCA, arXiv 2308.12908. There decode stands for the low-priority jobs and
-    prefill for the high-priority ones; clocks are the A100's, snapped to the profile's; when the
-    brake is released is ours.
+    prefill for the high-priority ones; clocks are the A100's, snapped to the profile's. Ours: the
+    brake's clock is the profile's lowest, where the source brakes to 288 MHz, and its release.
     """
 
     __slots__ = ("_phase", "_plan")

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.clocks import levels_of
 from sim.policies.spec import parameter
 
 
@@ -45,16 +45,15 @@ class DualScale(Controller):
     with requests waiting, the top one.
 
     Source: DualScale (formerly BiScale), arXiv 2602.18755, tier 2. Which segments its
-    search tries is not known to us: prefixes and suffixes, greedily, are ours.
+    search tries is not known to us: prefixes and suffixes, greedily, are ours, and so is the top
+    clock while requests wait in decode.
     """
 
     __slots__ = ("_context", "_decision_mhz", "_levels_mhz", "_parameters")
 
     def __init__(self, parameters: DualScaleParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
-        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
-        self._levels_mhz = clock_list(
-            clocks, parameters.frequencies_mhz, spread, "dualscale-mpc: frequencies"
+        self._levels_mhz = levels_of(
+            context, parameters.frequencies_mhz, parameters.num_levels, "dualscale-mpc"
         )
         self._parameters = parameters
         self._context = context

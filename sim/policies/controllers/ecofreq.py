@@ -43,7 +43,9 @@ class EcoFreq(Controller):
     it is (not locked). Idle for `idle_s`: lock the lowest listed clock.
 
     There is no energy term, no hysteresis and no use of measured latency, exactly as in the
-    reference. Its `tps_threshold` and `rps_threshold`, off in the reference's demo, are left out.
+    reference. Left out are its `tps_threshold`, `rps_threshold` and `use_bs_total` (queued requests
+    count into the batch), off in its demo, and `freq_manager_interval`, whose default is to decide
+    at each iteration, as here.
 
     Source: VoltanaLLM v0.1, arXiv 2509.04827 (freq_manager.py); levels: the profile's default list,
     [1005, 1410] on the A100. Our default margin is 0: the reference's demo aims above its SLO.
@@ -64,7 +66,7 @@ class EcoFreq(Controller):
         self._lower_mhz = levels_mhz[:-1]
         self._top_mhz = levels_mhz[-1]
         self._phase = context.phase
-        slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        slo_s = context.slo_s
         self._limit_s = slo_s * (1.0 + parameters.margin_frac)
         self._predict_s = context.predictor.predict_s
         self._fitting = context.share(
@@ -99,12 +101,10 @@ class EcoFreq(Controller):
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return self._idle
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """A waiting queue asks for the top clock as long as it waits; else until tokens bind."""
-        if self._phase != DECODE or state.last_batch_size == 0:
+        if self._phase != DECODE:
             return 0
         if state.num_waiting > 0:
             return FOREVER if self._decision_mhz == self._top_mhz else 0
-        return self._fitting.steady_iterations(
-            self._decision_mhz, state.last_batch_size, state.last_tokens, tokens_per_iteration
-        )
+        return self._fitting.steady_iterations(self._decision_mhz, batch_size, tokens, batch_size)

@@ -20,7 +20,7 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.clocks import levels_of
 from sim.policies.correction import TimeCorrection
 from sim.policies.spec import parameter
 
@@ -72,9 +72,9 @@ class EcoMin(Controller):
     limit is lower by SLO·reserve, so that chance does not force far dearer clocks soon after. A
     batch that no request has joined for `drain_gaps` mean gaps is draining: its work is given, not
     its rate, and it runs no slower than that clock.
-    Prefill: among clocks with delay + q·T <= limit and 2·q·T <= limit (who arrives during the batch
-    waits for it), limit = (SLO_TTFT - SLO_ITL)·(1 - headroom), the one with the least
-    (P - idle)·T.
+    Prefill: among clocks with max(delay, q·W) + q·T <= limit the one with the least (P - idle)·T,
+    where limit = (SLO_TTFT - SLO_ITL)·(1 - headroom) and W is T of the whole queue in one batch, or
+    T of the batch itself with nobody in the queue: who arrives during it waits for it.
     None keeps the promise, or requests wait in decode: the fastest clock.
 
     T is the prediction corrected by recursive least squares on the observed iteration times, and q
@@ -93,14 +93,14 @@ class EcoMin(Controller):
     )  # fmt: skip
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
-        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
-        self._levels_mhz = clock_list(clocks, parameters.frequencies_mhz, spread, "ecomin")
+        self._levels_mhz = levels_of(
+            context, parameters.frequencies_mhz, parameters.num_levels, "ecomin"
+        )
         self._top_mhz = self._levels_mhz[-1]
         self._settings = parameters
         self._context = context
         self._correction = TimeCorrection(
-            context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s,
+            context.slo_s,
             memory_iterations=parameters.memory_iterations,
             quantile_ratio=parameters.quantile_ratio,
             quantile_step_ratio=parameters.correction_ratio,
@@ -121,7 +121,7 @@ class EcoMin(Controller):
             wanted = self._for_decode(state) if is_decode else self._for_prefill(state)
             self._move_to(wanted, state.now_s)
         # a decision that changes the clock does so within the iteration that now begins
-        steady = self._decision_mhz == (state.clock_mhz or self._context.clocks_mhz[-1])
+        steady = self._decision_mhz == state.clock_or_top_mhz(self._context.clocks_mhz[-1])
         self._predicted_at_mhz = state.clock_mhz if steady else -1
         return self._decision_mhz
 
@@ -136,7 +136,7 @@ class EcoMin(Controller):
             return  # the clock changed within the iteration: its time says nothing about either
         predicted_s = self._context.predictor.predict_s(
             self._context.phase,
-            state.clock_mhz or self._context.clocks_mhz[-1],
+            state.clock_or_top_mhz(self._context.clocks_mhz[-1]),
             state.ended_batch_size,
             state.ended_tokens,
         )
@@ -152,7 +152,7 @@ class EcoMin(Controller):
         roomy_s = limit_s - self._context.slo_itl_s * settings.reserve_frac
         if self._is_draining(state):
             roomy_s = 0.0
-        now_s = self._predict_s(state.clock_mhz or self._top_mhz, batch, tokens)
+        now_s = self._predict_s(state.clock_or_top_mhz(self._top_mhz), batch, tokens)
         bottom_mhz, by_power = self._ranking(batch, tokens)
         for clock in by_power:
             growth = max(self._predict_s(clock, batch, tokens) / now_s, 1.0)

@@ -20,11 +20,11 @@ class LatencyWindow:
         self._samples: deque[tuple[float, float, int]] = deque()
 
     def add(self, state: InstanceState, phase: str) -> None:
-        """Take one iteration: decode counts its duration, prefill queueing plus duration."""
+        """Take the iteration that has ended: its duration, in prefill with its queueing delay."""
         if state.last_duration_s <= 0:
             return
-        latency_s = state.last_duration_s + (0 if phase == DECODE else state.last_queue_delay_s)
-        self._samples.append((state.now_s, latency_s, max(state.last_batch_size, 1)))
+        latency_s = state.last_duration_s + (0 if phase == DECODE else state.ended_queue_delay_s)
+        self._samples.append((state.now_s, latency_s, max(state.ended_batch_size, 1)))
         while self._samples[0][0] < state.now_s - self._window_s:
             self._samples.popleft()
 
@@ -48,7 +48,7 @@ class PidParameters:
     target_ratio: float = parameter(0.9, "setpoint as a part of the promise", low=0.1, high=1.0)
     kp_mhz: float = parameter(600.0, "MHz per relative error of 1", low=0)
     ki_mhz_per_s: float = parameter(400.0, "MHz per second of relative error 1", low=0)
-    kd_mhz: float = parameter(20.0, "MHz per relative change of 1 per second", low=0)
+    kd_mhz_s: float = parameter(20.0, "MHz per relative change of 1 a second", low=0)
     filter_s: float = parameter(0.2, "time constant of the derivative's filter", low=0.001)
     window_s: float = parameter(1.0, "window of the measured p95", low=0.01)
     dwell_s: float = parameter(0.1, "shortest time between two changes", low=0)
@@ -77,7 +77,7 @@ class Pid(Controller):
         self._parameters = parameters
         self._clocks = context.clocks_mhz
         self._phase = context.phase
-        slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        slo_s = context.slo_s
         self._setpoint_s = slo_s * parameters.target_ratio
         self._window = LatencyWindow(parameters.window_s)
         self._integral_mhz = 0.0
@@ -114,7 +114,7 @@ class Pid(Controller):
             self._rate += weight * ((measured - self._last[1]) / elapsed_s - self._rate)
         self._last = (now_s, measured)
         low, high = self._clocks[0], self._clocks[-1]
-        output = high - (p.kp_mhz * error + self._integral_mhz - p.kd_mhz * self._rate)
+        output = high - (p.kp_mhz * error + self._integral_mhz - p.kd_mhz_s * self._rate)
         winds_up = (output >= high and error < 0) or (output <= low and error > 0)
         if not winds_up:
             self._integral_mhz += p.ki_mhz_per_s * error * elapsed_s
@@ -156,7 +156,7 @@ class Miad(Controller):
         self._parameters = parameters
         self._clocks = context.clocks_mhz
         self._phase = context.phase
-        self._slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        self._slo_s = context.slo_s
         self._window = LatencyWindow(parameters.period_s)
         self._wanted_mhz = float(self._clocks[-1])
         self._decided_s = 0.0

@@ -38,7 +38,7 @@ class Static(Controller):
     def initial_clock_mhz(self) -> int:
         return self._clock_mhz
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         return FOREVER
 
 
@@ -61,5 +61,5 @@ class Boost(Controller):
     def decide(self, state: InstanceState) -> int:
         return UNLOCKED_MHZ
 
-    def steady_iterations(self, state: InstanceState, tokens_per_iteration: int) -> int:
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         return FOREVER

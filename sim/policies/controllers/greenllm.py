@@ -93,8 +93,14 @@ class GreenLlm(Controller):
         return best_mhz
 
     def _token_rate_per_s(self, state: InstanceState) -> float:
-        """Prompt tokens a second over the last window, the queue counted as arrived."""
-        window_s = self._parameters.window_s
+        """Prompt tokens a second over the last window, the queue counted as arrived.
+
+        A run that is younger than the window is all of it; at its very start the rate is unknown,
+        and taken for too high.
+        """
+        window_s = min(self._parameters.window_s, state.now_s)
+        if window_s <= 0.0:
+            return math.inf
         self._arrived.append((state.now_s, state.last_tokens))
         while self._arrived[0][0] < state.now_s - window_s:
             self._arrived.popleft()

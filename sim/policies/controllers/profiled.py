@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import clock_list, fastest_within_mhz, spread_clocks_mhz
+from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from sim.policies.clocks import fastest_within_mhz, levels_of
 from sim.policies.controllers.feedback import LatencyWindow
 from sim.policies.spec import parameter
 
@@ -28,8 +28,8 @@ class Window(Controller):
     if the queue is longer than at the last decision. Until the first window ends: the top clock.
 
     Source: the instance manager of DynamoLLM, arXiv 2408.00741, simplified; its p99 tables are the
-    latency predictor here, and its overload rule and the seven levels (the paper: steps of 200 MHz)
-    are ours.
+    latency predictor here, its arrival rate is left out of the load, and its overload rule and the
+    seven levels (the paper: steps of 200 MHz) are ours.
     """
 
     __slots__ = (
@@ -38,14 +38,12 @@ class Window(Controller):
     )  # fmt: skip
 
     def __init__(self, parameters: WindowParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
-        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
-        self._levels_mhz = clock_list(
-            clocks, parameters.frequencies_mhz, spread, "window: frequencies"
+        self._levels_mhz = levels_of(
+            context, parameters.frequencies_mhz, parameters.num_levels, "window"
         )
         self._context = context
         self._period_s = parameters.period_s
-        self._slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        self._slo_s = context.slo_s
         self._decision_mhz = self._levels_mhz[-1]
         self._started_s = 0.0
         self._queue = 0
@@ -114,8 +112,9 @@ class PowerCap(Controller):
     the cap is released: the top clock. Idle: the top clock's lock stays, as a cap leaves the clock
     alone.
 
-    Source: phase-decoupled power control, arXiv 2609.11133; the release window, and
-    releasing by p95 instead of p99, are ours.
+    Source: phase-decoupled power control, arXiv 2609.11133, which caps decode and holds prefill in
+    a window of clocks; capping prefill by the same rule, the release window, and releasing by p95
+    instead of p99, are ours.
     """
 
     __slots__ = (
@@ -125,7 +124,7 @@ class PowerCap(Controller):
     def __init__(self, parameters: PowerCapParameters, context: PolicyContext) -> None:
         self._parameters = parameters
         self._context = context
-        self._slo_s = context.slo_itl_s if context.phase == DECODE else context.slo_ttft_s
+        self._slo_s = context.slo_s
         self._window = LatencyWindow(parameters.release_s)
         self._natural_w = 0.0
         self._released_until_s = -math.inf

@@ -65,7 +65,7 @@ def observe(
         values += (
             state.open_requests / REQUESTS_SCALE,
             state.kv_load_tokens / max(state.kv_capacity_tokens, 1),
-            (state.clock_mhz or top_mhz) / top_mhz,
+            state.clock_or_top_mhz(top_mhz) / top_mhz,
             float(state.is_busy),
         )
     values += (request.input_tokens / PROMPT_SCALE_TOKENS, rate_rps / RATE_SCALE_RPS)

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import DECODE, PREFILL, InstanceState, PolicyContext, RequestView, Router
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.base import (
+    DECODE,
+    PREFILL,
+    InstanceState,
+    PolicyContext,
+    RequestView,
+    Router,
+    States,
+)
+from sim.policies.clocks import levels_of
 from sim.policies.spec import parameter
-
-States = Sequence[InstanceState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +67,9 @@ class Consolidate(Router):
     )  # fmt: skip
 
     def __init__(self, parameters: ConsolidateParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
-        spread = spread_clocks_mhz(clocks, clocks[0], parameters.num_levels)
-        self._levels_mhz = clock_list(clocks, parameters.frequencies_mhz, spread, "consolidate")
+        self._levels_mhz = levels_of(
+            context, parameters.frequencies_mhz, parameters.num_levels, "consolidate"
+        )
         self._settings = parameters
         self._context = context
         self._limit_s = context.slo_itl_s * (1.0 - parameters.headroom_frac)
@@ -114,7 +119,7 @@ class Consolidate(Router):
     def _prefill_wait_s(self, state: InstanceState, tokens: int) -> float:
         """Predicted time to the end of a prompt's prefill, were it sent there."""
         predict_s = self._context.predictor.predict_s
-        clock = state.clock_mhz or self._context.clocks_mhz[-1]
+        clock = state.clock_or_top_mhz(self._context.clocks_mhz[-1])
         own_s = predict_s(PREFILL, clock, state.num_waiting + 1, state.waiting_tokens + tokens)
         if state.num_running == 0:
             return own_s
@@ -127,7 +132,7 @@ class Consolidate(Router):
         rate = sum(
             s.num_running
             / c.predictor.predict_s(
-                DECODE, s.clock_mhz or c.clocks_mhz[-1], s.num_running, max(s.kv_tokens, 1)
+                DECODE, s.clock_or_top_mhz(c.clocks_mhz[-1]), s.num_running, max(s.kv_tokens, 1)
             )
             for s in decode
             if s.num_running

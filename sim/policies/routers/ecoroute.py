@@ -7,19 +7,16 @@ Source: VoltanaLLM v0.1, arXiv 2509.04827 (echo_lb.py, policies `fadr` and `tile
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import DECODE, PolicyContext, RequestView, Router, States
 from sim.policies.clocks import clock_list, spread_clocks_mhz
 from sim.policies.dice import Dice
 from sim.policies.fitting import LowestFitting
 from sim.policies.spec import parameter
 
 REFERENCE_LEVELS_MHZ: Final = (1005, 1095, 1200, 1305, 1410)
-
-States = Sequence[InstanceState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -83,28 +80,24 @@ class EcoRoute(Router):
         """Position of the decode instance for a prompt of that many tokens."""
         if len(decode) == 1:
             return 0
-        if max([s.open_requests for s in decode]) < self._tile:
-            return slowest_emptiest(decode, self._top_mhz)
-        for state in decode:
-            state.refresh()
-        tags = [self._tag(s, input_tokens) for s in decode]
-        sizes = [abs(tag) for tag in tags]
         tile = self._tile
-        # of each key: ceil(n / tile) tiles, and -n
-        fill = [(-(-s.open_requests // tile), -s.open_requests) for s in decode]
-        if self._level[max(sizes)] - self._level[min(sizes)] > 1:
-            return min(range(len(decode)), key=lambda i: (sizes[i], tags[i], fill[i]))
-        return min(range(len(decode)), key=lambda i: (tags[i], fill[i]))
-
-    def _tag(self, state: InstanceState, input_tokens: int) -> int:
-        requests, load = state.open_requests, state.kv_load_tokens
-        now_mhz = self._fitting.clock_mhz(requests, load + self._look_now * requests)
-        next_mhz = self._fitting.clock_mhz(
-            requests + 1, load + input_tokens + self._look_ahead * requests
-        )
-        if next_mhz > now_mhz or next_mhz == self._top_mhz:
-            return next_mhz
-        return -now_mhz
+        if max([s.open_requests for s in decode]) < tile:
+            return slowest_emptiest(decode, self._top_mhz)
+        clock_mhz, top_mhz = self._fitting.clock_mhz, self._top_mhz
+        ranked: list[tuple[int, int, int, int]] = []
+        """Of each: tag, ceil(n / tile) tiles, -n, position."""
+        for at, state in enumerate(decode):
+            state.refresh()
+            n, load = state.open_requests, state.kv_tokens + state.waiting_tokens
+            now_mhz = clock_mhz(n, load + self._look_now * n)
+            next_mhz = clock_mhz(n + 1, load + input_tokens + self._look_ahead * n)
+            raises = next_mhz > now_mhz or next_mhz == top_mhz
+            ranked.append((next_mhz if raises else -now_mhz, -(-n // tile), -n, at))
+        sizes = [abs(row[0]) for row in ranked]
+        lowest = min(sizes)
+        if self._level[max(sizes)] - self._level[lowest] > 1:
+            ranked = [row for row, size in zip(ranked, sizes, strict=True) if size == lowest]
+        return min(ranked)[3]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +140,7 @@ class EcoRouteTile(Router):
 
 def slowest_emptiest(states: States, top_mhz: int) -> int:
     """Lowest clock (an unlocked card counts as the top one), then fewest open requests."""
-    keys = [(s.clock_mhz or top_mhz, s.open_requests) for s in states]
+    keys = [(s.clock_or_top_mhz(top_mhz), s.open_requests) for s in states]
     return keys.index(min(keys))
 
 

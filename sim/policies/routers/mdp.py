@@ -13,13 +13,11 @@ import numpy as np
 import numpy.typing as npt
 
 from profiles.errors import VoltanaError
-from sim.policies.base import InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import PolicyContext, RequestView, Router, States
 from sim.policies.mdp.observation import RateMeter, observe
 from sim.policies.mdp.policy_file import PolicyFile, group_members, load_policy
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
-
-States = Sequence[InstanceState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router, States
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
-
-States = Sequence[InstanceState]
 
 
 def predicted_itl_s(context: PolicyContext, state: InstanceState, added_tokens: int) -> float:
@@ -158,5 +155,5 @@ class MinDeltaEnergy(Router):
         for clock in c.default_levels_mhz:
             excess_s = c.predictor.predict_s(DECODE, clock, batch_size, tokens) - self._limit_s
             if excess_s <= 0:
-                return 0.0, c.power.power_w(DECODE, clock, 1, tokens)
-        return excess_s, c.power.power_w(DECODE, c.default_levels_mhz[-1], 1, tokens)
+                return 0.0, c.power.power_w(DECODE, clock, batch_size, tokens)
+        return excess_s, c.power.power_w(DECODE, c.default_levels_mhz[-1], batch_size, tokens)

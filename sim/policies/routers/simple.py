@@ -6,13 +6,11 @@ Source: common practice; every serving system ships some of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
-from sim.policies.base import InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import InstanceState, PolicyContext, RequestView, Router, States
 from sim.policies.controllers.fixed import NoParameters
 from sim.policies.dice import Dice
-
-States = Sequence[InstanceState]
 
 
 def least(states: States, key: Callable[[InstanceState], float | tuple[float, ...]]) -> int:

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sim.policies.base import InstanceState, PolicyContext, RequestView, Router
+from sim.policies.base import PolicyContext, RequestView, Router, States
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
-
-States = Sequence[InstanceState]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

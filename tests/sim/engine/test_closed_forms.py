@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from profiles.catalog import Profile
+from sim.policies.base import Controller, InstanceState, PolicyContext
+from sim.policies.controllers.fixed import NoParameters
+from sim.policies.registry import CONTROLLERS, Entry
 from sim.workload.workload import Workload
 from tests.profiles.synthetic import Surface, write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
@@ -44,6 +48,35 @@ def test_hand_computed_schedule(halves: Profile) -> None:
     assert summary["energy_j"] == 256.0 + 512.0 + 128.0
     assert summary["energy_busy_window_j"] == 256.0 + 512.0
     assert summary["energy_per_output_token_j"] == 896.0 / 6
+
+
+class Spy(Controller):
+    """Keeps what it is shown of delays and durations."""
+
+    seen: ClassVar[list[tuple[float, float, float, int]]] = []
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None: ...
+
+    def decide(self, state: InstanceState) -> int:
+        self.seen.append(
+            (state.last_queue_delay_s, state.ended_queue_delay_s, state.last_duration_s,
+             state.ended_batch_size)
+        )  # fmt: skip
+        return 1400
+
+
+@pytest.mark.parametrize("engine", ["reference", "coalesced"])
+def test_a_batch_s_delay_goes_with_its_own_duration(
+    halves: Profile, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Batches at 0.0 (one that has just come), 0.5 (two, since 0.125) and 1.0 (one, since 0.75).
+    Before each the batch to come has waited 0, 0.375 and 0.25 s; the one that has ended had
+    waited 0 s of the first, 0.375 s of the second, and took half a second."""
+    monkeypatch.setitem(CONTROLLERS, "spy", Entry(make=Spy, parameters=NoParameters))
+    Spy.seen.clear()
+    requests = make_requests((0.0, 4, 1), (0.125, 4, 1), (0.25, 4, 1), (0.75, 4, 1))
+    run(halves, requests, prefill_controller="spy", engine=engine)
+    assert Spy.seen == [(0.0, 0.0, 0.0, 0), (0.375, 0.0, 0.5, 1), (0.25, 0.375, 0.5, 2)]
 
 
 def test_first_token_from_prefill_ends_ttft_when_decode_takes_over(halves: Profile) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from profiles.catalog import Profile
 from sim.policies.registry import CONTROLLERS, ROUTERS
 from sim.records import FloatArray, IntArray, RunRecord
-from tests.profiles.synthetic import write_synthetic_profile
+from tests.profiles.synthetic import rough_profile, write_synthetic_profile
 from tests.sim.engine.fixtures import run
 from tests.sim.engine.test_properties import POLICY, REQUEST, workload_of
 
@@ -55,6 +55,20 @@ def test_same_run(
     if data.draw(st.booleans(), label="cut"):
         policy = policy | {"run_limit_s": data.draw(st.floats(0.01, 3.0), label="limit")}
     assert_same(profile, rows, policy)
+
+
+@pytest.fixture(scope="module")
+def rough(tmp_path_factory: pytest.TempPathFactory) -> list[Profile]:
+    return [rough_profile(tmp_path_factory.mktemp("rough"), seed) for seed in range(4)]
+
+
+@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow])
+@given(rows=st.lists(REQUEST, min_size=1, max_size=30), policy=POLICY, index=st.integers(0, 3))
+def test_same_run_on_tables_without_a_law(
+    rough: list[Profile], rows: list[tuple[float, int, int]], policy: dict[str, Any], index: int
+) -> None:
+    """Random times and power on grids that differ from clock to clock."""
+    assert_same(rough[index], rows, policy | {"extrapolate": True})
 
 
 @pytest.mark.parametrize("controller", sorted(CONTROLLERS))

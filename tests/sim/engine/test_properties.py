@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from profiles.catalog import Profile
 from sim.metrics import summarise
+from sim.policies.registry import CONTROLLERS, ROUTERS
 from sim.records import COMPLETED, IN_FLIGHT, REJECTED, RunRecord
 from sim.workload.workload import Workload
 from tests.conftest import ROOT
@@ -33,14 +34,14 @@ REQUEST = st.tuples(st.floats(0.0, 0.5, allow_nan=False), st.integers(1, 900), s
 POLICY = st.fixed_dictionaries(
     {
         "controller": st.sampled_from(
-            ["static:f=700", "static", "boost", "ecofreq", "ecofreq:idle=0.1,margin=0.2",
-             "ecofreq:frequencies=700+1000+1400", "ecomin", "throttllm", "oracle",
+            [*sorted(CONTROLLERS), "static:f=700", "ecofreq:idle=0.1,margin=0.2",
+             "ecofreq:frequencies=700+1000+1400",
              "agft:window=0.05,settle=0.01,num_baseline=2", "rapid:period=0.05,cooldown=0.1",
              "polca:budget=700,lag=0.05,brake_lag=0.02,period=0.05"]
         ),
         "router": st.sampled_from(
-            ["random", "round-robin", "least-requests", "least-kv", "ecoroute", "ecoroute:tile=2",
-             "ecoroute-tile:tile=3"]
+            # mdp needs a policy file
+            [*sorted(set(ROUTERS) - {"mdp"}), "ecoroute:tile=2", "ecoroute-tile:tile=3"]
         ),
         "num_prefill": st.integers(1, 3),
         "num_decode": st.integers(1, 3),

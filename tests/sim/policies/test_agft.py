@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from sim.policies.base import InstanceState
-from sim.policies.controllers.agft import NUM_FEATURES, Agft, AgftParameters, Arm
+from sim.policies.controllers.agft import NUM_FEATURES, Agft, AgftParameters, Arm, _Window
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import decode_state, make_context
 
@@ -179,3 +179,16 @@ def test_clocks_can_be_named() -> None:
     made = make_controller("agft:frequencies=1000+1400", make_context())
     assert isinstance(made, Agft)
     assert made.clocks_mhz == (1000, 1400)
+
+
+def test_a_prefill_window_s_delay_is_that_of_the_batches_that_ended() -> None:
+    """Three requests that waited 10 ms for a batch of 20 ms, one that waited 30 for 40:
+    (3·30 + 70) / 4 = 40 ms. What the batch to come has waited is not over."""
+    window = _Window(0.0)
+    state = InstanceState(instance_id=0, phase="prefill", last_queue_delay_s=9.0)
+    window.add(state)
+    for now_s, batch, delay_s, duration_s in ((0.5, 3, 0.010, 0.020), (1.0, 1, 0.030, 0.040)):
+        state.now_s, state.ended_batch_size = now_s, batch
+        state.ended_queue_delay_s, state.last_duration_s = delay_s, duration_s
+        window.add(state)
+    assert window.measure(state, 1.0)[2] == pytest.approx(0.040)

@@ -136,7 +136,7 @@ def test_controllers_name_supported_clocks_and_leave_the_state_alone(
         clock = made.decide(state)
         assert clock in ALLOWED
         assert isinstance(clock, int)
-        assert made.steady_iterations(state, batch) >= 0
+        assert made.steady_iterations(state, batch, tokens) >= 0
         plan = made.on_idle(state)
         assert plan is None or (plan.clock_mhz in ALLOWED and 0.0 <= plan.after_s < math.inf)
         assert fields_of(state) == before

@@ -54,21 +54,20 @@ def test_ecofreq_idle_goes_to_its_lowest_listed_clock_after_five_seconds() -> No
 
 
 @given(
-    batch=st.integers(1, 60), tokens=st.integers(1, 80_000), growth=st.integers(1, 64),
-    waiting=st.integers(0, 1),
+    batch=st.integers(1, 60), tokens=st.integers(1, 80_000), waiting=st.integers(0, 1),
 )  # fmt: skip
 def test_ecofreq_steady_iterations_never_promise_too_much(
-    batch: int, tokens: int, growth: int, waiting: int
+    batch: int, tokens: int, waiting: int
 ) -> None:
     """Replay the promised span call by call; the decision may not change within it."""
     controller = make_controller("ecofreq:frequencies=1000+1200+1400", make_context())
     state = decode_state(batch=batch, tokens=tokens, waiting=waiting)
     decided = controller.decide(state)
-    span = controller.steady_iterations(state, growth)
+    span = controller.steady_iterations(state, batch, tokens)
     assert span >= 0
     for k in {1, span // 2, span - 1, span} if span else set():
         if 1 <= k <= span and k < 10**6:
-            state.last_tokens = tokens + k * growth
+            state.last_tokens = tokens + k * batch
             assert controller.decide(state) == decided
 
 
@@ -77,7 +76,7 @@ def test_ecofreq_steady_iterations_are_sharp() -> None:
     controller = make_controller("ecofreq", make_context(LineFormula()))
     state = decode_state(batch=10, tokens=10_000)
     assert controller.decide(state) == 1000
-    assert controller.steady_iterations(state, 10) in (2999, 3000)
+    assert controller.steady_iterations(state, 10, 10_000) in (2999, 3000)
 
 
 def test_fixed_controllers() -> None:

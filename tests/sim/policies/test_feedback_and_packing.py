@@ -15,7 +15,7 @@ from tests.sim.policies.doubles import Formula, decode_state, make_context
 
 def felt(now_s: float, duration_s: float, batch: int = 10, waiting: int = 0) -> InstanceState:
     state = decode_state(batch=batch, tokens=100, waiting=waiting)
-    state.now_s, state.last_duration_s = now_s, duration_s
+    state.now_s, state.last_duration_s, state.ended_batch_size = now_s, duration_s, batch
     return state
 
 
@@ -32,6 +32,19 @@ def test_the_window_weighs_by_requests_and_forgets() -> None:
     assert window.p95_s() == 0.090
     window.add(felt(5.0, 0.020, batch=1), "decode")
     assert window.p95_s() == 0.020
+
+
+def test_prefill_latency_is_of_the_batch_that_has_ended() -> None:
+    """19 requests that waited 10 ms for a batch of 20 ms: 30 ms. The one that is about to run
+    has waited for a second; that is not over yet."""
+    window = LatencyWindow(1.0)
+    state = InstanceState(instance_id=0, phase="prefill", now_s=1.0, last_duration_s=0.020)
+    state.ended_batch_size, state.ended_queue_delay_s = 19, 0.010
+    state.last_batch_size, state.last_queue_delay_s = 40, 1.0
+    window.add(state, "prefill")
+    state.ended_batch_size, state.ended_queue_delay_s = 1, 0.5
+    window.add(state, "prefill")
+    assert window.p95_s() == pytest.approx(0.030)
 
 
 def test_pid_proportional_part() -> None:
@@ -119,10 +132,10 @@ def test_packing(name: str, opened: tuple[int, ...], chosen: int) -> None:
 
 
 class LevelPower:
-    """As many watts as MHz / 10."""
+    """MHz / 10 in watts, and one watt for each of the first 16 requests."""
 
     def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return frequency_mhz / 10
+        return frequency_mhz / 10 + min(batch_size, 16)
 
     def idle_power_w(self, frequency_mhz: int) -> float:
         return 40.0
@@ -131,8 +144,9 @@ class LevelPower:
 def test_min_delta_energy_avoids_the_step_to_the_next_level() -> None:
     """1.4 ms a request at 1000 MHz, limit 47 ms: 33 requests fit there (46.2 ms), 34 do not.
 
-    A at 33: +40 W. B at 20: +0 W. An empty one: 100 - 40 = +60 W. All at the top level and over
-    the limit come last.
+    At 33: +40 W for the higher level. At 16 to 32: +0 W. At 1 to 15: +1 W. An empty one:
+    100 + 1 - 40 = +61 W. All at the top level and over the limit come last; a tie goes to the
+    fewest requests.
     """
     context = replace(make_context(PER_REQUEST), power=LevelPower())
     router = make_router("min-delta-energy", context)
@@ -145,4 +159,6 @@ def test_min_delta_energy_avoids_the_step_to_the_next_level() -> None:
     assert pick(33, 20, 0) == 1
     assert pick(33, 0) == 0
     assert pick(47, 33) == 1
-    assert pick(20, 10) == 1
+    assert pick(20, 10) == 0
+    assert pick(8, 4) == 1
+    assert pick(30, 20) == 1

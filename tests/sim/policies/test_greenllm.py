@@ -62,6 +62,16 @@ def test_prefill_respects_the_u() -> None:
     assert make_controller("greenllm", context).decide(prefill_state()) == 1200
 
 
+def test_prefill_rate_of_a_young_run() -> None:
+    """Half a second into a window of five, 100 tokens are 200 a second: rho = .6 at 1000, W =
+    .6·.3 / .8 = .225, + .3 misses .5; at 1200 rho = .36. At time 0 nothing is known: the top."""
+    context = prefill_context({1000: 0.30, 1200: 0.18, 1400: 0.15})
+    state = prefill_state()
+    for now_s, clock in ((0.0, 1400), (0.5, 1200)):
+        state.now_s = now_s
+        assert make_controller("greenllm:window=5.0", context).decide(state) == clock
+
+
 def decode_at(now_s: float, duration_s: float, batch: int = 10) -> InstanceState:
     state = decode_state(batch=batch, tokens=batch * 100)
     state.now_s, state.last_duration_s = now_s, duration_s

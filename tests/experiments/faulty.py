@@ -1,0 +1,19 @@
+"""A controller with a programming error, of the kind that no rule words; any worker imports it."""
+
+from __future__ import annotations
+
+from sim.policies.base import Controller, InstanceState, PolicyContext
+from sim.policies.controllers.fixed import NoParameters
+from sim.policies.registry import Entry
+
+
+class Faulty(Controller):
+    """Raises at its first decision."""
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None: ...
+
+    def decide(self, state: InstanceState) -> int:
+        raise KeyError(state.phase, "two\nlines")
+
+
+CONTROLLER = Entry(make=Faulty, parameters=NoParameters)
