@@ -1,7 +1,7 @@
 """Fair comparison of policies: within one load point, on the same requests.
 
 A load point is everything but the policy and the seed. Energies are compared seed by seed, whose
-requests are the same; attainments count over all seeds together.
+requests are the same; an attainment is the mean over the seeds.
 """
 
 from __future__ import annotations
@@ -90,6 +90,7 @@ def best_pairs(
         Its rows, a seed each, with `clocks`; the series is called `BEST_PAIR`.
     """
     keys = [*loads, series]
+    pairs = _on_all_seeds(pairs, loads, keys)
     means = pairs.groupby(keys, sort=False, dropna=False)[["energy_j", *ATTAINMENTS]].mean()
     means = means.reset_index()
     means = means.assign(_breaks=~keeps_slo(means, target), _worse=worse_attainment(means))
@@ -100,6 +101,16 @@ def best_pairs(
     clocks = rows[series].astype(str).str.removeprefix(f"{STATIC_PAIR} ")
     rows[series] = BEST_PAIR
     return rows.assign(clocks=clocks)
+
+
+def _on_all_seeds(pairs: pd.DataFrame, loads: Sequence[str], keys: Sequence[str]) -> pd.DataFrame:
+    """Without pairs that lack a seed of their load point: their mean is over other requests."""
+    if SEED not in pairs:
+        return pairs
+    own = pairs.groupby(list(keys), dropna=False)[SEED].transform("nunique")
+    groups = pairs.groupby(list(loads), dropna=False) if loads else None
+    whole = pairs[SEED].nunique() if groups is None else groups[SEED].transform("nunique")
+    return pairs[own == whole]
 
 
 def is_static_pair(frame: pd.DataFrame, series: str = "policy") -> pd.Series[bool]:

@@ -311,7 +311,8 @@ def search_frontier(
             points += _points(study, load, search, trial)
             search.tried[key] = trial
         frame, errors = _run(points, directory, jobs)
-        points = [p for p in points if p.key in set(frame["hash"])]  # a failure would fail again
+        ran = set(frame["hash"])
+        points = [p for p in points if p.key in ran]  # a failure would fail again
         groups = dict(iter(frame.groupby(["load", "policy", "value"], sort=False)))
         for load, search, _, trial in proposed:
             name = (load.name, search.name, trial.label)

@@ -40,7 +40,9 @@ from sim.workload.traces import open_trace
 
 SEEDS: Final = (11, 12, 13, 14, 15)
 COARSE_LEVELS: Final = 8
-_OF_REPEATS: Final = ("seed", "trace_start_s")
+_OF_SEEDS: Final = ("seed",)
+_OF_PARTS: Final = ("seed", "trace_start_s", "duration_s")
+"""What each repeat sets, where repeats are seeds or parts of a trace."""
 _OF_POLICIES: Final = ("controller", "prefill_controller", "decode_controller", "router")
 _SECTIONS: Final = ("frontier", "base", "load", "policy")
 _KEYS: Final = (
@@ -73,8 +75,9 @@ def read_study(
     options = table(data, "frontier", where)
     check_names(data, _SECTIONS, "section", where)
     check_names(options, _KEYS, "key", where)
-    check_settings(settings, tables(data, "load", where), where)
     parts = options.get("trace_parts")
+    of_repeats = _OF_SEEDS if parts is None else _OF_PARTS
+    check_settings(settings, tables(data, "load", where), of_repeats, where)
     study = make_study(
         {**table(data, "base", where), **settings},
         _loads(tables(data, "load", where), load_names, where),
@@ -102,7 +105,7 @@ def quick_study(
     Raises:
         VoltanaError: A setting that would change nothing, or a bad value.
     """
-    check_settings(settings, [{"rate_rps": None}], "use --rate, --seeds and --policy")
+    check_settings(settings, [{"rate_rps": None}], _OF_SEEDS, "use --rate, --seeds and --policy")
     return make_study(
         settings,
         [Load(name=f"{r:g} requests/s", settings={"rate_rps": r}) for r in rates_rps or [30.0]],
@@ -114,7 +117,10 @@ def quick_study(
 
 
 def check_settings(
-    settings: Mapping[str, Any], loads: Sequence[Mapping[str, Any]], where: str
+    settings: Mapping[str, Any],
+    loads: Sequence[Mapping[str, Any]],
+    of_repeats: Sequence[str],
+    where: str,
 ) -> None:
     """Refuse a setting that loads, repeats or policies would set again.
 
@@ -124,7 +130,7 @@ def check_settings(
     of_loads = {key for load in loads for key in load} - {"name"}
     for key in settings:
         owner = next(
-            (name for name, keys in (("loads", of_loads), ("repeats", _OF_REPEATS),
+            (name for name, keys in (("loads", of_loads), ("repeats", of_repeats),
                                      ("policies", _OF_POLICIES)) if key in keys), None,
         )  # fmt: skip
         if owner is not None:

@@ -75,7 +75,7 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
             _draw_policy(axes, rows, style)
             handles.append(Line2D([], [], label=display_name(policy), **style))
         _finish(axes, frame, target)
-        handles.append(hollow(f"hollow: below {100 * target:g} %"))
+        handles.append(hollow(f"hollow: TTFT or ITL below {100 * target:g} % (dotted)"))
         add_legend(figure, handles)
     return figure
 

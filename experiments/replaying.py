@@ -73,8 +73,11 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
     plan = plan_probe()
     with _shown(len(plan.workload)) as show:
         record = replay(config, plan.workload, out, show)
-    if len(record.requests) != len(read_rows(out / REQUESTS)):
-        raise VoltanaError(f"the probe was interrupted: run it again with another --out than {out}")
+    if not record.settings["is_complete"]:
+        raise VoltanaError(
+            f"a probe must be complete, {record.settings['incomplete_reason']}: run it again with "
+            f"another --out than {out}"
+        )
     sim = config.sim
     if fits_profile:
         rows = read_iterations(out)

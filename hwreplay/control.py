@@ -174,6 +174,7 @@ class ControlLoop:
             self.report.counts["decided_late"] += 1
         state = self._tracker.state
         state.last_batch_size, state.last_tokens = state.ended_batch_size, state.ended_tokens
+        state.last_queue_delay_s = state.ended_queue_delay_s
         return self._decide(now_s, writes=writes)
 
     def settle(self, now_s: float) -> None:

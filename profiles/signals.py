@@ -17,11 +17,20 @@ STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 def stops_as_interrupts() -> Iterator[None]:
     """Treat SIGTERM and SIGHUP as Ctrl-C within; one that its owner ignores or handles stays so.
 
+    That goes for Ctrl-C as well: a script's background job is deaf to it, not to the other two.
     For the main thread, which alone hears signals; elsewhere nothing changes.
     """
     numbers = [n for n in STOPPING[1:] if signal.getsignal(n) == signal.SIG_DFL]
-    with _handled(numbers, lambda number, frame: signal.raise_signal(signal.SIGINT)):
+    with _handled(numbers, _interrupt):
         yield
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    handler = signal.getsignal(signal.SIGINT)
+    if callable(handler):
+        handler(signal.SIGINT, frame)
+    else:  # Ctrl-C is ignored, or was never Python's
+        raise KeyboardInterrupt
 
 
 @contextmanager

@@ -39,8 +39,8 @@ def train_mdp(
     solver: Annotated[
         str,
         typer.Option(
-            help="vi: exact, two instances; factored: by groups; q: Q-learning on the simulator;"
-            " sb3: a network, needs the extra rl"
+            help="vi, pi: exact, small models (pi without free clocks); factored: by groups;"
+            " q: Q-learning on the simulator; sb3: a network, needs the extra rl"
         ),
     ] = "factored",
     config: Annotated[

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import stat
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Final
 
@@ -21,18 +21,32 @@ ROOT_GID: Final = 0
 
 
 def loaded_paths() -> list[Path]:
-    """What has been or may be run here: the interpreter, every module's file, the search path."""
+    """What has been or may be run here: the interpreter, every module's file, the search path.
+
+    Each as it is named, as each link on the way names it, and as it is: who may change a folder
+    that holds a link may point it elsewhere.
+    """
     files = [getattr(module, "__file__", None) for module in list(sys.modules.values())]
-    return [
-        Path(p).resolve() for p in (sys.executable, *files, *sys.path) if p and Path(p).exists()
-    ]
+    named = [Path(p) for p in (sys.executable, *files, *sys.path) if p and Path(p).exists()]
+    ways = (way for path in named for way in (*_ways(path.absolute()), path.resolve()))
+    return list(dict.fromkeys(ways))
+
+
+def _ways(path: Path) -> Iterator[Path]:
+    """The path, and what it becomes link by link."""
+    yield path
+    for part in (*reversed(path.parents), path):
+        if part.is_symlink():
+            target = part.parent / part.readlink()
+            yield from _ways(Path(os.path.normpath(target / path.relative_to(part))))
+            return
 
 
 def find_changeable(paths: Iterable[Path], *, trusted_uid: int = ROOT_UID) -> Path | None:
     """The first path, or folder above one, that somebody beside `trusted_uid` and root may change.
 
     Args:
-        paths: Absolute, without symbolic links.
+        paths: Absolute; a folder that holds a link counts, as whoever may change it.
         trusted_uid: Whose files are trusted, with root's.
     """
     seen: set[Path] = set()

@@ -1,7 +1,8 @@
 """The cards that a command names: opened by NVML, and made the only ones that CUDA sees.
 
 NVML numbers cards by PCI bus, CUDA by speed unless told otherwise, and it obeys
-CUDA_VISIBLE_DEVICES, which NVML does not. Only the UUID means the same card to both.
+CUDA_VISIBLE_DEVICES, which NVML does not. A UUID would mean the same card to both, but SGLang reads
+that variable as numbers when it runs on several cards: so CUDA is told to number them as NVML does.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from profiles.device.nvml import NvmlGpu
 from profiles.errors import VoltanaError
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
+ORDER: Final = "CUDA_DEVICE_ORDER"
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
@@ -32,12 +34,13 @@ def parse_indices(text: str) -> tuple[int, ...]:
         (0, 1)
     """
     parts = text.split(",")
-    if not all(part.strip().isdecimal() for part in parts) or len(set(parts)) != len(parts):
+    indices = tuple(int(part) for part in parts if part.strip().isdecimal())
+    if not len(set(indices)) == len(indices) == len(parts):
         raise VoltanaError(
             f"--gpu must be distinct NVML indices separated by commas, got {text!r}: e.g. 0,1; "
             "nvidia-smi lists them"
         )
-    return tuple(int(part) for part in parts)
+    return indices
 
 
 @contextmanager
@@ -57,22 +60,24 @@ def open_cards(text: str, power_w: float | None) -> Iterator[list[Gpu]]:
     with ExitStack() as stack:
         cards = [stack.enter_context(NvmlGpu(index)) for index in parse_indices(text)]
         _check(cards)
-        stack.enter_context(visible_alone([card.identity.uuid for card in cards]))
+        stack.enter_context(visible_alone([card.identity.index for card in cards]))
         yield list(cards)
 
 
 @contextmanager
-def visible_alone(uuids: Sequence[str]) -> Iterator[None]:
+def visible_alone(indices: Sequence[int]) -> Iterator[None]:
     """Show CUDA these cards alone, in this order; enter it before CUDA is first used."""
-    before = os.environ.get(VISIBLE)
-    os.environ[VISIBLE] = ",".join(uuids)
+    before = {name: os.environ.get(name) for name in (VISIBLE, ORDER)}
+    os.environ[VISIBLE] = ",".join(map(str, indices))
+    os.environ[ORDER] = "PCI_BUS_ID"
     try:
         yield
     finally:
-        if before is None:
-            del os.environ[VISIBLE]
-        else:
-            os.environ[VISIBLE] = before
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _check(cards: Sequence[NvmlGpu]) -> None:

@@ -35,8 +35,8 @@ def assemble(
     """
     alone_mhz = _observed_clock_mhz(log)
     frames = {phase: _phase_frame(log, phase, alone_mhz, facts) for phase in ("prefill", "decode")}
-    idle = _idle_frame(log, alone_mhz)
     clocks_mhz = tuple(sorted({clock or alone_mhz for clock, _ in log.points}))
+    idle = _idle_frame(log, alone_mhz, clocks_mhz)
     meta = ProfileMeta(
         gpu=_gpu_meta(identities[0]),
         model=ModelMeta(
@@ -110,11 +110,15 @@ def _held_rows(frame: pd.DataFrame, min_context_tokens: int) -> pd.DataFrame:
     return held
 
 
-def _idle_frame(log: Journal, alone_mhz: int) -> pd.DataFrame:
+def _idle_frame(log: Journal, alone_mhz: int, clocks_mhz: Sequence[int]) -> pd.DataFrame:
+    """Idle power of a loaded engine, unlocked and at the clocks that have points.
+
+    It is measured at every clock before the first point: a run that ended early has more of it.
+    """
     rows = [
         {"frequency_mhz": clock, "trial": trial, "power_w": power_w}
         for (clock, is_loaded), powers_w in log.idle_w.items()
-        if is_loaded
+        if is_loaded and clock in (0, *clocks_mhz)
         for trial, power_w in enumerate(powers_w)
     ]
     if alone_mhz:  # the one clock left alone idles as the driver has it

@@ -36,8 +36,8 @@ def measure_profile(
 ) -> Profile:
     """Measure what `out` does not hold yet, and write the profile of all that it holds.
 
-    What ends the run early (a dying engine, Ctrl-C) is raised again after the profile of what had
-    finished is written, if it spans a grid.
+    What ends the run early (a dying engine, Ctrl-C, SIGTERM, SIGHUP) is raised again after the
+    profile of what had finished is written, if it spans a grid.
 
     Args:
         cards: All the cards the engine runs on.
@@ -54,7 +54,7 @@ def measure_profile(
     log = Journal.open(out / JOURNAL)
     log.check(_of_cards(cards, plan))
     _announce_missing_phases(log, plan, progress)
-    stopped: VoltanaError | KeyboardInterrupt | None = None
+    stopped: VoltanaError | KeyboardInterrupt | SystemExit | None = None
     lock = ClockSession(cards, allow_shared=allow_shared, previous_clock_mhz=previous_clock_mhz)
     with lock as session:
         if not engine.is_attached:
@@ -65,10 +65,10 @@ def measure_profile(
             try:
                 Campaign(engine, cards, plan, session, log, progress).run()
                 _measure_serving(engine, out, progress)
-            except (VoltanaError, KeyboardInterrupt) as error:
+            except (VoltanaError, KeyboardInterrupt, SystemExit) as error:
                 stopped = error
-    made = _assembled(log, cards, facts, out, stopped)
     _tell_left_out(log, progress)
+    made = _assembled(log, cards, facts, out, stopped)
     if stopped is not None:
         progress.say(f"{out} is a profile of the points that had finished")
         raise stopped
@@ -96,7 +96,7 @@ def _assembled(
     cards: Sequence[Gpu],
     facts: EngineFacts,
     out: Path,
-    stopped: VoltanaError | KeyboardInterrupt | None,
+    stopped: VoltanaError | KeyboardInterrupt | SystemExit | None,
 ) -> Profile:
     try:
         made = assemble(out, log, [card.identity for card in cards], facts)

@@ -159,7 +159,10 @@ def _retried(
     protocol: Protocol,
     deadline_s: float,
 ) -> Trial:
-    """The trial repeated after rests, until it runs free, repeating is of no use, or time is up."""
+    """The trial repeated after rests, until it runs free, repeating is of no use, or time is up.
+
+    One that cannot be metered leaves the trial before it.
+    """
     for _ in range(protocol.num_retries):
         left_s = deadline_s - time.monotonic()
         if left_s <= 0:
@@ -170,7 +173,10 @@ def _retried(
             cool_down(gpus, target_c, limit_s=min(protocol.cooling_limit_s, left_s))
         else:
             time.sleep(min(protocol.power_rest_s, left_s))
-        trial = again()
+        try:
+            trial = again()
+        except SampleGapError:
+            break
         if not trial.is_throttled or not is_hot:
             break
     return trial

@@ -7,7 +7,8 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.compare import compare
+from experiments.compare import best_pairs, compare
+from experiments.grid import STATIC_PAIR
 from experiments.plots import energy_vs_slo
 from profiles.errors import VoltanaError
 
@@ -123,3 +124,17 @@ def test_the_figure_along_the_rate_says_what_it_cannot_show() -> None:
     rows = [row("static-max", 1.0, num_decode=fleet) for fleet in (2, 4)]
     with pytest.raises(VoltanaError, match="num_decode varies too: voltana report"):
         energy_vs_slo(compared(*rows))
+
+
+def test_a_pair_without_a_seed_of_its_load_is_not_the_best() -> None:
+    """1/1 ran on the cheap seed alone and is dearer there than 2/2: its mean says otherwise."""
+    kept = {"ttft_attainment": 1.0, "itl_attainment": 1.0, "rate_rps": 1.0}
+    pairs = pd.DataFrame(
+        [
+            {"policy": f"{STATIC_PAIR} 1/1", "seed": 1, "energy_j": 100.0, **kept},
+            {"policy": f"{STATIC_PAIR} 2/2", "seed": 1, "energy_j": 90.0, **kept},
+            {"policy": f"{STATIC_PAIR} 2/2", "seed": 2, "energy_j": 130.0, **kept},
+        ]
+    )
+    assert set(best_pairs(pairs, ["rate_rps"])["clocks"]) == {"2/2"}
+    assert set(best_pairs(pairs.assign(seed=1)[:2], [])["clocks"]) == {"2/2"}

@@ -264,6 +264,10 @@ def test_loads_are_chosen_by_name_and_settings_that_do_nothing_refused(tmp_path:
     for key, owner in (("rate_rps", "loads"), ("seed", "repeats"), ("router", "policies")):
         with pytest.raises(VoltanaError, match=f"--set {key} would change nothing: the {owner}"):
             read_study(path, settings={key: "1"})
+    read_study(path, settings={"trace_start_s": 1.0})  # its repeats are seeds
+    path.write_text(STUDY.replace("[frontier]", "[frontier]\ntrace_parts = 2"))
+    with pytest.raises(VoltanaError, match="--set duration_s would change nothing: the repeats"):
+        read_study(path, settings={"duration_s": 60.0})
 
 
 def test_another_profile_brings_its_own_clocks(tmp_path: Path) -> None:

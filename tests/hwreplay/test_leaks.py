@@ -154,6 +154,17 @@ def test_a_server_that_has_ended_is_not_reaped(tmp_path: Path) -> None:
         os.killpg(kept, signal.SIGKILL)
 
 
+def test_a_job_that_is_deaf_to_ctrl_c_still_hears_the_others() -> None:
+    """A script's background job inherits an ignored SIGINT."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with pytest.raises(KeyboardInterrupt), stops_as_interrupts():
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_signals_to_stop_are_interrupts_and_can_be_put_off() -> None:
     with stops_as_interrupts():
         for number in (signal.SIGTERM, signal.SIGHUP):

@@ -13,7 +13,6 @@ from hwreplay.actuator import trust
 from hwreplay.actuator.trust import check_code, find_changeable, loaded_paths
 from profiles.errors import VoltanaError
 from tests.conftest import ROOT
-from tests.hwreplay.actuator.conftest import eventually
 
 
 @pytest.fixture
@@ -40,6 +39,21 @@ def test_files_and_folders_that_others_may_write(module: Path) -> None:
     assert found(module) == module.parent
     module.parent.chmod(0o1777)  # like /tmp: nobody renames another's file there
     assert found(module) is None
+
+
+def test_a_link_counts_where_it_stands(
+    module: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The code is root's alone, but others may point the name that is run at something else."""
+    folder = tmp_path / "shared"
+    folder.mkdir(mode=0o755)
+    (folder / "current").symlink_to(module.parent)
+    monkeypatch.setattr(sys, "executable", str(folder / "current" / module.name))
+    monkeypatch.setattr(sys, "path", [])
+    monkeypatch.setattr(sys, "modules", {})
+    assert find_changeable(loaded_paths(), trusted_uid=os.getuid()) is None
+    folder.chmod(0o757)
+    assert find_changeable(loaded_paths(), trusted_uid=os.getuid()) == folder
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="needs root to give files away")
@@ -84,10 +98,12 @@ def test_the_entry_for_root_imports_little_and_serves(tmp_path: Path) -> None:
     command += ["--dry-run", str(tmp_path / "changes"), "--allow-writable-code"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:
-        assert eventually((tmp_path / "s").is_socket)
-        process.terminate()
-        _, said = process.communicate(timeout=20)
+        assert process.stderr is not None
+        said = process.stderr.readline()
         assert said.startswith(f"listening on {tmp_path}/s for user ")
+        assert (tmp_path / "s").is_socket()
+        process.terminate()
+        process.communicate(timeout=20)
     finally:
         process.kill()
         process.wait()

@@ -6,38 +6,38 @@ import os
 
 import pytest
 
-from profiles.device.cards import VISIBLE, open_cards, parse_indices, visible_alone
+from profiles.device.cards import ORDER, VISIBLE, open_cards, parse_indices, visible_alone
 from profiles.errors import VoltanaError
 from tests.profiles.device.standin import Standin
 
 OPEN = "import os\nfrom profiles.device.cards import open_cards\n"
 
 
-@pytest.mark.parametrize("text", ["", "a", "0,", "0,0", "-1", "0;1"])
+@pytest.mark.parametrize("text", ["", "a", "0,", "0,0", "0, 0", "0,00", "-1", "0;1"])
 def test_anything_but_distinct_indices_is_refused(text: str) -> None:
     with pytest.raises(VoltanaError, match=r"--gpu must be distinct NVML indices"):
         parse_indices(text)
 
 
 def test_cuda_sees_the_named_cards_alone_in_their_order(standin: Standin) -> None:
-    """By UUID, so that CUDA's own numbering does not matter; processes started there inherit it."""
+    """Numbered as NVML does, not by CUDA's own order; processes started there inherit it."""
     standin["num_gpus"] = 3
     standin.env[VISIBLE] = "0"
     out = standin.run(
         OPEN + "import subprocess, sys\n"
         "with open_cards('2,0', None) as cards:\n"
         "    print([card.identity.index for card in cards], sum(c.power_w() for c in cards))\n"
-        f"    code = 'import os; print(os.environ[\"{VISIBLE}\"])'\n"
+        f'    code = \'import os; print(os.environ["{VISIBLE}"], os.environ["{ORDER}"])\'\n'
         "    print(subprocess.check_output([sys.executable, '-c', code], text=True), end='')\n"
         f"print(os.environ['{VISIBLE}'])"
     )
-    assert out.splitlines() == ["[2, 0] 500.0", "GPU-standin-2,GPU-standin-0", "0"]
+    assert out.splitlines() == ["[2, 0] 500.0", "2,0 PCI_BUS_ID", "0"]
 
 
 def test_what_was_not_set_is_unset_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VISIBLE, raising=False)
-    with visible_alone(["GPU-a"]):
-        assert os.environ[VISIBLE] == "GPU-a"
+    with visible_alone([1]):
+        assert os.environ[VISIBLE] == "1"
     assert VISIBLE not in os.environ
 
 

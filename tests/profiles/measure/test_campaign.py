@@ -27,6 +27,7 @@ from profiles.engines.base import (
 )
 from profiles.errors import VoltanaError
 from profiles.measure import trial as trial_module
+from profiles.measure.assemble import assemble
 from profiles.measure.campaign import Campaign, Plan
 from profiles.measure.journal import Journal
 from profiles.measure.power import SampleGapError
@@ -169,6 +170,19 @@ def test_ctrl_c_leaves_a_profile_where_the_grid_is_spanned(tmp_path: Path) -> No
     with pytest.raises(KeyboardInterrupt):
         measure_profile([ConstantPowerGpu(1.0)], early, plan(), tmp_path / "q", Quiet())
     assert not (tmp_path / "q" / "profile.toml").exists()
+
+
+def test_clocks_that_have_no_point_yet_leave_no_idle_power_in_a_profile(tmp_path: Path) -> None:
+    """Idle power comes first, at every clock: a run ended after one clock still makes a profile."""
+    out = tmp_path / "p"
+    order = [point for _, point in run(Fake(), tmp_path / "order").points]
+    with pytest.raises(KeyboardInterrupt):
+        measure_profile([ConstantPowerGpu(1.0)], Fake(stops_at=order[-1]), plan(), out, Quiet())
+    log = Journal.open(out / "journal.jsonl")
+    log.add_idle(1234, is_loaded=True, power_w=[70.0])
+    facts = Fake().facts
+    made = assemble(out, log, [ConstantPowerGpu(1.0).identity], facts)
+    assert 1234 not in set(made.idle["frequency_mhz"])
 
 
 def test_where_a_row_cannot_be_held_to_its_end_the_next_point_is_measured_at_once(

@@ -48,6 +48,24 @@ def measure(num_trials=1, left_s=600.0, **protocol):
 """
 
 
+def test_a_repeat_that_cannot_be_metered_leaves_the_first(standin: Standin) -> None:
+    """The sampler stalls in the second run: the throttled window stays, flagged."""
+    standin["temperature_c"], standin["throttle_bits"] = 88, THERMAL_BIT
+    out = standin.run(
+        SETUP + "import profiles.measure.trial as trial\n"
+        "from profiles.measure.power import SampleGapError\n"
+        "real = trial._run_trial\n"
+        "def stalls(*given):\n"
+        "    if Busy.num_runs > 1:\n        raise SampleGapError('stalled')\n"
+        "    return real(*given)\n"
+        "trial._run_trial = stalls\n"
+        "measure(cool_by_c=10.0, cooling_limit_s=0.1, num_retries=1)"
+    )
+    flags, _, num_runs = json.loads(out)
+    assert "throttle-thermal" in flags
+    assert num_runs == 2  # the warm-up and the window
+
+
 def test_a_hot_card_is_waited_for_and_measured_again(standin: Standin) -> None:
     """Hot at 88 C; it cools to 70 C a second later, and only then is the trial repeated."""
     standin["temperature_c"], standin["throttle_bits"] = 88, THERMAL_BIT
