@@ -26,6 +26,8 @@ from profiles.measure.style import FONT_PT, STYLE, WIDTH_IN, legend_height_in, l
 Styles = dict[Any, dict[str, Any]]
 MOST_COLUMNS: Final = 3
 """More panels than this become rows."""
+ROW_LETTERS: Final = 16
+"""As many fit beside a row; longer labels are wrapped."""
 
 
 def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
@@ -139,7 +141,8 @@ def _label(
     for axes, text in zip(grid[0], columns, strict=True):
         axes.set_title("\n".join(textwrap.fill(t, letters) for t in text.split("\n")))
     for axes, text in zip(grid[:, 0], rows, strict=True):
-        axes.set_ylabel(text.replace(", ", ",\n") if panels_are_rows else text)
+        wrapped = "\n".join(textwrap.fill(t, ROW_LETTERS) for t in text.split("\n"))
+        axes.set_ylabel(text.replace(", ", ",\n") if panels_are_rows else wrapped)
     figure = grid[0, 0].figure
     if not panels_are_rows:
         figure.align_ylabels(grid[:, 0])
