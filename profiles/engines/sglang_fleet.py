@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from profiles.engines.reaper import Reaper
 from profiles.engines.sglang_client import Endpoint, Servers
 from profiles.engines.sglang_server import (
     CPU_ARGUMENTS,
@@ -69,7 +70,7 @@ class LaunchPlan:
 
 @contextmanager
 def start_servers(plan: LaunchPlan) -> Iterator[Servers]:
-    """Start servers, wait until they are ready, and end them on exit.
+    """Start servers, wait until they are ready, and end them on exit; on SIGKILL a reaper does.
 
     Raises:
         VoltanaError: No such Python, or a server ended or was too late.
@@ -82,15 +83,20 @@ def start_servers(plan: LaunchPlan) -> Iterator[Servers]:
     plan.logs.mkdir(parents=True, exist_ok=True)
     sockets = Path(tempfile.mkdtemp(prefix="voltana-"))  # a socket's path must be short
     started: list[StartedServer] = []
-    try:
-        started.append(_start(plan, "prefill" if plan.is_pair else UNIFIED, sockets))
-        if plan.is_pair:
-            started.append(_start(plan, "decode", sockets))
-        wait_ready(started, plan.start_s)
-        yield Servers(prefill=started[0].endpoint, decode=started[-1].endpoint)
-    finally:
-        end(started)
-        shutil.rmtree(sockets, ignore_errors=True)
+    with Reaper() as reaper:
+        try:
+            for role in ("prefill", "decode") if plan.is_pair else (UNIFIED,):
+                started.append(_start(plan, role, sockets))
+                reaper.guard(started[-1].process.pid)
+            wait_ready(started, plan.start_s)
+            for server in started:
+                reaper.guard(server.process.pid, server.shared_memory)
+            yield Servers(prefill=started[0].endpoint, decode=started[-1].endpoint)
+        finally:
+            end(started)
+            for server in started:
+                reaper.release(server.process.pid)
+            shutil.rmtree(sockets, ignore_errors=True)
 
 
 @contextmanager

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from profiles.engines.sglang_fleet import LaunchPlan, attach, start_servers
 from profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
 from profiles.errors import VoltanaError
+from tests.conftest import ROOT
 from tests.profiles.device.standin import Standin
 from tests.profiles.measure.test_measure import FACTS
 
@@ -181,9 +183,38 @@ def test_a_server_on_cards_gets_them_alone_and_prefills_long_prompts_whole(
     assert done.returncode == 2
     assert "unified server ended with 3" in done.stderr.splitlines()[-1]
     cards, arguments = (tmp_path / "p" / "logs" / "unified.log").read_text().splitlines()
-    assert cards == "cards GPU-standin-1,GPU-standin-0"
+    assert cards == "cards 1,0"
     assert "--chunked-prefill-size 16384 --tp-size 2" in arguments
     assert arguments.endswith("--tp-size 4")  # what the user says comes last, and so counts
+
+
+def test_a_killed_profiler_leaves_no_server(tmp_path: Path) -> None:
+    """kill -9 while the server starts: nobody but the reaper is there to end it."""
+    python = tmp_path / "python"
+    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
+    python.chmod(0o755)
+    code = (
+        "from pathlib import Path\nfrom profiles.engines.sglang_fleet import *\n"
+        f"plan = LaunchPlan(python=Path('{python}'), model='m', logs=Path('{tmp_path}'),"
+        " is_cpu=True, is_pair=False)\nwith start_servers(plan):\n    pass\n"
+    )
+    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
+    try:
+        eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+    finally:
+        owner.kill()
+        owner.wait()
+    server = int((tmp_path / "pid").read_text())
+    eventually(lambda: not Path(f"/proc/{server}").exists())
+
+
+def eventually(is_so: Callable[[], bool]) -> None:
+    """Wait up to a minute; far longer than it takes on a busy machine."""
+    for _ in range(1200):
+        if is_so():
+            return
+        time.sleep(0.05)
+    raise AssertionError("a minute was not enough")
 
 
 @pytest.mark.parametrize(
