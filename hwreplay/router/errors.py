@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import msgspec
 
 from profiles.errors import VoltanaError
-
-if TYPE_CHECKING:
-    from hwreplay.router.fleet import Worker
 
 EVENT: Final = b"data: "
 LAST_EVENT: Final = b"data: [DONE]"
@@ -40,19 +37,6 @@ class PassedError(VoltanaError):
         self.status = status
         self.content_type = content_type
         self.body = body
-
-
-class AttemptError(VoltanaError):
-    """An attempt has come to nothing; another pair may do."""
-
-    def __init__(
-        self, reason: str, message: str, worker: Worker | None, *, was_there: bool = False
-    ) -> None:
-        """`was_there`: the server was lost with the request on it."""
-        super().__init__(message)
-        self.reason = reason
-        self.worker = worker
-        self.was_there = was_there
 
 
 class ClientGoneError(VoltanaError):

@@ -19,7 +19,6 @@ from hwreplay.metrics_feed import MetricsFeed
 from hwreplay.reports import ReportFeed
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig, WorkerConfig
-from hwreplay.router.errors import AttemptError
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.router.upstream import Upstream
 from hwreplay.tracker import InstanceTracker
@@ -38,6 +37,19 @@ LATE: Final = "its health check takes"
 
 class NoWorkerError(VoltanaError):
     """No healthy pair to send a request to."""
+
+
+class AttemptError(VoltanaError):
+    """An attempt has come to nothing; another pair may do."""
+
+    def __init__(
+        self, reason: str, message: str, worker: Worker | None, *, was_there: bool = False
+    ) -> None:
+        """`was_there`: the server was lost with the request on it."""
+        super().__init__(message)
+        self.reason = reason
+        self.worker = worker
+        self.was_there = was_there
 
 
 class Attempt:

@@ -16,13 +16,12 @@ from hwreplay.router.errors import (
     EVENT,
     LAST_EVENT,
     SERVER_ERROR,
-    AttemptError,
     EventWatch,
     PassedError,
     RequestFailedError,
     error_body,
 )
-from hwreplay.router.fleet import Attempt, NoWorkerError, Pair, RouterFleet, Worker
+from hwreplay.router.fleet import Attempt, AttemptError, NoWorkerError, Pair, RouterFleet, Worker
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.router.upstream import (
     Connection,
