@@ -55,7 +55,7 @@ class AttemptError(VoltanaError):
 class Attempt:
     """One request on one pair, run by the task that enters it; others can end it from outside."""
 
-    __slots__ = ("_error", "_is_running", "_task")
+    __slots__ = ("_error", "_is_running", "_task", "asked")
 
     def __init__(self) -> None:
         """The current task is to run it."""
@@ -64,6 +64,8 @@ class Attempt:
         self._task = task
         self._error: BaseException | None = None
         self._is_running = False
+        self.asked: set[Worker] = set()
+        """Servers that the request has been sent to."""
 
     def __enter__(self) -> None:
         self._is_running = True
@@ -236,7 +238,8 @@ class RouterFleet:
             self._show_health(worker)
         for attempt in list(worker.attempts):
             message = f"{worker.name} is out: {reason}"
-            attempt.fail(AttemptError("server_lost", message, worker, was_there=True))
+            was_there = worker in attempt.asked
+            attempt.fail(AttemptError("server_lost", message, worker, was_there=was_there))
 
     def _bring_back(self, worker: Worker) -> None:
         worker.is_healthy = True

@@ -32,7 +32,8 @@ from hwreplay.router.upstream import (
 
 DRAIN_S: Final = 1.0
 """How long a prefill server may take to its last word after the answer and keep its connection."""
-NUM_ASKED: Final = 2
+NUM_SERVERS: Final = 2
+"""That a request is sent to."""
 CLIENT_ERROR: Final = 400
 
 
@@ -59,8 +60,6 @@ class Call:
     sink: Sink
     headers: dict[str, str] = field(default_factory=dict)
     attempt: Attempt | None = None
-    num_asked: int = 0
-    """Servers that the request has been sent to, in this attempt."""
     last_piece_s: float = 0.0
     is_prefilled: bool = False
     is_begun: bool = False
@@ -141,7 +140,6 @@ class Proxy:
     async def _run(self, call: Call, pair: Pair) -> None:
         """Ask both. Decode's end is the request's; prefill's failure counts until decode begins."""
         call.is_prefilled = False
-        call.num_asked = 0
         host, port = pair[0].config.reachable_host, pair[0].config.bootstrap_port
         data = call.body.encode(host, port, secrets.randbits(63))
         prefill = asyncio.create_task(self._prefill(call, pair, data))
@@ -247,11 +245,14 @@ class Proxy:
     def _post(
         self, worker: Worker, call: Call, data: bytes
     ) -> AbstractAsyncContextManager[Connection]:
-        return worker.upstream.post(call.body.path, data, call.headers, partial(self._sent, call))
+        return worker.upstream.post(
+            call.body.path, data, call.headers, partial(self._sent, call, worker)
+        )
 
-    def _sent(self, call: Call) -> None:
-        call.num_asked += 1
-        if call.num_asked == NUM_ASKED:
+    def _sent(self, call: Call, worker: Worker) -> None:
+        assert call.attempt is not None
+        call.attempt.asked.add(worker)
+        if len(call.attempt.asked) == NUM_SERVERS:
             self._metrics.routing_s.observe(self._clock.now_s() - call.arrival_s)
 
     def _broken(self, worker: Worker, call: Call, error: UpstreamError) -> AttemptError:

@@ -155,14 +155,16 @@ def test_a_client_that_leaves_with_its_whole_answer_has_completed() -> None:
 
 
 def test_a_server_that_takes_no_connection_has_not_died_with_the_request() -> None:
-    """One of two refuses before any health check tells: the other is still tried."""
+    """One of two refuses before any health check tells: the other is still tried, by those too that
+    were about to connect when another was refused."""
 
     async def play() -> None:
         async with bench(2, 1, max_lost=1, health_period_s=60.0) as b:
             await asyncio.sleep(0.2)  # the first checks find all well
             await b.fleet.prefill[0].die()
-            assert (await b.generate(2, 1))[0] == 200
-            assert (await b.samples())[("voltana_retries_total", "")] == 1
+            answers = await asyncio.gather(*(b.generate(2, 1) for _ in range(20)))
+            assert {status for status, _ in answers} == {200}
+            assert (await b.samples())[("voltana_retries_total", "")] >= 1
 
     asyncio.run(play())
 
