@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from hwreplay.batch_feed import ENVIRONMENT as BATCH_SOCKET
+from profiles.device.cards import cuda_environment
 from profiles.engines.reaper import Reaper
 from profiles.engines.sglang_server import (
     CPU_ARGUMENTS,
@@ -198,9 +199,7 @@ def server_environment(at: Placement) -> dict[str, str]:
     """What one server's environment has beyond ours."""
     found = dict(CPU_ENVIRONMENT)
     if at.gpus:
-        visible = ",".join(map(str, at.gpus))
-        # NVML counts by bus, CUDA by speed unless told: the metered card must be the one that runs
-        found = {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": visible}
+        found = cuda_environment(at.gpus)  # the metered card must be the one that runs
     if at.batch_socket is not None:
         found[BATCH_SOCKET] = str(at.batch_socket)
     return found

@@ -14,6 +14,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+HELLO: Final = b"H"
+HELLO_TIMEOUT_S: Final = 20.0
 PARENT_POLL_S: Final = 0.5
 READ_BYTES: Final = 4096
 
@@ -34,6 +36,30 @@ def start_guard(module: str, arguments: Sequence[str] = ()) -> subprocess.Popen[
         start_new_session=True,
         env=environment,
     )
+
+
+def has_said_hello(guard: subprocess.Popen[bytes]) -> bool:
+    """Wait until the guard stands; one that does not in time is ended."""
+    assert guard.stdout is not None
+    ready, _, _ = select.select([guard.stdout], [], [], HELLO_TIMEOUT_S)
+    if ready and os.read(guard.stdout.fileno(), 1) == HELLO:
+        return True
+    guard.kill()
+    end_guard(guard)
+    return False
+
+
+def end_guard(guard: subprocess.Popen[bytes]) -> None:
+    """Close the owner's ends, which tells the guard to act on what it still guards, and wait."""
+    for pipe in (guard.stdin, guard.stdout):
+        assert pipe is not None
+        pipe.close()
+    guard.wait()
+
+
+def say_hello() -> None:
+    """The guard's word that it stands: from here on the owner may need it."""
+    os.write(sys.stdout.fileno(), HELLO)
 
 
 def receive_until_gone(parent_pid: int) -> Iterator[bytes]:

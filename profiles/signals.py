@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
@@ -21,7 +21,7 @@ def stops_as_interrupts() -> Iterator[None]:
     For the main thread, which alone hears signals; elsewhere nothing changes.
     """
     numbers = [n for n in STOPPING[1:] if signal.getsignal(n) == signal.SIG_DFL]
-    with _handled(numbers, _interrupt):
+    with handled(numbers, _interrupt):
         yield
 
 
@@ -38,16 +38,18 @@ def stops_put_off() -> Iterator[None]:
     """Hear no request to end within; one that came is heard after."""
     came: list[int] = []
     numbers = [n for n in STOPPING if signal.getsignal(n) != signal.SIG_IGN]
-    with _handled(numbers, lambda number, frame: came.append(number)):
+    with handled(numbers, lambda number, frame: came.append(number)):
         yield
     if came:
         os.kill(os.getpid(), came[0])
 
 
 @contextmanager
-def _handled(
-    numbers: list[signal.Signals], handler: Callable[[int, FrameType | None], None]
+def handled(
+    numbers: Iterable[signal.Signals],
+    handler: Callable[[int, FrameType | None], None] | signal.Handlers,
 ) -> Iterator[None]:
+    """Handle signals so within, as before after it. For the main thread; elsewhere nothing."""
     old: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         old = {number: signal.signal(number, handler) for number in numbers}

@@ -13,7 +13,6 @@ import socket
 import stat
 import struct
 import sys
-import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -33,6 +32,7 @@ from hwreplay.actuator.protocol import (
 )
 from profiles.device.gpu import DeviceError
 from profiles.errors import VoltanaError
+from profiles.signals import STOPPING, handled
 
 MAX_PEERS: Final = 64
 MAX_SILENCE_S: Final = 60.0
@@ -40,7 +40,6 @@ MAX_RATE_PER_S: Final = 1e6
 RETRY_S: Final = 0.5
 CREDENTIALS: Final = struct.Struct("3i")
 """SO_PEERCRED: process, user, group."""
-SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,17 +100,13 @@ class Helper:
 
     def serve(self) -> None:
         """Answer peers until told to stop; call from the main thread for signals to be handled."""
-        is_main = threading.current_thread() is threading.main_thread()
-        before = {n: signal.signal(n, _raise_exit) for n in SIGNALS} if is_main else {}
-        try:
-            while not self._is_stopping:
-                self._turn()
-        finally:
-            for signum in before:  # a second Ctrl-C must not stop the restoring
-                signal.signal(signum, signal.SIG_IGN)
-            self._close()
-            for signum, handler in before.items():
-                signal.signal(signum, handler)
+        with handled(STOPPING, _raise_exit):
+            try:
+                while not self._is_stopping:
+                    self._turn()
+            finally:
+                with handled(STOPPING, signal.SIG_IGN):  # a second Ctrl-C must not stop this
+                    self._close()
 
     def _turn(self) -> None:
         for key, _ in self._selector.select(min(RETRY_S, self._config.silence_s / 4)):

@@ -64,12 +64,17 @@ def open_cards(text: str, power_w: float | None) -> Iterator[list[Gpu]]:
         yield list(cards)
 
 
+def cuda_environment(indices: Sequence[int]) -> dict[str, str]:
+    """What shows CUDA these cards alone, numbered by bus as NVML does and not by speed."""
+    return {ORDER: "PCI_BUS_ID", VISIBLE: ",".join(map(str, indices))}
+
+
 @contextmanager
 def visible_alone(indices: Sequence[int]) -> Iterator[None]:
     """Show CUDA these cards alone, in this order; enter it before CUDA is first used."""
-    before = {name: os.environ.get(name) for name in (VISIBLE, ORDER)}
-    os.environ[VISIBLE] = ",".join(map(str, indices))
-    os.environ[ORDER] = "PCI_BUS_ID"
+    wanted = cuda_environment(indices)
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
         yield
     finally:

@@ -12,7 +12,6 @@ out but one hello.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
@@ -21,14 +20,19 @@ from types import FrameType
 from typing import Final
 
 from profiles.device.gpu import DeviceError
-from profiles.owner import receive_until_gone, start_guard
+from profiles.owner import (
+    HELLO_TIMEOUT_S,
+    end_guard,
+    has_said_hello,
+    receive_until_gone,
+    say_hello,
+    start_guard,
+)
 
 ARMED: Final = b"A"
 DISARMED: Final = b"D"
-HELLO: Final = b"H"
 NUM_RESTORE_TRIES: Final = 5
 RESTORE_RETRY_S: Final = 0.5
-HELLO_TIMEOUT_S: Final = 20.0
 
 
 class Watchdog:
@@ -56,7 +60,12 @@ class Watchdog:
         self._process = start_guard(
             "profiles.device.watchdog", [str(previous_clock_mhz or 0), *targets]
         )
-        self._await_hello()
+        if not has_said_hello(self._process):
+            raise DeviceError(
+                f"the clock watchdog must start within {HELLO_TIMEOUT_S:.0f} s, it did not "
+                f"(exit status {self._process.returncode}): no clock was touched; see its message "
+                "above"
+            )
 
     @property
     def pid(self) -> int:
@@ -72,25 +81,7 @@ class Watchdog:
 
     def close(self) -> None:
         """End the process; it restores first if it is still armed."""
-        stdin, stdout = self._process.stdin, self._process.stdout
-        assert stdin is not None
-        assert stdout is not None
-        stdin.close()
-        stdout.close()
-        self._process.wait()
-
-    def _await_hello(self) -> None:
-        stdout = self._process.stdout
-        assert stdout is not None
-        ready, _, _ = select.select([stdout], [], [], HELLO_TIMEOUT_S)
-        if ready and os.read(stdout.fileno(), 1) == HELLO:
-            return
-        self._process.kill()
-        self.close()
-        raise DeviceError(
-            f"the clock watchdog must start within {HELLO_TIMEOUT_S:.0f} s, it did not "
-            f"(exit status {self._process.returncode}): no clock was touched; see its message above"
-        )
+        end_guard(self._process)
 
     def _send(self, byte: bytes) -> None:
         stdin = self._process.stdin
@@ -163,7 +154,7 @@ def main(arguments: Sequence[str]) -> int:
         NvmlGpu(int(target.partition("=")[0])).close()
     state = ARMED
     try:
-        os.write(sys.stdout.fileno(), HELLO)  # from here on the owner may lock
+        say_hello()  # from here on the owner may lock
         state = _watch(parent_pid)
     finally:  # told to terminate: restore rather than leave a lock without a guard
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -11,7 +11,6 @@ untold, and removes their shared memory.
 from __future__ import annotations
 
 import os
-import select
 import signal
 import sys
 import time
@@ -22,10 +21,15 @@ from typing import Final, Self
 
 from profiles.engines.sglang_server import SHARED_MEMORY, find_shared_memory
 from profiles.errors import VoltanaError
-from profiles.owner import receive_until_gone, start_guard
+from profiles.owner import (
+    HELLO_TIMEOUT_S,
+    end_guard,
+    has_said_hello,
+    receive_until_gone,
+    say_hello,
+    start_guard,
+)
 
-HELLO: Final = b"H"
-HELLO_TIMEOUT_S: Final = 20.0
 END_S: Final = 10.0
 POLL_S: Final = 0.02
 
@@ -41,12 +45,7 @@ class Reaper:
         """
         self._files: dict[int, set[Path]] = {}
         self._process = start_guard("profiles.engines.reaper")
-        stdout = self._process.stdout
-        assert stdout is not None
-        ready, _, _ = select.select([stdout], [], [], HELLO_TIMEOUT_S)
-        if not (ready and os.read(stdout.fileno(), 1) == HELLO):
-            self._process.kill()
-            self.close()
+        if not has_said_hello(self._process):
             raise VoltanaError(
                 f"the servers' reaper must start within {HELLO_TIMEOUT_S:.0f} s, it did not: no "
                 "server was started; see its message above"
@@ -78,10 +77,7 @@ class Reaper:
 
     def close(self) -> None:
         """End the process."""
-        for pipe in (self._process.stdin, self._process.stdout):
-            assert pipe is not None
-            pipe.close()
-        self._process.wait()
+        end_guard(self._process)
 
     def _send(self, sign: str, group: int, files: Iterable[Path]) -> None:
         stdin = self._process.stdin
@@ -136,7 +132,7 @@ def main() -> int:
     parent_pid = os.getppid()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, signal.SIG_IGN)
-    os.write(sys.stdout.fileno(), HELLO)
+    say_hello()
     _reap(_listen(parent_pid))
     return 0
 

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,7 @@ from profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
 from profiles.errors import VoltanaError
 from tests.conftest import ROOT
+from tests.hwreplay.actuator.conftest import eventually
 from tests.profiles.device.standin import Standin
 from tests.profiles.measure.test_measure import FACTS
 
@@ -200,21 +200,13 @@ def test_a_killed_profiler_leaves_no_server(tmp_path: Path) -> None:
     )
     owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
     try:
-        eventually(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text() != "")
+        pid = tmp_path / "pid"
+        assert eventually(lambda: pid.exists() and pid.read_text() != "", 60.0)
     finally:
         owner.kill()
         owner.wait()
-    server = int((tmp_path / "pid").read_text())
-    eventually(lambda: not Path(f"/proc/{server}").exists())
-
-
-def eventually(is_so: Callable[[], bool]) -> None:
-    """Wait up to a minute; far longer than it takes on a busy machine."""
-    for _ in range(1200):
-        if is_so():
-            return
-        time.sleep(0.05)
-    raise AssertionError("a minute was not enough")
+    server = int(pid.read_text())
+    assert eventually(lambda: not Path(f"/proc/{server}").exists(), 60.0)
 
 
 @pytest.mark.parametrize(
