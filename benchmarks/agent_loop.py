@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from hwreplay.agent import AgentConfig, await_agent, start_agent
+from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
 from sim.policies.base import DECODE, PREFILL, Phase
 
 ROOT: Final = Path(__file__).resolve().parents[1]

@@ -37,8 +37,8 @@ import tomli_w
 import uvloop
 import zmq
 
-from hwreplay.events import topic_of
-from hwreplay.reports import Report, ReportSender
+from hwreplay.messages.events import topic_of
+from hwreplay.messages.reports import Report, ReportSender
 from sim.policies.base import Phase
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Final
 
-from experiments.suite import list_experiments
+from experiments.study.suite import list_experiments
 from profiles.catalog import list_profiles, load_profile
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, SimConfig

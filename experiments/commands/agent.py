@@ -20,14 +20,14 @@ def agent(
 ) -> None:
     """Control one instance's clock until Ctrl-C; `voltana replay` starts agents by itself.
 
-    FILE.json holds the keys of hwreplay.agent.AgentConfig: the phase and number of the instance,
-    the simulated configuration, the engine's metrics address, the actuator's socket. Decisions,
-    latencies and safe states are written beside it.
+    FILE.json holds the keys of hwreplay.agent.agent.AgentConfig: the phase and number of the
+    instance, the simulated configuration, the engine's metrics address, the actuator's socket.
+    Decisions, latencies and safe states are written beside it.
 
     Example: voltana agent runs/agent-decode-0.json
     """
     import os
 
-    from hwreplay.agent_main import run_agents
+    from hwreplay.agent.process import run_agents
 
     run_agents([file], os.getppid())

@@ -25,11 +25,11 @@ def demo(
     Writes results.csv, energy_vs_slo.png and .svg and the resolved config.toml, and prints one
     table per request rate. The profile is calibrated, not measured: see its profile.toml.
     """
-    from experiments.compare import TARGET, compare
-    from experiments.grid import read_sweep
-    from experiments.plots import energy_vs_slo, save
+    from experiments.compare.policies import TARGET, compare
+    from experiments.draw.plots import energy_vs_slo, save
     from experiments.show import policy_table
-    from experiments.sweep import run_sweep
+    from experiments.sweep.grid import read_sweep
+    from experiments.sweep.run import run_sweep
 
     config = Path(__file__).parent.parent / "configs" / "demo.toml"
     frame = compare(run_sweep(read_sweep(config), out, jobs=jobs))

@@ -11,7 +11,7 @@ import typer
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.suite import Experiment
+    from experiments.study.suite import Experiment
 
 experiment = typer.Typer(
     name="experiment",
@@ -28,7 +28,7 @@ def register(app: typer.Typer) -> None:
 @experiment.command("list")
 def list_all() -> None:
     """List every experiment with its question."""
-    from experiments.suite import list_experiments
+    from experiments.study.suite import list_experiments
 
     for name, question in list_experiments().items():
         typer.echo(f"{name}: {question}")
@@ -51,7 +51,7 @@ def run(
     Runs are kept by the hash of their configuration: what has been run is not run again, and the
     figure is drawn anew each time. --quick writes to OUT/NAME-quick.
     """
-    from experiments.suite import find_experiment, list_experiments, read_experiment
+    from experiments.study.suite import find_experiment, list_experiments, read_experiment
     from profiles.errors import VoltanaError
 
     names = list(list_experiments()) if name == "all" else [name]
@@ -77,10 +77,10 @@ def run(
 
 
 def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) -> Path:
-    from experiments.curves import draw_experiment
-    from experiments.plots import save
-    from experiments.suite import with_saving
-    from experiments.sweep import run_sweep
+    from experiments.draw.plots import save
+    from experiments.study.curves import draw_experiment
+    from experiments.study.suite import with_saving
+    from experiments.sweep.run import run_sweep
     from profiles.errors import VoltanaError
 
     directory = out / (f"{chosen.name}-quick" if quick else chosen.name)
@@ -102,8 +102,8 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     """One line a point: what the figure shows, as numbers."""
     import pandas as pd
 
-    from experiments.measures import MEASURES
-    from experiments.suite import PANEL
+    from experiments.compare.measures import MEASURES
+    from experiments.study.suite import PANEL
 
     spec = chosen.figure
     keys = [*([PANEL] if frame[PANEL].any() else []), spec.x, spec.series]

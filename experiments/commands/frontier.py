@@ -58,9 +58,9 @@ def frontier(
     Writes OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of
     its configuration: run it again to go on. A saving is given only where the target is reached.
     """
-    from experiments.frontier import search_frontier
-    from experiments.frontier_report import frontier_table, write_frontier
-    from experiments.frontier_study import quick_study, read_study
+    from experiments.frontier.report import frontier_table, write_frontier
+    from experiments.frontier.search import search_frontier
+    from experiments.frontier.study import quick_study, read_study
 
     given = parse_settings(settings or [])
     if config is not None:

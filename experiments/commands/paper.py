@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from experiments.calibrate import Unknowns
+    from experiments.paper.calibrate import Unknowns
 
 paper = typer.Typer(
     name="paper",
@@ -46,8 +46,8 @@ def fit(
 
     import tomli_w
 
-    from experiments.calibrate import fit_panel
-    from experiments.paper import read_panel
+    from experiments.paper.calibrate import fit_panel
+    from experiments.paper.panel import read_panel
 
     found = fit_panel(
         read_panel(panel), data, out, workload=workload, max_evaluations=max_evaluations,
@@ -74,8 +74,8 @@ def build(
     ] = None,
 ) -> None:
     """Build the profiles of the three models with the fitted kernel and host times."""
-    from experiments.calibrate import read_fitted
-    from experiments.paper import FITTED
+    from experiments.paper.calibrate import read_fitted
+    from experiments.paper.panel import FITTED
     from profiles.build.a100 import build_tuned
     from profiles.build.models import SHAPES
 
@@ -94,9 +94,9 @@ def compare(
     jobs: Jobs = None,
 ) -> None:
     """Run the published panel as shipped and print the difference, rate by rate."""
-    from experiments.paper import panel_residuals, read_panel, score, worst
-    from experiments.paper_figure import draw_panel
-    from experiments.plots import save
+    from experiments.draw.plots import save
+    from experiments.paper.figure import draw_panel
+    from experiments.paper.panel import panel_residuals, read_panel, score, worst
 
     published = read_panel(panel)
     compared = panel_residuals(published, out, jobs=jobs)
@@ -117,7 +117,7 @@ def predict(
     jobs: Jobs = None,
 ) -> None:
     """Run the main figure for all models and data sets and write it in the panel's columns."""
-    from experiments.paper import predict as make
+    from experiments.paper.panel import predict as make
 
     made = make(runs / "main-figure", jobs=jobs)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def replay(
 
     Example: voltana replay --config replay.toml --out results/replayed
     """
-    from experiments.replaying import run_probe, run_replay
+    from experiments.hardware.replay import run_probe, run_replay
     from experiments.show import summary_json, summary_table
 
     if probe:

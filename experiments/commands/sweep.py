@@ -34,8 +34,8 @@ def sweep(
     pairs of fixed clocks. Finished points are kept by the hash of their configuration: run the
     command again to go on after an interruption, or on several machines with one --store.
     """
-    from experiments.grid import read_sweep
-    from experiments.sweep import RESULTS, run_sweep
+    from experiments.sweep.grid import read_sweep
+    from experiments.sweep.run import RESULTS, run_sweep
 
     table = run_sweep(read_sweep(config), out, jobs=jobs, engine=engine, store=store)
     typer.echo(f"{len(table)} points in {out / RESULTS}")

@@ -10,7 +10,7 @@ import typer
 from sim.config import make_config, parse_settings, read_toml
 
 if TYPE_CHECKING:
-    from experiments.training import Algorithm, Solver
+    from experiments.study.train import Algorithm, Solver
     from sim.rl.model import ClockRule
 
 train = typer.Typer(
@@ -83,8 +83,8 @@ def train_mdp(
     is refused with any other. q goes on from OUT.checkpoint if it was interrupted.
     Example: voltana train mdp --rate 30 --out mdp.npz --set slo_itl_s=0.045
     """
-    from experiments.training import TrainingPlan, describe
-    from experiments.training import train as run
+    from experiments.study.train import TrainingPlan, describe
+    from experiments.study.train import train as run
 
     values = (read_toml(config) if config else {}) | parse_settings(settings or [])
     if decode is not None:

@@ -51,7 +51,7 @@ def tune_pid(
     OUT/pid.toml` takes it as it is. Run the command again to go on after an interruption.
     Example: voltana tune pid --set rate_rps=30 --set duration_s=60 --set slo_itl_s=0.045
     """
-    from experiments.tune import PidTuner
+    from experiments.study.tune import PidTuner
 
     base = (read_toml(config) if config else {}) | parse_settings(settings or [])
     tuner = PidTuner(

@@ -42,8 +42,8 @@ def validate(
 
     Example: voltana validate results/simulated results/replayed
     """
-    from experiments.validation import run_validation
-    from hwreplay.validate import Thresholds
+    from experiments.hardware.validate import run_validation
+    from hwreplay.validate.validate import Thresholds
 
     thresholds = Thresholds(
         energy_frac=energy_pct / 100,

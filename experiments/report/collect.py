@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare import (
+from experiments.compare.policies import (
     KEEPS,
     STATIC_MAX,
     TARGET,
@@ -19,9 +19,9 @@ from experiments.compare import (
     labels_of,
     load_columns,
 )
-from experiments.suite import CONFIGS as EXPERIMENTS
-from experiments.suite import FigureSpec, list_experiments, read_experiment
-from experiments.sweep import (
+from experiments.study.suite import CONFIGS as EXPERIMENTS
+from experiments.study.suite import FigureSpec, list_experiments, read_experiment
+from experiments.sweep.run import (
     RESULTS,
     Residency,
     check_results,

@@ -16,7 +16,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from experiments.compare import KEEPS, SAVING
+from experiments.compare.policies import KEEPS, SAVING
 from experiments.report import charts
 from experiments.report.collect import ID, RUN, Results, collect
 from experiments.report.series import RunSeries, choose, series_of

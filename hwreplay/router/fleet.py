@@ -14,9 +14,9 @@ import aiohttp
 
 from hwreplay.clock import RunClock
 from hwreplay.context import PolicySource
-from hwreplay.events import SNAPSHOT_S, Event, EventPublisher, Kind
-from hwreplay.metrics_feed import MetricsFeed
-from hwreplay.reports import ReportFeed
+from hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
+from hwreplay.messages.metrics_feed import MetricsFeed
+from hwreplay.messages.reports import ReportFeed
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig, WorkerConfig
 from hwreplay.router.prometheus import RouterMetrics

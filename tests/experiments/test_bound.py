@@ -10,9 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.bound import lower_bound
+from experiments.frontier.bound import lower_bound
+from experiments.frontier.surface import decode_surface, prefill_knots
 from experiments.runs import cached_profile, run, workload_of
-from experiments.surface import decode_surface, prefill_knots
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import make_config

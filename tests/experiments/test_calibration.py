@@ -9,9 +9,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments.calibrate import Unknowns, fit, read_fitted, scaled_promises, trial_profile
 from experiments.cli import make_app
-from experiments.paper import (
+from experiments.paper.calibrate import Unknowns, fit, read_fitted, scaled_promises, trial_profile
+from experiments.paper.panel import (
     AIMS,
     FITTED,
     VALUES,
@@ -26,7 +26,7 @@ from experiments.paper import (
     score,
     worst,
 )
-from experiments.sweep import run_sweep
+from experiments.sweep.run import run_sweep
 from profiles.build.a100 import Tuning
 from profiles.catalog import FILES, load_profile
 from profiles.errors import VoltanaError
@@ -186,7 +186,7 @@ def test_the_committed_prediction_is_what_the_command_writes(
         if (p.labels["panel"], p.config.rate_rps) in {("Qwen3-32B, LMSYS", 40.0),
                                                       ("Ministral-3B, ShareGPT", 80.0)}
     ]  # fmt: skip
-    monkeypatch.setattr("experiments.paper.main_figure_points", lambda: chosen)
+    monkeypatch.setattr("experiments.paper.panel.main_figure_points", lambda: chosen)
     made = predict(tmp_path, jobs=1)
     joined = made.merge(committed, on=keys, suffixes=("", "_committed"))
     assert len(joined) == len(made) == 6

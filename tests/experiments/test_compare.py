@@ -7,9 +7,9 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.compare import best_pairs, compare
-from experiments.grid import STATIC_PAIR
-from experiments.plots import energy_vs_slo
+from experiments.compare.policies import best_pairs, compare
+from experiments.draw.plots import energy_vs_slo
+from experiments.sweep.grid import STATIC_PAIR
 from profiles.errors import VoltanaError
 
 

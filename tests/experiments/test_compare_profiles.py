@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from experiments.cli import make_app
-from experiments.compare_profiles import compare_profiles
+from experiments.compare.profiles import compare_profiles
 from profiles.catalog import Profile, load_profile, write_profile
 from profiles.errors import VoltanaError
 

@@ -16,9 +16,9 @@ import typer
 
 from experiments.cli import make_app
 from experiments.docs_tables import TABLES, table
-from experiments.frontier_report import HEADINGS
+from experiments.frontier.report import HEADINGS
 from experiments.show import policy_table
-from experiments.suite import list_experiments
+from experiments.study.suite import list_experiments
 from profiles.errors import VoltanaError
 from sim.config import KEYS
 from sim.policies.registry import CONTROLLERS, ROUTERS

@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from experiments.compare import BEST_PAIR
-from experiments.grid import expand
-from experiments.profile_plots import profile_figure, provenance_table
-from experiments.run_plots import best_of_pairs, energy_against_itl_slo, run_figure
+from experiments.compare.policies import BEST_PAIR
+from experiments.draw.profiles import profile_figure, provenance_table
+from experiments.draw.runs import best_of_pairs, energy_against_itl_slo, run_figure
 from experiments.runs import run
 from experiments.stand_in import perturbed_profile
-from experiments.sweep import run_sweep
+from experiments.sweep.grid import expand
+from experiments.sweep.run import run_sweep
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig

@@ -15,16 +15,16 @@ from scipy import stats
 from typer.testing import CliRunner
 
 from experiments.cli import make_app
-from experiments.compare import BEST_PAIR, STATIC_MAX
-from experiments.contenders import parse_contender
-from experiments.frontier import KnobSearch, Load, PairSearch, Search, search_frontier
-from experiments.frontier_report import frontier_table, markdown_table, text_table
-from experiments.frontier_study import make_study, read_study
-from experiments.grid import Point
-from experiments.intervals import saving_pct, t_interval
+from experiments.compare.intervals import saving_pct, t_interval
+from experiments.compare.policies import BEST_PAIR, STATIC_MAX
+from experiments.frontier.contenders import parse_contender
+from experiments.frontier.report import frontier_table, markdown_table, text_table
+from experiments.frontier.search import KnobSearch, Load, PairSearch, Search, search_frontier
+from experiments.frontier.study import make_study, read_study
 from experiments.runs import workload_of
-from experiments.suite import CONFIGS
-from experiments.sweep import run_sweep
+from experiments.study.suite import CONFIGS
+from experiments.sweep.grid import Point
+from experiments.sweep.run import run_sweep
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.workload.traces import open_trace
@@ -157,7 +157,7 @@ def test_a_setting_that_cannot_run_is_run_once(
         asked.append([p.config.controller for p in points])
         return run_sweep(points, *args, **options)
 
-    monkeypatch.setattr("experiments.frontier.run_sweep", note)
+    monkeypatch.setattr("experiments.frontier.search.run_sweep", note)
     chosen = study(base={"duration_s": 1}, seeds=(1,), static_clocks_mhz=[1410])
     chosen = replace(chosen, contenders=[
         parse_contender("ecofreq + ecoroute"), parse_contender("tests.experiments.faulty + random"),

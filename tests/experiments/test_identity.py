@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import profiles
-from experiments.identity import bound_key, program_files, run_key
 from experiments.runs import cached_profile
+from experiments.sweep.identity import bound_key, program_files, run_key
 from sim.config import make_config
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from experiments.identity import run_key
 from experiments.runs import run
+from experiments.sweep.identity import run_key
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.metrics import clock_residency
@@ -51,7 +51,7 @@ def test_a_module_needs_no_dot_in_its_name(tmp_path: Path, monkeypatch: pytest.M
 def test_mistakes_are_one_line() -> None:
     for spec, words in (
         ("no.such.module", "cannot import controller 'no.such.module': no module 'no'"),
-        ("experiments.plots", "holds no controller: it needs CONTROLLER = Entry"),
+        ("experiments.draw.plots", "holds no controller: it needs CONTROLLER = Entry"),
         ("experiments.own_policy:hi=3", "did you mean 'high'"),
         ("ecofrek", "unknown controller 'ecofrek': did you mean 'ecofreq'?"),
         ("eco-freq", "unknown controller 'eco-freq': did you mean 'ecofreq'?"),

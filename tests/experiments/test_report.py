@@ -14,15 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.compare import add_saving
-from experiments.grid import expand
+from experiments.compare.policies import add_saving
 from experiments.report.charts import curves, pareto_front, styles_of
 from experiments.report.collect import collect
 from experiments.report.page import write_report
 from experiments.report.series import choose, from_iterations, series_of
 from experiments.runs import run
-from experiments.suite import find_experiment, read_experiment
-from experiments.sweep import run_sweep
+from experiments.study.suite import find_experiment, read_experiment
+from experiments.sweep.grid import expand
+from experiments.sweep.run import run_sweep
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.results import write_run

@@ -13,20 +13,20 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from experiments.compare import compare
-from experiments.contenders import parse_contender
-from experiments.curves import draw_experiment
-from experiments.frontier import Load, Search, make_searches
-from experiments.frontier_report import pareto_figure
-from experiments.frontier_study import make_study
-from experiments.grid import expand
-from experiments.paper_figure import draw_panel
-from experiments.plots import energy_vs_slo, save, stretch_attainment
-from experiments.profile_plots import profile_figure
-from experiments.run_plots import energy_against_itl_slo, run_figure
+from experiments.compare.policies import compare
+from experiments.draw.plots import energy_vs_slo, save, stretch_attainment
+from experiments.draw.profiles import profile_figure
+from experiments.draw.runs import energy_against_itl_slo, run_figure
+from experiments.frontier.contenders import parse_contender
+from experiments.frontier.report import pareto_figure
+from experiments.frontier.search import Load, Search, make_searches
+from experiments.frontier.study import make_study
+from experiments.paper.figure import draw_panel
 from experiments.runs import run
-from experiments.suite import PANEL, Experiment, FigureSpec
-from experiments.sweep import run_sweep
+from experiments.study.curves import draw_experiment
+from experiments.study.suite import PANEL, Experiment, FigureSpec
+from experiments.sweep.grid import expand
+from experiments.sweep.run import run_sweep
 from profiles.catalog import load_profile
 from profiles.measure.style import COLOURS, HALF_WIDTH_IN, LEAST_PT
 from sim.config import SimConfig

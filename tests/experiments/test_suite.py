@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments import suite
 from experiments.cli import make_app
-from experiments.suite import (
+from experiments.study import suite
+from experiments.study.suite import (
     MATCHED_PAIR,
     FigureSpec,
     find_experiment,

@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 import pytest
 
-from experiments.executors import RayExecutor, run_point
-from experiments.grid import Point, expand
-from experiments.store import FolderStore, UrlStore, open_store
-from experiments.sweep import run_sweep
+from experiments.sweep.executors import RayExecutor, run_point
+from experiments.sweep.grid import Point, expand
+from experiments.sweep.run import run_sweep
+from experiments.sweep.store import FolderStore, UrlStore, open_store
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, InstanceState, PolicyContext
 from sim.policies.controllers.fixed import NoParameters

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.training import TrainingPlan, train
+from experiments.study.train import TrainingPlan, train
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.policies.mdp.policy_file import load_policy
@@ -92,11 +92,11 @@ def test_an_interrupted_q_learning_goes_on(tmp_path: Path, monkeypatch: pytest.M
         if learner.episodes == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.training.save_checkpoint", interrupt)
+    monkeypatch.setattr("experiments.study.train.save_checkpoint", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(plan(solver="q"), out)
     assert not out.exists()
-    monkeypatch.setattr("experiments.training.save_checkpoint", real)
+    monkeypatch.setattr("experiments.study.train.save_checkpoint", real)
     resumed = train(plan(solver="q"), out)
     with pytest.raises(VoltanaError, match="exists: remove it"):
         train(plan(solver="q"), out)

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 
 from experiments.cli import make_app
 from experiments.runs import run
-from experiments.tune import PidTuner
+from experiments.study.tune import PidTuner
 from profiles.errors import VoltanaError
 from sim.config import make_config, read_toml
 from sim.metrics import summarise

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.launch import Engine, Server, run_fleet
+from hwreplay.engines.launch import Engine, Server, run_fleet
 from tests.conftest import ROOT
 
 ENGINE = ROOT / ".engine"

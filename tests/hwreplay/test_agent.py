@@ -20,11 +20,11 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent import AgentConfig, await_agent, start_agent
+from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from hwreplay.agent.control import StaleLimits
 from hwreplay.context import PolicySource
-from hwreplay.control import StaleLimits
-from hwreplay.events import Event, EventPublisher
-from hwreplay.reports import ReportFeed
+from hwreplay.messages.events import Event, EventPublisher
+from hwreplay.messages.reports import ReportFeed
 from profiles.catalog import load_profile
 from sim.config import make_config
 from tests.hwreplay.actuator.conftest import eventually, helper_process
@@ -204,7 +204,7 @@ def test_an_agent_ends_with_its_parent(card: Standin, tmp_path: Path, voice: Eng
     config = with_helper(tmp_path, voice)
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from hwreplay.agent import read_agent_config, start_agent\n"
+        "from hwreplay.agent.agent import read_agent_config, start_agent\n"
         f"d = Path({str(tmp_path)!r})\n"
         "p = start_agent(read_agent_config(d / 'agent-decode-0.json'), d)\n"
         "print(p.pid, flush=True)\ntime.sleep(600)\n"

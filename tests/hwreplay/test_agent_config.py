@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent import read_agent_config
+from hwreplay.agent.agent import read_agent_config
 from profiles.errors import VoltanaError
 from tests.hwreplay.test_agent import SETTINGS, config_of, running, voice, with_helper  # noqa: F401
 

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent import AgentConfig
-from hwreplay.reports import Report, ReportFeed
+from hwreplay.agent.agent import AgentConfig
+from hwreplay.messages.reports import Report, ReportFeed
 from profiles.catalog import load_profile
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.engine_voice import repeating

@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwreplay.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, parse_notice
+from hwreplay.messages.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, parse_notice
 from profiles.errors import VoltanaError
 from tests.conftest import ROOT
 

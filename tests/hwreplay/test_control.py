@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from hwreplay.actuator.client import ActuatorLostError
-from hwreplay.batch_feed import BatchNotice, Kind
-from hwreplay.control import ControlLoop, StaleLimits
-from hwreplay.loop_report import MAX_SAFE_STATES, Latencies, LoopReport
+from hwreplay.agent.control import ControlLoop, StaleLimits
+from hwreplay.agent.loop_report import MAX_SAFE_STATES, Latencies, LoopReport
+from hwreplay.messages.batch_feed import BatchNotice, Kind
 from hwreplay.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import IterationMetrics
 from profiles.errors import VoltanaError

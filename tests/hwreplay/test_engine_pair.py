@@ -18,8 +18,8 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent import AgentConfig, await_agent, start_agent
-from hwreplay.launch import HOST, Server, find_shared_memory
+from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from hwreplay.engines.launch import HOST, Server, find_shared_memory
 from tests.hwreplay.conftest import EngineFleet
 
 OUTPUT_TOKENS = 12

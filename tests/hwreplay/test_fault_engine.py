@@ -25,10 +25,10 @@ import pytest
 import tomli_w
 from prometheus_client.parser import text_string_to_metric_families
 
+from hwreplay.agent.control import StaleLimits
 from hwreplay.clock import RunClock
-from hwreplay.control import StaleLimits
-from hwreplay.launch import Server, restart
-from hwreplay.load import LoadConfig, LoadGenerator, LoadReport
+from hwreplay.engines.launch import Server, restart
+from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
 from sim.workload.workload import Workload
 from tests.conftest import ROOT
 from tests.hwreplay.actuator.conftest import eventually, helper_process

@@ -14,9 +14,15 @@ import pytest
 import tomli_w
 
 from hwreplay.clock import RunClock
-from hwreplay.launch import Engine, Placement, run_fleet, server_arguments, server_environment
-from hwreplay.parts import Run, router
-from hwreplay.replay_config import ReplayConfig, read_replay_config
+from hwreplay.engines.launch import (
+    Engine,
+    Placement,
+    run_fleet,
+    server_arguments,
+    server_environment,
+)
+from hwreplay.replay.config import ReplayConfig, read_replay_config
+from hwreplay.replay.parts import Run, router
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.policies.base import Phase

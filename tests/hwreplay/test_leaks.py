@@ -107,7 +107,8 @@ def test_the_real_engine_is_ended_after_kill_9(tmp_path: Path) -> None:
     if not (ENGINE / ".installed").is_file():
         pytest.skip("SGLang is not installed: run `make engine`")
     code = (
-        "import time\nfrom pathlib import Path\nfrom hwreplay.launch import Engine, run_fleet\n"
+        "import time\nfrom pathlib import Path\n"
+        "from hwreplay.engines.launch import Engine, run_fleet\n"
         f"engine = Engine.in_folder(Path({str(ENGINE)!r}))\n"
         f"with run_fleet(engine, Path({str(tmp_path)!r}), num_decode=0, start_s=400)"
         " as (server,):\n"

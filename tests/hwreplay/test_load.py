@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from hwreplay.clock import RunClock
-from hwreplay.load import LoadConfig, LoadGenerator, LoadReport, Row, read_rows
+from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport, Row, read_rows
 from profiles.errors import VoltanaError
 from sim.records import CANCELLED, COMPLETED, FAILED, REJECTED
 from sim.workload.workload import Workload

@@ -14,10 +14,10 @@ from typing import Any, cast
 
 import pytest
 
-from hwreplay.agent import AgentConfig, await_agents, start_agents
-from hwreplay.load import LoadGenerator
-from hwreplay.replay import _send
-from hwreplay.replay_config import read_replay_config
+from hwreplay.agent.agent import AgentConfig, await_agents, start_agents
+from hwreplay.replay.config import read_replay_config
+from hwreplay.replay.load import LoadGenerator
+from hwreplay.replay.replay import _send
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.results import read_run

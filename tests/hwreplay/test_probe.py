@@ -8,10 +8,10 @@ import msgspec
 import numpy as np
 import pytest
 
-from hwreplay.fit import Step, fit_surface, steps_of, write_fitted_profile
-from hwreplay.load import Row
-from hwreplay.probe import MIN_GAP_S, STREAM_TOKENS, ProbePlan, fit_overhead, plan_probe
-from hwreplay.recording import IterationRow
+from hwreplay.replay.fit import Step, fit_surface, steps_of, write_fitted_profile
+from hwreplay.replay.load import Row
+from hwreplay.replay.probe import MIN_GAP_S, STREAM_TOKENS, ProbePlan, fit_overhead, plan_probe
+from hwreplay.replay.recording import IterationRow
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.records import COMPLETED, FAILED

@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import tomli_w
 
-from experiments.replaying import run_replay
+from experiments.hardware.replay import run_replay
+from experiments.hardware.validate import run_validation
 from experiments.runs import run, workload_of
-from experiments.validation import run_validation
-from hwreplay.assembly import Window, assemble
-from hwreplay.launch import Engine
-from hwreplay.replay_config import ReplayConfig, read_replay_config
-from hwreplay.validate import Thresholds
+from hwreplay.engines.launch import Engine
+from hwreplay.replay.assembly import Window, assemble
+from hwreplay.replay.config import ReplayConfig, read_replay_config
+from hwreplay.validate.validate import Thresholds
 from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.metrics import summarise

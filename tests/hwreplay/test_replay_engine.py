@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 import tomli_w
 
-from experiments.replaying import run_probe, run_replay
+from experiments.hardware.replay import run_probe, run_replay
+from experiments.hardware.validate import run_validation
 from experiments.runs import run, workload_of
-from experiments.validation import run_validation
-from hwreplay.launch import Server
-from hwreplay.replay_config import read_replay_config
-from hwreplay.validate import Thresholds
+from hwreplay.engines.launch import Server
+from hwreplay.replay.config import read_replay_config
+from hwreplay.validate.validate import Thresholds
 from sim.metrics import summarise
 from sim.results import read_run, write_run
 from tests.conftest import ROOT

@@ -17,8 +17,8 @@ import tomli_w
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
-from hwreplay.events import EventFeed
-from hwreplay.reports import Report, ReportSender
+from hwreplay.messages.events import EventFeed
+from hwreplay.messages.reports import Report, ReportSender
 from hwreplay.router.config import RouterConfig, read_router_config, read_workers
 from hwreplay.router.service import RouterService
 from hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER

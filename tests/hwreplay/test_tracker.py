@@ -9,8 +9,8 @@ import pytest
 import zmq
 
 from hwreplay.clock import RunClock
-from hwreplay.events import Event, EventFeed, EventPublisher, apply_event
-from hwreplay.metrics_feed import MetricsFeed
+from hwreplay.messages.events import Event, EventFeed, EventPublisher, apply_event
+from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import (
     IterationMetrics,

@@ -14,8 +14,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hwreplay.validate import Comparison, Thresholds, Validation, cdf, predict_iterations, validate
-from hwreplay.validation_report import markdown
+from hwreplay.validate.report import markdown
+from hwreplay.validate.validate import (
+    Comparison,
+    Thresholds,
+    Validation,
+    cdf,
+    predict_iterations,
+    validate,
+)
 from profiles.errors import VoltanaError
 from sim.records import (
     COMPLETED,

@@ -1,0 +1,1 @@
+"""Fair comparison of policies and of profiles."""

@@ -1,0 +1,1 @@
+"""Energy at equal attainment, and the bound below it."""

@@ -1,0 +1,1 @@
+"""Replays and their validation, as the command line runs them."""

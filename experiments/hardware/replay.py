@@ -1,0 +1,113 @@
+"""From a replay's file to a finished run directory, with progress."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Final
+
+import tomli_w
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from experiments.runs import cached_profile, workload_of
+from hwreplay.replay.assembly import REQUESTS, read_iterations
+from hwreplay.replay.config import ReplayConfig, read_replay_config
+from hwreplay.replay.fit import fit_surface, steps_of, write_fitted_profile
+from hwreplay.replay.load import read_rows
+from hwreplay.replay.probe import Overhead, fit_overhead, plan_probe
+from hwreplay.replay.replay import finish, replay
+from profiles.errors import VoltanaError
+from sim.config import SimConfig, read_toml
+from sim.engine.simulate import simulate
+from sim.policies.base import DECODE, PREFILL, Phase
+from sim.results import refuse_existing, write_json, write_run
+
+OVERHEAD: Final = "overhead.json"
+KEYS: Final = "simulate.toml"
+AGAIN: Final = "replay.toml"
+PHASES: Final[tuple[Phase, Phase]] = (PREFILL, DECODE)
+
+
+def run_replay(
+    path: Path, out: Path, *, only_finish: bool = False
+) -> tuple[ReplayConfig, dict[str, Any]]:
+    """Replay the configuration in a file, write the run directory, return config and summary.
+
+    Args:
+        path: TOML file, see `hwreplay.replay.config`.
+        out: Run directory; may hold no run.
+        only_finish: Send nothing: write the results of what an earlier replay left there.
+
+    Raises:
+        VoltanaError: A wrong configuration, or a part of the fleet that does not start.
+    """
+    config = read_replay_config(path)
+    refuse_existing(out)
+    workload = workload_of(config.sim)
+    if only_finish:
+        return config, write_run(finish(config, workload, out), out)
+    with _shown(len(workload)) as show:
+        record = replay(config, workload, out, show)
+    return config, write_run(record, out)
+
+
+def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Overhead, SimConfig]:
+    """Measure what serving adds on a replay's fleet, and the configuration that accounts for it.
+
+    Args:
+        path: TOML file of the replay.
+        out: Takes the probe's files, `overhead.json`, and the configuration with
+            `kv_transfer_latency_s` as measured: `simulate.toml` and `replay.toml`.
+        fits_profile: Take iteration times from the probe too, as a profile in OUT/profile.
+
+    Returns:
+        The overhead, and that configuration. How much of the time decode computes is simulated.
+
+    Raises:
+        VoltanaError: As `run_replay` does.
+    """
+    config = read_replay_config(path)
+    plan = plan_probe()
+    with _shown(len(plan.workload)) as show:
+        record = replay(config, plan.workload, out, show)
+    if not record.settings["is_complete"]:
+        raise VoltanaError(
+            f"a probe must be complete, {record.settings['incomplete_reason']}: run it again with "
+            f"another --out than {out}"
+        )
+    sim = config.sim
+    if fits_profile:
+        rows = read_iterations(out)
+        surfaces = [fit_surface(steps_of(rows, phase), phase) for phase in PHASES]
+        base = cached_profile(sim.profile).meta
+        write_fitted_profile(out / "profile", surfaces, base, sim, config.stated_power_w)
+        sim = dataclasses.replace(sim, profile=str(out / "profile"), extrapolate=True)
+    profile = cached_profile(sim.profile)
+    overhead = fit_overhead(read_rows(out / REQUESTS), plan, sim, profile)
+    made = dataclasses.replace(sim, kv_transfer_latency_s=round(overhead.busy_s, 6))
+    expected_s = overhead.expected_s(_decode_busy_frac(made))
+    made = dataclasses.replace(made, kv_transfer_latency_s=round(expected_s, 6))
+    write_json(dataclasses.asdict(overhead) | {"expected_s": expected_s}, out / OVERHEAD)
+    (out / KEYS).write_text(tomli_w.dumps(made.as_dict()), encoding="utf-8")
+    again = read_toml(path) | {"simulate": made.as_dict()}
+    (out / AGAIN).write_text(tomli_w.dumps(again), encoding="utf-8")
+    return overhead, made
+
+
+def _decode_busy_frac(config: SimConfig) -> float:
+    record = simulate(config, cached_profile(config.profile), workload_of(config))
+    decode = [i for i in record.instances if i.phase == DECODE]
+    total_s = sum(i.busy_s + i.idle_s for i in decode)
+    return sum(i.busy_s for i in decode) / total_s if total_s else 0.0
+
+
+@contextmanager
+def _shown(total: int) -> Iterator[Callable[[str, int], None]]:
+    """A progress bar on standard error."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
+        task = progress.add_task("replay", total=total)
+        yield lambda stage, ended: progress.update(task, description=stage, advance=ended)

@@ -1,0 +1,71 @@
+"""Two run directories in, a report out."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from experiments.draw.validation import validation_figure
+from experiments.runs import cached_profile
+from hwreplay.validate.report import markdown
+from hwreplay.validate.validate import IterationModel, Thresholds, validate
+from profiles.errors import VoltanaError
+from sim.records import RunRecord
+from sim.results import finite, read_run, write_json
+
+NAME = "validation"
+
+
+def run_validation(
+    simulated_dir: Path,
+    observed_dir: Path,
+    out: Path,
+    *,
+    thresholds: Thresholds,
+    profile: str | None = None,
+) -> tuple[bool, str, str]:
+    """Compare two run directories and write `validation.{md,png,json}` into `out`.
+
+    Args:
+        simulated_dir: The prediction.
+        observed_dir: The real run.
+        out: Made if missing.
+        thresholds: What passes.
+        profile: Predicts single iterations; None takes the simulated run's own.
+
+    Returns:
+        Whether it passes, the Markdown and the JSON.
+
+    Raises:
+        VoltanaError: A run cannot be read, or `profile` was named and cannot be loaded.
+    """
+    simulated, observed = read_run(simulated_dir), read_run(observed_dir)
+    model, beyond = _models(simulated, profile)
+    found = validate(simulated, observed, thresholds=thresholds, model=model, beyond=beyond)
+    out.mkdir(parents=True, exist_ok=True)
+    validation_figure(simulated, observed, found).savefig(out / f"{NAME}.png", dpi=150)
+    text = markdown(
+        found,
+        simulated=str(simulated_dir),
+        observed=str(observed_dir),
+        figure=f"{NAME}.png",
+    )
+    (out / f"{NAME}.md").write_text(text, encoding="utf-8")
+    write_json(found.as_dict(), out / f"{NAME}.json")
+    return found.passes, text, json.dumps(finite(found.as_dict()), indent=1)
+
+
+def _models(
+    simulated: RunRecord, profile: str | None
+) -> tuple[IterationModel | None, IterationModel | None]:
+    """The profile's tables, strict and extrapolating; a run whose profile is gone goes without."""
+    name = profile or simulated.settings.get("profile")
+    if name is None:
+        return None, None
+    try:
+        loaded = cached_profile(str(name))
+    except VoltanaError:
+        if profile is not None:
+            raise
+        return None, None
+    return loaded.truth(), loaded.truth(extrapolate=True)

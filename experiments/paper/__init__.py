@@ -1,0 +1,1 @@
+"""The published main result beside ours."""

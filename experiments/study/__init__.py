@@ -1,0 +1,1 @@
+"""Questions that the simulator answers: experiments, gains, trained policies."""

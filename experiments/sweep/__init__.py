@@ -1,0 +1,1 @@
+"""Grids of runs: their points, where they run and what is kept."""

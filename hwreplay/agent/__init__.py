@@ -1,0 +1,1 @@
+"""The agent of one instance: listens, asks its controller, sets the clock."""

@@ -1,0 +1,1 @@
+"""A workload played on a real fleet, and the record of it."""
