@@ -1,0 +1,1 @@
+"""A second simulator, written from the documents alone; it shares no code with `sim.engine`."""

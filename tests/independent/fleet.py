@@ -1,0 +1,343 @@
+"""The second simulator: an event an iteration, a time stamp a token, lists and one heap.
+
+It plays what docs/simulator.md says in the plainest way: every running request is touched in every
+iteration. At one instant arrivals come first, then ends of prefill and arrivals of KV caches, then
+decode.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Any, Protocol
+
+from tests.independent.hardware import Hardware
+from tests.independent.policies import Controller
+
+ARRIVAL, HANDOVER, DECODE = range(3)
+"""Order of events at one instant."""
+
+
+@dataclass(eq=False)
+class Job:
+    """One request."""
+
+    arrival_s: float
+    prompt: int
+    wanted: int
+    """Tokens to make."""
+    done_prompt: int = 0
+    steps: int = 0
+    """Decode iterations so far; each wrote the keys and values of one token."""
+    token_s: list[float] = field(default_factory=list)
+    """When each token came out."""
+    decode: int = -1
+    is_rejected: bool = False
+
+    @property
+    def context(self) -> int:
+        """Tokens in the KV cache of decode."""
+        return self.prompt + self.steps
+
+
+class Card:
+    """Clock and energy of one server's GPUs."""
+
+    def __init__(self, hardware: Hardware, phase: str, first_mhz: int, lag_s: float) -> None:
+        self._hardware, self._phase, self._lag_s = hardware, phase, lag_s
+        self.clock = self._asked = first_mhz
+        self._coming: list[tuple[float, int]] = []
+        self.changes = self.iterations = 0
+        self.busy_j = self.idle_j = 0.0
+        self.window_j: tuple[float, float] | None = None
+        """The energy counter at the first start and at the last end of an iteration."""
+        self.busy_s: dict[int, float] = {}
+        self._idle_from_s = 0.0
+        self._plan: tuple[float, int] | None = None
+
+    def ask(self, now_s: float, clock: int) -> None:
+        """A command; what was asked for last is not asked again."""
+        if clock != self._asked:
+            self._asked = clock
+            self._coming.append((now_s + self._lag_s, clock))
+
+    def _take_next(self) -> None:
+        clock = self._coming.pop(0)[1]
+        self.changes += clock != self.clock
+        self.clock = clock
+
+    def work(self, start_s: float, batch: float, tokens: int, noise: float) -> float:
+        """One iteration; returns when it ends. A change of clock inside it splits it."""
+        if self.window_j is None:
+            self.window_j = (self.busy_j + self.idle_j, 0.0)
+        while self._coming and self._coming[0][0] <= start_s:
+            self._take_next()
+        at_s, left = start_s, 1.0
+        while True:
+            time_s, power_w = self._hardware.iteration(self._phase, self.clock, batch, tokens)
+            time_s *= noise
+            end_s = at_s + left * time_s
+            is_split = bool(self._coming) and self._coming[0][0] < end_s
+            until_s = self._coming[0][0] if is_split else end_s
+            self.busy_j += power_w * (until_s - at_s)
+            self.busy_s[self.clock] = self.busy_s.get(self.clock, 0.0) + until_s - at_s
+            if not is_split:
+                break
+            left -= (until_s - at_s) / time_s
+            at_s = until_s
+            self._take_next()
+        self.iterations += 1
+        self.window_j = (self.window_j[0], self.busy_j + self.idle_j)
+        return end_s
+
+    def rest(self, now_s: float, plan: tuple[float, int] | None) -> None:
+        """Work has run out."""
+        self._idle_from_s = now_s
+        self._plan = (now_s + plan[0], plan[1]) if plan else None
+
+    def pass_idle(self, now_s: float) -> None:
+        """Book idle time up to `now_s`, with the clock changes that fall into it."""
+        if self._plan and self._plan[0] <= now_s:
+            self.ask(*self._plan)
+            self._plan = None
+        while self._coming and self._coming[0][0] <= now_s:
+            self._book_idle(self._coming[0][0])
+            self._take_next()
+        self._book_idle(now_s)
+
+    def _book_idle(self, until_s: float) -> None:
+        spent_s = max(until_s - self._idle_from_s, 0.0)
+        self.idle_j += spent_s * self._hardware.idle_w(self.clock)
+        self._idle_from_s += spent_s
+
+
+class Server:
+    """Queue, batch and card of one instance."""
+
+    phase: str
+
+    def __init__(self, fleet: Fleet, controller: Controller, noise: Callable[[], float]) -> None:
+        settings = fleet.settings
+        self.fleet, self.controller, self.noise = fleet, controller, noise
+        lag_s = float(settings["actuation_latency_s"])
+        self.card = Card(fleet.hardware, self.phase, controller.first_mhz, lag_s)
+        self.card.rest(0.0, controller.idle_plan)
+        self.queue: list[Job] = []
+        self.is_busy = False
+        self.is_woken = False
+        self.open_jobs = 0
+        self._boundary_mhz = controller.first_mhz
+
+    def seen_clock_mhz(self, now_s: float) -> int:
+        """A router sees a busy server's clock as of its last iteration boundary."""
+        if not self.is_busy:
+            self.card.pass_idle(now_s)
+            return self.card.clock
+        return self._boundary_mhz
+
+    def wake(self, now_s: float) -> None:
+        """Work has come: if idle, begin after all else of this instant."""
+        if not self.is_busy and not self.is_woken:
+            self.is_woken = True
+            self.fleet.at(now_s, DECODE if self.phase == "decode" else HANDOVER, self._begin)
+
+    def run(self, now_s: float, batch: float, tokens: int) -> float:
+        """Start one iteration; returns when it ends."""
+        return self.card.work(now_s, batch, tokens, self.noise())
+
+    def _begin(self, now_s: float) -> None:
+        self.is_woken = False
+        self.card.pass_idle(now_s)
+        self._boundary_mhz = self.card.clock
+        self.is_busy = True
+        self.next_iteration(now_s, is_first=True)
+
+    def go_on(self, now_s: float) -> None:
+        """An iteration has ended."""
+        self._boundary_mhz = self.card.clock
+        self.next_iteration(now_s, is_first=False)
+
+    def next_iteration(self, now_s: float, *, is_first: bool) -> None:
+        raise NotImplementedError
+
+    def rest(self, now_s: float) -> None:
+        self.is_busy = False
+        self.card.rest(now_s, self.controller.idle_plan)
+
+
+class Prefill(Server):
+    """Prompts in order of arrival, as many as the token budget holds; the last may be cut."""
+
+    phase = "prefill"
+
+    def next_iteration(self, now_s: float, *, is_first: bool) -> None:
+        if not self.queue:
+            self.rest(now_s)
+            return
+        budget = self.fleet.limit("max_prefill_tokens")
+        taken: list[tuple[Job, int]] = []
+        for job in self.queue[: self.fleet.limit("max_prefill_requests")]:
+            if not budget:
+                break
+            chunk = min(job.prompt - job.done_prompt, budget)
+            budget -= chunk
+            taken.append((job, chunk))
+        tokens = sum(chunk for _, chunk in taken)
+        equal = tokens**2 / sum(chunk * (chunk + 2 * job.done_prompt) for job, chunk in taken)
+        for job, chunk in taken:
+            job.done_prompt += chunk
+        ready = [job for job, _ in taken if job.done_prompt == job.prompt]
+        del self.queue[: len(ready)]
+        delay_s = now_s - min(job.arrival_s for job, _ in taken)
+        clock = self.controller.decide(len(taken), tokens, len(self.queue), delay_s)
+        self.card.ask(now_s, clock)
+        end_s = self.run(now_s, equal, tokens)
+        self.fleet.at(end_s, HANDOVER, lambda at_s: self._end(at_s, ready))
+
+    def _end(self, now_s: float, ready: Sequence[Job]) -> None:
+        for job in ready:
+            self.open_jobs -= 1
+            self.fleet.hand_over(job, now_s)
+        self.go_on(now_s)
+
+
+class Decode(Server):
+    """Continuous batching: every iteration gives every running request one token."""
+
+    phase = "decode"
+
+    def __init__(self, fleet: Fleet, controller: Controller, noise: Callable[[], float]) -> None:
+        super().__init__(fleet, controller, noise)
+        self.running: list[Job] = []
+        """In order of joining."""
+        self.retractions = 0
+        self._ended = (0, 0)
+
+    @property
+    def kv_tokens(self) -> int:
+        """Context of the batch, as of the start of the running iteration."""
+        return sum(job.context for job in self.running)
+
+    def next_iteration(self, now_s: float, *, is_first: bool) -> None:
+        capacity = self.fleet.limit("kv_capacity_tokens")
+        while len(self.running) > 1 and self.kv_tokens + len(self.running) > capacity:
+            self.queue.insert(0, self.running.pop())
+            self.retractions += 1
+        self._admit(now_s, capacity)
+        if not self.running:
+            self.rest(now_s)
+            return
+        if not is_first:
+            self.card.ask(now_s, self.controller.decide(*self._ended, len(self.queue), 0.0))
+        tokens = self.kv_tokens
+        self._ended = (len(self.running), tokens)
+        self.fleet.at(self.run(now_s, len(self.running), tokens), DECODE, self._end)
+
+    def _admit(self, now_s: float, capacity: int) -> None:
+        reserve = int(self.fleet.settings["kv_reserve_tokens"])
+        while self.queue and len(self.running) < self.fleet.limit("max_running_requests"):
+            job, many = self.queue[0], len(self.running)
+            room = capacity - self.kv_tokens - job.context
+            if many and room < reserve * many + many + 1:
+                return
+            self.running.append(self.queue.pop(0))
+            if not job.token_s and self.fleet.prefill_makes_first:
+                job.token_s.append(now_s)
+
+    def _end(self, now_s: float) -> None:
+        for job in self.running:
+            job.steps += 1
+            job.token_s.append(now_s)
+        finished = [job for job in self.running if len(job.token_s) == job.wanted]
+        self.running = [job for job in self.running if len(job.token_s) < job.wanted]
+        self.open_jobs -= len(finished)
+        self.go_on(now_s)
+
+
+class Router(Protocol):
+    """Picks a prefill and a decode server for a request at its arrival."""
+
+    def route(self, job: Job, fleet: Fleet, now_s: float) -> tuple[int, int]: ...
+
+
+class Fleet:
+    """Plays a list of requests to their end.
+
+    Args:
+        settings: Keys of docs/configuration.md with their values, all of them.
+        controller: Makes the controller of a server from its phase.
+        noise: Makes the stream of factors on iteration times of a server from phase and number.
+    """
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        hardware: Hardware,
+        router: Router,
+        controller: Callable[[str], Controller],
+        noise: Callable[[str, int], Callable[[], float]],
+    ) -> None:
+        self.settings, self.hardware, self._router = settings, hardware, router
+        self.prefill_makes_first = settings["first_token"] == "prefill"
+        self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
+        self._count = 0
+        self.end_s = 0.0
+        self.prefill = [
+            Prefill(self, controller("prefill"), noise("prefill", i))
+            for i in range(settings["num_prefill"])
+        ]
+        self.decode = [
+            Decode(self, controller("decode"), noise("decode", i))
+            for i in range(settings["num_decode"])
+        ]
+
+    def limit(self, key: str) -> int:
+        """A limit of the engine: the configured one, else the profile's."""
+        value = self.settings.get(key)
+        return int(self.hardware.limits[key] if value is None else value)
+
+    def at(self, when_s: float, order: int, action: Callable[[float], None]) -> None:
+        self._count += 1
+        heappush(self._events, (when_s, order, self._count, action))
+
+    def play(self, jobs: Sequence[Job]) -> None:
+        for job in jobs:
+            self.at(job.arrival_s, ARRIVAL, lambda now_s, job=job: self._arrive(job, now_s))  # type: ignore[misc]
+        while self._events:
+            now_s, _, _, action = heappop(self._events)
+            action(now_s)
+            self.end_s = now_s
+        for server in (*self.prefill, *self.decode):
+            server.card.pass_idle(self.end_s)
+
+    def _arrive(self, job: Job, now_s: float) -> None:
+        if job.prompt + job.wanted > self.limit("kv_capacity_tokens"):
+            job.is_rejected = True
+            return
+        prefill, job.decode = self._router.route(job, self, now_s)
+        self.decode[job.decode].open_jobs += 1
+        server = self.prefill[prefill]
+        server.open_jobs += 1
+        server.queue.append(job)
+        server.wake(now_s)
+
+    def hand_over(self, job: Job, now_s: float) -> None:
+        """Prefill is done: the KV cache moves, then decode may take the request up."""
+        delay_s = float(self.settings["kv_transfer_latency_s"])
+        bandwidth = self.settings.get("kv_transfer_bytes_per_s")
+        if bandwidth is not None:
+            delay_s += job.prompt * self.hardware.kv_bytes_per_token / bandwidth
+        if delay_s > 0:
+            self.at(now_s + delay_s, HANDOVER, lambda at_s: self._deliver(job, at_s))
+        else:
+            self._deliver(job, now_s)
+
+    def _deliver(self, job: Job, now_s: float) -> None:
+        server = self.decode[job.decode]
+        if self.prefill_makes_first and job.wanted == 1:
+            job.token_s.append(now_s)
+            server.open_jobs -= 1
+            return
+        server.queue.append(job)
+        server.wake(now_s)

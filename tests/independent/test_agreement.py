@@ -1,0 +1,165 @@
+"""Two simulators, one answer: `voltana simulate` against the program in this folder.
+
+The second one was written from docs/simulator.md, docs/profiles.md and NOMENCLATURE.md, reads the
+profile's files itself and keeps a time stamp of every token. Where the two disagree, one of them
+or the documents are wrong.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import numpy as np
+import pytest
+
+from experiments.runs import cached_profile, workload_of
+from profiles.catalog import DATA
+from sim.config import make_config
+from sim.engine.simulate import simulate
+from sim.metrics import summarise
+from sim.workload.workload import Workload
+from tests.independent.fleet import Fleet, Job, Router
+from tests.independent.hardware import Hardware
+from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
+from tests.independent.report import Numbers, report
+
+REL = 1e-7
+"""1e-5 %. Sums over some 10^5 iterations round to 1e-11; a rule that differs in one iteration moves
+some mean or energy of these runs by 1e-6 or more (`test_the_comparison_bites`)."""
+
+Settings = dict[str, Any]
+LONG = "ten prompts longer than a prefill batch, in ordinary ones"
+SMALL_KV = {"kv_capacity_tokens": 40_000, "kv_reserve_tokens": 64}
+
+CASES: dict[str, Settings] = {
+    "light": {"rate_rps": 8},
+    "near saturation": {"rate_rps": 40, "duration_s": 30},
+    "beyond saturation": {"rate_rps": 90, "duration_s": 12, "num_prefill": 1},
+    "1P1D": {"rate_rps": 18, "num_prefill": 1, "num_decode": 1},
+    "4P2D": {"rate_rps": 40, "num_prefill": 4},
+    "1P3D, low clocks": {"rate_rps": 14, "num_prefill": 1, "num_decode": 3, "clock": 825},
+    "clock between rows of the table": {"rate_rps": 30, "clock": 1170},
+    "bursts": {"rate_rps": 30, "arrivals": "gamma:cv=4"},
+    "panel profile": {"rate_rps": 40, "profile": "a100-80g-sxm-panel/llama-3.1-8b"},
+    "two cards an instance": {"rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2"},
+    "small KV cache": {"rate_rps": 30, **SMALL_KV},
+    "small KV cache, no reserve": {"rate_rps": 40, **SMALL_KV, "kv_reserve_tokens": 0},
+    "small KV cache, default reserve": {"rate_rps": 30, "kv_capacity_tokens": 60_000},
+    "some fit no cache": {"rate_rps": 20, "kv_capacity_tokens": 2_000, "kv_reserve_tokens": 20},
+    "few running at once": {"rate_rps": 30, "max_running_requests": 40},
+    "first token of prefill": {"rate_rps": 30, "first_token": "prefill"},
+    "first token of prefill, small KV cache": {
+        "rate_rps": 40, "first_token": "prefill", **SMALL_KV,
+    },
+    "KV over a link": {
+        "rate_rps": 30, "kv_transfer_bytes_per_s": 2e9, "kv_transfer_latency_s": 0.004,
+    },
+    "small prefill batches": {"rate_rps": 25, "max_prefill_tokens": 1_024},
+    "few prompts a batch": {"rate_rps": 30, "max_prefill_requests": 3},
+    "code completion": {"rate_rps": 12, "workload": "azure-code"},
+    "long prompts": {"rate_rps": 12, "workload": LONG},
+    "EcoFreq": {"rate_rps": 40, "controller": "ecofreq"},
+    "EcoFreq, slow actuation": {
+        "rate_rps": 34, "controller": "ecofreq", "actuation_latency_s": 0.05,
+    },
+    "EcoFreq, idle between": {
+        "rate_rps": 1, "controller": "ecofreq", "idle_s": 0.4, "num_decode": 3, "duration_s": 60,
+    },
+    "EcoFreq, small KV cache": {"rate_rps": 36, "controller": "ecofreq", **SMALL_KV},
+    "EcoFreq, long prompts": {"rate_rps": 10, "controller": "ecofreq", "workload": LONG},
+    "EcoRoute": {"rate_rps": 60, "controller": "ecofreq", "router": "ecoroute"},
+    "EcoRoute, 2P4D": {
+        "rate_rps": 90, "controller": "ecofreq", "router": "ecoroute", "num_decode": 4,
+        "duration_s": 25, "slo_itl_s": 0.05,
+    },
+    "EcoRoute, small KV cache": {
+        "rate_rps": 50, "controller": "ecofreq", "router": "ecoroute", **SMALL_KV,
+    },
+}  # fmt: skip
+
+
+@cache
+def hardware_of(profile: str) -> Hardware:
+    return Hardware(DATA / profile)
+
+
+def settings_of(case: Settings) -> Settings:
+    """A case with the parameters of its policies filled in and, apart, in voltana's spelling."""
+    filled: Settings = {
+        "controller": "static", "router": "round-robin", "duration_s": 20, "clock": 1410,
+        "idle_s": 5.0, "slo_itl_s": 0.045, "slo_ttft_s": 0.5, **case,
+    }  # fmt: skip
+    return filled
+
+
+def spelled(settings: Settings) -> Settings:
+    """As voltana is told."""
+    keys = {k: v for k, v in settings.items() if k not in ("clock", "idle_s")}
+    is_static = settings["controller"] == "static"
+    told = f"static:f={settings['clock']}" if is_static else f"ecofreq:idle={settings['idle_s']}"
+    if settings.get("workload") == LONG:
+        keys.pop("workload")
+    return keys | {"controller": told}
+
+
+def requests_of(settings: Settings) -> Workload:
+    made = workload_of(make_config(spelled(settings)))
+    if settings.get("workload") != LONG:
+        return made
+    rng = np.random.default_rng(5)
+    prompts = made.input_tokens.copy()
+    at = rng.choice(len(prompts), 10, replace=False)
+    prompts[at] = rng.integers(9_000, 60_000, 10)
+    return Workload(
+        arrival_s=made.arrival_s, input_tokens=prompts, output_tokens=made.output_tokens
+    )
+
+
+def played_again(settings: Settings, requests: Workload) -> Numbers:
+    """The second program."""
+    keys = make_config(spelled(settings)).as_dict()
+    hardware = hardware_of(keys["profile"])
+    promises = {"prefill": keys["slo_ttft_s"], "decode": keys["slo_itl_s"]}
+
+    def controller(phase: str) -> Controller:
+        if settings["controller"] == "static":
+            return Static(settings["clock"])
+        return EcoFreq(hardware, phase, hardware.levels_mhz, promises[phase], settings["idle_s"])
+
+    router: Router = (
+        EcoRoute(hardware, keys["slo_itl_s"], keys["seed"])
+        if settings["router"] == "ecoroute"
+        else RoundRobin()
+    )
+    fleet = Fleet(keys, hardware, router, controller, lambda phase, index: lambda: 1.0)
+    columns = requests.arrival_s, requests.input_tokens, requests.output_tokens
+    jobs = [Job(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    fleet.play(jobs)
+    return report(fleet, jobs)
+
+
+def flat(summary: dict[str, Any]) -> Numbers:
+    """voltana's summary with the second program's keys."""
+    numbers: Numbers = {}
+    for key, value in summary.items():
+        if key == "clock_residency":
+            for phase, shares in value.items():
+                numbers |= {f"{phase} at {clock}": share for clock, share in shares.items()}
+        elif isinstance(value, dict):
+            numbers |= {f"{key} {level}": number for level, number in value.items()}
+        else:
+            numbers[key] = value
+    return numbers
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_both_programs_agree_on_every_number(name: str) -> None:
+    settings = settings_of(CASES[name])
+    requests = requests_of(settings)
+    config = make_config(spelled(settings))
+    ours = flat(summarise(simulate(config, cached_profile(config.profile), requests)))
+    theirs = played_again(settings, requests)
+    shown = set(ours) - {"wall_s", "requests_failed", "requests_in_flight"}
+    assert set(theirs) == shown
+    assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=REL)
