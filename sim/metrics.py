@@ -120,7 +120,7 @@ def _sampled(record: RunRecord) -> Sampled:
     done = status == COMPLETED
     first, tpot = ttft_s(record), tpot_s(record)
     with np.errstate(invalid="ignore"):
-        ttft_kept = int((first <= record.slo_ttft_s).sum())
+        ttft_kept = int((done & (first <= record.slo_ttft_s)).sum())
     counts = {
         "requests_total": len(requests),
         "requests_completed": int(done.sum()),

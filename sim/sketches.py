@@ -85,15 +85,15 @@ class RunSketch:
     def add_first_tokens(self, ttft_s: FloatArray) -> None:
         """Requests whose first token is out; shape (n,)."""
         self.samples["ttft_s"].add(ttft_s)
-        self.counts["ttft_kept"] += int((ttft_s <= self.slo_ttft_s).sum())
 
     def add_finished(self, ttft_s: FloatArray, e2e_s: FloatArray, output_tokens: IntArray) -> None:
-        """Requests that have ended, shape (n,) each; their first tokens are counted apart."""
+        """Requests that have ended, shape (n,) each; samples of TTFT come by `add_first_tokens`."""
         tpot_s = (e2e_s - ttft_s) / np.maximum(output_tokens - 1, 1)
         self.samples["e2e_s"].add(e2e_s)
         self.samples["tpot_s"].add(tpot_s[output_tokens > 1])
-        kept = (ttft_s <= self.slo_ttft_s) & (tpot_s <= self.slo_itl_s)
-        self.counts["both_kept"] += int(kept.sum())
+        in_time = ttft_s <= self.slo_ttft_s
+        self.counts["ttft_kept"] += int(in_time.sum())
+        self.counts["both_kept"] += int((in_time & (tpot_s <= self.slo_itl_s)).sum())
         self.counts["completed"] += len(e2e_s)
         self.counts["output_tokens"] += int(output_tokens.sum())
 

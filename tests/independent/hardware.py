@@ -75,9 +75,7 @@ class Hardware:
         line = part.iloc[at]
         return float(line["per_request_s"]), float(line["per_token_s"]), float(line["constant_s"])
 
-    def _find_corners(
-        self, phase: str, clock: int, batch: float
-    ) -> list[tuple[Row, float, float]]:
+    def _find_corners(self, phase: str, clock: int, batch: float) -> list[tuple[Row, float, float]]:
         """Rows around (clock, batch), each with its weight in time and in power."""
         rows = self._rows[phase]
         low, high, by_clock = _bracket(sorted(rows), clock)
@@ -106,7 +104,7 @@ def _rows(path: Path) -> dict[int, dict[int, Row]]:
     rows: dict[int, dict[int, Row]] = {}
     for key, part in table.groupby(["frequency_mhz", "batch_size"]):
         medians = part.groupby("tokens")[["time_s", "power_w"]].median()
-        clock, batch = (int(k) for k in key)
+        clock, batch = (int(str(k)) for k in key)
         rows.setdefault(clock, {})[batch] = (
             [float(t) for t in medians.index],
             medians["time_s"].tolist(),

@@ -47,7 +47,7 @@ class EcoFreq:
         self._hardware, self._phase = hardware, phase
         self._levels, self._promise_s = sorted(levels), promise_s
         self.first_mhz = 0
-        self.idle_plan = (idle_s, self._levels[0])
+        self.idle_plan: tuple[float, int] | None = (idle_s, self._levels[0])
 
     def decide(self, batch: int, tokens: int, waiting: int, delay_s: float) -> int:
         believed_s = self._hardware.believed_s

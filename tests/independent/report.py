@@ -34,7 +34,9 @@ def report(fleet: Fleet, jobs: Sequence[Job]) -> Numbers:
         "retractions": sum(d.retractions for d in fleet.decode),
         **_sample("ttft_s", ttft_s),
         **_sample("itl_s", gaps_s),
-        **_sample("tpot_s", np.array([t for t, j in zip(tpot_s, done, strict=True) if j.wanted > 1])),
+        **_sample(
+            "tpot_s", np.array([t for t, j in zip(tpot_s, done, strict=True) if j.wanted > 1])
+        ),
         **_sample("e2e_s", np.array([j.token_s[-1] - j.arrival_s for j in done])),
         **_energy(fleet),
     }
@@ -64,9 +66,7 @@ def _energy(fleet: Fleet) -> Numbers:
         "clock_changes": sum(c.changes for c in cards),
         "iterations": sum(c.iterations for c in cards),
     }
-    numbers["energy_j"] = sum(
-        numbers[f"{part}_energy_j"] for part in ("prefill", "decode", "idle")
-    )
+    numbers["energy_j"] = sum(numbers[f"{part}_energy_j"] for part in ("prefill", "decode", "idle"))
     for phase, of in (("prefill", fleet.prefill), ("decode", fleet.decode)):
         total_s = sum(sum(s.card.busy_s.values()) for s in of)
         for clock in {c for s in of for c in s.card.busy_s}:

@@ -107,6 +107,40 @@ def test_long_prompts_are_chunked(halves: Profile) -> None:
     assert record.instances[0].num_iterations == 2
 
 
+def test_a_chunk_attends_to_the_part_of_its_prompt_done_before(tmp_path: Path) -> None:
+    """An iteration that takes T²/b for T tokens in b equal prompts takes, for chunks of c tokens
+    after p, Σ c·(c + 2p): the triangle of its own tokens and the rectangle before it.
+
+    A of 1,088 tokens and sixteen of 60 at a budget of 1,024: A's first chunk alone takes 1024²;
+    then its last 64 tokens 64·(64 + 2·1024) = 135,168 beside 16·60² = 57,600 of the others. That
+    batch would take 61,696 without the prefix.
+    """
+    profile = write_synthetic_profile(
+        tmp_path, time_s=lambda p, f, b, t: t * t / b / 2**20 if p == "prefill" else 0.5
+    )
+    requests = make_requests((0.0, 1088, 1), *[(0.0, 60, 1)] * 16)
+    record, _ = run(profile, requests, max_prefill_tokens=1024)
+    # the grid has no b = 1024²/192768 = 5.44, but T²/b is linear in 1/b
+    expected_s = 1.0 + (135_168 + 57_600) / 2**20 + 0.5
+    assert record.requests.first_token_s == pytest.approx([expected_s] * 17)
+
+
+@pytest.mark.parametrize(("capacity_tokens", "b_ends_s"), [(40, 5.0), (128, 1.5)])
+def test_a_joiner_leaves_room_for_those_who_run(
+    halves: Profile, capacity_tokens: int, b_ends_s: float
+) -> None:
+    """A (4 + 8 tokens) runs from 0.5 to 4.5. B (4 + 1) comes to decode at 1.0 and needs 5 + 4 + 2
+    of the cache beside 32 in reserve for each that runs: of 128 tokens they are there, also if B's
+    own reserve counted; of 40 they are not, though 11 are, and B waits until A is gone."""
+    record, _ = run(
+        halves,
+        make_requests((0.0, 4, 8), (0.25, 4, 1)),
+        kv_capacity_tokens=capacity_tokens,
+        kv_reserve_tokens=32,
+    )
+    assert record.requests.finish_s.tolist() == [4.5, b_ends_s]
+
+
 def test_clock_change_splits_an_iteration(tmp_path: Path) -> None:
     """An iteration of 1 s at 1000 MHz is half done when 2000 MHz halves the rest: 0.75 s.
 
