@@ -25,15 +25,18 @@ def main() -> None:
     """Print one line a case."""
     raw = raw_simpy_rate()
     print(f"raw SimPy: {raw:,.0f} timeouts per CPU second")
-    report("ShareGPT, 60 requests/s, 2P2D, ecofreq + ecoroute", SimConfig(), raw)
-    try:
-        report(
-            "Azure conversation trace, 2P2D, ecofreq + ecoroute",
-            make_config({"trace": "azure-conv-2023"}),
-            raw,
-        )
-    except VoltanaError as error:
-        print(f"Azure conversation trace: left out ({error})")
+    cases = {
+        "ShareGPT, 60 requests/s": {},
+        "ShareGPT, 2 requests/s": {"rate_rps": 2, "duration_s": 600},
+        "Azure conversation trace": {"trace": "azure-conv-2023"},
+    }
+    for title, values in cases.items():
+        for noise, scale in (("without noise", 0.0), ("with noise", 1.0)):
+            try:
+                config = make_config({**values, "noise_scale": scale})
+                report(f"{title}, {noise}, 2P2D, ecofreq + ecoroute", config, raw)
+            except VoltanaError as error:
+                print(f"{title}, {noise}: left out ({error})")
 
 
 def report(title: str, config: SimConfig, raw: float) -> None:

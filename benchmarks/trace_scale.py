@@ -51,18 +51,21 @@ def main() -> None:
     parser.add_argument("--day", action="store_true", help="also ten million requests (minutes)")
     raw = raw_simpy_rate()
     print(f"raw SimPy: {raw:,.0f} timeouts per CPU second")
-    table("By requests", BY_REQUESTS + ([DAY] if parser.parse_args().day else []), raw)
-    table("By instances", BY_INSTANCES, raw)
+    by_requests = BY_REQUESTS + ([DAY] if parser.parse_args().day else [])
+    table("By requests, without noise", by_requests, raw, noise_scale=0.0)
+    table("By requests, with noise", by_requests, raw, noise_scale=1.0)
+    table("By instances, without noise", BY_INSTANCES, raw, noise_scale=0.0)
+    table("By instances, with noise", BY_INSTANCES, raw, noise_scale=1.0)
 
 
-def table(title: str, cases: list[tuple[int, int]], raw: float) -> None:
+def table(title: str, cases: list[tuple[int, int]], raw: float, *, noise_scale: float) -> None:
     """Run and print the cases, then how far the costs lie from their middle."""
     print(f"\n{title}")
     print("  requests  instances  requests/CPU s  simulated s/wall s  peak RSS MiB  "
           "raw timeouts/request  attainment")  # fmt: skip
     costs_s = []
     for requests, instances in cases:
-        done = measure(requests, instances)
+        done = measure(requests, instances, noise_scale)
         cost_s = done.cpu_s / requests
         costs_s.append(cost_s)
         print(
@@ -75,22 +78,22 @@ def table(title: str, cases: list[tuple[int, int]], raw: float) -> None:
     print(f"cost per request: {0.5e6 * (low + high):.1f} us ± {(high - low) / (high + low):.0%}")
 
 
-def measure(requests: int, instances: int) -> Outcome:
+def measure(requests: int, instances: int, noise_scale: float) -> Outcome:
     """Best of several runs, each in a fresh process (one run where it is long)."""
     repeats = REPEATS if requests <= 100_000 else 1
     spawn = multiprocessing.get_context("spawn")
     outcomes = []
     for _ in range(repeats):
         with spawn.Pool(1) as pool:
-            outcomes.append(pool.apply(run_case, (requests, instances)))
+            outcomes.append(pool.apply(run_case, (requests, instances, noise_scale)))
     return min(outcomes, key=lambda outcome: outcome.cpu_s)
 
 
-def run_case(requests: int, instances: int) -> Outcome:
+def run_case(requests: int, instances: int, noise_scale: float) -> Outcome:
     """One case in this process."""
-    simulate_day(WARM_UP_REQUESTS, instances)
+    simulate_day(WARM_UP_REQUESTS, instances, noise_scale)
     cpu_s, wall_s = time.process_time(), time.monotonic()
-    simulated_s, energy_j, attainment = simulate_day(requests, instances)
+    simulated_s, energy_j, attainment = simulate_day(requests, instances, noise_scale)
     return Outcome(
         cpu_s=time.process_time() - cpu_s,
         wall_s=time.monotonic() - wall_s,
@@ -101,7 +104,7 @@ def run_case(requests: int, instances: int) -> Outcome:
     )
 
 
-def simulate_day(requests: int, instances: int) -> tuple[float, float, float]:
+def simulate_day(requests: int, instances: int, noise_scale: float) -> tuple[float, float, float]:
     """Makespan in s, energy in J and attainment of one squeezed day."""
     config = make_config(
         {
@@ -109,6 +112,7 @@ def simulate_day(requests: int, instances: int) -> tuple[float, float, float]:
             "num_decode": instances - instances // 4,
             "router": "two-choices",
             "metrics": "sketch",
+            "noise_scale": noise_scale,
         }
     )
     rate_rps = RATE_PER_INSTANCE_RPS * instances

@@ -21,7 +21,7 @@ from sim.policies.base import (
     Predictor,
     Router,
 )
-from sim.policies.prediction import ScaledPredictor
+from sim.policies.prediction import ScaledPredictor, SkewedPower
 from sim.policies.registry import make_controller, make_router
 
 STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
@@ -89,7 +89,12 @@ class PolicySource:
         seeds = np.random.SeedSequence(config.seed, spawn_key=(STREAMS[stream], instance_id))
         return PolicyContext(
             predictor=self._predictor(),
-            power=self.profile.truth(extrapolate=True),
+            power=SkewedPower.wrap(
+                self.profile.truth(extrapolate=True),
+                scale=config.predictor_power_scale,
+                clock_error=config.predictor_power_clock_error,
+                top_mhz=clocks.supported_mhz[-1],
+            ),
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=config.aimed_ttft_s,

@@ -14,6 +14,7 @@ import pandas as pd
 from profiles import ecopred
 from profiles.errors import VoltanaError, nearest
 from profiles.schema import ProfileMeta, meta_toml, read_meta
+from profiles.spread import IterationSpread, row_spreads
 from profiles.step_model import StepModel
 from profiles.tables import grid_of, idle_power_of, read_idle_table, read_phase_table
 
@@ -49,6 +50,16 @@ class Profile:
     def truth(self, *, extrapolate: bool = False) -> StepModel:
         """The tables as a scalar function: what happens, in simulation."""
         return _step_model(self, extrapolate)
+
+    def spread(self) -> IterationSpread:
+        """How much iteration times vary around the tables."""
+        stated = self.meta.spread
+        measured = {"prefill": row_spreads(self.prefill), "decode": row_spreads(self.decode)}
+        return IterationSpread(
+            {"prefill": stated.prefill, "decode": stated.decode} if stated else {},
+            {phase: rows for phase, rows in measured.items() if rows is not None},
+            self.clocks_mhz[-1],
+        )
 
     def predictor(self) -> ecopred.EcoPred:
         """The fitted predictor: what policies believe."""

@@ -80,6 +80,21 @@ class ClocksMeta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class SpreadMeta:
+    """How iteration times vary: standard deviation over mean, for tables without `spread_s`."""
+
+    prefill: float
+    decode: float
+
+    def __post_init__(self) -> None:
+        if max(self.prefill, self.decode) >= 1.0:
+            raise VoltanaError(
+                f"spread.prefill and spread.decode are shares of the time and must be < 1, "
+                f"got {self.prefill:g} and {self.decode:g}"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """Where a number comes from."""
 
@@ -105,9 +120,12 @@ class ProfileMeta:
     engine: EngineMeta
     clocks: ClocksMeta
     provenance: Mapping[str, Provenance]
+    spread: SpreadMeta | None = None
+    """None: the tables say it themselves, or nothing is known."""
 
     def __post_init__(self) -> None:
-        missing = [q for q in QUANTITIES if q not in self.provenance]
+        stated = (*QUANTITIES, "iteration_spread") if self.spread else QUANTITIES
+        missing = [q for q in stated if q not in self.provenance]
         if missing:
             raise VoltanaError(f"provenance must be stated for {', '.join(missing)}")
 
@@ -128,13 +146,15 @@ def read_meta(path: Path) -> ProfileMeta:
     version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise VoltanaError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
-    _check_keys(data, {f.name for f in dataclasses.fields(ProfileMeta)}, str(path))
+    known = {f.name for f in dataclasses.fields(ProfileMeta)}
+    _check_keys({"spread": {}} | data, known, str(path))
     try:
         return ProfileMeta(
             gpu=_section(GpuMeta, data, "gpu"),
             model=_section(ModelMeta, data, "model"),
             engine=_section(EngineMeta, data, "engine"),
             clocks=_section(ClocksMeta, data, "clocks"),
+            spread=_section(SpreadMeta, data, "spread") if "spread" in data else None,
             provenance={
                 key: _section(Provenance, data["provenance"], key) for key in data["provenance"]
             },
@@ -150,7 +170,7 @@ def meta_toml(meta: ProfileMeta) -> str:
 
 def _plain(value: Any) -> Any:  # noqa: ANN401 (any TOML value)
     if isinstance(value, Mapping):
-        return {k: _plain(v) for k, v in value.items()}
+        return {k: _plain(v) for k, v in value.items() if v is not None}
     return list(value) if isinstance(value, tuple) else value
 
 

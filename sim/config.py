@@ -57,10 +57,27 @@ class SimConfig:
         "coalesced jumps over runs of iterations, reference plays each one in SimPy: same results",
     )
     actuation_latency_s: float = _key(0.003, "from a clock decision to the changed clock")
+    clock_stall_s: float = _key(
+        0.0, "how long a busy GPU stands still at a clock change; an instance's GPUs one by one"
+    )
+    noise_scale: float = _key(
+        1.0, "multiplies the profile's spread of iteration times; 0: no noise"
+    )
+    sag_depth: float = _key(
+        0.0, "in a sag iterations take 1 + this times as long; 0: there are none"
+    )
+    sag_duration_s: float = _key(5.0, "mean length of a sag (exponential)")
+    sag_interval_s: float = _key(60.0, "mean time from a sag to the next (exponential)")
     predictor: Literal["ecopred", "table"] = _key(
         "ecopred", "latency model of the policies: ecopred (fitted), or table (the simulated truth)"
     )
     predictor_scale: float = _key(1.0, "multiplies predicted times: a deliberately wrong model")
+    predictor_power_scale: float = _key(
+        1.0, "multiplies the power above idle that policies believe in"
+    )
+    predictor_power_clock_error: float = _key(
+        0.0, "policies believe in that power times (f/top clock) to this"
+    )
     first_token: Literal["decode", "prefill"] = _key(
         "decode",
         "who makes the first token: decode (TTFT ends with the first decode step, as the"
@@ -106,6 +123,9 @@ class SimConfig:
             value = getattr(self, name)
             if value is not None and not (value >= 0 and math.isfinite(value)):
                 raise VoltanaError(f"{name} must be >= 0 and finite, got {value}")
+        if not math.isfinite(self.predictor_power_clock_error):
+            value = self.predictor_power_clock_error
+            raise VoltanaError(f"predictor_power_clock_error must be finite, got {value}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -144,12 +164,14 @@ class SimConfig:
 _POSITIVE = (
     "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "slo_ttft_s", "slo_itl_s",
     "aim_ratio",
-    "predictor_scale", "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
+    "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
+    "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "run_limit_s", "timeline_interval_s",
     "timeline_max_samples",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
+    "clock_stall_s", "noise_scale", "sag_depth",
 )  # fmt: skip
 _CHOICES = {
     "metrics": ("exact", "sketch"),

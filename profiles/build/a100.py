@@ -19,6 +19,7 @@ import tomli_w
 
 from profiles.build.clocks import IDLE_TOP_W, ClockModel, fit_clock_model
 from profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
+from profiles.build.spread import SPREAD, spread_provenance
 from profiles.catalog import Profile, write_profile
 from profiles.ecopred import fit_report
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
@@ -172,7 +173,7 @@ def decode_batches() -> list[int]:
     return sorted({*edges, *(b + 1 for b in edges if b < MAX_RUNNING)})
 
 
-def make_meta(shape: Shape, tuned: str = "") -> ProfileMeta:
+def make_meta(data: Path, shape: Shape, tuned: str = "") -> ProfileMeta:
     """Metadata with the provenance of every quantity; `tuned` says what a calibration changed."""
     kernels = "kernel times of ai-dynamo/aiconfigurator @ 095f58a (A100-SXM4-80GB, SGLang 0.5.10)"
     sweep = "clock sweep of qweewqq/EnergyLLM @ 3fffed3 (A100-40GB, vLLM 0.11)"
@@ -194,6 +195,7 @@ def make_meta(shape: Shape, tuned: str = "") -> ProfileMeta:
             kv_capacity_tokens=shape.kv_capacity_tokens,
         ),
         clocks=ClocksMeta(supported_mhz=SUPPORTED_MHZ, default_levels_mhz=(1005, 1410)),
+        spread=SPREAD,
         provenance={
             "clocks": _calibrated("A100 steps of 15 MHz; grid clocks are interpolated between", ""),
             "prefill_time": _calibrated(
@@ -219,6 +221,7 @@ def make_meta(shape: Shape, tuned: str = "") -> ProfileMeta:
                 "10 W below 1410 MHz; another source reads 80 W for an unlocked context",
             ),
             "kv_capacity": _calibrated(f"{reference}, as measured by its authors", ""),
+            "iteration_spread": spread_provenance(data),
         },
     )
 
@@ -255,7 +258,7 @@ def build_tuned(data: Path, directory: Path, model: str, tuning: Tuning, why: st
         f"decode host {1e3 * tuning.decode_host_s:g} ms"
     )
     return write_profile(
-        directory, make_meta(shape, note), builder.prefill(), builder.decode(), builder.idle()
+        directory, make_meta(data, shape, note), builder.prefill(), builder.decode(), builder.idle()
     )
 
 
@@ -266,7 +269,7 @@ def build(data: Path, out: Path) -> None:
         builder = Builder(data, shape, clocks)
         directory = out / "a100-80g-sxm" / name
         made = write_profile(
-            directory, make_meta(shape), builder.prefill(), builder.decode(), builder.idle()
+            directory, make_meta(data, shape), builder.prefill(), builder.decode(), builder.idle()
         )
         print(name, fit_report(made.fitted).to_string(index=False), sep="\n")  # noqa: T201
     tables = {"decode_share": clocks.decode_share, "phi": clocks.phi, "idle_w": clocks.idle_w}

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import deque
 
-from profiles.step_model import StepModel
 from sim.config import SimConfig
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
+from sim.engine.track import GpuTrack
 from sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
 
 
@@ -29,11 +29,11 @@ class DecodeInstance(Instance):
         log: RunLog,
         state: InstanceState,
         controller: Controller,
-        truth: StepModel,
+        track: GpuTrack,
         *,
         max_running: int,
     ) -> None:
-        super().__init__(config, log, state, controller, truth)
+        super().__init__(config, log, state, controller, track)
         self._waiting: deque[SimRequest] = deque()
         self._iteration = 0
         self._finishing: dict[int, list[SimRequest]] = {}

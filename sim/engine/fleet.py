@@ -21,9 +21,11 @@ from sim.config import SimConfig
 from sim.engine.decode import DecodeInstance
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
+from sim.engine.noise import IterationNoise
 from sim.engine.prefill import PrefillInstance
 from sim.engine.request import SimRequest
 from sim.engine.timeline import Timeline
+from sim.engine.track import GpuTrack
 from sim.policies.base import (
     Cluster,
     Controller,
@@ -33,13 +35,13 @@ from sim.policies.base import (
     RequestView,
     Router,
 )
-from sim.policies.prediction import ScaledPredictor
+from sim.policies.prediction import ScaledPredictor, SkewedPower
 from sim.policies.registry import make_controller, make_router
 from sim.records import IterationTable, RunRecord
 from sim.workload.workload import Workload
 
 _STREAMS = {"router": 1, "prefill": 2, "decode": 3}
-"""Spawn keys of the policies' random streams; the workload's own streams are in sim.workload."""
+"""Spawn keys of the policies' random streams; others are in sim.workload and sim.engine.noise."""
 
 
 class Fleet(ABC):
@@ -68,6 +70,13 @@ class Fleet(ABC):
         self._truth = profile.truth(extrapolate=config.extrapolate)
         # a policy may wonder about batches that never run: its tables must not refuse them
         self._known = profile.truth(extrapolate=True)
+        self._spread = profile.spread()
+        self._power = SkewedPower.wrap(
+            self._known,
+            scale=config.predictor_power_scale,
+            clock_error=config.predictor_power_clock_error,
+            top_mhz=profile.clocks_mhz[-1],
+        )
         self._predictor = ScaledPredictor.wrap(
             profile.predictor() if config.predictor == "ecopred" else self._known,
             config.predictor_scale,
@@ -208,7 +217,7 @@ class Fleet(ABC):
             self._log,
             self._state("prefill", index),
             controller,
-            self._truth,
+            self._track("prefill", index, controller),
             max_tokens=self._max_prefill_tokens,
             hand_over=self._hand_over,
         )
@@ -220,8 +229,20 @@ class Fleet(ABC):
             self._log,
             self._state("decode", index),
             controller,
-            self._truth,
+            self._track("decode", index, controller),
             max_running=self._max_running,
+        )
+
+    def _track(self, phase: Phase, index: int, controller: Controller) -> GpuTrack:
+        config = self._config
+        return GpuTrack(
+            self._truth,
+            phase,
+            clock_mhz=controller.initial_clock_mhz(),
+            actuation_s=0.0 if controller.acts_at_once else config.actuation_latency_s,
+            # one card after the other, and each iteration waits for the last of them
+            stall_s=config.clock_stall_s * self._profile.meta.model.tensor_parallel,
+            noise=IterationNoise.make(config, self._spread, phase, index),
         )
 
     def _context(self, phase: Phase, index: int, stream: str) -> PolicyContext:
@@ -229,7 +250,7 @@ class Fleet(ABC):
         clocks = self._profile.meta.clocks
         return PolicyContext(
             predictor=self._predictor,
-            power=self._known,
+            power=self._power,
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=self._config.aimed_ttft_s,

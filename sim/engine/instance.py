@@ -6,7 +6,6 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from profiles.step_model import StepModel
 from sim.config import SimConfig
 from sim.engine.log import RunLog
 from sim.engine.track import GpuTrack
@@ -34,7 +33,7 @@ class Instance(ABC):
         log: RunLog,
         state: InstanceState,
         controller: Controller,
-        truth: StepModel,
+        track: GpuTrack,
     ) -> None:
         self.state = state
         self.log = log
@@ -43,12 +42,7 @@ class Instance(ABC):
         """The driver's: step this instance now, after all else that happens at this instant."""
         self.due = 0
         """The driver's: which of its entries for this instance is the valid one."""
-        self.track = GpuTrack(
-            truth,
-            state.phase,
-            clock_mhz=controller.initial_clock_mhz(),
-            actuation_s=0.0 if controller.acts_at_once else config.actuation_latency_s,
-        )
+        self.track = track
         self.num_retractions = 0
         self.iteration_rows: list[IterationRow] | None = [] if config.record_iterations else None
         self._start_s = 0.0

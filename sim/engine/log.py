@@ -1,11 +1,12 @@
 """What the instances report while a run goes on, kept exactly.
 
 Token gaps come in runs: `count` iterations in a row, each `step_s` longer than the one before,
-every one of them the gap of `weight` requests.
+every one of them the gap of `weight` requests. With noise each has a multiplier beside.
 """
 
 from __future__ import annotations
 
+from array import array
 from typing import Any, Protocol
 
 import numpy as np
@@ -42,6 +43,11 @@ class RunLog(Protocol):
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
         """A run of token gaps; see the module."""
 
+    def noisy_gaps(
+        self, first_s: float, step_s: float, weight: int, multipliers: array[float]
+    ) -> None:
+        """A run of token gaps, gap k of which is (first_s + k·step_s)·multipliers[k]."""
+
     def results(self) -> dict[str, Any]:
         """The fields of a `RunRecord` that this log answers for."""
 
@@ -61,11 +67,45 @@ def expand_gaps(
     return np.repeat(first_s, count) + np.repeat(step_s, count) * k, np.repeat(weight, count)
 
 
+class NoisyGaps:
+    """Runs of token gaps with a multiplier for each iteration."""
+
+    __slots__ = ("_count", "_first_s", "_multipliers", "_step_s", "_weight")
+
+    def __init__(self) -> None:
+        self._first_s: list[float] = []
+        self._step_s: list[float] = []
+        self._count: list[int] = []
+        self._weight: list[int] = []
+        self._multipliers: array[float] = array("d")
+
+    def __len__(self) -> int:
+        return len(self._multipliers)
+
+    def add(self, first_s: float, step_s: float, weight: int, multipliers: array[float]) -> None:
+        """Append a run; see `RunLog.noisy_gaps`."""
+        self._first_s.append(first_s)
+        self._step_s.append(step_s)
+        self._count.append(len(multipliers))
+        self._weight.append(weight)
+        self._multipliers.extend(multipliers)
+
+    def expand(self) -> tuple[FloatArray, IntArray]:
+        """Length and weight of each gap, shape (n,)."""
+        gap_s, weight = expand_gaps(
+            np.array(self._first_s),
+            np.array(self._step_s),
+            np.array(self._count, dtype=np.int64),
+            np.array(self._weight, dtype=np.int64),
+        )
+        return gap_s * np.frombuffer(self._multipliers, dtype=np.float64), weight
+
+
 class ExactLog:
     """Keeps every request and every run of gaps; memory grows with the workload."""
 
     __slots__ = (
-        "_count", "_decode_id", "_finish_s", "_first_s", "_first_token_s", "_prefill_id",
+        "_count", "_decode_id", "_finish_s", "_first_s", "_first_token_s", "_noisy", "_prefill_id",
         "_retractions", "_status", "_step_s", "_weight", "_workload", "unresolved",
     )  # fmt: skip
 
@@ -82,6 +122,7 @@ class ExactLog:
         self._step_s: list[float] = []
         self._count: list[int] = []
         self._weight: list[int] = []
+        self._noisy = NoisyGaps()
         self.unresolved = 0
 
     def arrive(self, request: SimRequest) -> None:
@@ -114,6 +155,11 @@ class ExactLog:
         self._count.append(count)
         self._weight.append(weight)
 
+    def noisy_gaps(
+        self, first_s: float, step_s: float, weight: int, multipliers: array[float]
+    ) -> None:
+        self._noisy.add(first_s, step_s, weight, multipliers)
+
     def results(self) -> dict[str, Any]:
         itl_s, itl_weight = expand_gaps(
             np.array(self._first_s),
@@ -121,7 +167,12 @@ class ExactLog:
             np.array(self._count, dtype=np.int64),
             np.array(self._weight, dtype=np.int64),
         )
-        return {"requests": self._table(), "itl_s": itl_s, "itl_weight": itl_weight}
+        noisy_s, noisy_weight = self._noisy.expand()
+        return {
+            "requests": self._table(),
+            "itl_s": np.concatenate((itl_s, noisy_s)),
+            "itl_weight": np.concatenate((itl_weight, noisy_weight)),
+        }
 
     def _table(self) -> RequestTable:
         return RequestTable(

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from profiles.step_model import StepModel
 from sim.config import SimConfig
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
+from sim.engine.track import GpuTrack
 from sim.policies.base import Controller, InstanceState, WaitingRequest
 
 
@@ -27,12 +27,12 @@ class PrefillInstance(Instance):
         log: RunLog,
         state: InstanceState,
         controller: Controller,
-        truth: StepModel,
+        track: GpuTrack,
         *,
         max_tokens: int,
         hand_over: Callable[[SimRequest, float], None],
     ) -> None:
-        super().__init__(config, log, state, controller, truth)
+        super().__init__(config, log, state, controller, track)
         self._queue: deque[SimRequest] = deque()
         self._batch: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""

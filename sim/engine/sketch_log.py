@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Final
@@ -10,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sim.engine.log import expand_gaps
+from sim.engine.log import NoisyGaps, expand_gaps
 from sim.engine.request import NEVER, SimRequest
 from sim.records import COMPLETED, IN_FLIGHT, REJECTED, IntArray, RequestTable
 from sim.sketches import RunSketch
@@ -29,6 +30,7 @@ class SketchLog:
         self._finished: list[SimRequest] = []
         self._finish_s: list[float] = []
         self._gaps: tuple[list[float], list[float], list[int], list[int]] = ([], [], [], [])
+        self._noisy = NoisyGaps()
         self._gap_iterations = 0
         self._open: dict[int, SimRequest] = {}
         """Requests that have arrived and not ended, if their rows are wanted."""
@@ -73,6 +75,13 @@ class SketchLog:
         if self._gap_iterations >= 8 * _ROWS:
             self._fold_gaps()
 
+    def noisy_gaps(
+        self, first_s: float, step_s: float, weight: int, multipliers: array[float]
+    ) -> None:
+        self._noisy.add(first_s, step_s, weight, multipliers)
+        if len(self._noisy) >= 8 * _ROWS:
+            self._fold_gaps()
+
     def results(self) -> dict[str, Any]:
         self._fold_requests()
         self._fold_gaps()
@@ -109,7 +118,9 @@ class SketchLog:
             np.array(weights, dtype=np.int64),
         )
         self._sketch.add_gaps(gap_s, weight)
+        self._sketch.add_gaps(*self._noisy.expand())
         self._gaps = ([], [], [], [])
+        self._noisy = NoisyGaps()
         self._gap_iterations = 0
 
 

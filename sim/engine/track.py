@@ -2,7 +2,8 @@
 
 A decision reaches the card `actuation_s` after it was taken; a change that lands inside an
 iteration splits it: the part of the work still to be done runs at the new clock. Energy is the
-exact integral of a piecewise constant power.
+exact integral of a piecewise constant power. A change may make a busy card stand still for a while,
+at the power of the iteration that it holds up; at rest it holds up nobody.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import math
 from collections import deque
 
 from profiles.step_model import Line, StepModel
+from sim.engine.noise import BLOCK, IterationNoise
 from sim.policies.base import IdlePlan, Phase
 from sim.records import InstanceRecord
 
@@ -21,15 +23,26 @@ class GpuTrack:
     __slots__ = (
         "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
         "_idle_s", "_idle_since_s", "_last_busy_j", "_model", "_pending", "_phase", "_plan",
-        "_plan_due_s", "_segments", "actuation_s", "clock_mhz", "energy_j", "num_clock_changes",
-        "num_iterations", "power_w", "target_mhz",
+        "_plan_due_s", "_segments", "_stall_due_s", "_stall_s", "actuation_s", "clock_mhz",
+        "energy_j", "noise", "num_clock_changes", "num_iterations", "power_w", "target_mhz",
     )  # fmt: skip
 
     def __init__(
-        self, model: StepModel, phase: Phase, *, clock_mhz: int, actuation_s: float
+        self,
+        model: StepModel,
+        phase: Phase,
+        *,
+        clock_mhz: int,
+        actuation_s: float,
+        stall_s: float = 0.0,
+        noise: IterationNoise | None = None,
     ) -> None:
         self._model = model
         self._phase = phase
+        self._stall_s = stall_s
+        self._stall_due_s = 0.0
+        """What changes at the start of the iteration to come have cost it."""
+        self.noise = noise
         self.actuation_s = actuation_s
         self.clock_mhz = clock_mhz
         self.energy_j = 0.0
@@ -62,7 +75,9 @@ class GpuTrack:
             self._first_busy_j = self.energy_j
         if self._pending:
             self._apply_due(start_s)
-        segments = self._segments
+        segments, noise = self._segments, self.noise
+        if noise is not None and noise.sag_change_s <= start_s:
+            noise.move_to(start_s)
         remaining = 1.0
         at_s = start_s
         while True:
@@ -70,28 +85,38 @@ class GpuTrack:
             time_s, self.power_w = self._model.time_and_power(
                 self._phase, clock, batch_size, tokens
             )
-            end_s = at_s + remaining * time_s
+            if noise is not None:
+                time_s *= noise.slowness * noise.multipliers(clock, batch_size)[0][noise.at]
+            work_s = at_s + self._stall_due_s
+            self._stall_due_s = 0.0
+            end_s = work_s + remaining * time_s
             if not self._pending or self._pending[0][0] >= end_s:
                 segments.append((at_s, end_s, self.power_w, clock))
-                return end_s
-            change_s, next_clock = self._pending.popleft()
+                break
+            due_s, next_clock = self._pending.popleft()
+            change_s = max(due_s, work_s)  # the commands of one card wait for each other
             segments.append((at_s, change_s, self.power_w, clock))
-            remaining -= (change_s - at_s) / time_s
+            remaining -= (change_s - work_s) / time_s
             at_s = change_s
             self._set_clock(next_clock)
+        if noise is not None:
+            noise.at += 1
+            if noise.at == BLOCK:
+                noise.refill()
+        return end_s
 
     def begin_line(self, start_s: float, batch_size: int, tokens: int) -> Line | None:
         """The linear piece that a decode run from `start_s` is on.
 
         Returns:
             See `StepModel.decode_line`; None while a clock change is on its way, as it would
-            split an iteration.
+            split an iteration, or stalls this one. Noise aside.
         """
         if self._first_busy_j < 0:
             self._first_busy_j = self.energy_j
         if self._pending:
             self._apply_due(start_s)
-            if self._pending:
+            if self._pending or self._stall_due_s:
                 return None
         return self._model.decode_line(self.clock_mhz, batch_size, tokens)
 
@@ -137,6 +162,7 @@ class GpuTrack:
             change_s, clock = self._pending.popleft()
             self._book_idle(change_s)
             self._set_clock(clock)
+            self._stall_due_s = 0.0
         self._book_idle(now_s)
         return self._next_idle_change_s()
 
@@ -181,3 +207,4 @@ class GpuTrack:
         if clock_mhz != self.clock_mhz:
             self.clock_mhz = clock_mhz
             self.num_clock_changes += 1
+            self._stall_due_s += self._stall_s

@@ -1,8 +1,10 @@
-"""Latency predictors built from others."""
+"""Latency predictors and power models built from others, deliberately wrong."""
 
 from __future__ import annotations
 
-from sim.policies.base import Phase, Predictor
+import math
+
+from sim.policies.base import Phase, PowerModel, Predictor
 
 
 class ScaledPredictor:
@@ -21,3 +23,39 @@ class ScaledPredictor:
 
     def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
         return self._factor * self._predictor.predict_s(phase, frequency_mhz, batch_size, tokens)
+
+
+class SkewedPower:
+    """A power model that is wrong above idle: idle + (P - idle)·scale·(f/top)^clock_error.
+
+    At the top clock it is wrong by the scale alone; a clock error above 0 makes low clocks look
+    cheaper than they are, one below 0 dearer. Power at rest is believed as it is.
+    """
+
+    __slots__ = ("_clock_error", "_power", "_scale", "_top_mhz")
+
+    def __init__(
+        self, power: PowerModel, *, scale: float, clock_error: float, top_mhz: int
+    ) -> None:
+        self._power = power
+        self._scale = scale
+        self._clock_error = clock_error
+        self._top_mhz = top_mhz
+
+    @classmethod
+    def wrap(
+        cls, power: PowerModel, *, scale: float, clock_error: float, top_mhz: int
+    ) -> PowerModel:
+        """The model itself where there is nothing to change."""
+        if scale == 1.0 and clock_error == 0.0:
+            return power
+        return cls(power, scale=scale, clock_error=clock_error, top_mhz=top_mhz)
+
+    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        idle_w = self._power.idle_power_w(frequency_mhz)
+        above_w = self._power.power_w(phase, frequency_mhz, batch_size, tokens) - idle_w
+        relative = (frequency_mhz or self._top_mhz) / self._top_mhz
+        return idle_w + above_w * self._scale * math.pow(relative, self._clock_error)
+
+    def idle_power_w(self, frequency_mhz: int) -> float:
+        return self._power.idle_power_w(frequency_mhz)

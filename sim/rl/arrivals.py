@@ -9,6 +9,7 @@ above the TTFT SLO.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -212,6 +213,14 @@ class CountingLog:
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
         self.late_gaps += weight * count_above(self._slo_itl_s, first_s, step_s, count)
         self._log.gaps(first_s, step_s, count, weight)
+
+    def noisy_gaps(
+        self, first_s: float, step_s: float, weight: int, multipliers: array[float]
+    ) -> None:
+        for k, multiplier in enumerate(multipliers):
+            if (first_s + k * step_s) * multiplier > self._slo_itl_s:
+                self.late_gaps += weight
+        self._log.noisy_gaps(first_s, step_s, weight, multipliers)
 
     def results(self) -> dict[str, Any]:
         return self._log.results()

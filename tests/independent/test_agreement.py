@@ -104,7 +104,8 @@ def settings_of(case: Settings) -> Settings:
     """A case with the parameters of its policies filled in and, apart, in voltana's spelling."""
     filled: Settings = {
         "controller": "static", "router": "round-robin", "duration_s": 20, "clock": 1410,
-        "idle_s": 5.0, "slo_itl_s": 0.045, "slo_ttft_s": 0.5, **case,
+        "idle_s": 5.0, "slo_itl_s": 0.045, "slo_ttft_s": 0.5,
+        "noise_scale": 0, **case,
     }  # fmt: skip
     return filled
 

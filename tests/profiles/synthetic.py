@@ -72,6 +72,7 @@ def write_synthetic_profile(
     batches: tuple[int, ...] = (1, 2, 4, 8, 9, 16, 32, 64),
     tokens: tuple[int, ...] = (1, 64, 1024, 4096),
     kv_capacity_tokens: int = 4096,
+    spread_s: Surface | None = None,
 ) -> Profile:
     """Write and load a profile whose tables are the given functions on a rectangular grid."""
     tables = {
@@ -86,6 +87,10 @@ def write_synthetic_profile(
         )
         for phase in ("prefill", "decode")
     }
+    if spread_s is not None:
+        for phase, table in tables.items():
+            points = zip(table["frequency_mhz"], table["batch_size"], table["tokens"], strict=True)
+            table["spread_s"] = [spread_s(phase, *point) for point in points]
     idle = pd.DataFrame(
         [(f, 0, idle_w(f)) for f in (0, *clocks_mhz)], columns=["frequency_mhz", "trial", "power_w"]
     )

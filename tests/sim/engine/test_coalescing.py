@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from profiles.catalog import Profile
 from sim.policies.registry import CONTROLLERS, ROUTERS
 from sim.records import FloatArray, IntArray, RunRecord
-from tests.profiles.synthetic import rough_profile, write_synthetic_profile
+from tests.profiles.synthetic import Surface, rough_profile, write_synthetic_profile
 from tests.sim.engine.fixtures import run
 from tests.sim.engine.test_properties import POLICY, REQUEST, workload_of
 
@@ -21,7 +21,7 @@ REL = 1e-9
 ABS_S = 1e-9
 
 
-def crooked(share: float) -> Any:  # noqa: ANN401 (a Surface)
+def crooked(share: float) -> Surface:
     """Times without round numbers, so that events do not tie by construction."""
 
     def time_s(phase: str, clock: int, batch: int, tokens: float) -> float:
@@ -41,7 +41,17 @@ def profile(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
         time_s=crooked(request.param),
         power_w=lambda p, f, b, t: 80.0 + 1.3e-4 * f * f + 0.017 * t + 0.9 * b,
         idle_w=lambda f: 40.0 + f / 50,
+        spread_s=uneven_spread(crooked(request.param)),
     )
+
+
+def uneven_spread(time_s: Surface) -> Surface:
+    """Half interquartile ranges of 1 to 5 % of the time, of another share in each row."""
+
+    def spread_s(phase: str, clock: int, batch: int, tokens: float) -> float:
+        return time_s(phase, clock, batch, tokens) * (0.01 + (clock * batch % 41) / 1000.0)
+
+    return spread_s
 
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.too_slow])

@@ -55,6 +55,11 @@ POLICY = st.fixed_dictionaries(
         "prefill_metrics": st.sampled_from(["before", "after"]),
         "decode_metrics": st.sampled_from(["before", "after"]),
         "kv_transfer_latency_s": st.sampled_from([0.0, 0.01]),
+        "noise_scale": st.sampled_from([0.0, 1.0, 4.0]),
+        "sag_depth": st.sampled_from([0.0, 0.5]),
+        "sag_duration_s": st.just(0.05),
+        "sag_interval_s": st.just(0.1),
+        "clock_stall_s": st.sampled_from([0.0, 0.005]),
     }
 )  # fmt: skip
 

@@ -122,6 +122,7 @@ def test_prefill_keeps_its_promise_by_the_correction(
     fewer than 99 % at 30 % (98.1 % when written)."""
     values = {
         "rate_rps": 50, "duration_s": 30, "slo_ttft_s": 0.4, "predictor_scale": scale,
+        "noise_scale": 0.0,
         "num_decode": 4, "router": "ecoroute", "prefill_controller": "ecomin:headroom=0.0",
         "decode_controller": "static",
     }  # fmt: skip
