@@ -110,6 +110,9 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "min-delta-energy": Entry(
         make=packing.MinDeltaEnergy, parameters=packing.MinDeltaEnergyParameters
     ),
+    "least-added-power": Entry(
+        make=packing.LeastAddedPower, parameters=packing.LeastAddedPowerParameters
+    ),
     "kairos": Entry(make=split.KairosRouter, parameters=split.KairosRouterParameters),
     "length-split": Entry(make=split.LengthSplit, parameters=split.LengthSplitParameters),
     "mdp": Entry(make=mdp.MdpRouter, parameters=mdp.MdpParameters),
