@@ -36,10 +36,13 @@ def table(name: str) -> str:
 
 
 def policy_rows(entries: Mapping[str, Entry[Any]]) -> str:
-    """Name, rule, parameters and source of each policy."""
+    """Name, rule, source, and where the constants come from, of each policy."""
     return _markdown(
-        ("name", "rule", "source"),
-        [(f"`{name}`", entry.rule, entry.source) for name, entry in entries.items()],
+        ("name", "rule", "constants", "source"),
+        [
+            (f"`{name}`", entry.rule, entry.constants, entry.source)
+            for name, entry in entries.items()
+        ],
     )
 
 

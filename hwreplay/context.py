@@ -99,6 +99,7 @@ class PolicySource:
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=config.aimed_ttft_s,
             slo_itl_s=config.aimed_itl_s,
+            first_token=config.first_token,
             profile_hash=self.profile.content_hash,
             kv_capacity_tokens=self.kv_capacity_tokens,
             rng=np.random.default_rng(seeds),

@@ -88,6 +88,8 @@ def _policies(kind: str, name: str | None) -> list[str]:
 
 
 def _policy(name: str, entry: Entry[Any], width: int, *, whole: bool) -> list[str]:
+    from sim.policies.registry import CONSTANTS
+
     lines = _wrap(f"{name}: {entry.rule}", "", width)
     if whole:
         lines += _paragraphs(entry.description, width)
@@ -97,6 +99,8 @@ def _policy(name: str, entry: Entry[Any], width: int, *, whole: bool) -> list[st
     for info in infos:
         cell = f"    {info.key}={info.default}".ljust(keys + 6) + info.unit.ljust(units + 2)
         lines += _wrap(info.meaning, cell, width)
+    if entry.constants in ("partly", "invented"):
+        lines += _wrap(f"constants: {CONSTANTS[entry.constants]}", "    ", width)
     return [*lines, *_wrap(f"source: {entry.source}", "    ", width)]
 
 

@@ -30,7 +30,7 @@ from profiles.errors import VoltanaError
 from sim.config import make_config
 
 SEEDS: Final = (21, 22, 23)
-ROUTERS: Final = ("round-robin", "ecoroute", "min-delta-energy")
+ROUTERS: Final = ("round-robin", "ecoroute", "min-delta-energy", "least-added-power")
 REFERENCE: Final = "ecofreq + ecoroute"
 BASE: Final = {
     "workload": "sharegpt", "duration_s": 120, "slo_ttft_s": 0.6, "slo_itl_s": 0.045,

@@ -255,6 +255,7 @@ class Fleet(ABC):
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=self._config.aimed_ttft_s,
             slo_itl_s=self._config.aimed_itl_s,
+            first_token=self._config.first_token,
             profile_hash=self._profile.content_hash,
             kv_capacity_tokens=self._kv_capacity,
             rng=np.random.default_rng(seeds),

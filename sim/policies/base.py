@@ -22,6 +22,8 @@ Phase = Literal["prefill", "decode"]
 PREFILL: Final = "prefill"
 DECODE: Final = "decode"
 
+ATTAINMENT_TARGET: Final = 0.99
+"""Share of requests and gaps that has to be within the promise (NOMENCLATURE.md)."""
 UNLOCKED_MHZ: Final = 0
 """Decision "release the lock": the driver boosts to its top clock when busy and sinks when idle."""
 
@@ -277,6 +279,10 @@ class PolicyContext:
     """The profile's short list for controllers that use few levels, ascending."""
     slo_ttft_s: float
     slo_itl_s: float
+    attainment_target: float = ATTAINMENT_TARGET
+    """Share of requests and gaps to keep within them: the quantile that measured ones aim at."""
+    first_token: Literal["decode", "prefill"] = "decode"
+    """Where a request's TTFT ends: with its first decode iteration, or when decode takes it up."""
     profile_hash: str
     kv_capacity_tokens: int
     rng: np.random.Generator
@@ -294,8 +300,26 @@ class PolicyContext:
 
     @property
     def slo_s(self) -> float:
-        """The promise that a controller of this phase keeps: ITL in decode, TTFT in prefill."""
+        """The promise of this phase: ITL in decode, TTFT in prefill."""
         return self.slo_itl_s if self.phase == DECODE else self.slo_ttft_s
+
+    @property
+    def prefill_budget_s(self) -> float:
+        """What the TTFT promise leaves for queueing and prefill: TTFT - 2·ITL, or TTFT - ITL.
+
+        A prompt that is prefilled arrives in decode in the middle of an iteration, which may take
+        the ITL promise until it ends; its own first iteration, which makes the first token, may
+        take as long again. With `first_token` = "prefill" TTFT ends before that. The one definition
+        of the part of TTFT that a prefill controller may use up; a KV transfer that takes time is
+        not in it. Not positive where the promises contradict each other.
+        """
+        num_iterations = 2 if self.first_token == "decode" else 1
+        return self.slo_ttft_s - num_iterations * self.slo_itl_s
+
+    @property
+    def budget_s(self) -> float:
+        """What an iteration may take: the ITL promise, or `prefill_budget_s` with its queueing."""
+        return self.slo_itl_s if self.phase == DECODE else self.prefill_budget_s
 
     def share(self, name: str, make: Callable[[], T]) -> T:
         """One object of that name for the whole run; the caller's own where there is no cluster.

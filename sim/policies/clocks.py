@@ -1,12 +1,107 @@
-"""Checks and look-ups on the list of supported clocks that several controllers share."""
+"""What several policies do with the list of supported clocks: check it, cut it, choose from it."""
 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Final
 
 from profiles.errors import VoltanaError
-from sim.policies.base import PolicyContext
+from sim.policies.base import DECODE, Phase, PolicyContext
+
+_FULL_DECODE_REQUESTS: Final = 64
+_FULL_PREFILL: Final = (8, 8192)
+"""Our idea of a batch that keeps an instance busy: requests, and prompt tokens of them all."""
+
+
+def full_batch(context: PolicyContext, phase: Phase) -> tuple[int, int]:
+    """A batch that keeps an instance busy, as (requests, tokens).
+
+    Prefill: 8 prompts of 8,192 tokens in all. Decode: 64 requests whose context fills a quarter of
+    the KV cache. The numbers are ours.
+    """
+    if phase == DECODE:
+        tokens = max(context.kv_capacity_tokens // 4, _FULL_DECODE_REQUESTS)
+        return _FULL_DECODE_REQUESTS, tokens
+    return _FULL_PREFILL
+
+
+def first_clock_mhz(clocks_mhz: Sequence[int], fits: Callable[[int], bool]) -> int:
+    """The first clock that fits, else the last: ascending, it is the lowest within a limit.
+
+    Example:
+        >>> first_clock_mhz((1005, 1200, 1410), lambda f: f >= 1100)
+        1200
+        >>> first_clock_mhz((1005, 1200, 1410), lambda f: f >= 1500)
+        1410
+    """
+    for clock in clocks_mhz[:-1]:
+        if fits(clock):
+            return clock
+    return clocks_mhz[-1]
+
+
+def cheapest_clock_mhz(
+    clocks_mhz: Sequence[int], fits: Callable[[int], bool], cost: Callable[[int], float]
+) -> int:
+    """Of the clocks that fit the one of least cost, the first of equals; the last if none fits.
+
+    Example:
+        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: f > 1005, lambda f: -f)
+        1410
+        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: False, float)
+        1410
+    """
+    fitting = [clock for clock in clocks_mhz if fits(clock)]
+    return min(fitting, key=cost) if fitting else clocks_mhz[-1]
+
+
+def busy_energy_j(context: PolicyContext, clock_mhz: int, batch_size: int, tokens: int) -> float:
+    """Energy of one iteration beyond what the idle instance would draw in that time, by the models.
+
+    (P - idle)·T: the part that the choice of a clock changes, since the time that a faster clock
+    saves is spent idle.
+    """
+    point = context.phase, clock_mhz, batch_size, tokens
+    above_idle_w = context.power.power_w(*point) - context.power.idle_power_w(clock_mhz)
+    return above_idle_w * context.predictor.predict_s(*point)
+
+
+def least_energy_clock_mhz(context: PolicyContext) -> int:
+    """The bottom of the U: the supported clock of least `busy_energy_j` for a full batch.
+
+    Left of it an iteration takes more time and more energy too. In prefill, whose work is given,
+    such a clock is a loss whatever the load. In decode it is a choice: with continuous batching the
+    token rate is given, not the work of an iteration, so that the energy of a token follows power
+    alone, which is lower still at a lower clock; but there power falls by little and the batch
+    grows by much, so that a controller which only measures latency ends where it cannot return
+    from. The floor keeps such controllers out of there; it is not the clock of least energy for a
+    given load. EcoMin, which knows what the batch will settle at, may go below.
+
+    Args:
+        context: The phase, its predictor and its power model.
+
+    Sources:
+        The U-shape of energy over clock in both phases: VoltanaLLM, arXiv 2509.04827. The full
+        batch at which it is looked up is ours; on the A100 profiles no batch moves the bottom.
+    """
+    batch_size, tokens = full_batch(context, context.phase)
+    return min(
+        context.clocks_mhz, key=lambda clock: busy_energy_j(context, clock, batch_size, tokens)
+    )
+
+
+def clocks_above_floor(
+    context: PolicyContext, wanted_mhz: Sequence[int], where: str
+) -> tuple[int, ...]:
+    """The user's clocks, checked; without any, the supported ones from the phase's floor upwards.
+
+    The floor is `least_energy_clock_mhz`.
+    """
+    clocks = context.clocks_mhz
+    if wanted_mhz:
+        return clock_list(clocks, wanted_mhz, (), f"{where}: frequencies")
+    return clocks[clocks.index(least_energy_clock_mhz(context)) :]
 
 
 def nearest_clock_mhz(clocks_mhz: Sequence[int], wanted_mhz: float) -> int:
@@ -35,11 +130,10 @@ def fastest_within_mhz(context: PolicyContext, batch_size: int, tokens: int, lim
 
     The slowest if none is.
     """
-    clocks, power_w = context.clocks_mhz, context.power.power_w
-    for clock in reversed(clocks):
-        if power_w(context.phase, clock, batch_size, tokens) <= limit_w:
-            return clock
-    return clocks[0]
+    power_w, phase = context.power.power_w, context.phase
+    return first_clock_mhz(
+        context.clocks_mhz[::-1], lambda f: power_w(phase, f, batch_size, tokens) <= limit_w
+    )
 
 
 def require_clock(clocks_mhz: Sequence[int], clock_mhz: int, where: str) -> int:
@@ -66,11 +160,19 @@ def clock_list(
 
 
 def levels_of(
-    context: PolicyContext, wanted_mhz: Sequence[int], num_levels: int, where: str
+    context: PolicyContext,
+    wanted_mhz: Sequence[int],
+    num_levels: int,
+    where: str,
+    *,
+    low_mhz: int | None = None,
 ) -> tuple[int, ...]:
-    """The user's clocks, or `num_levels` of the profile's, evenly spread over all of them."""
+    """The user's clocks, or `num_levels` of the profile's, evenly spread from `low_mhz` to the top.
+
+    Without `low_mhz` from the lowest.
+    """
     clocks = context.clocks_mhz
-    spread = spread_clocks_mhz(clocks, clocks[0], num_levels)
+    spread = spread_clocks_mhz(clocks, clocks[0] if low_mhz is None else low_mhz, num_levels)
     return clock_list(clocks, wanted_mhz, spread, f"{where}: frequencies")
 
 

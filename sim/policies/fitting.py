@@ -6,6 +6,7 @@ from bisect import bisect_left
 from typing import Final
 
 from sim.policies.base import LinePredictor, Phase, Predictor
+from sim.policies.clocks import first_clock_mhz
 
 FOREVER: Final = 1 << 62
 """More iterations or tokens than any run has: of a controller that will not change its mind."""
@@ -48,6 +49,13 @@ class LowestFitting:
             return self._ask_mhz(batch_size, tokens)
         return self._clocks_mhz[bisect_left(limits, tokens)]
 
+    def fitting_mhz(self, batch_size: int, tokens: int) -> int | None:
+        """The first clock that fits, None if none does."""
+        clock = self.clock_mhz(batch_size, tokens)
+        if clock == self._clocks_mhz[-1] and not self._fits(clock, batch_size, tokens):
+            return None
+        return clock
+
     def steady_iterations(self, clock_mhz: int, batch_size: int, tokens: int, step: int) -> int:
         """For how many k = 1, 2, … `clock_mhz(batch_size, tokens + k·step)` is sure to be that."""
         try:
@@ -64,10 +72,7 @@ class LowestFitting:
         return (limits[at] - tokens) // step
 
     def _ask_mhz(self, batch_size: int, tokens: int) -> int:
-        for clock in self._clocks_mhz[:-1]:
-            if self._fits(clock, batch_size, tokens):
-                return clock
-        return self._clocks_mhz[-1]
+        return first_clock_mhz(self._clocks_mhz, lambda f: self._fits(f, batch_size, tokens))
 
     def _find_limits(self, batch_size: int) -> list[int] | None:
         limits: list[int] = []

@@ -11,7 +11,7 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar
 
 from profiles.errors import VoltanaError, nearest
 from sim.policies.base import Controller, PolicyContext, Router
@@ -39,6 +39,15 @@ from sim.policies.spec import (
 
 P = TypeVar("P", Controller, Router)
 _SOURCE: Final = "Source: "
+Constants = Literal["published", "partly", "invented", "ours"]
+CONSTANTS: Final[Mapping[Constants, str]] = {
+    "published": "the source's, or the rule has none",
+    "partly": "some of those that decide are ours, the source does not give them",
+    "invented": "ours, the source does not give them: no measure of the source",
+    "ours": "rule and constants are ours",
+}
+"""Where a policy's constants come from. A rival with invented ones shows what its idea does with
+them here, and stands in no headline table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +56,8 @@ class Entry(Generic[P]):
 
     make: Callable[[Any, PolicyContext], P]
     parameters: type[object]
+    constants: Constants = "ours"
+    """One of `CONSTANTS`; a rule is published wherever this is not "ours"."""
 
     @property
     def rule(self) -> str:
@@ -75,43 +86,78 @@ class Entry(Generic[P]):
 
 
 CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
-    "static": Entry(make=fixed.Static, parameters=fixed.StaticParameters),
-    "boost": Entry(make=fixed.Boost, parameters=fixed.NoParameters),
-    "ecofreq": Entry(make=ecofreq.EcoFreq, parameters=ecofreq.EcoFreqParameters),
+    "static": Entry(make=fixed.Static, parameters=fixed.StaticParameters, constants="published"),
+    "boost": Entry(make=fixed.Boost, parameters=fixed.NoParameters, constants="published"),
+    "ecofreq": Entry(
+        make=ecofreq.EcoFreq, parameters=ecofreq.EcoFreqParameters, constants="published"
+    ),
     "ecomin": Entry(make=ecomin.EcoMin, parameters=ecomin.EcoMinParameters),
     "pid": Entry(make=feedback.Pid, parameters=feedback.PidParameters),
-    "miad": Entry(make=feedback.Miad, parameters=feedback.MiadParameters),
-    "window": Entry(make=profiled.Window, parameters=profiled.WindowParameters),
-    "powercap": Entry(make=profiled.PowerCap, parameters=profiled.PowerCapParameters),
-    "dualscale-mpc": Entry(make=dualscale.DualScale, parameters=dualscale.DualScaleParameters),
-    "greenllm": Entry(make=greenllm.GreenLlm, parameters=greenllm.GreenLlmParameters),
-    "kairos": Entry(make=kairos.Kairos, parameters=kairos.KairosParameters),
-    "throttllm": Entry(make=throttllm.Throttllm, parameters=throttllm.ThrottllmParameters),
-    "agft": Entry(make=agft.Agft, parameters=agft.AgftParameters),
-    "polca": Entry(make=budget.Polca, parameters=budget.PolcaParameters),
-    "rapid": Entry(make=budget.Rapid, parameters=budget.RapidParameters),
+    "miad": Entry(make=feedback.Miad, parameters=feedback.MiadParameters, constants="invented"),
+    "window": Entry(make=profiled.Window, parameters=profiled.WindowParameters, constants="partly"),
+    "powercap": Entry(
+        make=profiled.PowerCap, parameters=profiled.PowerCapParameters, constants="partly"
+    ),
+    "dualscale-mpc": Entry(
+        make=dualscale.DualScale, parameters=dualscale.DualScaleParameters, constants="partly"
+    ),
+    "greenllm": Entry(
+        make=greenllm.GreenLlm, parameters=greenllm.GreenLlmParameters, constants="invented"
+    ),
+    "kairos": Entry(make=kairos.Kairos, parameters=kairos.KairosParameters, constants="invented"),
+    "throttllm": Entry(
+        make=throttllm.Throttllm, parameters=throttllm.ThrottllmParameters, constants="partly"
+    ),
+    "agft": Entry(make=agft.Agft, parameters=agft.AgftParameters, constants="partly"),
+    "polca": Entry(make=budget.Polca, parameters=budget.PolcaParameters, constants="partly"),
+    "rapid": Entry(make=budget.Rapid, parameters=budget.RapidParameters, constants="invented"),
     "oracle": Entry(make=oracle.Oracle, parameters=oracle.OracleParameters),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {
-    "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters),
-    "round-robin": Entry(make=simple.RoundRobin, parameters=fixed.NoParameters),
-    "least-requests": Entry(make=simple.LeastRequests, parameters=fixed.NoParameters),
-    "two-choices": Entry(make=simple.TwoChoices, parameters=fixed.NoParameters),
-    "least-kv": Entry(make=simple.LeastKv, parameters=fixed.NoParameters),
-    "ecoroute": Entry(make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters),
-    "ecoroute-tile": Entry(make=ecoroute.EcoRouteTile, parameters=ecoroute.EcoRouteTileParameters),
-    "slo-pack": Entry(make=packing.SloPack, parameters=packing.SloPackParameters),
+    "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters, constants="published"),
+    "round-robin": Entry(
+        make=simple.RoundRobin, parameters=fixed.NoParameters, constants="published"
+    ),
+    "least-requests": Entry(
+        make=simple.LeastRequests, parameters=fixed.NoParameters, constants="published"
+    ),
+    "two-choices": Entry(
+        make=simple.TwoChoices, parameters=fixed.NoParameters, constants="published"
+    ),
+    "least-kv": Entry(make=simple.LeastKv, parameters=fixed.NoParameters, constants="published"),
+    "ecoroute": Entry(
+        make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters, constants="published"
+    ),
+    "ecoroute-tile": Entry(
+        make=ecoroute.EcoRouteTile,
+        parameters=ecoroute.EcoRouteTileParameters,
+        constants="published",
+    ),
+    "slo-pack": Entry(
+        make=packing.SloPack, parameters=packing.SloPackParameters, constants="partly"
+    ),
     "consolidate": Entry(
         make=consolidate.Consolidate, parameters=consolidate.ConsolidateParameters
     ),
     "latency-headroom": Entry(
-        make=packing.LatencyHeadroom, parameters=packing.LatencyHeadroomParameters
+        make=packing.LatencyHeadroom,
+        parameters=packing.LatencyHeadroomParameters,
+        constants="published",
     ),
     "min-delta-energy": Entry(
-        make=packing.MinDeltaEnergy, parameters=packing.MinDeltaEnergyParameters
+        make=packing.MinDeltaEnergy,
+        parameters=packing.MinDeltaEnergyParameters,
+        constants="published",
     ),
-    "kairos": Entry(make=split.KairosRouter, parameters=split.KairosRouterParameters),
-    "length-split": Entry(make=split.LengthSplit, parameters=split.LengthSplitParameters),
+    "least-added-power": Entry(
+        make=packing.LeastAddedPower, parameters=packing.LeastAddedPowerParameters
+    ),
+    "kairos": Entry(
+        make=split.KairosRouter, parameters=split.KairosRouterParameters, constants="published"
+    ),
+    "length-split": Entry(
+        make=split.LengthSplit, parameters=split.LengthSplitParameters, constants="invented"
+    ),
     "mdp": Entry(make=mdp.MdpRouter, parameters=mdp.MdpParameters),
 }
 

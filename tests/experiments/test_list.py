@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from sim.policies.registry import CONSTANTS, CONTROLLERS, ROUTERS, Entry
 from sim.policies.spec import describe_parameters
 from tests.conftest import ROOT
 
@@ -39,9 +39,21 @@ def test_rule_parameters_and_source_within_the_width(kind: str, columns: int) ->
         assert text.startswith(f"{name}: {entry.rule}")
         assert entry.source
         assert text.endswith(f"source: {entry.source}")
+        is_marked = f" constants: {CONSTANTS[entry.constants]} source: " in text
+        assert is_marked is (entry.constants in ("partly", "invented"))
         for info in entry.parameter_infos:
             assert f" {info.key}={info.default} {info.unit} {info.meaning}" in text
             assert info.meaning
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_a_policy_that_says_ours_is_marked_so(kind: str) -> None:
+    """Whose source begins with ours has no source of its constants, and the other way round."""
+    for name, entry in KINDS[kind].items():
+        is_own = entry.source.startswith("ours") or name == "pid"
+        assert (entry.constants == "ours") is is_own, name
+        if entry.constants == "published" and name != "ecofreq":
+            assert "are ours" not in entry.source, name
 
 
 @pytest.mark.parametrize("columns", [80, 120])

@@ -172,10 +172,10 @@ class Agft(Controller):
 
     def _prune(self, tried: Arm, delay_s: float) -> None:
         c = self._context
-        slo_s = c.slo_s
+        budget_s = c.budget_s
         failed = self._round <= 60 and tried.tries >= 3 and tried.reward / tried.tries <= -1.2
-        with_slower = delay_s > slo_s or tried.clock_mhz < self._parameters.prune_below_mhz
-        if delay_s > slo_s or failed:
+        with_slower = delay_s > budget_s or tried.clock_mhz < self._parameters.prune_below_mhz
+        if delay_s > budget_s or failed:
             self._drop(
                 [
                     arm for arm in self._arms

@@ -7,7 +7,6 @@ that measures, decides for the fleet, and tells each what it may do.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
 from sim.policies.base import (
     DECODE,
@@ -19,21 +18,14 @@ from sim.policies.base import (
     Phase,
     PolicyContext,
 )
-from sim.policies.clocks import fastest_within_mhz, nearest_clock_mhz
+from sim.policies.clocks import fastest_within_mhz, full_batch, nearest_clock_mhz
 from sim.policies.controllers.feedback import LatencyWindow
 from sim.policies.spec import parameter
 
-_FULL_DECODE_REQUESTS: Final = 64
-_FULL_PREFILL_TOKENS: Final = 8192
-"""Our idea of a batch that keeps an instance busy, to size a budget where none is given."""
-
 
 def busy_power_w(context: PolicyContext, phase: Phase, clock_mhz: int) -> float:
-    """Modelled power of an instance with a full batch: 64 requests, or 8,192 prompt tokens."""
-    if phase == DECODE:
-        tokens = max(context.kv_capacity_tokens // 4, _FULL_DECODE_REQUESTS)
-        return context.power.power_w(DECODE, clock_mhz, _FULL_DECODE_REQUESTS, tokens)
-    return context.power.power_w(PREFILL, clock_mhz, 8, _FULL_PREFILL_TOKENS)
+    """Modelled power of an instance with a full batch (`sim.policies.clocks.full_batch`)."""
+    return context.power.power_w(phase, clock_mhz, *full_batch(context, phase))
 
 
 def fleet_power_w(context: PolicyContext) -> float:
@@ -176,10 +168,10 @@ class RapidParameters:
     step_w: float = parameter(
         20.0, "power an instance of the giving phase gives in a move", low=0.1
     )
-    pressure_ratio: float = parameter(0.9, "p95 / promise above which a phase is pressed", low=0)
-    slack_ratio: float = parameter(0.8, "p95 / promise below which a phase can give", low=0)
+    pressure_ratio: float = parameter(0.9, "p99 / budget above which a phase is pressed", low=0)
+    slack_ratio: float = parameter(0.8, "p99 / budget below which a phase can give", low=0)
     queue_requests: int = parameter(8, "queued prompts an instance that are pressure too", low=1)
-    window_s: float = parameter(2.0, "window of the measured p95", low=0.01)
+    window_s: float = parameter(2.0, "window of the measured p99", low=0.01)
 
 
 class RapidPlan:
@@ -190,7 +182,7 @@ class RapidPlan:
         self._parameters = p
         self._fleet = fleet
         self._count = {PREFILL: context.num_prefill, DECODE: context.num_decode}
-        self._slo_s = {PREFILL: context.slo_ttft_s, DECODE: context.slo_itl_s}
+        self._limit_s = {PREFILL: context.prefill_budget_s, DECODE: context.slo_itl_s}
         self._most_w = {f: busy_power_w(context, f, clocks[-1]) for f in (PREFILL, DECODE)}
         self._least_w = {f: busy_power_w(context, f, clocks[0]) for f in (PREFILL, DECODE)}
         budget_w = p.share_frac * fleet_power_w(context) if p.budget_w is None else p.budget_w
@@ -199,7 +191,10 @@ class RapidPlan:
             phase: budget_w * self._most_w[phase] / full_w for phase in (PREFILL, DECODE)
         }
         """Power cap of one instance, by phase."""
-        self._windows = {phase: LatencyWindow(p.window_s) for phase in (PREFILL, DECODE)}
+        self._windows = {
+            phase: LatencyWindow(p.window_s, context.attainment_target)
+            for phase in (PREFILL, DECODE)
+        }
         self._looked_s = self._moved_s = 0.0
 
     def cap_w(self, phase: Phase, state: InstanceState) -> float:
@@ -224,9 +219,9 @@ class RapidPlan:
         return False
 
     def _load(self, phase: Phase) -> float:
-        """The phase's p95 latency over its promise; 0 before there is any."""
-        p95_s = self._windows[phase].p95_s()
-        return 0.0 if p95_s is None else p95_s / self._slo_s[phase]
+        """The phase's p99 latency over what it may take; 0 before there is any."""
+        felt_s = self._windows[phase].quantile_s()
+        return 0.0 if felt_s is None else felt_s / max(self._limit_s[phase], 1e-9)
 
     def shift(self, giver: Phase, taker: Phase) -> bool:
         """Move a step of power, within both phases' limits; false if there is no room."""
@@ -245,10 +240,11 @@ class RapidPlan:
 class Rapid(Controller):
     """A power budget that moves between prefill and decode, to the phase that misses its promise.
 
-    Every 0.5 s, unless power was moved within the cooldown: prefill pressed (p95 of queueing plus
-    batch time over the pressure ratio of the TTFT promise, or a long queue) and decode with slack
-    (p95 ITL below its slack ratio): each decode instance gives a step of its cap, and the prefill
-    instances share the sum; the other way round likewise. A cap stays between the modelled power of
+    Every 0.5 s, unless power was moved within the cooldown: prefill pressed (p99 of queueing plus
+    batch time over the pressure ratio of what the TTFT promise leaves for prefill, or a long queue)
+    and decode with slack (p99 ITL below its slack ratio): each decode instance gives a step of its
+    cap, and the prefill instances share the sum; the other way round likewise. The quantile is the
+    attainment target's. A cap stays between the modelled power of
     a full batch at the lowest and at the top clock; the sum of all caps stays the budget. A cap
     acts as the fastest clock whose modelled power for the present batch is within it. The first
     split is in proportion to the phases' full draw.

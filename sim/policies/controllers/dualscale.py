@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import levels_of
+from sim.policies.clocks import first_clock_mhz, least_energy_clock_mhz, levels_of
 from sim.policies.spec import parameter
 
 
@@ -15,7 +15,9 @@ class DualScaleParameters:
     """Parameters of `dualscale-mpc`."""
 
     num_batches: int = parameter(8, "prefill batches looked ahead (K of the paper)", low=1)
-    num_levels: int = parameter(7, "clocks considered, spread over the profile's", low=1)
+    num_levels: int = parameter(
+        7, "clocks considered, spread from the phase's clock of least energy to the top", low=1
+    )
     frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
     batch_tokens: int = parameter(16_384, "token budget of a projected batch", low=1)
     kv_limit_frac: float = parameter(
@@ -40,20 +42,24 @@ class DualScale(Controller):
     Prefill: the batch at hand and the queue, packed first come first served under the token
     budget, make up to K batches, all at the top clock at first. Then, again and again, one level is
     taken off the prefix or the suffix of the sequence that saves the most energy (P·T summed) while
-    every batch still ends within the TTFT promise of its oldest request. The first batch's clock
-    is applied. Decode: the lowest clock with T <= SLO; above `kv_limit` of the KV cache or
-    with requests waiting, the top one.
+    every batch still ends within what the TTFT promise leaves its oldest request for prefill. The
+    first batch's clock is applied. Decode: the lowest clock with T <= SLO; above `kv_limit` of the
+    KV cache or with requests waiting, the top one.
 
     Source: DualScale (formerly BiScale), arXiv 2602.18755, tier 2. Which segments its
-    search tries is not known to us: prefixes and suffixes, greedily, are ours, and so is the top
-    clock while requests wait in decode.
+    search tries is not known to us: prefixes and suffixes, greedily, are ours, and so are the top
+    clock while requests wait in decode and that no level is below the clock of least energy.
     """
 
     __slots__ = ("_context", "_decision_mhz", "_levels_mhz", "_parameters")
 
     def __init__(self, parameters: DualScaleParameters, context: PolicyContext) -> None:
         self._levels_mhz = levels_of(
-            context, parameters.frequencies_mhz, parameters.num_levels, "dualscale-mpc"
+            context,
+            parameters.frequencies_mhz,
+            parameters.num_levels,
+            "dualscale-mpc",
+            low_mhz=least_energy_clock_mhz(context),
         )
         self._parameters = parameters
         self._context = context
@@ -77,14 +83,16 @@ class DualScale(Controller):
     def _for_decode(self, state: InstanceState) -> int:
         context = self._context
         pressed = state.kv_tokens > self._parameters.kv_limit_frac * context.kv_capacity_tokens
-        if state.num_waiting == 0 and not pressed:
-            for clock in self._levels_mhz:
-                time_s = context.predictor.predict_s(
-                    DECODE, clock, state.last_batch_size, state.last_tokens
-                )
-                if time_s <= context.slo_itl_s:
-                    return clock
-        return self._levels_mhz[-1]
+        if state.num_waiting > 0 or pressed:
+            return self._levels_mhz[-1]
+        predict_s, batch, tokens = (
+            context.predictor.predict_s,
+            state.last_batch_size,
+            state.last_tokens,
+        )
+        return first_clock_mhz(
+            self._levels_mhz, lambda f: predict_s(DECODE, f, batch, tokens) <= context.slo_itl_s
+        )
 
     def _project(self, state: InstanceState) -> list[ProjectedBatch]:
         batches = [
@@ -151,7 +159,7 @@ class DualScale(Controller):
         ends_s = 0.0
         for batch, row, level in zip(batches, times_s, levels, strict=True):
             ends_s += row[level]
-            if batch.waited_s + ends_s > self._context.slo_ttft_s:
+            if batch.waited_s + ends_s > self._context.prefill_budget_s:
                 return False
         return True
 

@@ -7,13 +7,12 @@ from dataclasses import dataclass
 from sim.policies.base import (
     DECODE,
     PREFILL,
-    UNLOCKED_MHZ,
     Controller,
     IdlePlan,
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import clock_list
+from sim.policies.clocks import clock_list, first_clock_mhz
 from sim.policies.fitting import FOREVER, LowestFitting
 from sim.policies.spec import parameter
 
@@ -39,20 +38,21 @@ class EcoFreq(Controller):
     Rule, each iteration: with a request waiting, the top listed clock. Else the first clock in
     ascending order with T(f, batch, tokens) <= SLO x (1 + margin) - offset, else the top one. In
     decode T is the step time and the offset 0; in prefill T is the batch's time and the offset
-    the longest queueing delay within it. Before the first iteration is known the clock stays as
-    it is (not locked). Idle for `idle_s`: lock the lowest listed clock.
+    the longest queueing delay within it. Before the first iteration is known: the lowest listed
+    clock. Idle for `idle_s`: lock that again.
 
-    There is no energy term, no hysteresis and no use of measured latency, exactly as in the
-    reference. Left out are its `tps_threshold`, `rps_threshold` and `use_bs_total` (queued requests
-    count into the batch), off in its demo, and `freq_manager_interval`, whose default is to decide
-    at each iteration, as here.
+    In prefill the limit is the whole TTFT promise, although the first token still waits for decode:
+    the reference takes nothing off. There is no energy term, no hysteresis and no use of measured
+    latency, exactly as in the reference. Left out are its `tps_threshold`, `rps_threshold` and
+    `use_bs_total` (queued requests count into the batch), off in its demo, and
+    `freq_manager_interval`, whose default is to decide at each iteration, as here.
 
     Source: VoltanaLLM v0.1, arXiv 2509.04827 (freq_manager.py); levels: the profile's default list,
     [1005, 1410] on the A100. Our default margin is 0: the reference's demo aims above its SLO.
     """
 
     __slots__ = (
-        "_decision_mhz", "_fitting", "_idle", "_limit_s", "_lower_mhz", "_phase", "_predict_s",
+        "_decision_mhz", "_fitting", "_idle", "_levels_mhz", "_limit_s", "_phase", "_predict_s",
         "_top_mhz",
     )  # fmt: skip
 
@@ -63,7 +63,7 @@ class EcoFreq(Controller):
             context.default_levels_mhz,
             "ecofreq: frequencies",
         )
-        self._lower_mhz = levels_mhz[:-1]
+        self._levels_mhz = levels_mhz
         self._top_mhz = levels_mhz[-1]
         self._phase = context.phase
         slo_s = context.slo_s
@@ -74,7 +74,10 @@ class EcoFreq(Controller):
             lambda: LowestFitting(context.predictor, context.phase, levels_mhz, self._limit_s),
         )
         self._idle = IdlePlan(after_s=parameters.idle_s, clock_mhz=levels_mhz[0])
-        self._decision_mhz = UNLOCKED_MHZ
+        self._decision_mhz = levels_mhz[0]
+
+    def initial_clock_mhz(self) -> int:
+        return self._levels_mhz[0]
 
     def decide(self, state: InstanceState) -> int:
         batch_size = state.last_batch_size
@@ -93,10 +96,9 @@ class EcoFreq(Controller):
 
     def _lowest_fitting_mhz(self, batch_size: int, tokens: int, limit_s: float) -> int:
         predict_s = self._predict_s
-        for clock_mhz in self._lower_mhz:
-            if predict_s(PREFILL, clock_mhz, batch_size, tokens) <= limit_s:
-                return clock_mhz
-        return self._top_mhz
+        return first_clock_mhz(
+            self._levels_mhz, lambda f: predict_s(PREFILL, f, batch_size, tokens) <= limit_s
+        )
 
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return self._idle

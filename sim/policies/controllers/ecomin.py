@@ -73,8 +73,8 @@ class EcoMin(Controller):
     batch that no request has joined for `drain_gaps` mean gaps is draining: its work is given, not
     its rate, and it runs no slower than that clock.
     Prefill: among clocks with max(delay, q·W) + q·T <= limit the one with the least (P - idle)·T,
-    where limit = (SLO_TTFT - SLO_ITL)·(1 - headroom) and W is T of the whole queue in one batch, or
-    T of the batch itself with nobody in the queue: who arrives during it waits for it.
+    where limit = (SLO_TTFT - 2·SLO_ITL)·(1 - headroom) and W is T of the whole queue in one batch,
+    or T of the batch itself with nobody in the queue: who arrives during it waits for it.
     None keeps the promise, or requests wait in decode: the fastest clock.
 
     T is the prediction corrected by recursive least squares on the observed iteration times, and q
@@ -193,7 +193,7 @@ class EcoMin(Controller):
     def _for_prefill(self, state: InstanceState) -> int:
         context = self._context
         batch, tokens = state.last_batch_size, state.last_tokens
-        limit_s = (context.slo_ttft_s - context.slo_itl_s) * (1.0 - self._settings.headroom_frac)
+        limit_s = context.prefill_budget_s * (1.0 - self._settings.headroom_frac)
         queued, ratio = state.num_waiting, self._correction.ratio
         best_mhz, best_j = self._top_mhz, float("inf")
         for clock in self._levels_mhz:

@@ -5,9 +5,16 @@ from __future__ import annotations
 import math
 from collections import deque
 from dataclasses import dataclass
+from typing import Final
 
 from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import clock_at_least_mhz
+from sim.policies.clocks import (
+    busy_energy_j,
+    cheapest_clock_mhz,
+    clock_at_least_mhz,
+    clocks_above_floor,
+    first_clock_mhz,
+)
 from sim.policies.controllers.feedback import LatencyWindow
 from sim.policies.spec import parameter
 
@@ -26,33 +33,45 @@ class GreenLlmParameters:
     num_confirm: int = parameter(3, "decode: looks that must agree on a new bin", low=1)
     band_mhz: float = parameter(60.0, "decode: half width of a bin's band (ours)", low=0)
     window_s: float = parameter(5.0, "prefill: window of the arrival rate (ours)", low=0.01)
-    idle_s: float = parameter(5.0, "idle time before the lowest clock is locked (ours)", low=0)
+    idle_s: float = parameter(
+        5.0, "idle time before the profile's lowest clock is locked (ours)", low=0
+    )
+    frequencies_mhz: tuple[int, ...] = parameter(
+        (), "clocks to choose from; none: all from the phase's clock of least energy upwards (ours)"
+    )
+
+
+_QUANTILE: Final = 0.95
+"""The source's p95 of the time between tokens."""
 
 
 class GreenLlm(Controller):
     """Prefill: least energy with the queue in the bound; decode: a band by token rate, fine steps.
 
     Prefill, each batch: load rho(f) = tokens arriving per second · T(f) / tokens of the batch. Of
-    the clocks with rho < 1 and max(delay so far, W) + T <= TTFT, W = rho·T / (2(1 - rho)) being
-    the mean wait of M/D/1, the one with the least P·T - idle·T, which is busy energy plus idle
-    energy of the time that remains; the top clock if there is none.
+    the clocks with rho < 1 and max(delay so far, W) + T within what the TTFT promise leaves for
+    prefill, W = rho·T / (2(1 - rho)) being the mean wait of M/D/1, the one with the least
+    P·T - idle·T, which is busy energy plus idle energy of the time that remains; the top clock if
+    there is none.
     Decode, every 200 ms: the bin of the token rate; a bin seen three times in a row sets the band
     around the lowest clock whose predicted step holds the ITL promise at that bin's batch
     (Little: rate · SLO). Every 20 ms: p95 ITL of the last 200 ms > SLO: f + 15 MHz; < slack·SLO:
     f - 15 MHz; clamped to the band, snapped up to a supported clock.
 
     Source: GreenLLM, arXiv 2508.16449. Its queue formula, slack ratio, bins and band
-    table are not published in what we saw; its quadratic latency and cubic power are the profile's
+    table are not published in what we saw, and that no clock is below that of least energy is ours;
+    its quadratic latency and cubic power are the profile's
     predictor and power model here. The queues split by length are the router `length-split`.
     """
 
     __slots__ = (
-        "_arrived", "_band_mhz", "_bin", "_candidate", "_coarse_at_s", "_context", "_fine_at_s",
-        "_parameters", "_seen", "_tokens", "_wanted_mhz", "_window",
+        "_arrived", "_band_mhz", "_bin", "_candidate", "_clocks", "_coarse_at_s", "_context",
+        "_fine_at_s", "_parameters", "_seen", "_tokens", "_wanted_mhz", "_window",
     )  # fmt: skip
 
     def __init__(self, parameters: GreenLlmParameters, context: PolicyContext) -> None:
-        clocks = context.clocks_mhz
+        clocks = clocks_above_floor(context, parameters.frequencies_mhz, "greenllm")
+        self._clocks = clocks
         self._parameters = parameters
         self._context = context
         self._wanted_mhz = float(clocks[-1])
@@ -61,36 +80,35 @@ class GreenLlm(Controller):
         self._seen = 0
         self._tokens = 0
         self._coarse_at_s = self._fine_at_s = 0.0
-        self._window = LatencyWindow(parameters.coarse_s)
+        self._window = LatencyWindow(parameters.coarse_s, _QUANTILE)
         self._arrived: deque[tuple[float, int]] = deque()
 
     def initial_clock_mhz(self) -> int:
-        return self._context.clocks_mhz[-1]
+        return self._clocks[-1]
 
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return IdlePlan(after_s=self._parameters.idle_s, clock_mhz=self._context.clocks_mhz[0])
 
     def decide(self, state: InstanceState) -> int:
         if state.last_batch_size == 0:
-            return self._context.clocks_mhz[-1]
+            return self._clocks[-1]
         return self._for_decode(state) if state.phase == DECODE else self._for_prefill(state)
 
     def _for_prefill(self, state: InstanceState) -> int:
         c, batch, tokens = self._context, state.last_batch_size, max(state.last_tokens, 1)
         rate_per_s = self._token_rate_per_s(state)
-        best_mhz, best_j = c.clocks_mhz[-1], math.inf
-        for clock in c.clocks_mhz:
+
+        def fits(clock: int) -> bool:
             time_s = c.predictor.predict_s(c.phase, clock, batch, tokens)
             load = rate_per_s * time_s / tokens
             if load >= 1.0:
-                continue
+                return False
             wait_s = max(state.last_queue_delay_s, load * time_s / (2.0 * (1.0 - load)))
-            if wait_s + time_s <= c.slo_ttft_s:
-                power_w = c.power.power_w(c.phase, clock, batch, tokens)
-                energy_j = (power_w - c.power.idle_power_w(clock)) * time_s
-                if energy_j < best_j:
-                    best_mhz, best_j = clock, energy_j
-        return best_mhz
+            return wait_s + time_s <= c.prefill_budget_s
+
+        return cheapest_clock_mhz(
+            self._clocks, fits, lambda clock: busy_energy_j(c, clock, batch, tokens)
+        )
 
     def _token_rate_per_s(self, state: InstanceState) -> float:
         """Prompt tokens a second over the last window, the queue counted as arrived.
@@ -115,7 +133,7 @@ class GreenLlm(Controller):
         if elapsed_s >= p.coarse_s:
             self._look_at_rate(self._tokens / elapsed_s, state)
             self._coarse_at_s, self._tokens = now_s, 0
-        p95_s = self._window.p95_s()
+        p95_s = self._window.quantile_s()
         if now_s - self._fine_at_s >= p.fine_s and p95_s is not None:
             self._fine_at_s = now_s
             if p95_s > self._context.slo_itl_s:
@@ -124,7 +142,7 @@ class GreenLlm(Controller):
                 self._wanted_mhz -= p.step_mhz
         low, high = self._band_mhz
         self._wanted_mhz = min(max(self._wanted_mhz, low), high)
-        return clock_at_least_mhz(self._context.clocks_mhz, self._wanted_mhz)
+        return clock_at_least_mhz(self._clocks, self._wanted_mhz)
 
     def _look_at_rate(self, rate_per_s: float, state: InstanceState) -> None:
         p = self._parameters
@@ -134,16 +152,15 @@ class GreenLlm(Controller):
         if rate_bin == self._bin or self._seen < p.num_confirm:
             return
         self._bin = rate_bin
-        clocks, context = self._context.clocks_mhz, self._context
+        clocks, context = self._clocks, self._context
         batch = max(math.ceil((rate_bin + 1) * p.bin_tokens_per_s * context.slo_itl_s), 1)
         tokens = min(
             batch * state.last_tokens // state.last_batch_size, max(context.kv_capacity_tokens, 1)
         )
-        centre_mhz = clocks[-1]
-        for clock in clocks:
-            if context.predictor.predict_s(DECODE, clock, batch, tokens) <= context.slo_itl_s:
-                centre_mhz = clock
-                break
+        predict_s, slo_s = context.predictor.predict_s, context.slo_itl_s
+        centre_mhz = first_clock_mhz(
+            clocks, lambda clock: predict_s(DECODE, clock, batch, tokens) <= slo_s
+        )
         self._band_mhz = (
             max(centre_mhz - p.band_mhz, clocks[0]),
             min(centre_mhz + p.band_mhz, clocks[-1]),

@@ -74,7 +74,7 @@ class Oracle(Controller):
         self._top_mhz = self._levels_mhz[-1]
         kept = 1.0 - parameters.headroom_frac
         self._itl_s = context.slo_itl_s * kept
-        self._ttft_s = (context.slo_ttft_s - 2.0 * context.slo_itl_s) * kept
+        self._ttft_s = context.prefill_budget_s * kept
         park = min((UNLOCKED_MHZ, *self._levels_mhz), key=self._truth.idle_power_w)
         self._park = IdlePlan(after_s=0.0, clock_mhz=park)
 

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import fastest_within_mhz, levels_of
+from sim.policies.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
 from sim.policies.controllers.feedback import LatencyWindow
 from sim.policies.spec import parameter
 
@@ -24,8 +24,9 @@ class Window(Controller):
     """Every 5 s the clock of least energy that would have kept the promise for the last window.
 
     The load is the mean batch, tokens and queueing delay of the window's iterations. Candidates
-    keep delay + T(f, load) <= SLO; among them the least P·T. The top clock if there is none, or
-    if the queue is longer than at the last decision. Until the first window ends: the top clock.
+    keep delay + T(f, load) within the ITL promise, in prefill within what the TTFT promise leaves
+    for prefill; among them the least P·T. The top clock if there is none, or if the queue is longer
+    than at the last decision. Until the first window ends: the top clock.
 
     Source: the instance manager of DynamoLLM, arXiv 2408.00741, simplified; its p99 tables are the
     latency predictor here, its arrival rate is left out of the load, and its overload rule and the
@@ -33,8 +34,8 @@ class Window(Controller):
     """
 
     __slots__ = (
-        "_batches", "_context", "_decision_mhz", "_delay_s", "_iterations", "_levels_mhz",
-        "_period_s", "_queue", "_slo_s", "_started_s", "_tokens",
+        "_batches", "_budget_s", "_context", "_decision_mhz", "_delay_s", "_iterations",
+        "_levels_mhz", "_period_s", "_queue", "_started_s", "_tokens",
     )  # fmt: skip
 
     def __init__(self, parameters: WindowParameters, context: PolicyContext) -> None:
@@ -43,7 +44,7 @@ class Window(Controller):
         )
         self._context = context
         self._period_s = parameters.period_s
-        self._slo_s = context.slo_s
+        self._budget_s = context.budget_s
         self._decision_mhz = self._levels_mhz[-1]
         self._started_s = 0.0
         self._queue = 0
@@ -72,20 +73,23 @@ class Window(Controller):
         return self._decision_mhz
 
     def _choose(self, queue: int) -> int:
-        best_mhz, best_j = self._levels_mhz[-1], math.inf
         if queue > self._queue:
-            return best_mhz
-        phase, context = self._context.phase, self._context
+            return self._levels_mhz[-1]
+        context = self._context
         batch = max(self._batches // self._iterations, 1)
         tokens = math.ceil(self._tokens / self._iterations)
-        limit_s = self._slo_s - self._delay_s / self._iterations
-        for clock in self._levels_mhz:
-            time_s = context.predictor.predict_s(phase, clock, batch, tokens)
-            if time_s <= limit_s:
-                energy_j = context.power.power_w(phase, clock, batch, tokens) * time_s
-                if energy_j < best_j:
-                    best_mhz, best_j = clock, energy_j
-        return best_mhz
+        limit_s = self._budget_s - self._delay_s / self._iterations
+
+        def time_s(clock: int) -> float:
+            return context.predictor.predict_s(context.phase, clock, batch, tokens)
+
+        return cheapest_clock_mhz(
+            self._levels_mhz,
+            lambda clock: time_s(clock) <= limit_s,
+            lambda clock: (
+                context.power.power_w(context.phase, clock, batch, tokens) * time_s(clock)
+            ),
+        )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,7 +103,7 @@ class PowerCapParameters:
         0.85, "cap as a part of the natural draw (the source: 0.8 to 0.9)", low=0.05, high=1.0
     )
     release_s: float = parameter(
-        1.0, "window of the p95 latency that releases the cap, and for how long", low=0.001
+        1.0, "window of the p99 latency that releases the cap, and for how long", low=0.001
     )
 
 
@@ -108,24 +112,23 @@ class PowerCap(Controller):
 
     Effective clock: the fastest whose modelled power for the present batch is within the cap; the
     slowest if none is. The natural draw is the most the top clock would have drawn in any batch so
-    far. While the p95 latency of the last `release_s` misses the promise, and for as long after,
-    the cap is released: the top clock. Idle: the top clock's lock stays, as a cap leaves the clock
-    alone.
+    far. While the p99 latency of the last `release_s` misses the promise (in prefill: what the TTFT
+    promise leaves for prefill), and for as long after, the cap is released: the top clock. Idle:
+    the top clock's lock stays, as a cap leaves the clock alone.
 
     Source: phase-decoupled power control, arXiv 2609.11133, which caps decode and holds prefill in
-    a window of clocks; capping prefill by the same rule, the release window, and releasing by p95
-    instead of p99, are ours.
+    a window of clocks; capping prefill by the same rule and the release window are ours.
     """
 
     __slots__ = (
-        "_context", "_natural_w", "_parameters", "_released_until_s", "_slo_s", "_window",
+        "_budget_s", "_context", "_natural_w", "_parameters", "_released_until_s", "_window",
     )  # fmt: skip
 
     def __init__(self, parameters: PowerCapParameters, context: PolicyContext) -> None:
         self._parameters = parameters
         self._context = context
-        self._slo_s = context.slo_s
-        self._window = LatencyWindow(parameters.release_s)
+        self._budget_s = context.budget_s
+        self._window = LatencyWindow(parameters.release_s, 0.99)
         self._natural_w = 0.0
         self._released_until_s = -math.inf
 
@@ -142,8 +145,8 @@ class PowerCap(Controller):
             return context.clocks_mhz[-1]
         natural_w = self._power_w(context.clocks_mhz[-1], state)
         self._natural_w = max(self._natural_w, natural_w)
-        p95_s = self._window.p95_s()
-        if p95_s is not None and p95_s > self._slo_s:
+        p99_s = self._window.quantile_s()
+        if p99_s is not None and p99_s > self._budget_s:
             self._released_until_s = state.now_s + self._parameters.release_s
         if state.now_s < self._released_until_s:
             return context.clocks_mhz[-1]

@@ -14,6 +14,7 @@ from sim.policies.base import (
     PolicyContext,
     RunningRequest,
 )
+from sim.policies.clocks import clocks_above_floor, first_clock_mhz
 from sim.policies.spec import parameter
 
 _SLACK_S: Final = 1e-9
@@ -34,7 +35,12 @@ class ThrottllmParameters:
     e2e_s: float | None = parameter(
         None, "promise from arrival to last token; none: TTFT + (length - 1) x ITL", low=0.001
     )
-    idle_s: float = parameter(5.0, "idle time before the lowest clock is locked (ours)", low=0)
+    idle_s: float = parameter(
+        5.0, "idle time before the profile's lowest clock is locked (ours)", low=0
+    )
+    frequencies_mhz: tuple[int, ...] = parameter(
+        (), "clocks to choose from; none: all from the phase's clock of least energy upwards (ours)"
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,9 +66,9 @@ class Throttllm(Controller):
     lowest feasible clock by binary search; the top one if none is, if a request is lost (late even
     at the top clock), or if requests wait (their admission is the engine's here, and a fast batch
     makes room).
-    Prefill: the lowest clock with delay + T <= TTFT - 2·ITL (the first token waits for a decode
-    iteration to end and for its own), and the same for the oldest that waits behind it, with T of
-    the whole queue on top; the source runs both phases on one instance, so this rule is ours.
+    Prefill: the lowest clock with delay + T within what the TTFT promise leaves for prefill, and
+    the same for the oldest that waits behind it, with T of the whole queue on top; the source runs
+    both phases on one instance, so this rule is ours.
 
     Source: throttLL'eM, arXiv 2408.05235. Its admission control, which keeps a request
     queued that would break the projection, is the engine's matter and missing here: near
@@ -71,20 +77,21 @@ class Throttllm(Controller):
     """
 
     __slots__ = (
-        "_context", "_decision_mhz", "_expected_kv", "_next_departure", "_parameters",
+        "_clocks", "_context", "_decision_mhz", "_expected_kv", "_next_departure", "_parameters",
         "_seen_running", "_seen_waiting",
     )  # fmt: skip
 
     def __init__(self, parameters: ThrottllmParameters, context: PolicyContext) -> None:
         self._parameters = parameters
         self._context = context
-        self._decision_mhz = context.clocks_mhz[-1]
+        self._clocks = clocks_above_floor(context, parameters.frequencies_mhz, "throttllm")
+        self._decision_mhz = self._clocks[-1]
         self._seen_running = self._seen_waiting = -1
         self._expected_kv = -1
         self._next_departure = 0
 
     def initial_clock_mhz(self) -> int:
-        return self._context.clocks_mhz[-1]
+        return self._clocks[-1]
 
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return IdlePlan(after_s=self._parameters.idle_s, clock_mhz=self._context.clocks_mhz[0])
@@ -109,7 +116,7 @@ class Throttllm(Controller):
         return not same or self._next_departure <= 0
 
     def _for_decode(self, state: InstanceState) -> int:
-        clocks = self._context.clocks_mhz
+        clocks = self._clocks
         segments = self.project(state.list_running(), state.kv_tokens)
         self._next_departure = segments[0].num_iterations if segments else 0
         if state.num_waiting > 0 or not self._is_feasible(clocks[-1], segments, state.now_s):
@@ -193,20 +200,19 @@ class Throttllm(Controller):
 
     def _for_prefill(self, state: InstanceState) -> int:
         c = self._context
-        limit_s = c.slo_ttft_s - 2.0 * c.slo_itl_s
         oldest_s = 0.0
         if state.num_waiting > 0:
             waiting = state.list_waiting()
             oldest_s = max((state.now_s - r.arrival_s for r in waiting), default=0.0)
-        for clock in c.clocks_mhz:
-            ends_s = c.predictor.predict_s(c.phase, clock, state.last_batch_size, state.last_tokens)
-            if state.last_queue_delay_s + ends_s > limit_s:
-                continue
-            if state.num_waiting > 0:
-                behind_s = c.predictor.predict_s(
-                    c.phase, clock, state.num_waiting, state.waiting_tokens
-                )
-                if oldest_s + ends_s + behind_s > limit_s:
-                    continue
-            return clock
-        return c.clocks_mhz[-1]
+
+        def fits(clock: int) -> bool:
+            predict_s = c.predictor.predict_s
+            time_s = predict_s(c.phase, clock, state.last_batch_size, state.last_tokens)
+            if state.last_queue_delay_s + time_s > c.prefill_budget_s:
+                return False
+            if state.num_waiting == 0:
+                return True
+            behind_s = predict_s(c.phase, clock, state.num_waiting, state.waiting_tokens)
+            return oldest_s + time_s + behind_s <= c.prefill_budget_s
+
+        return first_clock_mhz(self._clocks, fits)

@@ -32,8 +32,8 @@ class ConsolidateParameters:
         0.05, "part of the power that one fewer has to save", low=0.0, high=1.0
     )
     prefill_frac: float = parameter(
-        0.7, "part of the TTFT promise that prefill queues may be packed to; 0 spreads", low=0,
-        high=1,
+        0.8, "part of the TTFT promise's part for prefill that queues may be packed to; 0 spreads",
+        low=0, high=1,
     )  # fmt: skip
     num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
     frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
@@ -54,8 +54,8 @@ class Consolidate(Router):
     out finishes what it has and falls idle; its controller then parks it.
 
     Prefill: the fullest instance where the running batch, the queue and this prompt together take
-    no more than prefill_frac·SLO_TTFT at its clock (fuller batches cost less energy a token), else
-    the one that has the least before it.
+    no more at its clock than prefill_frac of what SLO_TTFT leaves for prefill (fuller batches cost
+    less energy a token), else the one that has the least before it.
 
     Source: ours. Near: KAIROS's consolidate-then-spread and slo-pack, which fill one instance to
     its limit first.
@@ -73,7 +73,7 @@ class Consolidate(Router):
         self._settings = parameters
         self._context = context
         self._limit_s = context.slo_itl_s * (1.0 - parameters.headroom_frac)
-        self._prefill_s = context.slo_ttft_s * parameters.prefill_frac
+        self._prefill_s = context.prefill_budget_s * parameters.prefill_frac
         self._park_w = min(context.power.idle_power_w(clock) for clock in self._levels_mhz)
         self._active = 1
         self._rate = 0.0

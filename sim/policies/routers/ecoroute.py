@@ -60,7 +60,7 @@ class EcoRoute(Router):
         self._levels_mhz = clock_list(
             context.clocks_mhz,
             parameters.frequencies_mhz,
-            _default_levels(context),
+            reference_levels(context),
             "ecoroute: frequencies",
         )
         self._top_mhz = self._levels_mhz[-1]
@@ -144,7 +144,8 @@ def slowest_emptiest(states: States, top_mhz: int) -> int:
     return keys.index(min(keys))
 
 
-def _default_levels(context: PolicyContext) -> tuple[int, ...]:
+def reference_levels(context: PolicyContext) -> tuple[int, ...]:
+    """The reference's five clock levels where the profile has them, else five of the profile."""
     if set(REFERENCE_LEVELS_MHZ) <= set(context.clocks_mhz):
         return REFERENCE_LEVELS_MHZ
     return spread_clocks_mhz(context.clocks_mhz, context.default_levels_mhz[0], 5)

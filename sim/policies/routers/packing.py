@@ -5,6 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router, States
+from sim.policies.clocks import clock_list, first_clock_mhz
+from sim.policies.dice import Dice
+from sim.policies.fitting import LowestFitting
+from sim.policies.routers.ecoroute import reference_levels, slowest_emptiest
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
 
@@ -74,8 +78,9 @@ class LatencyHeadroomParameters:
 class LatencyHeadroom(Router):
     """By predicted headroom to the promise, target·SLO - predicted; pack or spread.
 
-    99 % of requests go to instances with positive headroom if there is one. TTFT of a prefill
-    instance is predicted as the time of all its queued tokens and this prompt in one batch.
+    99 % of requests go to instances with positive headroom if there is one. In prefill the promise
+    is what that of TTFT leaves for prefill, and the prediction the time of all queued tokens and
+    this prompt in one batch.
 
     Source: the latency scorer of llm-d and the Gateway API inference extension; the two phases are
     picked separately here.
@@ -93,7 +98,7 @@ class LatencyHeadroom(Router):
         c, tokens = self._context, request.input_tokens
         top = c.clocks_mhz[-1]
         ttft = [
-            self._target * c.slo_ttft_s
+            self._target * c.prefill_budget_s
             - c.predictor.predict_s(
                 "prefill", top, s.num_waiting + s.num_running + 1,
                 s.waiting_tokens + s.kv_tokens + tokens,
@@ -115,24 +120,101 @@ class LatencyHeadroom(Router):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MinDeltaEnergyParameters:
-    """Parameters of `min-delta-energy`."""
+    """Parameters of `min-delta-energy`: the source's."""
 
+    balance_requests: int = parameter(
+        64, "while every instance has fewer requests than this, loads are balanced", low=0
+    )
     guard_s: float = parameter(0.003, "distance to the ITL promise that is kept", low=0)
+    frequencies_mhz: tuple[int, ...] = parameter(
+        (), "clock levels of the what-if; by default the reference's five, or five of the profile"
+    )
 
 
 class MinDeltaEnergy(Router):
+    """The decode instance whose energy an iteration rises least by taking the request.
+
+    While every decode instance has fewer open requests than `balance`: the lowest clock, then the
+    fewest requests. Else, for each instance, the lowest level that keeps ITL <= SLO - guard with
+    this request added; an instance without one is left out. Among the others the least
+    E(that level, n + 1, load + prompt) - E(clock in force, n, load), with E = P·T of one iteration,
+    0 for an empty one; the first of equals. If all are left out: the shortest last iteration.
+    Prefill: at random.
+
+    Source: VoltanaLLM v0.1, `_fadr_jiahuan` of echo_lb_new.py, which its release never calls. Its
+    energy table is not published: E is the predictor's time and the profile's power here. Where
+    all are left out its search takes in the prefill instances by mistake; ours does not.
+    """
+
+    __slots__ = ("_balance", "_context", "_dice", "_fitting", "_top_mhz")
+
+    def __init__(self, parameters: MinDeltaEnergyParameters, context: PolicyContext) -> None:
+        self._context = context
+        self._balance = parameters.balance_requests
+        levels_mhz = clock_list(
+            context.clocks_mhz,
+            parameters.frequencies_mhz,
+            reference_levels(context),
+            "min-delta-energy: frequencies",
+        )
+        limit_s = context.slo_itl_s - parameters.guard_s
+        self._fitting = LowestFitting(context.predictor, DECODE, levels_mhz, limit_s)
+        self._top_mhz = context.clocks_mhz[-1]
+        self._dice = Dice(context.rng)
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+        prefill_at = self._dice.below(len(prefill))
+        return prefill_at, self._route_decode(request.input_tokens, decode)
+
+    def _route_decode(self, input_tokens: int, decode: States) -> int:
+        if max(state.open_requests for state in decode) < self._balance:
+            return slowest_emptiest(decode, self._top_mhz)
+        rises = {
+            at: rise_j
+            for at, state in enumerate(decode)
+            if (rise_j := self._rise_j(state, input_tokens)) is not None
+        }
+        if not rises:
+            return least(decode, lambda s: s.last_duration_s)
+        return min(rises, key=lambda at: rises[at])
+
+    def _rise_j(self, state: InstanceState, input_tokens: int) -> float | None:
+        """Energy of an iteration with the request less that of one without; None: none keeps it."""
+        count, load = state.open_requests, state.kv_load_tokens
+        clock_mhz = self._fitting.fitting_mhz(count + 1, load + input_tokens)
+        if clock_mhz is None:
+            return None
+        after_j = self._energy_j(clock_mhz, count + 1, load + input_tokens)
+        now_mhz = state.clock_or_top_mhz(self._top_mhz)
+        return after_j - (self._energy_j(now_mhz, count, load) if count else 0.0)
+
+    def _energy_j(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        c, point = self._context, (clock_mhz, batch_size, max(tokens, 1))
+        return c.power.power_w(DECODE, *point) * c.predictor.predict_s(DECODE, *point)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LeastAddedPowerParameters:
+    """Parameters of `least-added-power`."""
+
+    guard_s: float = parameter(0.003, "distance to the ITL promise that is kept (ours)", low=0)
+
+
+class LeastAddedPower(Router):
     """The decode instance whose predicted power rises least by taking the request.
 
     Each instance is taken to run at the lowest of the profile's default levels with
-    ITL <= SLO - guard. The rise is P·T·(1/T) = P after minus P before, as the token rate is given;
-    one that would miss the promise at every level comes last. Ties: fewest requests.
+    ITL <= SLO - guard. What rises is power, not the energy of an iteration, as the token rate is
+    given; an idle instance costs the step from idle power. One that would miss the promise at every
+    level comes last. Ties: fewest requests. Prefill: fewest open requests.
 
-    Source: VoltanaLLM's code, its authors' unused `_fadr_jiahuan`; guard of 3 ms as there.
+    Source: ours, begun from `min-delta-energy`: it packs at any load, has no balancing, and
+    compares watts.
     """
 
     __slots__ = ("_context", "_limit_s")
 
-    def __init__(self, parameters: MinDeltaEnergyParameters, context: PolicyContext) -> None:
+    def __init__(self, parameters: LeastAddedPowerParameters, context: PolicyContext) -> None:
         self._context = context
         self._limit_s = context.slo_itl_s - parameters.guard_s
 
@@ -148,12 +230,13 @@ class MinDeltaEnergy(Router):
     def _at(self, batch_size: int, tokens: int) -> tuple[float, float]:
         """Excess over the limit (0 if kept) and power at the lowest level that keeps it."""
         c = self._context
+        levels = c.default_levels_mhz
         if batch_size == 0:
-            return 0.0, c.power.idle_power_w(c.default_levels_mhz[0])
+            return 0.0, c.power.idle_power_w(levels[0])
         tokens = min(max(tokens, 1), c.kv_capacity_tokens)
-        excess_s = 0.0
-        for clock in c.default_levels_mhz:
-            excess_s = c.predictor.predict_s(DECODE, clock, batch_size, tokens) - self._limit_s
-            if excess_s <= 0:
-                return 0.0, c.power.power_w(DECODE, clock, batch_size, tokens)
-        return excess_s, c.power.power_w(DECODE, c.default_levels_mhz[-1], batch_size, tokens)
+        predict_s = c.predictor.predict_s
+        clock = first_clock_mhz(
+            levels, lambda f: predict_s(DECODE, f, batch_size, tokens) <= self._limit_s
+        )
+        excess_s = predict_s(DECODE, clock, batch_size, tokens) - self._limit_s
+        return max(excess_s, 0.0), c.power.power_w(DECODE, clock, batch_size, tokens)

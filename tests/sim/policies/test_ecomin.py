@@ -62,11 +62,12 @@ def test_prefill_sits_at_the_bottom_of_the_u() -> None:
     """0.1 s·1000/f. Energy (P - idle)·T: 1000: (122.9 - 50)·.1 = 7.29 J; 1200: (175.9 - 60)/12
     = 9.66 J; 1400: (250 - 70)/14 = 12.9 J. With 1/f² idle-heavy work it would turn: see below."""
     fast = Formula(lambda p, f, b, t: 100.0 / f)
-    context = replace(make_context(fast, phase="prefill"), power=CubicPower())
+    context = replace(make_context(fast, phase="prefill", slo_ttft_s=0.55), power=CubicPower())
     made = make_controller("ecomin:headroom=0.0,dwell=0.0", context)
     state = InstanceState(instance_id=0, phase="prefill", last_batch_size=1, last_tokens=9)
     assert made.decide(state) == 1000
-    # 0.45 s promised: the oldest has waited 0.36, 0.1 s more is too late, 0.083 s is not
+    # 0.55 s promised, less two ITL 0.45 s: the oldest has waited 0.36, 0.1 s more is too late,
+    # 0.083 s is not
     state.last_queue_delay_s = 0.36
     assert made.decide(state) == 1200
     # slower than linear: T = 10^8/f³ s; 1000: 72.9·.1 = 7.3 J, 1200: 115.9·.0579 = 6.7 J,
@@ -97,7 +98,7 @@ def test_a_wrong_prefill_model_is_found_out() -> None:
     """0.1 s·1000/f predicted, 0.12 s taken: of 0.45 s the batch that has waited 0.34 s needs
     1200 MHz (0.44 s), where the uncorrected prediction (0.44 s) would let it run at 1000."""
     formula = Formula(lambda p, f, b, t: 100.0 / f)
-    context = replace(make_context(formula, phase="prefill"), power=CubicPower())
+    context = replace(make_context(formula, phase="prefill", slo_ttft_s=0.55), power=CubicPower())
     made = make_controller("ecomin:headroom=0.0,dwell=0.0", context)
     state = InstanceState(
         instance_id=0, phase="prefill", last_batch_size=1, last_tokens=9, clock_mhz=1400

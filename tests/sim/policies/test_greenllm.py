@@ -10,6 +10,8 @@ from sim.policies.base import InstanceState, Phase, PolicyContext
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, decode_state, make_context
 
+ALL = "frequencies=1000+1200+1400"
+
 
 class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
@@ -22,8 +24,9 @@ class CubicPower:
 
 
 def prefill_context(times_s: dict[int, float]) -> PolicyContext:
+    """TTFT 0.6 s less two iterations of 0.05 s: 0.5 s for prefill."""
     formula = Formula(lambda p, f, b, t: times_s[f])
-    return replace(make_context(formula, phase="prefill"), power=CubicPower())
+    return replace(make_context(formula, phase="prefill", slo_ttft_s=0.6), power=CubicPower())
 
 
 def prefill_state(*, tokens: int = 100, delay_s: float = 0.0, queued: int = 0) -> InstanceState:
@@ -45,13 +48,17 @@ def prefill_state(*, tokens: int = 100, delay_s: float = 0.0, queued: int = 0) -
         # window 1 s: 100 + 200 tokens/s of 100-token batches are 3 batches/s. rho = .9 at 1000:
         # W = .9·.3 / .2 = 1.35 s. At 1200 rho = .54, W = .54·.18 / .92 = .106, + .18 fits
         (0.0, 200, 1200),
+        # 190 tokens/s: rho = .57, W = .57·.3 / .86 = .1988, + .3 just fits; 191: .573, .2013
+        (0.0, 90, 1000),
+        (0.0, 91, 1200),
+        (0.19, 90, 1000),  # who has waited .19 s by now is not to wait W again
         # 6 batches/s: rho >= 1 at 1000 and 1200; at 1400 .9, W = .675: nothing fits
         (0.0, 500, 1400),
     ],
 )
 def test_prefill(delay_s: float, queued: int, clock: int) -> None:
     made = make_controller(
-        "greenllm:window=1.0", prefill_context({1000: 0.30, 1200: 0.18, 1400: 0.15})
+        f"greenllm:window=1.0,{ALL}", prefill_context({1000: 0.30, 1200: 0.18, 1400: 0.15})
     )
     assert made.decide(prefill_state(delay_s=delay_s, queued=queued)) == clock
 
@@ -59,7 +66,7 @@ def test_prefill(delay_s: float, queued: int, clock: int) -> None:
 def test_prefill_respects_the_u() -> None:
     """50·.40 = 20, 100·.18 = 18, 250·.15 = 37.5 J: the middle clock although the slowest fits."""
     context = prefill_context({1000: 0.40, 1200: 0.18, 1400: 0.15})
-    assert make_controller("greenllm", context).decide(prefill_state()) == 1200
+    assert make_controller(f"greenllm:{ALL}", context).decide(prefill_state()) == 1200
 
 
 def test_prefill_rate_of_a_young_run() -> None:
@@ -69,7 +76,7 @@ def test_prefill_rate_of_a_young_run() -> None:
     state = prefill_state()
     for now_s, clock in ((0.0, 1400), (0.5, 1200)):
         state.now_s = now_s
-        assert make_controller("greenllm:window=5.0", context).decide(state) == clock
+        assert make_controller(f"greenllm:window=5.0,{ALL}", context).decide(state) == clock
 
 
 def decode_at(now_s: float, duration_s: float, batch: int = 10) -> InstanceState:
@@ -81,14 +88,16 @@ def decode_at(now_s: float, duration_s: float, batch: int = 10) -> InstanceState
 def test_decode_steps_down_while_there_is_slack() -> None:
     """Slack at every look, 25 ms apart: 1400 - 15·13 = 1205, snapped up to 1400; one more, 1190,
     to 1200. No band yet, as coarse=10 s keeps it away."""
-    made = make_controller("greenllm:coarse=10.0", make_context())
+    made = make_controller(f"greenllm:coarse=10.0,{ALL}", make_context())
     clocks = [made.decide(decode_at(0.025 * k, 0.020)) for k in range(1, 15)]
     assert clocks[12] == 1400
     assert clocks[13] == 1200
 
 
 def test_decode_rises_when_the_p95_misses_the_promise() -> None:
-    made = make_controller("greenllm:coarse=0.1,bin_tokens=1000000.0,band=1000.0", make_context())
+    made = make_controller(
+        f"greenllm:coarse=0.1,bin_tokens=1000000.0,band=1000.0,{ALL}", make_context()
+    )
     for k in range(1, 40):
         made.decide(decode_at(0.03 * k, 0.020))
     low = made.decide(decode_at(1.2, 0.020))
@@ -102,9 +111,9 @@ def test_the_band_waits_for_three_equal_bins() -> None:
     """100 requests a step every 50 ms are 2000 tokens/s: bin 10 of 200, batch = 11·200·.05 = 110,
     11,000 tokens. T = 121, 100.8, 86.4 ms > 50: the top clock, band 1340...1400, whatever slack
     the p95 shows. Before the third look (every 200 ms) the clock sinks freely."""
-    made = make_controller("greenllm", make_context())
+    made = make_controller(f"greenllm:{ALL}", make_context())
     clocks = [made.decide(decode_at(0.05 * k, 0.020, batch=100)) for k in range(1, 60)]
     assert clocks[-1] == 1400
-    free = make_controller("greenllm:num_confirm=1000", make_context())
+    free = make_controller(f"greenllm:num_confirm=1000,{ALL}", make_context())
     sinking = [free.decide(decode_at(0.05 * k, 0.020, batch=100)) for k in range(1, 60)]
     assert sinking[-1] == 1000

@@ -11,6 +11,8 @@ from sim.policies.controllers.throttllm import Segment, Throttllm, ThrottllmPara
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
 
+ALL = "frequencies=1000+1200+1400"
+
 
 def request(
     inputs: int, generated: int, length: int | None = None, *, arrival_s: float = 0.0
@@ -75,12 +77,12 @@ def test_scoreboard_with_predicted_and_outrun_lengths() -> None:
     ],
 )
 def test_the_last_iteration_of_the_projection_counts(inputs: int, length: int, clock: int) -> None:
-    made = make_controller("throttllm", make_context(LineFormula()))
+    made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
     assert made.decide(state_of(request(inputs, 0, length))) == clock
 
 
 def test_requests_that_wait_ask_for_the_top_clock() -> None:
-    made = make_controller("throttllm", make_context(LineFormula()))
+    made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
     assert made.decide(state_of(request(10, 0, 10), waiting=1)) == 1400
 
 
@@ -96,21 +98,21 @@ def test_requests_that_wait_ask_for_the_top_clock() -> None:
 )
 def test_deadlines(now_s: float, clock: int) -> None:
     flat = Formula(lambda p, f, b, t: 0.040 * 1000 / f)
-    made = make_controller("throttllm", make_context(flat))
+    made = make_controller(f"throttllm:{ALL}", make_context(flat))
     assert made.decide(state_of(request(10, 0, 11), now_s=now_s)) == clock
 
 
 def test_the_end_to_end_promise_can_be_given() -> None:
     flat = Formula(lambda p, f, b, t: 0.040 * 1000 / f)
     for e2e_s, clock in ((0.45, 1000), (0.43, 1200), (0.35, 1400)):
-        made = make_controller(f"throttllm:e2e={e2e_s}", make_context(flat))
+        made = make_controller(f"throttllm:e2e={e2e_s},{ALL}", make_context(flat))
         assert made.decide(state_of(request(10, 0, 11))) == clock
 
 
 def test_it_projects_anew_only_when_the_batch_changed_or_a_length_was_outrun() -> None:
     """Predicted 3 tokens: the fourth iteration finds the request still there."""
     calls = []
-    made = make_controller("throttllm:predicted=3,max=50", make_context(LineFormula()))
+    made = make_controller(f"throttllm:predicted=3,max=50,{ALL}", make_context(LineFormula()))
     for iteration in range(6):
         state = state_of(request(10, iteration))
 
@@ -133,7 +135,7 @@ def test_it_projects_anew_only_when_the_batch_changed_or_a_length_was_outrun() -
 def test_prefill(delay_s: float, age_s: float | None, clock: int) -> None:
     """0.1 s a batch at 1000 MHz; 0.5 - 2·0.05 = 0.4 s for it, and for a queue of one batch."""
     made = make_controller(
-        "throttllm", make_context(Formula(lambda p, f, b, t: 100.0 / f), phase="prefill")
+        f"throttllm:{ALL}", make_context(Formula(lambda p, f, b, t: 100.0 / f), phase="prefill")
     )
     state = InstanceState(
         instance_id=0, phase="prefill", now_s=1.0, last_batch_size=1, last_tokens=9,
