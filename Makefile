@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 
 CONTESTS := sharegpt sharegpt-large azure
 
-.PHONY: help demo figures test lint types contracts unit bench fast fast-test fast-bench engine profile-gpu replay-gpu clean
+.PHONY: help demo figures test lint types contracts unit bench fast fast-test fast-bench mutants engine profile-gpu replay-gpu clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
@@ -18,6 +18,7 @@ help:
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
+	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
 	@echo "make profile-gpu  measure this machine's GPU into profiles/data/CARD, clocks left alone, and compare it"
 	@echo "make replay-gpu   probe, simulate, replay and validate on SGLang with this machine's GPUs ($(REPLAY))"
@@ -88,6 +89,15 @@ fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
+# Half an hour on an idle core for 400 mutants. KILLERS are the tests that may find them.
+MUTATE ?= sim/metrics.py sim/policies sim/engine sim/rl
+KILLERS ?= tests/sim
+MUTANTS ?= 400
+
+mutants: $(STAMP)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mutmut==3.8.1"
+	nice -n 10 $(BIN)/python benchmarks/mutants.py $(MUTATE) --tests $(KILLERS) --sample $(MUTANTS)
+
 engine:
 	sh hwreplay/engine/install.sh .engine
 
@@ -122,4 +132,4 @@ replay-gpu: $(STAMP)
 
 clean:
 	@[ ! -d results ] || git clean -fdXq results
-	rm -rf $(VENV) $(FAST) .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(FAST) .mutants .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

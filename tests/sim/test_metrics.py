@@ -88,7 +88,7 @@ def hand_made() -> RunRecord:
         instances=[
             used("prefill", 0, busy={1000: 1.0, 1400: 3.0}, idle_s=6.0, busy_j=800.0, idle_j=60.0),
             used("prefill", 1, busy={1000: 4.0}, idle_s=6.0, busy_j=200.0, idle_j=30.0),
-            used("decode", 0, busy={0: 2.0}, idle_s=8.0, busy_j=400.0, idle_j=10.0),
+            used("decode", 0, busy={0: 0.5}, idle_s=9.5, busy_j=400.0, idle_j=10.0),
         ],
         makespan_s=10.0, slo_ttft_s=1.0, slo_itl_s=0.25, wall_s=3.0,
     )  # fmt: skip

@@ -91,6 +91,32 @@ def test_the_bound_is_kept_by_the_quantile_asked_for() -> None:
     assert kept / 5000 == pytest.approx(0.95, abs=0.01)
 
 
+def test_the_bound_is_kept_at_every_batch_size() -> None:
+    """Small and large batches in turn, each 6 ms above its prediction: were the fit's fixed part
+    not weighed by the batch, one bound would be kept always and the other by half."""
+    rng = np.random.default_rng(7)
+    made = TimeCorrection(SCALE_S, quantile_ratio=0.9)
+    kept: dict[float, list[bool]] = {0.01: [], 0.05: []}
+    for k, noise in enumerate(rng.lognormal(0.0, 0.05, 8000).tolist()):
+        predicted_s = 0.01 if k % 2 else 0.05
+        observed_s = (predicted_s + 0.006) * noise
+        kept[predicted_s].append(observed_s <= made.bound_s(predicted_s))
+        made.observe(predicted_s, observed_s)
+    # the standard error of 3,000 draws is 0.006
+    assert [np.mean(k[1000:]) for k in kept.values()] == pytest.approx([0.9, 0.9], abs=0.02)
+
+
+@pytest.mark.parametrize(("observed_s", "ratio"), [(0.3, 2.0), (0.003, 0.5)])
+def test_the_followed_quantile_stays_between_half_and_twice(
+    observed_s: float, ratio: float
+) -> None:
+    """A prior of a billion holds the fit at the prediction, so that only the ratio can move."""
+    made = TimeCorrection(SCALE_S, prior_iterations=1e9, quantile_step_ratio=0.2)
+    for _ in range(100):
+        made.observe(0.03, observed_s)
+    assert made.bound_s(0.03) == pytest.approx(ratio * 0.03, rel=1e-6)
+
+
 @pytest.mark.parametrize("odd", [0.0, -1.0, math.nan, math.inf])
 def test_absurd_times_teach_nothing(odd: float) -> None:
     made = TimeCorrection(SCALE_S)
