@@ -39,14 +39,14 @@ class Static:
 
 class EcoFreq:
     """A queue: the top level. Else the lowest level whose believed time fits the promise less the
-    longest wait in the batch (prefill; 0 in decode), else the top one."""
+    longest wait in the batch (prefill; 0 in decode), else the top one. Locks the lowest at first."""
 
     def __init__(
         self, hardware: Hardware, phase: str, levels: list[int], promise_s: float, idle_s: float
     ) -> None:
         self._hardware, self._phase = hardware, phase
         self._levels, self._promise_s = sorted(levels), promise_s
-        self.first_mhz = 0
+        self.first_mhz = self._levels[0]
         self.idle_plan: tuple[float, int] | None = (idle_s, self._levels[0])
 
     def decide(self, batch: int, tokens: int, waiting: int, delay_s: float) -> int:

@@ -7,6 +7,8 @@ or the documents are wrong.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -76,11 +78,18 @@ CASES: dict[str, Settings] = {
         "rate_rps": 90, "controller": "ecofreq", "router": "ecoroute", "num_decode": 4,
         "duration_s": 25, "slo_itl_s": 0.05,
     },
+    "noise": {"rate_rps": 40, "noise_scale": 1.0},
+    "much noise, small KV cache": {"rate_rps": 40, "noise_scale": 5.0, **SMALL_KV},
+    "noise, EcoFreq": {**VARYING, "controller": "ecofreq", "noise_scale": 1.0},
+    "noise, EcoRoute": {
+        "rate_rps": 60, "controller": "ecofreq", "router": "ecoroute", "noise_scale": 2.0,
+    },
     "EcoRoute, small KV cache": {
         "rate_rps": 50, "controller": "ecofreq", "router": "ecoroute", **SMALL_KV,
     },
 }  # fmt: skip
 
+NOISE_KEYS = {"prefill": 4, "decode": 5}
 SHOWN = {
     "small KV cache": ("retractions", 20),
     "small KV cache, no reserve": ("retractions", 300),
@@ -104,8 +113,7 @@ def settings_of(case: Settings) -> Settings:
     """A case with the parameters of its policies filled in and, apart, in voltana's spelling."""
     filled: Settings = {
         "controller": "static", "router": "round-robin", "duration_s": 20, "clock": 1410,
-        "idle_s": 5.0, "slo_itl_s": 0.045, "slo_ttft_s": 0.5,
-        "noise_scale": 0, **case,
+        "idle_s": 5.0, "slo_itl_s": 0.045, "slo_ttft_s": 0.5, "noise_scale": 0.0, **case,
     }  # fmt: skip
     return filled
 
@@ -133,6 +141,15 @@ def requests_of(settings: Settings) -> Workload:
     )
 
 
+def noise_of(settings: Settings, phase: str, number: int, spread: float) -> Callable[[], float]:
+    """Lognormal numbers of mean 1, one an iteration, from the stream of docs/simulator.md."""
+    scaled = spread * settings["noise_scale"]
+    stream = np.random.SeedSequence(settings["seed"], spawn_key=(NOISE_KEYS[phase], number))
+    dice = np.random.default_rng(stream.spawn(2)[0])
+    variance = math.log(1.0 + scaled * scaled)
+    return lambda: math.exp(math.sqrt(variance) * dice.standard_normal() - 0.5 * variance)
+
+
 def played_again(settings: Settings, requests: Workload) -> Numbers:
     """The second program."""
     keys = make_config(spelled(settings)).as_dict()
@@ -149,7 +166,11 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
         if settings["router"] == "ecoroute"
         else RoundRobin()
     )
-    fleet = Fleet(keys, hardware, router, controller, lambda phase, index: lambda: 1.0)
+
+    def noise(phase: str, number: int) -> Callable[[], float]:
+        return noise_of(keys, phase, number, hardware.spread.get(phase, 0.0))
+
+    fleet = Fleet(keys, hardware, router, controller, noise)
     columns = requests.arrival_s, requests.input_tokens, requests.output_tokens
     jobs = [Job(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     fleet.play(jobs)
