@@ -39,7 +39,7 @@ class Static:
 
 class EcoFreq:
     """A queue: the top level. Else the lowest level whose believed time fits the promise less the
-    longest wait in the batch (prefill; 0 in decode), else the top one. Locks the lowest at first."""
+    longest wait in the batch (prefill; 0 in decode), else the top one. It begins at the lowest."""
 
     def __init__(
         self, hardware: Hardware, phase: str, levels: list[int], promise_s: float, idle_s: float
