@@ -56,6 +56,7 @@ def test_the_number_of_instances_is_the_one_of_least_power() -> None:
     """
     assert send(router(), 1.0, decode(300, 0, 0, clock=1200)) == 0
     assert send(router(), 1.0, decode(300, 0, 0, clock=1400)) == 1
+    assert send(router(), 1.0, decode(300, 0, 0, clock=0)) == 1  # unlocked, busy: at 1400
 
 
 def test_a_batch_at_its_limit_opens_the_next_instance() -> None:

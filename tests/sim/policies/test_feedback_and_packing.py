@@ -198,6 +198,7 @@ def route(name: str, *opened: int) -> int:
         ("slo-pack", (3, 45, 20), 2),  # 46 ms does not: the next fullest
         ("slo-pack", (60, 45, 50), 1),  # none fits: fewest requests
         ("slo-pack:headroom=0.0", (3, 49, 20), 1),  # 50 ms fits exactly
+        ("slo-pack", (3, 30, 30), 1),  # equally full: the first
         ("latency-headroom", (3, 30, 20), 0),  # spread: most headroom
         ("latency-headroom:mode=pack", (3, 30, 20), 1),
         ("latency-headroom:mode=pack,explore=0.0", (3, 60, 20), 2),

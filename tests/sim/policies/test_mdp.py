@@ -12,7 +12,7 @@ import pytest
 
 from profiles.errors import VoltanaError
 from sim.policies.base import InstanceState, RequestView, Router
-from sim.policies.mdp.grid import StateGrid, batch_edges
+from sim.policies.mdp.grid import StateGrid, batch_edges, kv_nodes
 from sim.policies.mdp.observation import RateMeter, observe
 from sim.policies.mdp.policy_file import Kind, PolicyFile, load_policy
 from sim.policies.registry import make_router
@@ -73,6 +73,18 @@ def test_buckets_end_at_the_steps_of_decode_time() -> None:
         edges = batch_edges(256, width)
         assert {128 + 1, 256 + 1} <= set(edges)
         assert edges[:3] == (0, 1, 2)
+    # narrow near empty (doubling from 3 on), then as wide as asked, and the last one whole
+    assert batch_edges(40, 16) == (0, 1, 2, 3, 5, 9, 17, 33, 49)
+    assert batch_edges(48, 16) == (0, 1, 2, 3, 5, 9, 17, 33, 49)
+    assert batch_edges(49, 16) == (0, 1, 2, 3, 5, 9, 17, 33, 49, 65)
+
+
+def test_nodes_of_context_lie_around_its_mean_and_above_the_prompt() -> None:
+    """300 tokens of answers: of three nodes the outer ones lie 0.75·(1 - 1/3)·300 = 150 apart from
+    the middle, of two 0.75·(1 - 1/2)·300 = 112.5."""
+    assert kv_nodes(200, 500, 1) == (500.0,)
+    assert kv_nodes(200, 500, 2) == (387.5, 612.5)
+    assert kv_nodes(200, 500, 3) == (350.0, 500.0, 650.0)
 
 
 def test_a_pair_is_looked_up_and_interpolated(tmp_path: Path) -> None:
@@ -152,6 +164,9 @@ def test_observation_by_hand() -> None:
     state.kv_capacity_tokens, state.waiting_tokens, state.is_busy = 1000, 200, True
     seen = observe(RequestView(0, 0.0, 512, None), [state], 25.0, 1400)
     assert seen.tolist() == [0.5, 0.5, 0.5, 1.0, 0.5, 0.5]
+    state.clock_mhz, state.is_busy = 0, False  # unlocked counts as the top clock
+    seen = observe(RequestView(0, 0.0, 20 * 1024, None), [state, state], 25.0, 1400)
+    assert seen.tolist() == [0.5, 0.5, 1.0, 0.0, 0.5, 0.5, 1.0, 0.0, 10.0, 0.5]  # 20 is cut to 10
 
 
 def test_a_policy_file_comes_back_as_it_was(tmp_path: Path) -> None:
