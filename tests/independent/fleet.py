@@ -15,6 +15,9 @@ from typing import Any, Protocol
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller
 
+Noise = Callable[[float], float]
+"""From an iteration's start to the factor on its time; called once an iteration, in order."""
+
 ARRIVAL, HANDOVER, DECODE = range(3)
 """Order of events at one instant."""
 
@@ -44,8 +47,11 @@ class Job:
 class Card:
     """Clock and energy of one server's GPUs."""
 
-    def __init__(self, hardware: Hardware, phase: str, first_mhz: int, lag_s: float) -> None:
+    def __init__(
+        self, hardware: Hardware, phase: str, first_mhz: int, lag_s: float, stall_s: float
+    ) -> None:
         self._hardware, self._phase, self._lag_s = hardware, phase, lag_s
+        self._stall_s = stall_s * hardware.cards
         self.clock = self._asked = first_mhz
         self._coming: list[tuple[float, int]] = []
         self.changes = self.iterations = 0
@@ -62,31 +68,35 @@ class Card:
             self._asked = clock
             self._coming.append((now_s + self._lag_s, clock))
 
-    def _take_next(self) -> None:
-        clock = self._coming.pop(0)[1]
-        self.changes += clock != self.clock
+    def _take_next(self) -> float:
+        """The clock changes; returns how long that holds up a busy card."""
+        clock, before = self._coming.pop(0)[1], self.clock
         self.clock = clock
+        self.changes += clock != before
+        return self._stall_s if clock != before else 0.0
 
     def work(self, start_s: float, batch: float, tokens: int, noise: float) -> float:
         """One iteration; returns when it ends. A change of clock inside it splits it."""
         if self.window_j is None:
             self.window_j = (self.busy_j + self.idle_j, 0.0)
+        stall_s = 0.0
         while self._coming and self._coming[0][0] <= start_s:
-            self._take_next()
+            stall_s += self._take_next()
         at_s, left = start_s, 1.0
         while True:
             time_s, power_w = self._hardware.iteration(self._phase, self.clock, batch, tokens)
             time_s *= noise
-            end_s = at_s + left * time_s
+            work_s = at_s + stall_s
+            end_s = work_s + left * time_s
             is_split = bool(self._coming) and self._coming[0][0] < end_s
-            until_s = self._coming[0][0] if is_split else end_s
+            until_s = max(self._coming[0][0], work_s) if is_split else end_s
             self.busy_j += power_w * (until_s - at_s)
             self.busy_s[self.clock] = self.busy_s.get(self.clock, 0.0) + until_s - at_s
             if not is_split:
                 break
-            left -= (until_s - at_s) / time_s
+            left -= (until_s - work_s) / time_s
             at_s = until_s
-            self._take_next()
+            stall_s = self._take_next()
         self.iterations += 1
         self.window_j = (self.window_j[0], self.busy_j + self.idle_j)
         return end_s
@@ -117,11 +127,12 @@ class Server:
 
     phase: str
 
-    def __init__(self, fleet: Fleet, controller: Controller, noise: Callable[[], float]) -> None:
+    def __init__(self, fleet: Fleet, controller: Controller, noise: Noise) -> None:
         settings = fleet.settings
         self.fleet, self.controller, self.noise = fleet, controller, noise
         lag_s = float(settings["actuation_latency_s"])
-        self.card = Card(fleet.hardware, self.phase, controller.first_mhz, lag_s)
+        stall_s = float(settings["clock_stall_s"])
+        self.card = Card(fleet.hardware, self.phase, controller.first_mhz, lag_s, stall_s)
         self.card.rest(0.0, controller.idle_plan)
         self.queue: list[Job] = []
         self.is_busy = False
@@ -144,7 +155,7 @@ class Server:
 
     def run(self, now_s: float, batch: float, tokens: int) -> float:
         """Start one iteration; returns when it ends."""
-        return self.card.work(now_s, batch, tokens, self.noise())
+        return self.card.work(now_s, batch, tokens, self.noise(now_s))
 
     def _begin(self, now_s: float) -> None:
         self.is_woken = False
@@ -207,7 +218,7 @@ class Decode(Server):
 
     phase = "decode"
 
-    def __init__(self, fleet: Fleet, controller: Controller, noise: Callable[[], float]) -> None:
+    def __init__(self, fleet: Fleet, controller: Controller, noise: Noise) -> None:
         super().__init__(fleet, controller, noise)
         self.running: list[Job] = []
         """In order of joining."""
@@ -276,7 +287,7 @@ class Fleet:
         hardware: Hardware,
         router: Router,
         controller: Callable[[str], Controller],
-        noise: Callable[[str, int], Callable[[], float]],
+        noise: Callable[[str, int], Noise],
     ) -> None:
         self.settings, self.hardware, self._router = settings, hardware, router
         self.prefill_makes_first = settings["first_token"] == "prefill"

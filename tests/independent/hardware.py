@@ -28,6 +28,7 @@ class Hardware:
         self.levels_mhz: list[int] = meta["clocks"]["default_levels_mhz"]
         self.limits: dict[str, int] = meta["engine"]
         self.kv_bytes_per_token: int = meta["model"]["kv_bytes_per_token"]
+        self.cards: int = meta["model"]["tensor_parallel"]
         self.spread: dict[str, float] = meta.get("spread", {})
         """Standard deviation over mean of iteration times, by phase."""
         self._rows = {p: _rows(directory / f"{p}.csv") for p in ("prefill", "decode")}

@@ -8,7 +8,6 @@ or the documents are wrong.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -21,7 +20,7 @@ from sim.config import make_config
 from sim.engine.simulate import simulate
 from sim.metrics import summarise
 from sim.workload.workload import Workload
-from tests.independent.fleet import Fleet, Job, Router
+from tests.independent.fleet import Fleet, Job, Noise, Router
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
 from tests.independent.report import Numbers, report
@@ -84,6 +83,15 @@ CASES: dict[str, Settings] = {
     "noise, EcoRoute": {
         "rate_rps": 60, "controller": "ecofreq", "router": "ecoroute", "noise_scale": 2.0,
     },
+    "sags": {
+        "rate_rps": 40, "noise_scale": 1.0, "sag_depth": 0.5, "sag_interval_s": 4.0,
+        "sag_duration_s": 1.0,
+    },
+    "stalls": {**VARYING, "controller": "ecofreq", "clock_stall_s": 0.03},
+    "stalls of two cards": {
+        "rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2", "controller": "ecofreq",
+        "clock_stall_s": 0.02, "actuation_latency_s": 0.0, "slo_itl_s": 0.03,
+    },
     "EcoRoute, small KV cache": {
         "rate_rps": 50, "controller": "ecofreq", "router": "ecoroute", **SMALL_KV,
     },
@@ -100,6 +108,8 @@ SHOWN = {
     "EcoFreq, small KV cache": ("retractions", 20),
     "EcoRoute, 2P4D": ("clock_changes", 30),
     "EcoRoute, small KV cache": ("retractions", 50),
+    "stalls": ("clock_changes", 30),
+    "stalls of two cards": ("clock_changes", 10),
 }
 """Cases that would be idle words without so much of what they are about."""
 
@@ -141,13 +151,26 @@ def requests_of(settings: Settings) -> Workload:
     )
 
 
-def noise_of(settings: Settings, phase: str, number: int, spread: float) -> Callable[[], float]:
-    """Lognormal numbers of mean 1, one an iteration, from the stream of docs/simulator.md."""
+def noise_of(settings: Settings, phase: str, number: int, spread: float) -> Noise:
+    """Lognormal numbers of mean 1, one an iteration, and sags from time 0 on: the two streams of
+    docs/simulator.md."""
     scaled = spread * settings["noise_scale"]
-    stream = np.random.SeedSequence(settings["seed"], spawn_key=(NOISE_KEYS[phase], number))
-    dice = np.random.default_rng(stream.spawn(2)[0])
     variance = math.log(1.0 + scaled * scaled)
-    return lambda: math.exp(math.sqrt(variance) * dice.standard_normal() - 0.5 * variance)
+    streams = np.random.SeedSequence(settings["seed"], spawn_key=(NOISE_KEYS[phase], number))
+    dice, waits = (np.random.default_rng(stream) for stream in streams.spawn(2))
+    depth, sags = settings["sag_depth"], False
+    means_s = {False: settings["sag_interval_s"], True: settings["sag_duration_s"]}
+    change_s = waits.exponential(means_s[sags]) if depth else math.inf
+
+    def factor(start_s: float) -> float:
+        nonlocal sags, change_s
+        while change_s <= start_s:
+            sags = not sags
+            change_s += waits.exponential(means_s[sags])
+        own = math.exp(math.sqrt(variance) * dice.standard_normal() - 0.5 * variance)
+        return own * (1.0 + depth if sags else 1.0)
+
+    return factor
 
 
 def played_again(settings: Settings, requests: Workload) -> Numbers:
@@ -167,7 +190,7 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
         else RoundRobin()
     )
 
-    def noise(phase: str, number: int) -> Callable[[], float]:
+    def noise(phase: str, number: int) -> Noise:
         return noise_of(keys, phase, number, hardware.spread.get(phase, 0.0))
 
     fleet = Fleet(keys, hardware, router, controller, noise)
