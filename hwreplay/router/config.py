@@ -83,12 +83,13 @@ class RouterConfig:
     """Of all requests together, from before they are read to their end; past it 429. One that does
     not say its length counts as the largest."""
     vocab_size: int | None = None
-    """The model's: token ids must lie below; none = not checked. SGLang checks none either, and an
-    id that the model does not have ends the server."""
+    """The model's: token ids must lie below; none = as the servers tell. SGLang checks no id, and
+    one that the model does not have ends the server."""
     max_attempts: int = 3
     """Pairs that a request which has not started may be tried on."""
-    max_lost: int = 2
-    """A request that was on so many servers when they died is given up: it may be the reason."""
+    max_lost: int = 1
+    """A request that was on so many servers when they were lost is given up: it may be the reason.
+    More than 1 lets a request that ends servers end as many."""
     connect_s: float = 2.0
     first_token_s: float = 600.0
     """Longest wait for a first token, from the sending on. An answer that is not streamed shows no

@@ -10,6 +10,7 @@ from functools import partial
 from typing import Final, Protocol
 
 from hwreplay.clock import RunClock
+from hwreplay.router.attempt import Attempt, AttemptError, NoWorkerError, Worker
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig
 from hwreplay.router.errors import (
@@ -21,7 +22,7 @@ from hwreplay.router.errors import (
     RequestFailedError,
     error_body,
 )
-from hwreplay.router.fleet import Attempt, AttemptError, NoWorkerError, Pair, RouterFleet, Worker
+from hwreplay.router.fleet import Pair, RouterFleet
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.router.upstream import (
     Connection,
@@ -112,10 +113,11 @@ class Proxy:
                 if call.is_begun:
                     raise RequestFailedError(error.reason, str(error)) from None
                 failed = error
-                lost += error.was_there
+                lost += await self._fleet.num_lost(_asked(call))
                 if lost >= self._config.max_lost:
+                    servers = "a server was" if lost == 1 else f"{lost} servers were"
                     raise RequestFailedError(
-                        error.reason, f"{error}; it is not tried again, {lost} servers died with it"
+                        error.reason, f"{error}; it is not tried again, {servers} lost with it"
                     ) from None
                 excluded |= set(pair) if error.worker is None else {error.worker}
             else:
@@ -265,9 +267,7 @@ class Proxy:
         else:
             worker.check_now.set()
         is_late = isinstance(error, ConnectTimeoutError)
-        was_there = not is_late and not isinstance(error, RefusedError)
-        reason = "timeout" if is_late else "server_lost"
-        return AttemptError(reason, message, worker, was_there=was_there)
+        return AttemptError("timeout" if is_late else "server_lost", message, worker)
 
     @staticmethod
     async def _check_status(answer: Connection, worker: Worker) -> None:
@@ -279,6 +279,11 @@ class Proxy:
         raise AttemptError(
             "engine_error", f"{worker.name} answers {answer.status}: {body[:200]!r}", worker
         )
+
+
+def _asked(call: Call) -> set[Worker]:
+    """Servers that the last attempt's request reached."""
+    return set() if call.attempt is None else call.attempt.asked
 
 
 def _on_prefill_end(call: Call, prefill: asyncio.Task[None]) -> None:

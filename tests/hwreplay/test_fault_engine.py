@@ -114,7 +114,7 @@ def gate(fleet: EngineFleet, directory: Path, **limits: Any) -> Iterator[Gate]: 
             "router": "round-robin", "kv_capacity_tokens": 8192, "max_running_requests": 16
         },
         "fleet": tables,
-        "router": {"port": 0, "vocab_size": VOCAB_SIZE, "health_timeout_s": 20.0} | limits,
+        "router": {"port": 0, "health_timeout_s": 20.0} | limits,  # the servers tell the vocabulary
     }  # fmt: skip
     path = directory / "router.toml"
     path.write_text(tomli_w.dumps(whole))
@@ -229,6 +229,30 @@ async def num_running(client: aiohttp.ClientSession, server: Server) -> int:
     async with client.get(server.url + "/v1/loads?include=core") as answer:
         loads = (await answer.json())["loads"]
     return sum(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
+
+
+def test_a_prompt_outside_the_vocabulary_reaches_no_server(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """SGLang checks no id: its prefill server would end, and a retry would end the next one."""
+    prompts = [[99_999], [[99_999]], [5, VOCAB_SIZE], [5, -1], [5, 2**40], [1.5], [VOCAB_SIZE - 1]]
+
+    async def play(found: Gate) -> tuple[list[int], dict[str, int]]:
+        statuses = []
+        async with aiohttp.ClientSession() as client:
+            for prompt in prompts:
+                whole = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+                async with client.post(found.url + "/v1/completions", json=whole) as answer:
+                    await answer.read()
+                    statuses.append(answer.status)
+        assert (await found.health())["out"] == []
+        return statuses, await found.settled(len(prompts))
+
+    with gate(engine_fleet, tmp_path) as found:
+        statuses, counts = asyncio.run(play(found))
+    assert statuses == [400] * 6 + [200]
+    assert counts == {"completed": 1, "failed": 0, "cancelled": 0, "rejected": 6}
+    assert still_serves(engine_fleet)
 
 
 def params(**more: object) -> dict[str, Any]:

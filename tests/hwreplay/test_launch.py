@@ -105,7 +105,7 @@ def test_token_ids_must_be_the_models(tmp_path: Path) -> None:
     fleet = {"python": sys.executable, "model": str(tmp_path)}
     whole: dict[str, Any] = {"fleet": fleet, "replay": {"power_w": 1.0}}
     path.write_text(tomli_w.dumps(whole))
-    with pytest.raises(VoltanaError, match=r"config.json has its vocab_size, got .*FileNotFound"):
+    with pytest.raises(VoltanaError, match=r"config.json has its vocab_size, got"):
         read_replay_config(path).vocab_size()
     (tmp_path / "config.json").write_text('{"vocab_size": 512}')
     assert read_replay_config(path).vocab_size() == 512

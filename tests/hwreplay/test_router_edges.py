@@ -37,7 +37,11 @@ async def between(
     """A router between two scripted servers and a client."""
     async with scripted(*prefill) as first, scripted(*decode) as second:
         table = {"prefill": [first.url], "decode": [second.url]}
-        async with serving(table, **({"max_attempts": 1} | limits)) as (service, client, url):
+        async with serving(table, **({"max_attempts": 1, "vocab_size": 512} | limits)) as (
+            service,
+            client,
+            url,
+        ):
             # no stub fleet is behind it
             b = Bench(fleet=None, service=service, client=client, url=url)  # type: ignore[arg-type]
             yield b, first, second
