@@ -19,7 +19,7 @@ help:
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
-	@echo "make profile-gpu  measure this machine's GPU into profiles/data/CARD, clocks left alone, and compare it"
+	@echo "make profile-gpu  measure this machine's GPU into results/profiles/CARD, clocks left alone, and compare it"
 	@echo "make replay-gpu   probe, simulate, replay and validate on SGLang with this machine's GPUs ($(REPLAY))"
 	@echo "make clean  remove the environment and every generated file"
 
@@ -103,7 +103,7 @@ profile-gpu: $(STAMP)
 		|| { $(BIN)/python -m pip uninstall --quiet --yes torch; $(BIN)/python -m pip install --quiet torch; }
 	@$(BIN)/python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
 		|| { echo "profile-gpu needs a torch that sees the GPU: install the wheel for your driver's CUDA into $(VENV)" >&2; exit 1; }
-	@card=$$($(BIN)/python -m profiles.device.cards) && profile=$(or $(PROFILE),profiles/data/$$card/llama-3.1-8b) && set -x \
+	@card=$$($(BIN)/python -m profiles.device.cards) && profile=$(or $(PROFILE),results/profiles/$$card/llama-3.1-8b) && set -x \
 		&& $(BIN)/voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --budget $(BUDGET) --out $$profile \
 		&& $(BIN)/voltana compare-profiles $$profile $(BESIDE) --out results/measured-beside-calibrated
 

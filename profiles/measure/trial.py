@@ -56,6 +56,11 @@ class Protocol:
     cooling_limit_s: float = 120.0
     """Longest wait for that."""
 
+    @property
+    def point_s(self) -> float:
+        """Time that one point takes at least: warm-up, and trials that start phase-shifted."""
+        return self.warm_up_s + self.num_trials * (self.window_s + NVML_PERIOD_S)
+
     def __post_init__(self) -> None:
         for name in (
             *("warm_up_s", "warm_up_iterations", "settle_s"),
