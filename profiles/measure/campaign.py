@@ -154,6 +154,7 @@ class Campaign:
                 self.plan.protocol,
                 locked_mhz=clock_mhz,
                 deadline_s=self._start_s + deadline_s,
+                pause_w=self._idle_w(clock_mhz),
                 on_dropped=lambda reason: self.log.add_dropped(clock_mhz, reason, point),
             )
         except (OutOfMemoryError, NotHeldError) as error:
@@ -167,6 +168,11 @@ class Campaign:
             self.log.add_point(clock_mhz, point, trials)
             self._num_crashes = 0
             self._taken_s.append(self._elapsed_s() - begun_s)
+
+    def _idle_w(self, clock_mhz: int) -> float | None:
+        """Of the loaded engine at this clock."""
+        powers_w = self.log.idle_w.get((clock_mhz, True))
+        return statistics.median(powers_w) if powers_w else None
 
     def _restart(self, error: EngineCrashError) -> None:
         """Start the engine again after it died of `error`."""
