@@ -18,11 +18,21 @@ class NoWorkerError(VoltanaError):
 class AttemptError(VoltanaError):
     """An attempt has come to nothing; another pair may do, unless a server was lost with it."""
 
-    def __init__(self, reason: str, message: str, worker: Worker | None) -> None:
-        """`reason` is a word for counting, `worker` the server to avoid, if it is known."""
+    def __init__(
+        self, reason: str, message: str, worker: Worker | None, *, is_final: bool = False
+    ) -> None:
+        """Say what went wrong.
+
+        Args:
+            reason: A word for counting.
+            message: For the client.
+            worker: The server to avoid, if it is known.
+            is_final: Another pair is not to be asked.
+        """
         super().__init__(message)
         self.reason = reason
         self.worker = worker
+        self.is_final = is_final
 
 
 class Attempt:

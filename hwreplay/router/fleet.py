@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from typing import Final
+from operator import index
+from typing import Final, SupportsIndex
 
 import aiohttp
 
@@ -24,18 +25,27 @@ from hwreplay.router.upstream import Upstream
 from hwreplay.router.vocabulary import ask_vocab_size
 from profiles.engines.sglang_metrics import MetricsError
 from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL, Phase, RequestView
+from sim.policies.base import DECODE, PREFILL, InstanceState, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2
 """Failed checks in a row that take a server out; a refused connection does so at once."""
 SUCCESSES_TO_RETURN: Final = 2
 RESTART_S: Final = 1.0
+FALLBACK: Final = "round-robin"
+"""Who routes where the policy fails."""
 REFUSED: Final = "it takes no connections"
 LATE: Final = "its health check takes"
 
 
 Pair = tuple[Worker, Worker]
+
+
+def _position(value: object, states: Sequence[InstanceState]) -> int:
+    """A position in the list, checked: a negative one would wrap around."""
+    if isinstance(value, SupportsIndex) and 0 <= (position := index(value)) < len(states):
+        return position
+    raise VoltanaError(f"a router must give a position in 0..{len(states) - 1}, got {value!r}")
 
 
 class RouterFleet:
@@ -49,6 +59,8 @@ class RouterFleet:
         self._clock = clock
         self._metrics = metrics
         self._router = source.make_router()
+        self._fallback = source.make_router(FALLBACK)
+        self._has_routing_failed = False
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
                 Worker(
@@ -88,6 +100,7 @@ class RouterFleet:
             jobs[f"health of {worker.name}"] = partial(self._check_health, worker)
             if worker.config.metrics:
                 jobs[f"metrics of {worker.name}"] = partial(self._follow, worker)
+        jobs["silence"] = self._watch_silence
         if self._publisher is not None:
             jobs["events"] = self._repeat_open
         if self._config.reports is not None:
@@ -132,7 +145,7 @@ class RouterFleet:
         now_s = self._clock.now_s()
         oracle = body.max_new_tokens if self._config.sim.length_oracle and body.is_exact else None
         view = RequestView(request_id, arrival_s, body.input_tokens, oracle)
-        first, second = self._router.route(
+        first, second = self._route(
             view,
             [w.tracker.observe(now_s) for w in prefill],
             [w.tracker.observe(now_s) for w in decode],
@@ -142,6 +155,23 @@ class RouterFleet:
             worker.tracker.on_assigned(request_id, arrival_s, body.input_tokens, oracle)
             self._publish("assigned", worker, request_id, arrival_s, body.input_tokens, oracle)
         return pair
+
+    def _route(
+        self,
+        view: RequestView,
+        prefill: Sequence[InstanceState],
+        decode: Sequence[InstanceState],
+    ) -> tuple[int, int]:
+        """The policy's positions; round-robin's where it fails, which is counted."""
+        try:
+            first, second = self._router.route(view, prefill, decode)
+            return _position(first, prefill), _position(second, decode)
+        except Exception:
+            self._metrics.routing_errors.inc()
+            if not self._has_routing_failed:  # once: a broken policy fails at every request
+                self._has_routing_failed = True
+                LOG.exception("%s has failed, requests go round-robin", self._config.sim.router)
+            return self._fallback.route(view, prefill, decode)
 
     def prefilled(self, pair: Pair, request_id: int) -> None:
         """The prefill server has answered."""
@@ -185,6 +215,7 @@ class RouterFleet:
 
     def _bring_back(self, worker: Worker) -> None:
         worker.is_healthy = True
+        worker.is_suspect = False
         LOG.warning("%s is back", worker.name)
         self._show_health(worker)
 
@@ -202,13 +233,14 @@ class RouterFleet:
             self._metrics.energy_j.labels(*labels).set(state.energy_j)
 
     def _candidates(self, phase: Phase, excluded: set[Worker]) -> list[Worker]:
-        """Healthy servers; one that has failed this request before only where no other is left."""
+        """Healthy servers; a suspect, or one that this request failed on, only if no other is."""
         healthy = [w for w in self.workers[phase] if w.is_healthy]
         if not healthy:
             raise NoWorkerError(
                 f"no {phase} server answers: all {len(self.workers[phase])} are out"
             )
-        return [w for w in healthy if w not in excluded] or healthy
+        untried = [w for w in healthy if w not in excluded] or healthy
+        return [w for w in untried if not w.is_suspect] or untried
 
     def _publish(
         self,
@@ -232,7 +264,7 @@ class RouterFleet:
     async def _check_health(self, worker: Worker) -> None:
         while True:
             asked_s = self._clock.now_s()
-            problem = await self._ask_health(worker) or self._silence(worker)
+            problem = await self._ask_health(worker)
             if problem is not None and problem.startswith(LATE) and worker.heard_s > asked_s:
                 problem = None
             if problem is None:
@@ -274,15 +306,48 @@ class RouterFleet:
         except aiohttp.ClientError as error:
             return f"{type(error).__name__}: {error}"
 
-    def _silence(self, worker: Worker) -> str | None:
-        """A server with work that reports no iteration is stuck, though its HTTP part answers."""
+    async def _watch_silence(self) -> None:
+        """End streams that stand still; offer silent servers last."""
+        while True:
+            await asyncio.sleep(min(self._config.health_period_s, self._config.stall_s / 4))
+            now_s = self._clock.now_s()
+            for worker in self.all_workers():
+                self._end_stalled(worker, now_s)
+                self._suspect(worker, now_s)
+
+    def _end_stalled(self, worker: Worker, now_s: float) -> None:
+        limit_s = self._config.stall_s
+        for attempt in list(worker.attempts):
+            since_s = attempt.silent_since_s
+            if worker.config.phase == DECODE and since_s is not None and now_s - since_s > limit_s:
+                text = f"{worker.name} has sent nothing for {limit_s:g} s in the middle of a stream"
+                attempt.fail(AttemptError("stalled", text, worker, is_final=True))
+
+    def _suspect(self, worker: Worker, now_s: float) -> None:
+        """Silence of a server that has something to compute. SGLang says nothing while it waits.
+
+        Of a decode server that is a stream that has begun; a request in prefill, or whose KV is on
+        its way, is none. Of a prefill server it is any request: one that waits for room in decode
+        may be suspected wrongly, and loses nothing by it but new requests.
+        """
+        since_s = self._waits_since_s(worker)
         last = worker.tracker.last_record
-        if last is None or not worker.tracker.has_feed or not worker.tracker.state.open_requests:
-            return None
-        silent_s = self._clock.now_s() - last.received_s
-        if silent_s <= self._config.stale_s:
-            return None
-        return f"busy, and no iteration for {silent_s:.0f} s"
+        heard_s = max(worker.heard_s, last.received_s if last is not None else 0.0)
+        is_suspect = since_s is not None and now_s - max(since_s, heard_s) > self._config.stale_s
+        if is_suspect != worker.is_suspect:
+            worker.is_suspect = is_suspect
+            text = "is silent, new requests go elsewhere" if is_suspect else "is heard again"
+            LOG.warning("%s %s", worker.name, text)
+        self._metrics.suspect.labels(*self._labels(worker)).set(is_suspect)
+
+    @staticmethod
+    def _waits_since_s(worker: Worker) -> float | None:
+        """Since when something waits to be computed here; None if nothing does."""
+        if worker.config.phase == PREFILL:
+            waiting = worker.tracker.state.list_waiting()
+            return min((request.arrival_s for request in waiting), default=None)
+        since = (attempt.silent_since_s for attempt in worker.attempts)
+        return min((at_s for at_s in since if at_s is not None), default=None)
 
     async def _follow(self, worker: Worker) -> None:
         assert worker.config.metrics is not None

@@ -112,6 +112,8 @@ class Proxy:
             except AttemptError as error:
                 if call.is_begun:
                     raise RequestFailedError(error.reason, str(error)) from None
+                if error.is_final:
+                    raise RequestFailedError(error.reason, str(error)) from None
                 failed = error
                 lost += await self._fleet.num_lost(_asked(call))
                 if lost >= self._config.max_lost:
@@ -195,7 +197,10 @@ class Proxy:
             late = worker if call.is_prefilled else pair[0]
             late.check_now.set()
             raise AttemptError(
-                "timeout", f"{late.name} makes no token in {self._config.first_token_s:g} s", late
+                "timeout",
+                f"{late.name} makes no token in {self._config.first_token_s:g} s",
+                late,
+                is_final=True,  # another pair would compute it again, with no better prospects
             ) from None
 
     async def _whole(
@@ -212,12 +217,15 @@ class Proxy:
     ) -> None:
         """Pass every piece on at once, but [DONE] only when the server has ended the stream."""
         worker, watch, held = pair[1], EventWatch(), b""
+        assert call.attempt is not None
         while piece := await answer.readany():
+            call.attempt.silent_since_s = None
             _check_engine(watch.look(piece), None)
             if watch.is_done:
                 cut = max(piece.rfind(LAST_EVENT), 0)
                 piece, held = piece[:cut], piece[cut:]
             if not piece:
+                call.attempt.silent_since_s = self._clock.now_s()
                 continue
             now_s = worker.heard_s = self._clock.now_s()
             if call.is_begun:
@@ -229,6 +237,7 @@ class Proxy:
                 await call.sink.begin(answer.status, answer.content_type, pair)
             worker.tracker.on_tokens(call.request_id, piece.count(EVENT) or 1)
             await call.sink.write(piece)
+            call.attempt.silent_since_s = self._clock.now_s()
         _check_engine(watch.end(), None)
         if not watch.is_done or not call.is_begun:
             raise AttemptError("engine_error", f"{worker.name} ends its stream early", worker)
@@ -267,7 +276,7 @@ class Proxy:
         else:
             worker.check_now.set()
         is_late = isinstance(error, ConnectTimeoutError)
-        return AttemptError("timeout" if is_late else "server_lost", message, worker)
+        return AttemptError("unreachable" if is_late else "server_lost", message, worker)
 
     @staticmethod
     async def _check_status(answer: Connection, worker: Worker) -> None:

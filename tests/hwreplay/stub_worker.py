@@ -85,6 +85,8 @@ class StubWorker:
         """Every request body, in order of arrival."""
         self.cancelled = 0
         self.is_frozen = False
+        self.is_hung = False
+        """The scheduler stands still while the HTTP side answers its health check."""
         self.fail_next: list[int] = []
         """HTTP statuses to answer the next requests with."""
         self.abort_after: int | None = None
@@ -255,6 +257,8 @@ class StubWorker:
     async def _iterate(self, duration_s: float, **scheduled: int) -> None:
         await asyncio.sleep(duration_s)
         await self._thaw()
+        while self.is_hung:
+            await asyncio.sleep(0.01)
         if self._feed is not None:
             record = {
                 "version": 1, "worker_id": "stub", "dp_rank": 0, "counter_id": self._sequence,
