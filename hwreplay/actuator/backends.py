@@ -32,6 +32,10 @@ class Backend(Protocol):
         """What this backend does: LOCK or CAP."""
 
     @property
+    def is_dry(self) -> bool:
+        """Whether it only writes down what it would do."""
+
+    @property
     def gpus(self) -> Collection[int]: ...
 
     def allows(self, gpu: int, value: int) -> bool: ...
@@ -46,6 +50,8 @@ class Backend(Protocol):
 
 class _Guarded(ABC):
     """GPUs of this process and the watchdog that restores them if it is killed."""
+
+    is_dry: ClassVar[bool] = False
 
     def __init__(self, gpus: Mapping[int, PowerLimitGpu], watchdog: Watchdog) -> None:
         self._gpus = gpus
@@ -169,6 +175,7 @@ class PowerBackend(_Guarded):
 class RecordingBackend:
     """Touches nothing: writes one JSON line a change, with its time (s on CLOCK_MONOTONIC)."""
 
+    is_dry: ClassVar[bool] = True
     operation: ClassVar[Operation] = Operation.LOCK
 
     def __init__(self, file: TextIO, *, gpus: Collection[int], clocks_mhz: Collection[int]) -> None:

@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from sim.policies.base import InstanceState, RequestView
+from tests.hwreplay.scripted_server import chunked
 from tests.hwreplay.stub_worker import StubTimes
 from tests.hwreplay.test_router import bench, events, request_body, until
-from tests.hwreplay.test_router_edges import TOKEN, between, chunked
+from tests.hwreplay.test_router_edges import TOKEN, between
 
-STALE = {"stale_s": 0.3, "health_period_s": 0.05}
+STALE: dict[str, Any] = {"stale_s": 0.3, "health_period_s": 0.05}
 
 
 def test_a_decode_server_that_waits_for_a_long_prefill_is_left_alone(tmp_path: Path) -> None:
