@@ -113,8 +113,7 @@ REPLAYED ?= results/gpu
 GPU_ENGINE ?= .engine-gpu
 
 replay-gpu: $(STAMP)
-	@[ -x $(GPU_ENGINE)/bin/python ] || $(PYTHON) -m venv $(GPU_ENGINE)
-	@$(GPU_ENGINE)/bin/python -c "import sglang, mooncake, voltana_engine_observer" 2>/dev/null || $(GPU_ENGINE)/bin/python -m pip install --quiet "sglang==0.5.23" mooncake-transfer-engine ./hwreplay/engine/observer
+	@sh hwreplay/engine/install-gpu.sh $(GPU_ENGINE) $(PYTHON)
 	$(BIN)/voltana replay --config $(REPLAY) --out $(REPLAYED)/probe --probe
 	$(BIN)/voltana simulate --config $(REPLAYED)/probe/simulate.toml --out $(REPLAYED)/simulated
 	$(BIN)/voltana replay --config $(REPLAYED)/probe/replay.toml --out $(REPLAYED)/replayed

@@ -13,7 +13,8 @@ import pandas as pd
 
 from profiles import ecopred
 from profiles.errors import VoltanaError, nearest
-from profiles.places import DATA, profile_directory
+from profiles.places import DATA as DATA
+from profiles.places import profile_directory
 from profiles.schema import ProfileMeta, meta_toml, read_meta
 from profiles.spread import IterationSpread, row_spreads
 from profiles.step_model import StepModel

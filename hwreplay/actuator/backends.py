@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
 from hwreplay.actuator.protocol import Operation
+from profiles.device.cards import check_whole
 from profiles.device.gpu import (
     DeviceError,
     PermissionDeniedError,
@@ -229,6 +230,7 @@ def open_backend(
         return RecordingBackend(file, gpus=gpu_indices, clocks_mhz=clocks_mhz or ())
     with ExitStack() as opened:
         gpus = {index: opened.enter_context(NvmlGpu(index)) for index in gpu_indices}
+        check_whole(gpus.values())
         backend: Backend
         if is_power_cap:
             backend = PowerBackend(gpus)

@@ -197,7 +197,8 @@ def server_environment(at: Placement) -> dict[str, str]:
     """What one server's environment has beyond ours."""
     found = dict(CPU_ENVIRONMENT)
     if at.gpus:
-        found = cuda_environment(at.gpus)  # the metered card must be the one that runs
+        # The metered card must be the one that runs; the KV transfer's sockets stay on loopback.
+        found = cuda_environment(at.gpus) | {"SGLANG_HOST_IP": HOST}
     if at.batch_socket is not None:
         found[BATCH_SOCKET] = str(at.batch_socket)
     return found

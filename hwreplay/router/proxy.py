@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
@@ -59,7 +59,6 @@ class Call:
     body: Body
     arrival_s: float
     sink: Sink
-    headers: dict[str, str] = field(default_factory=dict)
     attempt: Attempt | None = None
     last_piece_s: float = 0.0
     is_prefilled: bool = False
@@ -256,9 +255,7 @@ class Proxy:
     def _post(
         self, worker: Worker, call: Call, data: bytes
     ) -> AbstractAsyncContextManager[Connection]:
-        return worker.upstream.post(
-            call.body.path, data, call.headers, partial(self._sent, call, worker)
-        )
+        return worker.upstream.post(call.body.path, data, partial(self._sent, call, worker))
 
     def _sent(self, call: Call, worker: Worker) -> None:
         assert call.attempt is not None

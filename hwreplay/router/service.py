@@ -41,7 +41,6 @@ from profiles.catalog import Profile, load_profile
 from profiles.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.router")
-FORWARDED: Final = ("X-Request-Id",)
 SHUTDOWN_S: Final = 5.0
 
 
@@ -95,7 +94,6 @@ class RouterService:
                     body=body,
                     arrival_s=arrival_s,
                     sink=sink,
-                    headers={n: request.headers[n] for n in FORWARDED if n in request.headers},
                 )
                 async with self._admission.place():
                     return await self._proxied(call, sink)
