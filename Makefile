@@ -20,7 +20,7 @@ help:
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
 	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
-	@echo "make profile-gpu  measure this machine's GPU into profiles/data/CARD, clocks left alone, and compare it"
+	@echo "make profile-gpu  measure this machine's GPU into results/profiles/CARD, clocks left alone, and compare it"
 	@echo "make replay-gpu   probe, simulate, replay and validate on SGLang with this machine's GPUs ($(REPLAY))"
 	@echo "make clean  remove the environment and every generated file"
 
@@ -113,7 +113,7 @@ profile-gpu: $(STAMP)
 		|| { $(BIN)/python -m pip uninstall --quiet --yes torch; $(BIN)/python -m pip install --quiet torch; }
 	@$(BIN)/python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
 		|| { echo "profile-gpu needs a torch that sees the GPU: install the wheel for your driver's CUDA into $(VENV)" >&2; exit 1; }
-	@card=$$($(BIN)/python -m profiles.device.cards) && profile=$(or $(PROFILE),profiles/data/$$card/llama-3.1-8b) && set -x \
+	@card=$$($(BIN)/python -m profiles.device.cards) && profile=$(or $(PROFILE),results/profiles/$$card/llama-3.1-8b) && set -x \
 		&& $(BIN)/voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --budget $(BUDGET) --out $$profile \
 		&& $(BIN)/voltana compare-profiles $$profile $(BESIDE) --out results/measured-beside-calibrated
 
@@ -123,8 +123,7 @@ REPLAYED ?= results/gpu
 GPU_ENGINE ?= .engine-gpu
 
 replay-gpu: $(STAMP)
-	@[ -x $(GPU_ENGINE)/bin/python ] || $(PYTHON) -m venv $(GPU_ENGINE)
-	@$(GPU_ENGINE)/bin/python -c "import sglang, mooncake, voltana_engine_observer" 2>/dev/null || $(GPU_ENGINE)/bin/python -m pip install --quiet "sglang==0.5.23" mooncake-transfer-engine ./hwreplay/engine/observer
+	@sh hwreplay/engine/install-gpu.sh $(GPU_ENGINE) $(PYTHON)
 	$(BIN)/voltana replay --config $(REPLAY) --out $(REPLAYED)/probe --probe
 	$(BIN)/voltana simulate --config $(REPLAYED)/probe/simulate.toml --out $(REPLAYED)/simulated
 	$(BIN)/voltana replay --config $(REPLAYED)/probe/replay.toml --out $(REPLAYED)/replayed

@@ -60,9 +60,9 @@ class PolicySource:
         """KV cache of one instance."""
         return self.config.kv_capacity_tokens or self.profile.meta.engine.kv_capacity_tokens
 
-    def make_router(self) -> Router:
-        """The fleet's router."""
-        return make_router(self.config.router, self._context(DECODE, 0, "router"))
+    def make_router(self, spec: str | None = None) -> Router:
+        """The fleet's router, or another one for the same fleet."""
+        return make_router(spec or self.config.router, self._context(DECODE, 0, "router"))
 
     def make_controller(self, phase: Phase, instance_id: int) -> Controller:
         """One instance's controller."""

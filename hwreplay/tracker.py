@@ -91,6 +91,11 @@ class InstanceTracker:
     def __contains__(self, request_id: int) -> bool:
         return request_id in self._open
 
+    @property
+    def is_announced(self) -> bool:
+        """Prefill: a batch was announced and has not ended."""
+        return bool(self._announced)
+
     def open_ids(self) -> list[int]:
         """Requests assigned here that have not left, in order of arrival."""
         return list(self._open)
@@ -344,6 +349,7 @@ class InstanceTracker:
 
     def _rest(self) -> None:
         state = self.state
+        self._announced.clear()  # of batches whose records were lost
         state.num_running = 0
         state.kv_tokens = 0
         if not self._has_router:

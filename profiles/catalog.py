@@ -13,13 +13,13 @@ import pandas as pd
 
 from profiles import ecopred
 from profiles.errors import VoltanaError, nearest
+from profiles.places import DATA as DATA
+from profiles.places import profile_directory
 from profiles.schema import ProfileMeta, meta_toml, read_meta
 from profiles.spread import IterationSpread, row_spreads
 from profiles.step_model import StepModel
 from profiles.tables import grid_of, idle_power_of, read_idle_table, read_phase_table
 
-DATA = Path(__file__).parent / "data"
-"""Shipped profiles, `<gpu>/<model>`."""
 FILES = ("profile.toml", "prefill.csv", "decode.csv", "idle.csv", "ecopred.csv")
 
 ArrayLike = npt.ArrayLike
@@ -128,8 +128,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     Raises:
         VoltanaError: No such profile (the nearest name is suggested), or a file breaks a rule.
     """
-    shipped = DATA / name_or_path
-    directory = shipped if (shipped / "profile.toml").is_file() else Path(name_or_path)
+    directory = profile_directory(name_or_path)
     if not directory.is_dir():
         raise VoltanaError(
             f"unknown profile {str(name_or_path)!r}{nearest(str(name_or_path), list_profiles())}"
@@ -141,7 +140,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     idle = read_idle_table(directory / "idle.csv", clocks)
     _require_idle_range(idle, clocks, directory)
     fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks)
-    name = str(name_or_path) if directory == shipped else directory.name
+    name = str(name_or_path) if directory == DATA / name_or_path else directory.name
     return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,
                    content_hash=_hash(directory))  # fmt: skip
 

@@ -19,6 +19,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from profiles.errors import VoltanaError, nearest
+from profiles.places import SERVING, serving_settings
+
+DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
 
 def _key(default: Any, description: str) -> Any:  # noqa: ANN401 (dataclasses.field is untyped too)
@@ -29,7 +32,7 @@ def _key(default: Any, description: str) -> Any:  # noqa: ANN401 (dataclasses.fi
 class SimConfig:
     """One run: hardware, workload, fleet, policies, promises and engine model. See each `help`."""
 
-    profile: str = _key("a100-80g-sxm/llama-3.1-8b", "profile name or directory")
+    profile: str = _key(DEFAULT_PROFILE, "profile name or directory")
     workload: str = _key("sharegpt", "length distribution of generated requests")
     trace: str | None = _key(None, "trace file or named trace, in place of a generated workload")
     rate_rps: float = _key(60.0, "mean arrival rate of a generated workload, requests/s")
@@ -189,15 +192,25 @@ KEYS: dict[str, str] = {f.name: f.metadata["help"] for f in dataclasses.fields(S
 def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> SimConfig:
     """Build a configuration from plain values, converting text to each key's type.
 
+    A profile that knows its engine's serving overheads and limits (`serving.toml`) gives the
+    defaults of those keys; a value that is given wins.
+
     Raises:
         VoltanaError: An unknown key (with the nearest one) or a value of the wrong type or range.
     """
+    converted = _converted(values, where)
+    profile = converted.get("profile", DEFAULT_PROFILE)
+    known = _converted(serving_settings(profile), f"{SERVING} of {profile}")
+    return SimConfig(**(known | converted))
+
+
+def _converted(values: Mapping[str, Any], where: str) -> dict[str, Any]:
     converted: dict[str, Any] = {}
     for key, value in values.items():
         if key not in _HINTS:
             raise VoltanaError(f"unknown key {key!r} ({where}){nearest(key, _HINTS)}")
         converted[key] = _convert(key, value, where)
-    return SimConfig(**converted)
+    return converted
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:

@@ -111,7 +111,8 @@ def profile(
     from profiles.measure.run import measure_profile
     from profiles.measure.trial import Protocol
 
-    _check(engine, device, is_pair=pair)
+    _check(engine, device, is_pair=pair, is_attached=attach is not None)
+    _check_out(out)
     protocol = Protocol(
         window_s=window,
         min_iterations=iterations,
@@ -162,17 +163,32 @@ def _thinned(plan: Plan, progress: Progress) -> Plan:
     return replace(plan, clocks_mhz=clocks_mhz)
 
 
-def _check(engine: str, device: str, *, is_pair: bool) -> None:
+def _check(engine: str, device: str, *, is_pair: bool, is_attached: bool) -> None:
     if engine not in ENGINES:
         raise VoltanaError(f"--engine must be known, got {engine!r}{nearest(engine, ENGINES)}")
     if device not in DEVICES:
         raise VoltanaError(
             f"--device must be cuda or cpu, got {device!r}: choose the card with --gpu"
         )
+    if engine != "sglang" and (is_pair or is_attached):
+        option = "--pair" if is_pair else "--attach"
+        raise VoltanaError(f"{option} must go with --engine sglang, got --engine {engine}")
     if is_pair and device != "cpu":
         raise VoltanaError(
             "--pair must go with --device cpu, got --device cuda: two servers would share one card "
             "and its power; leave --pair out, or --attach to a pair on cards of its own"
+        )
+
+
+def _check_out(out: Path) -> None:
+    """Refuse a place inside the installed package: its journals and logs would ship with it."""
+    import profiles
+
+    package = Path(profiles.__file__).parent
+    if out.resolve().is_relative_to(package.resolve()):
+        raise VoltanaError(
+            f"--out must lie outside the package {package}, got {out}: name e.g. "
+            f"{Path('results/profiles') / out.name}"
         )
 
 
@@ -263,7 +279,10 @@ def _seconds(text: str) -> float:
     found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
     if found is None:
         raise VoltanaError(f"--budget must be a number with s, m or h, got {text!r}: e.g. 60m")
-    return float(found[1]) * _UNITS_S[found[2]]
+    seconds = float(found[1]) * _UNITS_S[found[2]]
+    if seconds <= 0:
+        raise VoltanaError(f"--budget must be > 0, got {text!r}: e.g. 60m")
+    return seconds
 
 
 def _summary(made: Profile, out: Path) -> str:

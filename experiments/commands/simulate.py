@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from profiles.errors import VoltanaError
+from profiles.places import SERVING, read_serving
 from sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
 from sim.workload.generate import PART_REQUESTS
 from sim.workload.workload import Workload
@@ -70,7 +71,7 @@ def simulate(
         "slo_ttft_s": None if slo_ttft_ms is None else slo_ttft_ms * 1e-3,
         "slo_itl_s": None if slo_itl_ms is None else slo_itl_ms * 1e-3,
     }  # fmt: skip
-    values = read_toml(config) if config else {}
+    values = _read(config) if config else {}
     values |= {key: value for key, value in options.items() if value is not None}
     values |= parse_settings(settings or [])
     _run(
@@ -79,6 +80,14 @@ def simulate(
         spill,
         as_json=json,
     )
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """A configuration; a profile's serving.toml stands for its profile."""
+    if path.name != SERVING:
+        return read_toml(path)
+    read_serving(path)
+    return {"profile": str(path.parent)}
 
 
 def _run(config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bool) -> None:

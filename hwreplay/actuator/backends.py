@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
 from hwreplay.actuator.protocol import Operation
+from profiles.device.cards import check_whole
 from profiles.device.gpu import (
     DeviceError,
     PermissionDeniedError,
@@ -32,6 +33,10 @@ class Backend(Protocol):
         """What this backend does: LOCK or CAP."""
 
     @property
+    def is_dry(self) -> bool:
+        """Whether it only writes down what it would do."""
+
+    @property
     def gpus(self) -> Collection[int]: ...
 
     def allows(self, gpu: int, value: int) -> bool: ...
@@ -46,6 +51,8 @@ class Backend(Protocol):
 
 class _Guarded(ABC):
     """GPUs of this process and the watchdog that restores them if it is killed."""
+
+    is_dry: ClassVar[bool] = False
 
     def __init__(self, gpus: Mapping[int, PowerLimitGpu], watchdog: Watchdog) -> None:
         self._gpus = gpus
@@ -169,6 +176,7 @@ class PowerBackend(_Guarded):
 class RecordingBackend:
     """Touches nothing: writes one JSON line a change, with its time (s on CLOCK_MONOTONIC)."""
 
+    is_dry: ClassVar[bool] = True
     operation: ClassVar[Operation] = Operation.LOCK
 
     def __init__(self, file: TextIO, *, gpus: Collection[int], clocks_mhz: Collection[int]) -> None:
@@ -222,6 +230,7 @@ def open_backend(
         return RecordingBackend(file, gpus=gpu_indices, clocks_mhz=clocks_mhz or ())
     with ExitStack() as opened:
         gpus = {index: opened.enter_context(NvmlGpu(index)) for index in gpu_indices}
+        check_whole(gpus.values())
         backend: Backend
         if is_power_cap:
             backend = PowerBackend(gpus)

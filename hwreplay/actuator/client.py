@@ -66,23 +66,23 @@ class Actuator(Protocol):
 
 
 class DryRunActuator:
-    """Writes one JSON line a change, `{"time_s": …, "clock_mhz": …}`, and touches nothing."""
+    """Writes one JSON line a wish, `{"time_s": …, "clock_mhz": …}`, and touches nothing.
 
+    What it would have set is no clock: `clock_mhz` stays what it is, unlocked.
+    """
+
+    clock_mhz = UNLOCKED_MHZ
     num_refused = 0
     last_refusal = ""
 
     def __init__(self, path: Path) -> None:
         self._file: TextIO = path.open("w", encoding="utf-8")
         self._start_ns = time.monotonic_ns()
-        self._clock_mhz = UNLOCKED_MHZ
-
-    @property
-    def clock_mhz(self) -> int:
-        return self._clock_mhz
+        self._wish_mhz = UNLOCKED_MHZ
 
     def set_clock(self, clock_mhz: int) -> None:
-        if clock_mhz != self._clock_mhz:
-            self._clock_mhz = clock_mhz
+        if clock_mhz != self._wish_mhz:
+            self._wish_mhz = clock_mhz
             time_s = (time.monotonic_ns() - self._start_ns) * 1e-9
             line = {"time_s": round(time_s, 6), "clock_mhz": clock_mhz}
             self._file.write(json.dumps(line) + "\n")
@@ -130,8 +130,12 @@ class HelperActuator:
         self._clock_mhz = UNLOCKED_MHZ
         self._open: dict[int, tuple[int, int]] = {}
         """Sequence of a message under way, with its clock and when it was sent in ns."""
-        self._waiting: Counter[int] = Counter()
-        """GPUs that have yet to confirm, by clock."""
+        self._under_way: dict[int, int] = {}
+        """Clock that each GPU has been asked for and has not answered: one message a card."""
+        self._next: dict[int, int] = {}
+        """Newest wish of a GPU whose answer is awaited; it replaces the one before it."""
+        self._held = dict.fromkeys(gpus, UNLOCKED_MHZ)
+        """Clock that each GPU has confirmed."""
         self.refused: Counter[Status] = Counter()
         self.num_refused = 0
         self.last_refusal = ""
@@ -166,12 +170,11 @@ class HelperActuator:
             self._refuse(clock_mhz, self._gpus[0], Status.VALUE_NOT_ALLOWED)
             return
         self._wanted_mhz = clock_mhz
-        self._waiting[clock_mhz] = len(self._gpus)
-        now_ns = time.monotonic_ns()
         for gpu in self._gpus:
-            self._sequence = self._sequence % MAX_SEQUENCE + 1
-            self._open[self._sequence] = (clock_mhz, now_ns)
-            self._send(self._request(gpu, clock_mhz))
+            if gpu in self._under_way:
+                self._next[gpu] = clock_mhz
+            else:
+                self._ask(gpu, clock_mhz)
 
     def beat(self) -> None:
         self._send(Request(operation=Operation.BEAT))
@@ -207,19 +210,29 @@ class HelperActuator:
         if clock_mhz is None:
             return  # the answer to a beat
         self.answer_s.append((time.monotonic_ns() - sent_ns) * 1e-9)
-        if answer.status != Status.OK:
-            self._refuse(clock_mhz, answer.gpu, answer.status)
-            return
-        self._waiting[clock_mhz] -= 1
-        if self._waiting[clock_mhz] <= 0:
-            del self._waiting[clock_mhz]
-            self._clock_mhz = clock_mhz
+        self._under_way.pop(answer.gpu, None)
+        newest_mhz = self._next.pop(answer.gpu, None)
+        if answer.status == Status.OK:
+            self._held[answer.gpu] = clock_mhz
+            if set(self._held.values()) == {clock_mhz}:
+                self._clock_mhz = clock_mhz
+        elif answer.status != Status.RECORDED:
+            self._refuse(clock_mhz, answer.gpu, answer.status, has_newer=newest_mhz is not None)
+        if newest_mhz is not None and (newest_mhz != clock_mhz or answer.status != Status.OK):
+            self._ask(answer.gpu, newest_mhz)
 
-    def _refuse(self, clock_mhz: int, gpu: int, status: Status) -> None:
+    def _ask(self, gpu: int, clock_mhz: int) -> None:
+        self._sequence = self._sequence % MAX_SEQUENCE + 1
+        self._open[self._sequence] = (clock_mhz, time.monotonic_ns())
+        self._under_way[gpu] = clock_mhz
+        self._send(self._request(gpu, clock_mhz))
+
+    def _refuse(self, clock_mhz: int, gpu: int, status: Status, *, has_newer: bool = False) -> None:
         self.refused[status] += 1
         self.num_refused += 1
         self.last_refusal = f"{clock_mhz} MHz on GPU {gpu}: {status.name}"
-        self._wanted_mhz = None
+        if not has_newer:
+            self._wanted_mhz = None
 
     def _request(self, gpu: int, clock_mhz: int) -> Request:
         value = clock_mhz

@@ -189,7 +189,7 @@ class Helper:
                 if gpu in peer.held:
                     self._backend.restore(gpu)
                     self._forget(peer, gpu)
-                return Status.OK
+                return self._done
             if not self._backend.allows(gpu, request.value):
                 return Status.VALUE_NOT_ALLOWED
             if self._tokens[gpu] < 1.0:
@@ -202,7 +202,12 @@ class Helper:
             _log(str(error))
             return Status.DEVICE_FAILED
         self._orphans.discard(gpu)
-        return Status.OK
+        return self._done
+
+    @property
+    def _done(self) -> Status:
+        """What is said of a change that was made, or only written down."""
+        return Status.RECORDED if self._backend.is_dry else Status.OK
 
     def _refill(self, now_ns: int) -> None:
         rate = self._config.max_rate_per_s

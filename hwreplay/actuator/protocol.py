@@ -54,6 +54,8 @@ class Status(IntEnum):
     DEVICE_FAILED = 6
     UNSUPPORTED = 7
     """This helper locks clocks and was asked to cap power, or the other way round."""
+    RECORDED = 8
+    """A dry run has written it down and touched nothing: the clock is what it was."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -88,6 +88,8 @@ class ControlLoop:
         self._has_plugin = False
         self._heard_s = now_s
         self._loaded_s: float | None = None
+        self._waited_s = now_s
+        """When the engine last had requests and nothing to compute."""
         self._sequence: int | None = None
         self._plan_s: float | None = None
         self._plan: IdlePlan | None = None
@@ -193,7 +195,9 @@ class ControlLoop:
         self._tracker.observe(now_s)
         self._note_load(now_s)
         is_loaded = self._loaded_s is not None
-        silent_s = now_s - max(self._heard_s, self._loaded_s or self._heard_s)
+        if not is_loaded and self._waits_by_right():
+            self._waited_s = now_s
+        silent_s = now_s - max(self._heard_s, self._waited_s, self._loaded_s or 0.0)
         if silent_s > self._limits.allowed_s(self._expected_s(), is_busy=is_loaded):
             self.go_safe(now_s, f"no metrics for {silent_s:.2f} s")
         if self._plan is not None and self._plan_s is not None and now_s >= self._plan_s:
@@ -313,15 +317,27 @@ class ControlLoop:
         return lost
 
     def _note_load(self, now_s: float) -> None:
-        """Since when the engine should be reporting iterations."""
+        """Since when the engine should be reporting iterations.
+
+        A request at a prefill server may wait for its pair; a batch that was announced may not.
+        """
         state = self._tracker.state
         is_loaded = state.num_running > 0
         if state.phase == PREFILL:
-            is_loaded = state.is_busy or state.num_waiting > 0
+            is_loaded = self._has_plugin and self._tracker.is_announced
         if not is_loaded:
             self._loaded_s = None
         elif self._loaded_s is None:
             self._loaded_s = now_s
+
+    def _waits_by_right(self) -> bool:
+        """Whether requests are here and none can be computed: SGLang says nothing meanwhile.
+
+        Its heartbeats come only when no queue holds anything. Without the plug-in nobody tells
+        whether a prefill server computes: its silence is believed as long as that of one at rest.
+        """
+        state = self._tracker.state
+        return state.open_requests > 0 and (state.phase != PREFILL or self._has_plugin)
 
     def _expected_s(self) -> float:
         """Duration of the iteration that should be running: the last one's, or a bigger queue's."""

@@ -3,31 +3,59 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from profiles.device.gpu import DeviceError
+from profiles.device.gpu import DeviceError, UnsupportedQueryError
 
 PERIOD_S: Final = 0.1
 """Counters of data-centre cards move every 20 to 100 ms."""
 
 
-class EnergyCounter(Protocol):
-    """A card that counts its energy."""
+class Card(Protocol):
+    """What a meter asks of a card."""
 
     def energy_j(self) -> float: ...
+
+    def power_w(self) -> float: ...
+
+
+class CardMeter:
+    """Energy of one card: counted by it, or integrated from its power by the trapezoid rule."""
+
+    def __init__(self, gpu: Card) -> None:
+        """Read once. Raises DeviceError if the card can tell neither energy nor power."""
+        self._gpu = gpu
+        self._energy_j = 0.0
+        self._last_ns = time.monotonic_ns()
+        self._has_counter = True
+        try:
+            gpu.energy_j()
+        except UnsupportedQueryError:
+            self._has_counter = False
+            self._last_w = gpu.power_w()
+
+    def energy_j(self) -> float:
+        """The counter, or the integral since this meter was made."""
+        if self._has_counter:
+            return self._gpu.energy_j()
+        now_ns, power_w = time.monotonic_ns(), self._gpu.power_w()
+        self._energy_j += (power_w + self._last_w) / 2 * (now_ns - self._last_ns) * 1e-9
+        self._last_ns, self._last_w = now_ns, power_w
+        return self._energy_j
 
 
 class EnergyMeter:
     """The sum of the cards' counters since it was made."""
 
-    def __init__(self, gpus: Sequence[EnergyCounter], *, period_s: float = PERIOD_S) -> None:
+    def __init__(self, gpus: Sequence[Card], *, period_s: float = PERIOD_S) -> None:
         """Read once, then start the thread.
 
         Raises:
-            DeviceError: A card does not count its energy.
+            DeviceError: A card can tell neither energy nor power.
         """
-        self._gpus = gpus
+        self._meters = [CardMeter(gpu) for gpu in gpus]
         self._period_s = period_s
         self._start_j = self._total_j()
         self._energy_j = 0.0
@@ -60,4 +88,4 @@ class EnergyMeter:
                 return
 
     def _total_j(self) -> float:
-        return sum(gpu.energy_j() for gpu in self._gpus)
+        return sum(meter.energy_j() for meter in self._meters)

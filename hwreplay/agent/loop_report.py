@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_right
 from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -11,22 +12,37 @@ import numpy as np
 
 BUCKETS_S: Final = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2, 5))
 """Upper edges of the latency histogram: 10 µs to 5 s."""
+MAX_KEPT: Final = 100_000
+"""Durations kept one by one, 8 bytes each."""
 MAX_SAFE_STATES: Final = 1000
 """So many are kept one by one; `counts` has them all."""
 
 
 class Latencies:
-    """Durations of the loop, all kept: 8 bytes each."""
+    """Durations of the loop: all counted, `MAX_KEPT` of them kept, each with the same chance.
+
+    Below that number quantiles are exact; a server that runs for months needs no more memory.
+    """
 
     def __init__(self) -> None:
         self._values_s = array("d")
+        self._counts = [0] * (len(BUCKETS_S) + 1)
+        self._num = 0
+        self._max_s = 0.0
+        self._rng = np.random.default_rng(0)
 
     def add(self, value_s: float) -> None:
         """Count one."""
-        self._values_s.append(value_s)
+        self._num += 1
+        self._max_s = max(self._max_s, value_s)
+        self._counts[bisect_right(BUCKETS_S, value_s)] += 1
+        if self._num <= MAX_KEPT:
+            self._values_s.append(value_s)
+        elif (position := int(self._rng.integers(self._num))) < MAX_KEPT:
+            self._values_s[position] = value_s
 
     def __len__(self) -> int:
-        return len(self._values_s)
+        return self._num
 
     def as_dict(self) -> dict[str, Any]:
         """Quantiles and a histogram: {"p99_s": …, "histogram": [[upper edge in s, count], …]}.
@@ -36,14 +52,13 @@ class Latencies:
         if not self._values_s:
             return {"num": 0}
         values = np.asarray(self._values_s)
-        counts, _ = np.histogram(values, bins=[0.0, *BUCKETS_S, float("inf")])
         edges = [*BUCKETS_S, None]
         quantiles = {f"p{q}_s": float(np.quantile(values, q / 100)) for q in (50, 90, 99)}
         return {
-            "num": len(values),
+            "num": self._num,
             **quantiles,
-            "max_s": float(values.max()),
-            "histogram": [[edge, int(n)] for edge, n in zip(edges, counts, strict=True) if n],
+            "max_s": self._max_s,
+            "histogram": [[edge, n] for edge, n in zip(edges, self._counts, strict=True) if n],
         }
 
 

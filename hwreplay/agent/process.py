@@ -37,6 +37,7 @@ from hwreplay.messages.events import Event, apply_event, topic_of
 from hwreplay.messages.reports import Report, ReportSender
 from hwreplay.tracker import InstanceTracker
 from profiles.catalog import Profile, load_profile
+from profiles.device.cards import check_whole
 from profiles.device.constant import ConstantPowerGpu
 from profiles.device.nvml import NvmlGpu
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
@@ -308,7 +309,9 @@ def _make_meter(config: AgentConfig) -> EnergyMeter | None:
         return EnergyMeter([ConstantPowerGpu(config.power_w)])
     if not config.gpus:
         return None
-    return EnergyMeter([NvmlGpu(index) for index in config.gpus])
+    gpus = [NvmlGpu(index) for index in config.gpus]
+    check_whole(gpus)
+    return EnergyMeter(gpus)
 
 
 def _helper(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:

@@ -8,7 +8,6 @@ shared memory that they leave; if this process is killed a reaper does.
 from __future__ import annotations
 
 import http.client
-import json
 import os
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Final, Self
 
 from hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
+from hwreplay.router.vocabulary import read_vocab_size
 from profiles.device.cards import cuda_environment
 from profiles.engines.reaper import Reaper
 from profiles.engines.sglang_server import (
@@ -136,15 +136,13 @@ class Engine:
         Raises:
             VoltanaError: Its config.json cannot be read, or does not say.
         """
-        path = self.model / "config.json"
-        try:
-            found = json.loads(path.read_text(encoding="utf-8"))
-            return int(found.get("text_config", found)["vocab_size"])
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        found = read_vocab_size(self.model)
+        if found is None:
             raise VoltanaError(
-                f"a model must be a folder whose config.json has its vocab_size, got {self.model} "
-                f"({type(error).__name__}): name one in [fleet] model"
-            ) from None
+                "a model must be a folder whose config.json has its vocab_size, got "
+                f"{self.model}: name one in [fleet] model"
+            )
+        return found
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -199,7 +197,8 @@ def server_environment(at: Placement) -> dict[str, str]:
     """What one server's environment has beyond ours."""
     found = dict(CPU_ENVIRONMENT)
     if at.gpus:
-        found = cuda_environment(at.gpus)  # the metered card must be the one that runs
+        # The metered card must be the one that runs; the KV transfer's sockets stay on loopback.
+        found = cuda_environment(at.gpus) | {"SGLANG_HOST_IP": HOST}
     if at.batch_socket is not None:
         found[BATCH_SOCKET] = str(at.batch_socket)
     return found

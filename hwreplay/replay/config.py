@@ -18,6 +18,7 @@ from sim.policies.base import DECODE, PREFILL, Phase
 START_KEYS: Final = ("engine", "python", "model", "arguments")
 """Of [fleet], for servers that are started here."""
 FLEET_KEYS: Final = (*START_KEYS, "prefill", "decode", "batch_sockets")
+PARALLEL_DATA: Final = ("--dp-size", "--data-parallel-size", "--dp")
 REPLAY_KEYS: Final = ("actuator", "gpus", "power_w", "vocabulary", "drain_s", "rest_s")
 
 
@@ -87,6 +88,12 @@ class ReplayConfig:
                     f"gpus.{phase} must list the cards of {count} instances, at least one each, "
                     f"got {[list(c) for c in cards]} ([replay])"
                 )
+        named = [card for phase in counts for cards in self.gpus[phase] for card in cards]
+        if twice := sorted({card for card in named if named.count(card) > 1}):
+            raise VoltanaError(
+                f"gpus must name each card once, got {twice} for several servers ([replay]): its "
+                "clock would have two masters and its energy count twice"
+            )
 
     @property
     def stated_power_w(self) -> float:
@@ -184,7 +191,14 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
         raise VoltanaError(
             f"[fleet] must name both python and model, or engine, which has both ({where})"
         )
-    return Engine(python=python, model=model, arguments=tuple(shlex.split(arguments)))
+    words = tuple(shlex.split(arguments))
+    for word in words:
+        if word.split("=")[0] in PARALLEL_DATA:
+            raise VoltanaError(
+                f"[fleet] arguments must not have {word} ({where}): only one rank of a server is "
+                "watched; start more servers instead"
+            )
+    return Engine(python=python, model=model, arguments=words)
 
 
 def _path(table: Mapping[str, Any], key: str) -> Path | None:

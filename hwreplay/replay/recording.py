@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import BinaryIO, Final
 
 import msgspec
 
+from hwreplay.agent.energy_meter import CardMeter
 from hwreplay.clock import RunClock
 from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.router.config import WorkerConfig
-from profiles.device.gpu import DeviceError, Gpu, UnsupportedQueryError
+from profiles.device.gpu import DeviceError, Gpu
 from profiles.engines.sglang_metrics import IterationMetrics, MetricsError, step_time_s
 from profiles.errors import VoltanaError
 from sim.policies.base import PREFILL, Phase
@@ -93,7 +93,10 @@ class EnergyRecorder:
     ) -> None:
         """Start reading. Raises DeviceError if a card can tell neither energy nor power."""
         self._clock = clock
-        self._meters = {key: [_Meter(gpu) for gpu in cards] for key, cards in gpus.items()}
+        self._is_measured = all(
+            card.identity.is_power_measured for cards in gpus.values() for card in cards
+        )
+        self._meters = {key: [CardMeter(gpu) for gpu in cards] for key, cards in gpus.items()}
         self._out = path.open("ab", buffering=0)
         self._error: DeviceError | None = None
         self._is_ended = threading.Event()
@@ -104,7 +107,7 @@ class EnergyRecorder:
     @property
     def is_measured(self) -> bool:
         """Whether every card measures its power."""
-        return all(m.gpu.identity.is_power_measured for ms in self._meters.values() for m in ms)
+        return self._is_measured
 
     def close(self) -> None:
         """Read once more and end.
@@ -131,29 +134,6 @@ class EnergyRecorder:
     def _read_all(self) -> None:
         for (phase, instance_id), meters in self._meters.items():
             before_s = self._clock.now_s()
-            energy_j = sum(meter.read_j() for meter in meters)
+            energy_j = sum(meter.energy_j() for meter in meters)
             at_s = (before_s + self._clock.now_s()) / 2
             self._out.write(_encode(EnergyRow(phase, instance_id, at_s, energy_j)) + b"\n")
-
-
-class _Meter:
-    """Energy of one card, counted by it or integrated here."""
-
-    def __init__(self, gpu: Gpu) -> None:
-        self.gpu = gpu
-        self._energy_j = 0.0
-        self._last_ns = time.monotonic_ns()
-        self._has_counter = True
-        try:
-            gpu.energy_j()
-        except UnsupportedQueryError:
-            self._has_counter = False
-            self._last_w = gpu.power_w()
-
-    def read_j(self) -> float:
-        if self._has_counter:
-            return self.gpu.energy_j()
-        now_ns, power_w = time.monotonic_ns(), self.gpu.power_w()
-        self._energy_j += (power_w + self._last_w) / 2 * (now_ns - self._last_ns) * 1e-9
-        self._last_ns, self._last_w = now_ns, power_w
-        return self._energy_j

@@ -7,6 +7,7 @@ no such request ends as a `BadRequestError` with one clear line, here and not in
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Final
 
 import msgspec
@@ -21,7 +22,6 @@ PATHS: Final = (GENERATE, COMPLETIONS, CHAT)
 CHARACTERS_PER_TOKEN: Final = 4.0
 """How a prompt that comes as text is counted: the router has no tokenizer."""
 DEFAULT_NEW_TOKENS: Final = {GENERATE: 128, COMPLETIONS: 16, CHAT: 128}
-END_OF_IDS: Final = 2**31
 MAX_TOP_LOGPROBS: Final = 128
 """What a prefill server can hand to a decode server."""
 
@@ -73,7 +73,7 @@ def parse_body(path: str, data: bytes, vocab_size: int | None = None) -> Body:
     Args:
         path: What is asked for, one of `PATHS`.
         data: The body.
-        vocab_size: Token ids must lie below.
+        vocab_size: Token ids must lie below; None: it is not known, and no id is let through.
 
     Raises:
         BadRequestError: Malformed JSON, a missing field, a wrong type or a value out of range.
@@ -83,11 +83,8 @@ def parse_body(path: str, data: bytes, vocab_size: int | None = None) -> Body:
     except _UNREADABLE as error:
         raise BadRequestError(f"the body must be a JSON object: {error}") from None
     stream = _read(fields, "stream", _flag, default=False)
-    top = vocab_size or END_OF_IDS
-    if path == GENERATE:
-        tokens, new_tokens, is_exact = _generate(fields, top)
-    else:
-        tokens, new_tokens, is_exact = _openai(path, fields, top)
+    read = _generate if path == GENERATE else partial(_openai, path)
+    tokens, new_tokens, is_exact = read(fields, vocab_size)
     if new_tokens < 1:
         raise BadRequestError(f"the number of new tokens must be >= 1, got {new_tokens}")
     return Body(
@@ -100,7 +97,7 @@ def parse_body(path: str, data: bytes, vocab_size: int | None = None) -> Body:
     )
 
 
-def _generate(fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]:
+def _generate(fields: dict[str, msgspec.Raw], top: int | None) -> tuple[int, int, bool]:
     if ("text" in fields) == ("input_ids" in fields):
         raise BadRequestError("a request must have either text or input_ids")
     if "text" in fields:
@@ -120,7 +117,7 @@ def _generate(fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]
     return tokens, new_tokens, params.get("ignore_eos") is True
 
 
-def _check_logprobs(fields: dict[str, msgspec.Raw], input_tokens: int, top: int) -> None:
+def _check_logprobs(fields: dict[str, msgspec.Raw], input_tokens: int, top: int | None) -> None:
     """Ranges that SGLang 0.5.23 does not check and whose violation ends its server."""
     start = _read(fields, "logprob_start_len", _count, default=None)
     if start is not None and not -1 <= start <= input_tokens:
@@ -131,14 +128,14 @@ def _check_logprobs(fields: dict[str, msgspec.Raw], input_tokens: int, top: int)
         _count_ids(ids, top)
 
 
-def _check_top_logprobs(fields: dict[str, msgspec.Raw], name: str, top: int) -> None:
-    most = min(top, MAX_TOP_LOGPROBS)
+def _check_top_logprobs(fields: dict[str, msgspec.Raw], name: str, top: int | None) -> None:
+    most = MAX_TOP_LOGPROBS if top is None else min(top, MAX_TOP_LOGPROBS)
     number = _read(fields, name, _count, default=None)
     if number is not None and not 0 <= number <= most:
         raise BadRequestError(f"{name} must be in 0..{most}, got {number}")
 
 
-def _openai(path: str, fields: dict[str, msgspec.Raw], top: int) -> tuple[int, int, bool]:
+def _openai(path: str, fields: dict[str, msgspec.Raw], top: int | None) -> tuple[int, int, bool]:
     if _read(fields, "n", _count, default=1) not in (None, 1):
         raise BadRequestError("n must be 1: send one request for each answer")
     _check_top_logprobs(fields, "top_logprobs" if path == CHAT else "logprobs", top)
@@ -150,7 +147,7 @@ def _openai(path: str, fields: dict[str, msgspec.Raw], top: int) -> tuple[int, i
     return tokens, DEFAULT_NEW_TOKENS[path] if new_tokens is None else new_tokens, is_exact
 
 
-def _count_prompt(fields: dict[str, msgspec.Raw], top: int) -> int:
+def _count_prompt(fields: dict[str, msgspec.Raw], top: int | None) -> int:
     if "prompt" not in fields:
         raise BadRequestError("a request must have a prompt")
     prompt = _read(fields, "prompt", _prompt)
@@ -181,9 +178,14 @@ def _count_text(text: str) -> int:
     return max(round(len(text) / CHARACTERS_PER_TOKEN), 1)
 
 
-def _count_ids(ids: list[int], top: int) -> int:
+def _count_ids(ids: list[int], top: int | None) -> int:
     if not ids:
         raise BadRequestError("the prompt must not be empty")
+    if top is None:
+        raise BadRequestError(
+            "token ids cannot be checked, no server tells its vocabulary: send text, or state "
+            "[router] vocab_size"
+        )
     if min(ids) < 0 or max(ids) >= top:
         raise BadRequestError(f"token ids must be in 0..{top - 1}")
     return len(ids)

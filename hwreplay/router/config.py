@@ -83,16 +83,19 @@ class RouterConfig:
     """Of all requests together, from before they are read to their end; past it 429. One that does
     not say its length counts as the largest."""
     vocab_size: int | None = None
-    """The model's: token ids must lie below; none = not checked. SGLang checks none either, and an
-    id that the model does not have ends the server."""
+    """The model's: token ids must lie below; none = as the servers tell. SGLang checks no id, and
+    one that the model does not have ends the server."""
     max_attempts: int = 3
     """Pairs that a request which has not started may be tried on."""
-    max_lost: int = 2
-    """A request that was on so many servers when they died is given up: it may be the reason."""
+    max_lost: int = 1
+    """A request that was on so many servers when they were lost is given up: it may be the reason.
+    More than 1 lets a request that ends servers end as many."""
     connect_s: float = 2.0
     first_token_s: float = 600.0
     """Longest wait for a first token, from the sending on. An answer that is not streamed shows no
     token before its end, so it must be whole by then."""
+    stall_s: float = 120.0
+    """Longest silence in a stream that has begun."""
     client_stall_s: float = 60.0
     """A client that takes nothing for so long is dropped."""
     health_period_s: float = 1.0
@@ -100,7 +103,8 @@ class RouterConfig:
     health_path: str = "/v1/loads?include=core"
     """Cheap and without a side effect; SGLang's /health generates a token on an idle server."""
     stale_s: float = 10.0
-    """A busy server whose metrics are silent for so long is taken out."""
+    """A server that should compute and is silent for so long gets no new requests where another can
+    have them; those on it go on."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -131,8 +135,8 @@ class RouterConfig:
 
 _POSITIVE: Final = (
     "max_open", "max_body_bytes", "max_bodies_bytes", "vocab_size", "max_attempts", "max_lost",
-    "connect_s", "first_token_s", "client_stall_s", "health_period_s", "health_timeout_s",
-    "stale_s",
+    "connect_s", "first_token_s", "stall_s", "client_stall_s", "health_period_s",
+    "health_timeout_s", "stale_s",
 )  # fmt: skip
 _LIMITS: Final = {f.name for f in fields(RouterConfig)} - {"workers", "sim", "token"}
 

@@ -54,7 +54,9 @@ class RejectionError(VoltanaError):
 
 def error_body(status: int, message: str) -> bytes:
     """An error of the router's own, as OpenAI's clients expect it."""
-    return msgspec.json.encode({"error": {"message": message, "type": "router", "code": status}})
+    kind = "invalid_request_error" if status < SERVER_ERROR else "server_error"
+    error = {"message": message, "type": kind, "param": None, "code": status}
+    return msgspec.json.encode({"error": error})
 
 
 class EventWatch:

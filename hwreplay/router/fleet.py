@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from types import TracebackType
-from typing import Final
+from operator import index
+from typing import Final, SupportsIndex
 
 import aiohttp
 
@@ -17,99 +17,35 @@ from hwreplay.context import PolicySource
 from hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
 from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.messages.reports import ReportFeed
+from hwreplay.router.attempt import AttemptError, NoWorkerError, Worker
 from hwreplay.router.body import Body
-from hwreplay.router.config import RouterConfig, WorkerConfig
+from hwreplay.router.config import RouterConfig
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.router.upstream import Upstream
-from hwreplay.tracker import InstanceTracker
+from hwreplay.router.vocabulary import ask_vocab_size
 from profiles.engines.sglang_metrics import MetricsError
 from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL, Phase, RequestView
+from sim.policies.base import DECODE, PREFILL, InstanceState, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2
 """Failed checks in a row that take a server out; a refused connection does so at once."""
 SUCCESSES_TO_RETURN: Final = 2
 RESTART_S: Final = 1.0
+FALLBACK: Final = "round-robin"
+"""Who routes where the policy fails."""
 REFUSED: Final = "it takes no connections"
 LATE: Final = "its health check takes"
 
 
-class NoWorkerError(VoltanaError):
-    """No healthy pair to send a request to."""
-
-
-class AttemptError(VoltanaError):
-    """An attempt has come to nothing; another pair may do."""
-
-    def __init__(
-        self, reason: str, message: str, worker: Worker | None, *, was_there: bool = False
-    ) -> None:
-        """`was_there`: the server was lost with the request on it."""
-        super().__init__(message)
-        self.reason = reason
-        self.worker = worker
-        self.was_there = was_there
-
-
-class Attempt:
-    """One request on one pair, run by the task that enters it; others can end it from outside."""
-
-    __slots__ = ("_error", "_is_running", "_task", "asked")
-
-    def __init__(self) -> None:
-        """The current task is to run it."""
-        task = asyncio.current_task()
-        assert task is not None
-        self._task = task
-        self._error: BaseException | None = None
-        self._is_running = False
-        self.asked: set[Worker] = set()
-        """Servers that the request has been sent to."""
-
-    def __enter__(self) -> None:
-        self._is_running = True
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        """Our cancellation becomes the error it stands for; the client's stays what it is."""
-        self._is_running = False
-        if self._error is not None and not self._task.uncancel() and kind is asyncio.CancelledError:
-            raise self._error from None
-
-    def fail(self, error: BaseException) -> None:
-        """It ends with this error where it waits now, unless it has ended."""
-        if self._error is None and self._is_running:
-            self._error = error
-            self._task.cancel()
-
-
-class Worker:
-    """One server and what runs on it."""
-
-    def __init__(self, config: WorkerConfig, tracker: InstanceTracker, upstream: Upstream) -> None:
-        self.config = config
-        self.tracker = tracker
-        self.upstream = upstream
-        self.attempts: set[Attempt] = set()
-        self.is_healthy = True
-        self.failures = 0
-        self.successes = 0
-        self.heard_s = 0.0
-        """When it last sent anything: a server that streams is alive, its checks late or not."""
-        self.check_now = asyncio.Event()
-        """Set when a connection broke: do not wait for the next turn."""
-
-    @property
-    def name(self) -> str:
-        return self.config.name
-
-
 Pair = tuple[Worker, Worker]
+
+
+def _position(value: object, states: Sequence[InstanceState]) -> int:
+    """A position in the list, checked: a negative one would wrap around."""
+    if isinstance(value, SupportsIndex) and 0 <= (position := index(value)) < len(states):
+        return position
+    raise VoltanaError(f"a router must give a position in 0..{len(states) - 1}, got {value!r}")
 
 
 class RouterFleet:
@@ -123,6 +59,8 @@ class RouterFleet:
         self._clock = clock
         self._metrics = metrics
         self._router = source.make_router()
+        self._fallback = source.make_router(FALLBACK)
+        self._has_routing_failed = False
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
                 Worker(
@@ -147,13 +85,22 @@ class RouterFleet:
         """Prefill first."""
         return (*self.workers[PREFILL], *self.workers[DECODE])
 
-    def start(self, session: aiohttp.ClientSession) -> None:
-        """Begin to watch the servers."""
+    @property
+    def vocab_size(self) -> int | None:
+        """Token ids lie below, by the configuration and by every server; None if nobody tells."""
+        told = [self._config.vocab_size, *(w.vocab_size for w in self.all_workers())]
+        return min((size for size in told if size is not None), default=None)
+
+    async def start(self, session: aiohttp.ClientSession) -> None:
+        """Ask the servers for their vocabulary, then begin to watch them."""
+        self._session = session
+        await asyncio.gather(*(self._ask_vocabulary(w) for w in self.all_workers()))
         jobs: dict[str, Callable[[], Awaitable[None]]] = {}
         for worker in self.all_workers():
-            jobs[f"health of {worker.name}"] = partial(self._check_health, worker, session)
+            jobs[f"health of {worker.name}"] = partial(self._check_health, worker)
             if worker.config.metrics:
                 jobs[f"metrics of {worker.name}"] = partial(self._follow, worker)
+        jobs["silence"] = self._watch_silence
         if self._publisher is not None:
             jobs["events"] = self._repeat_open
         if self._config.reports is not None:
@@ -198,7 +145,7 @@ class RouterFleet:
         now_s = self._clock.now_s()
         oracle = body.max_new_tokens if self._config.sim.length_oracle and body.is_exact else None
         view = RequestView(request_id, arrival_s, body.input_tokens, oracle)
-        first, second = self._router.route(
+        first, second = self._route(
             view,
             [w.tracker.observe(now_s) for w in prefill],
             [w.tracker.observe(now_s) for w in decode],
@@ -208,6 +155,23 @@ class RouterFleet:
             worker.tracker.on_assigned(request_id, arrival_s, body.input_tokens, oracle)
             self._publish("assigned", worker, request_id, arrival_s, body.input_tokens, oracle)
         return pair
+
+    def _route(
+        self,
+        view: RequestView,
+        prefill: Sequence[InstanceState],
+        decode: Sequence[InstanceState],
+    ) -> tuple[int, int]:
+        """The policy's positions; round-robin's where it fails, which is counted."""
+        try:
+            first, second = self._router.route(view, prefill, decode)
+            return _position(first, prefill), _position(second, decode)
+        except Exception:
+            self._metrics.routing_errors.inc()
+            if not self._has_routing_failed:  # once: a broken policy fails at every request
+                self._has_routing_failed = True
+                LOG.exception("%s has failed, requests go round-robin", self._config.sim.router)
+            return self._fallback.route(view, prefill, decode)
 
     def prefilled(self, pair: Pair, request_id: int) -> None:
         """The prefill server has answered."""
@@ -232,17 +196,26 @@ class RouterFleet:
     def take_out(self, worker: Worker, reason: str) -> None:
         """A server does not answer: no more requests for it, and those on it are lost."""
         worker.successes = 0
+        worker.vocab_size = None  # it may come back with another model
         if worker.is_healthy:
             worker.is_healthy = False
             LOG.warning("%s is out: %s", worker.name, reason)
             self._show_health(worker)
         for attempt in list(worker.attempts):
             message = f"{worker.name} is out: {reason}"
-            was_there = worker in attempt.asked
-            attempt.fail(AttemptError("server_lost", message, worker, was_there=was_there))
+            attempt.fail(AttemptError("server_lost", message, worker))
+
+    async def num_lost(self, asked: Iterable[Worker]) -> int:
+        """How many of these servers do not answer now: what they were asked may be the reason."""
+        answers = await asyncio.gather(*(self._is_gone(worker) for worker in asked))
+        return sum(answers)
+
+    async def _is_gone(self, worker: Worker) -> bool:
+        return not worker.is_healthy or await self._ask_health(worker) is not None
 
     def _bring_back(self, worker: Worker) -> None:
         worker.is_healthy = True
+        worker.is_suspect = False
         LOG.warning("%s is back", worker.name)
         self._show_health(worker)
 
@@ -260,13 +233,14 @@ class RouterFleet:
             self._metrics.energy_j.labels(*labels).set(state.energy_j)
 
     def _candidates(self, phase: Phase, excluded: set[Worker]) -> list[Worker]:
-        """Healthy servers; one that has failed this request before only where no other is left."""
+        """Healthy servers; a suspect, or one that this request failed on, only if no other is."""
         healthy = [w for w in self.workers[phase] if w.is_healthy]
         if not healthy:
             raise NoWorkerError(
                 f"no {phase} server answers: all {len(self.workers[phase])} are out"
             )
-        return [w for w in healthy if w not in excluded] or healthy
+        untried = [w for w in healthy if w not in excluded] or healthy
+        return [w for w in untried if not w.is_suspect] or untried
 
     def _publish(
         self,
@@ -287,20 +261,14 @@ class RouterFleet:
     def _labels(worker: Worker) -> tuple[str, str]:
         return worker.config.phase, str(worker.config.instance_id)
 
-    async def _check_health(self, worker: Worker, session: aiohttp.ClientSession) -> None:
-        config = self._config
-        url = worker.config.url.rstrip("/") + config.health_path
-        timeout = aiohttp.ClientTimeout(total=config.health_timeout_s)
+    async def _check_health(self, worker: Worker) -> None:
         while True:
             asked_s = self._clock.now_s()
-            problem = await _ask_health(session, url, timeout) or self._silence(worker)
+            problem = await self._ask_health(worker)
             if problem is not None and problem.startswith(LATE) and worker.heard_s > asked_s:
                 problem = None
             if problem is None:
-                worker.failures = 0
-                worker.successes += 1
-                if not worker.is_healthy and worker.successes >= SUCCESSES_TO_RETURN:
-                    self._bring_back(worker)
+                await self._on_answer(worker)
             else:
                 worker.failures += 1
                 worker.successes = 0
@@ -308,17 +276,78 @@ class RouterFleet:
                     self.take_out(worker, problem)
             worker.check_now.clear()
             with suppress(TimeoutError):
-                await asyncio.wait_for(worker.check_now.wait(), config.health_period_s)
+                await asyncio.wait_for(worker.check_now.wait(), self._config.health_period_s)
 
-    def _silence(self, worker: Worker) -> str | None:
-        """A server with work that reports no iteration is stuck, though its HTTP part answers."""
+    async def _on_answer(self, worker: Worker) -> None:
+        worker.failures = 0
+        worker.successes += 1
+        await self._ask_vocabulary(worker)
+        if not worker.is_healthy and worker.successes >= SUCCESSES_TO_RETURN:
+            self._bring_back(worker)
+
+    async def _ask_vocabulary(self, worker: Worker) -> None:
+        """Once; a server that does not tell is asked again at its next check."""
+        if worker.vocab_size is None and self._config.vocab_size is None:
+            timeout = aiohttp.ClientTimeout(total=self._config.health_timeout_s)
+            worker.vocab_size = await ask_vocab_size(self._session, worker.config.url, timeout)
+
+    async def _ask_health(self, worker: Worker) -> str | None:
+        """What is wrong with a server; None if it answers."""
+        url = worker.config.url.rstrip("/") + self._config.health_path
+        timeout = aiohttp.ClientTimeout(total=self._config.health_timeout_s)
+        try:
+            async with self._session.get(url, timeout=timeout) as answer:
+                await answer.read()
+                return None if answer.status < 500 else f"its health check answers {answer.status}"
+        except TimeoutError:
+            return f"{LATE} more than {timeout.total:g} s"
+        except aiohttp.ClientConnectorError as error:
+            return f"{REFUSED} ({error})"
+        except aiohttp.ClientError as error:
+            return f"{type(error).__name__}: {error}"
+
+    async def _watch_silence(self) -> None:
+        """End streams that stand still; offer silent servers last."""
+        while True:
+            await asyncio.sleep(min(self._config.health_period_s, self._config.stall_s / 4))
+            now_s = self._clock.now_s()
+            for worker in self.all_workers():
+                self._end_stalled(worker, now_s)
+                self._suspect(worker, now_s)
+
+    def _end_stalled(self, worker: Worker, now_s: float) -> None:
+        limit_s = self._config.stall_s
+        for attempt in list(worker.attempts):
+            since_s = attempt.silent_since_s
+            if worker.config.phase == DECODE and since_s is not None and now_s - since_s > limit_s:
+                text = f"{worker.name} has sent nothing for {limit_s:g} s in the middle of a stream"
+                attempt.fail(AttemptError("stalled", text, worker, is_final=True))
+
+    def _suspect(self, worker: Worker, now_s: float) -> None:
+        """Silence of a server that has something to compute. SGLang says nothing while it waits.
+
+        Of a decode server that is a stream that has begun; a request in prefill, or whose KV is on
+        its way, is none. Of a prefill server it is any request: one that waits for room in decode
+        may be suspected wrongly, and loses nothing by it but new requests.
+        """
+        since_s = self._waits_since_s(worker)
         last = worker.tracker.last_record
-        if last is None or not worker.tracker.has_feed or not worker.tracker.state.open_requests:
-            return None
-        silent_s = self._clock.now_s() - last.received_s
-        if silent_s <= self._config.stale_s:
-            return None
-        return f"busy, and no iteration for {silent_s:.0f} s"
+        heard_s = max(worker.heard_s, last.received_s if last is not None else 0.0)
+        is_suspect = since_s is not None and now_s - max(since_s, heard_s) > self._config.stale_s
+        if is_suspect != worker.is_suspect:
+            worker.is_suspect = is_suspect
+            text = "is silent, new requests go elsewhere" if is_suspect else "is heard again"
+            LOG.warning("%s %s", worker.name, text)
+        self._metrics.suspect.labels(*self._labels(worker)).set(is_suspect)
+
+    @staticmethod
+    def _waits_since_s(worker: Worker) -> float | None:
+        """Since when something waits to be computed here; None if nothing does."""
+        if worker.config.phase == PREFILL:
+            waiting = worker.tracker.state.list_waiting()
+            return min((request.arrival_s for request in waiting), default=None)
+        since = (attempt.silent_since_s for attempt in worker.attempts)
+        return min((at_s for at_s in since if at_s is not None), default=None)
 
     async def _follow(self, worker: Worker) -> None:
         assert worker.config.metrics is not None
@@ -351,19 +380,3 @@ class RouterFleet:
                     if report.energy_j is not None:
                         worker.tracker.on_energy(report.energy_j)
                     self._metrics.decisions.labels(*self._labels(worker)).set(report.decisions)
-
-
-async def _ask_health(
-    session: aiohttp.ClientSession, url: str, timeout: aiohttp.ClientTimeout
-) -> str | None:
-    """What is wrong with a server; None if it answers."""
-    try:
-        async with session.get(url, timeout=timeout) as answer:
-            await answer.read()
-            return None if answer.status < 500 else f"its health check answers {answer.status}"
-    except TimeoutError:
-        return f"{LATE} more than {timeout.total:g} s"
-    except aiohttp.ClientConnectorError as error:
-        return f"{REFUSED} ({error})"
-    except aiohttp.ClientError as error:
-        return f"{type(error).__name__}: {error}"

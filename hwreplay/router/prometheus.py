@@ -41,6 +41,10 @@ class RouterMetrics:
         self.retries = Counter(
             "voltana_retries", "Attempts on another pair, nothing having started", registry=registry
         )
+        self.routing_errors = Counter(
+            "voltana_routing_errors", "Requests routed round-robin as the policy has failed",
+            registry=registry,
+        )  # fmt: skip
         self.in_flight = Gauge("voltana_in_flight", "Requests being served", registry=registry)
         self.queued = Gauge("voltana_queued", "Requests waiting for a place", registry=registry)
         self.ttft_s = Histogram(
@@ -57,6 +61,10 @@ class RouterMetrics:
         self.healthy = Gauge(
             "voltana_healthy", "1 while the instance answers", _INSTANCE, registry=registry
         )
+        self.suspect = Gauge(
+            "voltana_suspect", "1 while the instance should compute and is silent", _INSTANCE,
+            registry=registry,
+        )  # fmt: skip
         self.open = Gauge(
             "voltana_open_requests", "Requests assigned and not ended", _INSTANCE, registry=registry
         )

@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import secrets
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
 from hwreplay.clock import RunClock
+from hwreplay.router.attempt import Attempt, AttemptError, NoWorkerError, Worker
 from hwreplay.router.body import Body
 from hwreplay.router.config import RouterConfig
 from hwreplay.router.errors import (
@@ -21,7 +22,7 @@ from hwreplay.router.errors import (
     RequestFailedError,
     error_body,
 )
-from hwreplay.router.fleet import Attempt, AttemptError, NoWorkerError, Pair, RouterFleet, Worker
+from hwreplay.router.fleet import Pair, RouterFleet
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.router.upstream import (
     Connection,
@@ -58,7 +59,6 @@ class Call:
     body: Body
     arrival_s: float
     sink: Sink
-    headers: dict[str, str] = field(default_factory=dict)
     attempt: Attempt | None = None
     last_piece_s: float = 0.0
     is_prefilled: bool = False
@@ -111,11 +111,14 @@ class Proxy:
             except AttemptError as error:
                 if call.is_begun:
                     raise RequestFailedError(error.reason, str(error)) from None
+                if error.is_final:
+                    raise RequestFailedError(error.reason, str(error)) from None
                 failed = error
-                lost += error.was_there
+                lost += await self._fleet.num_lost(_asked(call))
                 if lost >= self._config.max_lost:
+                    servers = "a server was" if lost == 1 else f"{lost} servers were"
                     raise RequestFailedError(
-                        error.reason, f"{error}; it is not tried again, {lost} servers died with it"
+                        error.reason, f"{error}; it is not tried again, {servers} lost with it"
                     ) from None
                 excluded |= set(pair) if error.worker is None else {error.worker}
             else:
@@ -193,7 +196,10 @@ class Proxy:
             late = worker if call.is_prefilled else pair[0]
             late.check_now.set()
             raise AttemptError(
-                "timeout", f"{late.name} makes no token in {self._config.first_token_s:g} s", late
+                "timeout",
+                f"{late.name} makes no token in {self._config.first_token_s:g} s",
+                late,
+                is_final=True,  # another pair would compute it again, with no better prospects
             ) from None
 
     async def _whole(
@@ -210,12 +216,15 @@ class Proxy:
     ) -> None:
         """Pass every piece on at once, but [DONE] only when the server has ended the stream."""
         worker, watch, held = pair[1], EventWatch(), b""
+        assert call.attempt is not None
         while piece := await answer.readany():
+            call.attempt.silent_since_s = None
             _check_engine(watch.look(piece), None)
             if watch.is_done:
                 cut = max(piece.rfind(LAST_EVENT), 0)
                 piece, held = piece[:cut], piece[cut:]
             if not piece:
+                call.attempt.silent_since_s = self._clock.now_s()
                 continue
             now_s = worker.heard_s = self._clock.now_s()
             if call.is_begun:
@@ -227,6 +236,7 @@ class Proxy:
                 await call.sink.begin(answer.status, answer.content_type, pair)
             worker.tracker.on_tokens(call.request_id, piece.count(EVENT) or 1)
             await call.sink.write(piece)
+            call.attempt.silent_since_s = self._clock.now_s()
         _check_engine(watch.end(), None)
         if not watch.is_done or not call.is_begun:
             raise AttemptError("engine_error", f"{worker.name} ends its stream early", worker)
@@ -245,9 +255,7 @@ class Proxy:
     def _post(
         self, worker: Worker, call: Call, data: bytes
     ) -> AbstractAsyncContextManager[Connection]:
-        return worker.upstream.post(
-            call.body.path, data, call.headers, partial(self._sent, call, worker)
-        )
+        return worker.upstream.post(call.body.path, data, partial(self._sent, call, worker))
 
     def _sent(self, call: Call, worker: Worker) -> None:
         assert call.attempt is not None
@@ -265,9 +273,7 @@ class Proxy:
         else:
             worker.check_now.set()
         is_late = isinstance(error, ConnectTimeoutError)
-        was_there = not is_late and not isinstance(error, RefusedError)
-        reason = "timeout" if is_late else "server_lost"
-        return AttemptError(reason, message, worker, was_there=was_there)
+        return AttemptError("unreachable" if is_late else "server_lost", message, worker)
 
     @staticmethod
     async def _check_status(answer: Connection, worker: Worker) -> None:
@@ -279,6 +285,11 @@ class Proxy:
         raise AttemptError(
             "engine_error", f"{worker.name} answers {answer.status}: {body[:200]!r}", worker
         )
+
+
+def _asked(call: Call) -> set[Worker]:
+    """Servers that the last attempt's request reached."""
+    return set() if call.attempt is None else call.attempt.asked
 
 
 def _on_prefill_end(call: Call, prefill: asyncio.Task[None]) -> None:

@@ -17,6 +17,7 @@ from aiohttp import web
 from hwreplay.clock import RunClock
 from hwreplay.context import PolicySource
 from hwreplay.router.admission import Admission, read_body
+from hwreplay.router.attempt import NoWorkerError
 from hwreplay.router.body import PATHS, BadRequestError, parse_body
 from hwreplay.router.config import RouterConfig
 from hwreplay.router.errors import (
@@ -26,7 +27,7 @@ from hwreplay.router.errors import (
     RequestFailedError,
     error_body,
 )
-from hwreplay.router.fleet import NoWorkerError, RouterFleet
+from hwreplay.router.fleet import RouterFleet
 from hwreplay.router.prometheus import (
     CANCELLED,
     COMPLETED,
@@ -40,7 +41,6 @@ from profiles.catalog import Profile, load_profile
 from profiles.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.router")
-FORWARDED: Final = ("X-Request-Id",)
 SHUTDOWN_S: Final = 5.0
 
 
@@ -65,7 +65,7 @@ class RouterService:
         self.fleet = RouterFleet(self._config, self._source, self.metrics, self.clock)
         self._proxy = Proxy(self._config, self.fleet, self.metrics, self.clock)
         async with aiohttp.ClientSession() as self._session:
-            self.fleet.start(self._session)
+            await self.fleet.start(self._session)
             yield
             await self.fleet.stop()
 
@@ -87,14 +87,13 @@ class RouterService:
             self._authorise(request)
             with self._admission.body_space(request):
                 data = await read_body(request, self._config)
-                body = parse_body(request.path, data, self._config.vocab_size)
+                body = parse_body(request.path, data, self.fleet.vocab_size)
                 sink = ClientSink(request, self._config, is_stream=body.is_stream)
                 call = Call(
                     request_id=self.fleet.new_id(),
                     body=body,
                     arrival_s=arrival_s,
                     sink=sink,
-                    headers={n: request.headers[n] for n in FORWARDED if n in request.headers},
                 )
                 async with self._admission.place():
                     return await self._proxied(call, sink)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import ssl
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Final, cast
 from urllib.parse import urlsplit
@@ -216,14 +216,13 @@ class Upstream:
 
     @asynccontextmanager
     async def post(
-        self, path: str, data: bytes, headers: Mapping[str, str], sent: Callable[[], None]
+        self, path: str, data: bytes, sent: Callable[[], None]
     ) -> AsyncIterator[Connection]:
         """Ask; gives the answer once its head is there. Left early, it cancels the request.
 
         Args:
             path: Below the server's URL.
             data: The body, JSON.
-            headers: More of them; what was not UTF-8 when it came goes on as it was.
             sent: Called when the request has been written to the connection.
 
         Raises:
@@ -231,11 +230,10 @@ class Upstream:
             ConnectTimeoutError: It does not say whether it takes one.
             UpstreamError: It breaks the connection, or answers something else than HTTP.
         """
-        more = "".join(f"{name}: {value}\r\n" for name, value in headers.items())
-        head = f"{self._start}{path}{self._end}{more}Content-Length: {len(data)}\r\n\r\n"
+        head = f"{self._start}{path}{self._end}Content-Length: {len(data)}\r\n\r\n"
         connection = self._kept() or await self._connect()
         try:
-            connection.send(head.encode("utf-8", "surrogateescape") + data)
+            connection.send(head.encode() + data)
             sent()
             await connection.head()
             yield connection

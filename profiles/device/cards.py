@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
@@ -91,6 +91,15 @@ def _check(cards: Sequence[NvmlGpu]) -> None:
         raise DeviceError(
             f"the cards of an instance must be of one kind, got {' and '.join(names)} (--gpu)"
         )
+    check_whole(cards)
+
+
+def check_whole(cards: Iterable[NvmlGpu]) -> None:
+    """Refuse cards in MIG mode: power and clocks are of the whole card, not of a part's work.
+
+    Raises:
+        DeviceError: One is.
+    """
     for card in cards:
         if card.is_partitioned():
             raise DeviceError(

@@ -14,7 +14,9 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
@@ -31,6 +33,7 @@ from profiles.engines.llama_config import ModelShape
 from profiles.engines.sglang_client import (
     HANDSHAKE_S,
     SETTLE_S,
+    Answer,
     Client,
     Endpoint,
     Records,
@@ -51,6 +54,9 @@ OWN_ENERGY_S: Final = 1.2
 MIN_RUN: Final = 3
 """Passes at the point, one after the other, that make a span worth timing."""
 MISSING_S: Final = 2.0
+POLL_S: Final = 0.001
+QUEUED_BURSTS: Final = 2
+"""One runs, one waits: a third would join the second's pass."""
 MAX_HANDSHAKE_S: Final = 0.5
 MAX_MISSES: Final = 8
 """Bursts in a row that the engine may take apart before the point is given up."""
@@ -189,7 +195,11 @@ class SglangEngine:
 
 
 class _Bursts:
-    """Prefill: one burst at a time, its pass timed by the engine itself."""
+    """Prefill: burst after burst, each one's pass timed by the engine itself.
+
+    A server that does both phases has the next burst in its queue while one runs, so that passes
+    follow each other; a pair is given one at a time, as each takes a handshake.
+    """
 
     def __init__(self, point: Point, client: Client, records: Records, facts: EngineFacts) -> None:
         self._point = point
@@ -198,10 +208,18 @@ class _Bursts:
         length = point.tokens // point.batch_size
         client.handshake_s = HANDSHAKE_S  # what an earlier point needed is no measure for this one
         self._prompt_tokens = min(length, facts.max_context_tokens - CONTEXT_MARGIN)
+        self._depth = 1 if client.servers.is_pair else QUEUED_BURSTS
+        self._ahead: deque[Future[Answer]] = deque()
+        """Bursts under way, the oldest first."""
+        self._owed_tokens = 0
+        """Of bursts that have ended, without a record so far."""
+        self._is_first = True
+        """The next one to be queued must not meet the one before it in the server's queue."""
 
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
         passes: list[IterationMetrics] = []
         num_misses = 0
+        self._records.take()
         begun_s = time.monotonic()  # pauses count: a pass of few tokens is a tenth of its burst
         while len(passes) < min_iterations or time.monotonic() - begun_s < min_duration_s:
             found = self._burst()
@@ -209,12 +227,16 @@ class _Bursts:
             num_misses = 0 if found else num_misses + 1
             if not found:
                 self._client.handshake_s = min(2 * self._client.handshake_s, MAX_HANDSHAKE_S)
+                passes += self._drain()  # two bursts that have met would go on meeting
+            if num_misses >= MAX_MISSES // 2:
+                self._depth = 1
             if num_misses >= MAX_MISSES:
                 raise NotHeldError(
                     f"a burst must run in one pass, {num_misses} in a row of "
                     f"{self._point.batch_size} prompts with {self._point.tokens} tokens did not: "
                     "the engine takes fewer tokens at once (chunked prefill, its own limits)"
                 )
+        passes += self._drain()
         spans = [(p.start_s, p.received_s) for p in passes]
         tokens = sum(p.sum_prefill_tokens for p in passes) / len(passes)
         return _window([p.wall_time_s for p in passes], tokens, spans)
@@ -224,19 +246,36 @@ class _Bursts:
         return self._prompt_tokens * self._point.batch_size
 
     def _burst(self) -> list[IterationMetrics]:
-        """Send one; its pass, or nothing if it did not run as one."""
-        self._records.take()
-        lengths = [self._prompt_tokens] * self._point.batch_size
-        self._client.start(lengths, 1, is_burst=True).result()
-        seen_tokens, deadline_s = 0, time.monotonic() + MISSING_S
+        """Keep the queue filled and await the oldest: passes that ran as one burst since then."""
+        while len(self._ahead) < self._depth:
+            if self._ahead:
+                time.sleep(self._client.handshake_s if self._is_first else 0.0)
+                self._is_first = False
+            lengths = [self._prompt_tokens] * self._point.batch_size
+            self._ahead.append(self._client.start(lengths, 1, is_burst=True))
+        return self._await_oldest()
+
+    def _drain(self) -> list[IterationMetrics]:
+        """Await all that is under way: nothing runs afterwards."""
+        self._is_first = True
+        return [record for _ in range(len(self._ahead)) for record in self._await_oldest()]
+
+    def _await_oldest(self) -> list[IterationMetrics]:
+        self._ahead.popleft().result()
+        self._owed_tokens += self._tokens
+        deadline_s = time.monotonic() + MISSING_S
         found = []
-        while seen_tokens < self._tokens and time.monotonic() < deadline_s:
+        while True:
             for record in self._records.take():
-                seen_tokens += record.sum_prefill_tokens + record.sum_prefill_kv_tokens
+                self._owed_tokens -= record.sum_prefill_tokens + record.sum_prefill_kv_tokens
                 if is_whole(record, self._point.batch_size, self._tokens):
                     found.append(record)
-            time.sleep(SETTLE_S / 10)
-        return found
+            if self._owed_tokens <= 0:
+                return found
+            if time.monotonic() >= deadline_s:
+                self._owed_tokens = 0  # lost records do not come later
+                return found
+            time.sleep(POLL_S)
 
 
 class _HeldStreams:

@@ -158,7 +158,7 @@ def _start(plan: LaunchPlan, role: str, sockets: Path) -> StartedServer:
         arguments += CPU_DECODE_ARGUMENTS
     arguments += shlex.split(plan.arguments)
     log = plan.logs / f"{role}.log"
-    environment = os.environ | (CPU_ENVIRONMENT if plan.is_cpu else {})
+    environment = os.environ | (CPU_ENVIRONMENT if plan.is_cpu else {"SGLANG_HOST_IP": HOST})
     command = (str(plan.python), "-m", "sglang.launch_server", *arguments)
     return StartedServer(
         port=port,

@@ -11,10 +11,10 @@ import pandas as pd
 
 from profiles.catalog import Profile, write_profile
 from profiles.device.gpu import GpuIdentity
-from profiles.engines.base import EngineFacts, Phase
+from profiles.engines.base import PHASES, EngineFacts, Phase
 from profiles.errors import VoltanaError
 from profiles.measure.journal import Journal
-from profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, Trial
+from profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, NOT_MEASURED, Trial
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
 from profiles.tables import POINT
 
@@ -163,7 +163,7 @@ def _provenance(
         uncertainty=f"iteration times spread by {_time_spread(log):.1%} (median half "
         "interquartile range); trials kept in the tables",
     )
-    power = _power_provenance(log, identities, facts)
+    power = {phase: _power_provenance(_trials(log, phase), identities, facts) for phase in PHASES}
     clocks = (
         f"locked and read back{_off_text(log)}"
         if has_control
@@ -172,9 +172,9 @@ def _provenance(
     return {
         "prefill_time": timed,
         "decode_time": timed,
-        "prefill_power": power,
-        "decode_power": power,
-        "idle_power": power,
+        "prefill_power": power["prefill"],
+        "decode_power": power["decode"],
+        "idle_power": _power_provenance([], identities, facts),
         "kv_capacity": Provenance(
             status="modelled", source=f"memory left by the weights, as {facts.engine_name} has it"
         ),
@@ -185,7 +185,7 @@ def _provenance(
 
 
 def _power_provenance(
-    log: Journal, identities: Sequence[GpuIdentity], facts: EngineFacts
+    trials: Sequence[Trial], identities: Sequence[GpuIdentity], facts: EngineFacts
 ) -> Provenance:
     identity = identities[0]
     if not identity.is_power_measured:
@@ -201,23 +201,39 @@ def _power_provenance(
             "power of this work",
             uncertainty="unknown",
         )
-    sources = sorted({trial.energy_source for trial in _trials(log)})
+    by = " and ".join(sorted({trial.energy_source for trial in trials}) or ["counter or samples"])
     cards = "the GPU" if len(identities) == 1 else f"all {len(identities)} GPUs"
+    source = f"NVML energy by {by}, board power of {cards}"
+    unknown = sum(NOT_MEASURED in trial.flags for trial in trials)
+    if unknown:
+        return Provenance(
+            status="modelled",
+            source=f"{source}; but in {unknown} of {len(trials)} trials the engine paused too long "
+            f"for that: their power is an estimate ({NOT_MEASURED})",
+            uncertainty="unknown in those trials",
+        )
     return Provenance(
         status="measured",
-        source=f"NVML energy by {' and '.join(sources)}, board power of {cards}",
-        uncertainty=f"trials kept in the tables; NVML itself about 5 %{_pauses_text(log)}",
+        source=source,
+        uncertainty=f"trials kept in the tables; NVML itself about 5 %{_pauses_text(trials)}",
     )
 
 
-def _trials(log: Journal) -> list[Trial]:
-    return [trial for trials in log.points.values() for trial in trials]
+def _trials(log: Journal, phase: Phase | None = None) -> list[Trial]:
+    return [
+        trial
+        for (_, point), trials in log.points.items()
+        if phase in (None, point.phase)
+        for trial in trials
+    ]
 
 
-def _pauses_text(log: Journal) -> str:
-    number = sum(GAPS in trial.flags for trial in _trials(log))
+def _pauses_text(trials: Sequence[Trial]) -> str:
+    number = sum(GAPS in trial.flags for trial in trials)
     return (
-        f"; in {number} of {len(_trials(log))} trials pauses count too ({GAPS})" if number else ""
+        f"; in {number} of {len(trials)} trials pauses were taken out at the idle power ({GAPS})"
+        if number
+        else ""
     )
 
 

@@ -20,7 +20,7 @@ def clock_s(plan: Plan) -> float:
     rules = plan.protocol
     trials_s = rules.num_trials * (rules.window_s + NVML_PERIOD_S)
     idle_s = rules.settle_s + trials_s  # once loaded, once bare: the latter is not in the budget
-    point_s = PREPARING_S + rules.warm_up_s + trials_s
+    point_s = PREPARING_S + rules.point_s
     return idle_s + len(plan.phases) * USEFUL_POINTS * point_s
 
 

@@ -84,6 +84,7 @@ class Campaign:
             self.gpus, self.plan, self.session, self.log, self.progress, is_loaded=True
         )
         planned = len(points) * len(clocks_mhz)
+        self._tell_least(points, clocks_mhz)
         for number, clock_mhz in enumerate(clocks_mhz):
             share = (number + 1) / len(clocks_mhz)
             if lock_or_drop(self.session, self.plan, self.log, clock_mhz):
@@ -153,6 +154,7 @@ class Campaign:
                 self.plan.protocol,
                 locked_mhz=clock_mhz,
                 deadline_s=self._start_s + deadline_s,
+                pause_w=self._idle_w(clock_mhz),
                 on_dropped=lambda reason: self.log.add_dropped(clock_mhz, reason, point),
             )
         except (OutOfMemoryError, NotHeldError) as error:
@@ -166,6 +168,11 @@ class Campaign:
             self.log.add_point(clock_mhz, point, trials)
             self._num_crashes = 0
             self._taken_s.append(self._elapsed_s() - begun_s)
+
+    def _idle_w(self, clock_mhz: int) -> float | None:
+        """Of the loaded engine at this clock."""
+        powers_w = self.log.idle_w.get((clock_mhz, True))
+        return statistics.median(powers_w) if powers_w else None
 
     def _restart(self, error: EngineCrashError) -> None:
         """Start the engine again after it died of `error`."""
@@ -182,15 +189,37 @@ class Campaign:
             raise EngineCrashError(f"{error}; {hopeless}") from None
         self._engine_pids = self.session.unknown_pids()
 
+    def _tell_least(self, points: Sequence[Point], clocks_mhz: Sequence[int]) -> None:
+        """Say it if the points that are always measured take longer than the budget."""
+        done = {key for key in self.log.points if key[0] in clocks_mhz}
+        always = min(MIN_POINTS * len(self.plan.phases), len(points))
+        number = always * len(clocks_mhz) - len(done)
+        least_s = number * self.plan.protocol.point_s
+        if least_s > self.plan.budget_s:
+            self.progress.say(
+                f"the budget of {self.plan.budget_s:g} s is too short for the {number} points that "
+                f"a profile needs: they are measured all the same, about {least_s:.0f} s; for less "
+                "shorten --window, --warm-up or --trials"
+            )
+
     def _tell(self, clock_mhz: int, point: Point, planned: int) -> None:
         done = len(self.log.points) + len(self.log.failures)
         planned = max(planned, done + 1)
         left_s = self.plan.budget_s - self._elapsed_s()
-        if self._taken_s:
-            left_s = min(left_s, statistics.mean(self._taken_s) * (planned - done))
+        is_over = left_s <= 0
+        a_point_s = statistics.mean(self._taken_s or [self.plan.protocol.point_s])
+        if is_over:
+            held = sum(clock == clock_mhz for clock, _ in self.log.points)
+            left_s = a_point_s * max(MIN_POINTS * len(self.plan.phases) - held, 1)
+        elif self._taken_s:
+            left_s = min(left_s, a_point_s * (planned - done))
         where = f"{clock_mhz} MHz" if clock_mhz else "clock left alone"
         label = f"{where}, {point.phase} batch {point.batch_size} tokens {point.tokens}"
-        self.progress.at(Standing(num_done=done, num_planned=planned, left_s=left_s, label=label))
+        self.progress.at(
+            Standing(
+                num_done=done, num_planned=planned, left_s=left_s, is_over=is_over, label=label
+            )
+        )
 
     def _interleaved(self, points: Sequence[Point]) -> list[Point]:
         """Phases in turn, so that a short budget covers both."""

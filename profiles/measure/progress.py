@@ -17,6 +17,8 @@ class Standing:
     num_planned: int
     left_s: float
     """Longest that it may still take: the rest of the budget, or less if the points need less."""
+    is_over: bool = False
+    """The budget is used up, and points without which there is no profile are still missing."""
     label: str
     """What comes next."""
 
@@ -30,6 +32,8 @@ class Standing:
         """
         minutes, seconds = divmod(round(max(self.left_s, 0.0)), 60)
         left = f"at most {minutes}:{seconds:02} left"
+        if self.is_over:
+            left = f"past the budget, about {minutes}:{seconds:02} for the ends of the grid"
         return f"[{self.num_done}/{self.num_planned}, {left}] {self.label}"
 
 

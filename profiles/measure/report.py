@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
@@ -25,24 +26,74 @@ LIMIT: Final = float(np.log(2.0))
 MIN_CONTEXT_TOKENS: Final = 2
 """A context of 1 is the far edge of a table; drawn on a log scale it would fill the figure."""
 MAX_LINES: Final = 6
+MIN_POINTS: Final = 2
+"""Fewer are no figure."""
+MIN_R2: Final = 0.9
+MAX_MAPE_PCT: Final = 10.0
+"""Ours: the shipped profiles' fits have an R2 of 0.975 and more, a MAPE of 3.2 % and less."""
+MAX_NAMED: Final = 4
 MIN_RANGE: Final = 0.01
 """A power that varies less than this fraction has no contours worth drawing."""
 
 
-def write_report(profile: Profile, directory: Path) -> list[Path]:
-    """Write `fit_report.csv`, `energy_u.png`, `latency_steps.png`, `power_surface.png`."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Report:
+    """What was written, and what was not."""
+
+    paths: list[Path]
+    left_out: list[str]
+    """A line for each figure that would have shown a single point."""
+
+
+def write_report(profile: Profile, directory: Path) -> Report:
+    """Write `fit_report.csv`, `energy_u.png`, `latency_steps.png`, `power_surface.png`.
+
+    A figure that would show one point is left out, and removed if an earlier run drew it.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     fit_path = directory / "fit_report.csv"
     fit_report(profile.fitted).to_csv(fit_path, index=False, float_format="%.5g")
-    with mpl.rc_context(STYLE):
-        figures = {
-            "energy_u.png": _energy_figure(profile),
-            "latency_steps.png": _latency_figure(profile),
-            "power_surface.png": _power_figure(profile),
-        }
-        for name, figure in figures.items():
-            figure.savefig(directory / name)
-    return [fit_path, *(directory / name for name in figures)]
+    report = Report(paths=[fit_path], left_out=[])
+    at_context = decode_at_context(profile.decode, CONTEXT_TOKENS)
+    tops = [_top_clock(_medians(table)) for table in (profile.prefill, profile.decode)]
+    figures = {
+        "energy_u.png": (_energy_figure, len(at_context)),
+        "latency_steps.png": (_latency_figure, at_context["batch_size"].nunique()),
+        "power_surface.png": (_power_figure, max(map(len, tops))),
+    }
+    for name, (draw, num_points) in figures.items():
+        path = directory / name
+        if num_points < MIN_POINTS:
+            path.unlink(missing_ok=True)
+            report.left_out.append(f"no {path}: it would show one point, measure more of them")
+            continue
+        with mpl.rc_context(STYLE):
+            draw(profile).savefig(path)
+        report.paths.append(path)
+    return report
+
+
+def poor_fits(profile: Profile) -> list[str]:
+    """One line if policies should not trust the predictor that was fitted to this profile.
+
+    Returns:
+        The phases and clocks at which a fit is poor, with its figures; empty if all are good.
+    """
+    found = fit_report(profile.fitted)
+    poor = found[(found["r2"] < MIN_R2) | (found["mape_pct"] > MAX_MAPE_PCT)]
+    if poor.empty:
+        return []
+    texts = [
+        f"{row.phase} at {row.frequency_mhz} MHz: R2 {row.r2:.2f}, MAPE {row.mape_pct:.0f} %"
+        for row in poor.itertuples()
+    ]
+    shown, more = texts[:MAX_NAMED], len(texts) - MAX_NAMED
+    return [
+        "the predictor fits poorly, policies will misjudge times "
+        f"(good is R2 >= {MIN_R2:g} and MAPE <= {MAX_MAPE_PCT:g} %): {'; '.join(shown)}"
+        + (f"; and {more} more in fit_report.csv" if more > 0 else "")
+        + ": raise --budget or --window, or simulate with --set predictor=table"
+    ]
 
 
 def _medians(table: pd.DataFrame) -> pd.DataFrame:

@@ -18,10 +18,10 @@ from profiles.measure.assemble import assemble
 from profiles.measure.campaign import Campaign, Plan, measure_bare_idle
 from profiles.measure.journal import Journal
 from profiles.measure.progress import Progress
-from profiles.measure.report import write_report
+from profiles.measure.report import poor_fits, write_report
+from profiles.places import SERVING
 
 JOURNAL: Final = "journal.jsonl"
-SERVING: Final = "serving.toml"
 
 
 def measure_profile(
@@ -68,7 +68,7 @@ def measure_profile(
             except (VoltanaError, KeyboardInterrupt, SystemExit) as error:
                 stopped = error
     _tell_left_out(log, progress)
-    made = _assembled(log, cards, facts, out, stopped)
+    made = _assembled(log, cards, facts, out, stopped, progress)
     if stopped is not None:
         progress.say(f"{out} is a profile of the points that had finished")
         raise stopped
@@ -97,12 +97,14 @@ def _assembled(
     facts: EngineFacts,
     out: Path,
     stopped: VoltanaError | KeyboardInterrupt | SystemExit | None,
+    progress: Progress,
 ) -> Profile:
     try:
         made = assemble(out, log, [card.identity for card in cards], facts)
     except VoltanaError as error:
         raise stopped or error from None
-    write_report(made, out / "report")
+    for line in (*poor_fits(made), *write_report(made, out / "report").left_out):
+        progress.say(line)
     return made
 
 

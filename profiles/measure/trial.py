@@ -20,12 +20,19 @@ TICK_POLL_S: Final = 0.002
 MAX_TICK_S: Final = 0.5
 """Longest wait for the counter to move; one that does not is no reason to give up."""
 COOLING_POLL_S: Final = 0.5
-GAPS: Final = "power-with-pauses"
-"""Flag: the stretches at the point were too short, power is that of the window with its pauses."""
+GAPS: Final = "power-without-pauses"
+"""Flag: the stretches at the point were too short to be metered alone; power is that of the window,
+its pauses taken out at the idle power."""
+NOT_MEASURED: Final = "power-not-measured"
+"""Flag: the same, but the pauses were too long for that, or the idle power is not known: an
+estimate."""
 SHORT: Final = "power-of-a-short-window"
 """Flag: the window itself lasted few ticks of the energy counter."""
 MAX_PAUSES: Final = 0.02
-"""Share of a window that pauses may take before its power is said to hold them."""
+"""Share of a window that pauses may take before they are taken out of its power."""
+MIN_BUSY: Final = 0.5
+"""Share of a window that must be work for its power to count as measured: an error of the idle
+power weighs in the result by the pauses' share over the work's, at most once then. Ours."""
 CLOCK_OFF: Final = "clock-off"
 """Flag: under load the clock was not the one locked; the trial stands under the lock all the same,
 as whoever locks that clock gets what was measured here."""
@@ -55,6 +62,11 @@ class Protocol:
     """A card has cooled when it is this much below the temperature at which it throttled."""
     cooling_limit_s: float = 120.0
     """Longest wait for that."""
+
+    @property
+    def point_s(self) -> float:
+        """Time that one point takes at least: warm-up, and trials that start phase-shifted."""
+        return self.warm_up_s + self.num_trials * (self.window_s + NVML_PERIOD_S)
 
     def __post_init__(self) -> None:
         for name in (
@@ -101,6 +113,7 @@ def measure_point(
     *,
     locked_mhz: int = 0,
     deadline_s: float = math.inf,
+    pause_w: float | None = None,
     on_dropped: Callable[[str], object] = lambda _: None,
 ) -> list[Trial]:
     """Prepare the point, warm up, and measure `num_trials` phase-shifted windows.
@@ -115,6 +128,7 @@ def measure_point(
         protocol: How.
         locked_mhz: Clock the cards are locked at; 0 if none. A trial off it is flagged.
         deadline_s: When to stop resting and retrying, monotonic clock.
+        pause_w: Idle power of the cards, to be taken out of pauses; None: not known.
         on_dropped: Told why, of a trial that could not be metered and is left out.
 
     Raises:
@@ -128,7 +142,7 @@ def measure_point(
         for number in range(protocol.num_trials):
 
             def again(number: int = number) -> Trial:
-                return _off_lock(_run_trial(workload, gpus, protocol, number), locked_mhz)
+                return _off_lock(_run_trial(workload, gpus, protocol, number, pause_w), locked_mhz)
 
             try:
                 trial = again()
@@ -240,7 +254,13 @@ def _await_phase(gpus: Sequence[Gpu], share: float) -> None:
     time.sleep(NVML_PERIOD_S * share)
 
 
-def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, number: int) -> Trial:
+def _run_trial(
+    workload: Workload,
+    gpus: Sequence[Gpu],
+    protocol: Protocol,
+    number: int,
+    pause_w: float | None,
+) -> Trial:
     _await_phase(gpus, number / protocol.num_trials)
     with PowerMeter(gpus) as meter:
         window = workload.run(
@@ -249,10 +269,34 @@ def _run_trial(workload: Workload, gpus: Sequence[Gpu], protocol: Protocol, numb
     reading, is_own = meter.reading_within(window.spans_ns)
     flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
     if not is_own and any(gpu.identity.is_power_measured for gpu in gpus):
-        busy_s = sum(end - start for start, end in window.spans_ns) * 1e-9
-        flags += [GAPS] if busy_s < (1 - MAX_PAUSES) * reading.duration_s else []
         flags += [SHORT] if reading.duration_s < meter.shortest_span_s else []
+        busy_s = sum(end - start for start, end in window.spans_ns) * 1e-9
+        reading, flag = without_pauses(reading, busy_s, pause_w)
+        flags += [flag] if flag else []
     return _trial(window, reading, flags)
+
+
+def without_pauses(
+    reading: Reading, busy_s: float, pause_w: float | None
+) -> tuple[Reading, str | None]:
+    """The energy and duration of the work alone, and a flag if it is not simply what was read.
+
+    Args:
+        reading: Of a window with pauses.
+        busy_s: Time of the work in it.
+        pause_w: Power in the pauses; None: not known.
+    """
+    busy_s = min(busy_s, reading.duration_s)
+    pauses_s = reading.duration_s - busy_s
+    if pauses_s <= MAX_PAUSES * reading.duration_s:
+        return reading, None
+    if pause_w is None or busy_s <= 0:
+        return reading, NOT_MEASURED
+    work_j = reading.energy_j - pause_w * pauses_s
+    if work_j < pause_w * busy_s:  # work draws no less than rest: the counter was too coarse
+        return reading, NOT_MEASURED
+    flag = GAPS if busy_s >= MIN_BUSY * reading.duration_s else NOT_MEASURED
+    return replace(reading, energy_j=work_j, duration_s=busy_s), flag
 
 
 def _trial(window: Window, reading: Reading, flags: Sequence[str]) -> Trial:

@@ -162,7 +162,7 @@ def test_panel_profiles_are_what_the_builder_makes(
     model: str, shared_data: Path, tmp_path: Path
 ) -> None:
     from profiles.build.a100 import build_tuned
-    from profiles.catalog import DATA
+    from profiles.places import DATA
 
     tuning = read_fitted(FITTED).tuning
     build_tuned(shared_data / "dvfs", tmp_path, model, tuning, "tuned to a published panel")

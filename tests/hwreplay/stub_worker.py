@@ -25,8 +25,12 @@ from aiohttp import web
 
 from hwreplay.router.body import CHAT, COMPLETIONS, GENERATE, parse_body
 from sim.policies.base import DECODE, PREFILL, Phase
+from tests.conftest import ROOT
 
 HOST = "127.0.0.1"
+MODEL = str(ROOT / "hwreplay/engine/llama-3.1-8b")
+VOCAB_SIZE = 128256
+"""Of that model."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,10 +85,14 @@ class StubWorker:
         """Every request body, in order of arrival."""
         self.cancelled = 0
         self.is_frozen = False
+        self.is_hung = False
+        """The scheduler stands still while the HTTP side answers its health check."""
         self.fail_next: list[int] = []
         """HTTP statuses to answer the next requests with."""
         self.abort_after: int | None = None
         """Decode reports a failure inside the stream after so many tokens."""
+        self.model: str | None = MODEL
+        """What /model_info names, as SGLang does: a folder, or a name on a hub."""
         self._rooms = rooms
         self._times = times
         self._jobs: deque[Job] = deque()
@@ -102,6 +110,7 @@ class StubWorker:
         for path in (GENERATE, COMPLETIONS, CHAT):
             app.router.add_post(path, self._serve)
         app.router.add_get("/v1/loads", self._loads)
+        app.router.add_get("/model_info", self._model_info)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, HOST, 0, backlog=1024)
@@ -132,6 +141,12 @@ class StubWorker:
         await self._thaw()
         return web.json_response({"loads": []})
 
+    async def _model_info(self, request: web.Request) -> web.Response:
+        await self._thaw()
+        if self.model is None:
+            raise web.HTTPNotFound
+        return web.json_response({"model_path": self.model, "model_type": "llama"})
+
     async def _thaw(self) -> None:
         while self.is_frozen:
             await asyncio.sleep(0.01)
@@ -141,7 +156,7 @@ class StubWorker:
         data = await request.read()
         if self.fail_next:
             return web.json_response({"error": "planned"}, status=self.fail_next.pop(0))
-        body = parse_body(request.path, data)
+        body = parse_body(request.path, data, VOCAB_SIZE)
         fields = json.loads(data)
         self.seen.append(fields)
         room = self._rooms.setdefault(fields["bootstrap_room"], Room())
@@ -242,6 +257,8 @@ class StubWorker:
     async def _iterate(self, duration_s: float, **scheduled: int) -> None:
         await asyncio.sleep(duration_s)
         await self._thaw()
+        while self.is_hung:
+            await asyncio.sleep(0.01)
         if self._feed is not None:
             record = {
                 "version": 1, "worker_id": "stub", "dp_rank": 0, "counter_id": self._sequence,

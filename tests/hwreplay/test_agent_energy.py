@@ -5,20 +5,22 @@ from __future__ import annotations
 import asyncio
 import math
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from hwreplay.agent.agent import AgentConfig
+from hwreplay.agent.agent import AgentConfig, start_agent
 from hwreplay.messages.reports import Report, ReportFeed
 from profiles.catalog import load_profile
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.engine_voice import repeating
 from tests.hwreplay.test_agent import SMALL, config_of, running, voice, with_helper  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
-from tests.profiles.device.standin import Standin
+from tests.profiles.device.standin import ROOT, Standin
 
 pytestmark = pytest.mark.slow
 
@@ -125,3 +127,23 @@ def test_the_router_is_told_of_clock_decisions_and_energy(
     assert last.energy_j - first.energy_j == pytest.approx(
         250.0 * (last.at_s - first.at_s), abs=250.0 * 0.3
     )
+
+
+def test_cards_in_parts_are_refused_by_agent_and_actuator(
+    card: Standin,
+    tmp_path: Path,
+    voice: Any,  # noqa: ANN401, F811
+) -> None:
+    """Power and clocks of a card in MIG mode are those of all its parts."""
+    card["mig_mode"] = 2
+    command = [sys.executable, "-m", "experiments.cli", "actuator", str(tmp_path / "s")]
+    command += ["--gpu", "0", "--allow-writable-code"]
+    done = subprocess.run(
+        command, env=card.env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "must not be partitioned" in done.stderr
+    config = config_of(tmp_path, voice, gpus=(0,))
+    process = start_agent(config, tmp_path)
+    assert process.wait(60) == 2
+    assert "must not be partitioned" in (tmp_path / f"{config.name}.log").read_text()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import socket
+import sys
 import time
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -28,6 +29,18 @@ def plugin() -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(autouse=True)
+def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """SGLang's ranks of this process, as 0.5.23 names them."""
+    found = SimpleNamespace(attn_tp_rank=0, pp_rank=0, pp_size=1)
+    context = ModuleType("sglang.srt.runtime_context")
+    context.get_parallel = lambda: found  # type: ignore[attr-defined]
+    for name in ("sglang", "sglang.srt"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, context.__name__, context)
+    return found
 
 
 def batch(mode: str, **values: object) -> SimpleNamespace:
@@ -62,6 +75,30 @@ def test_hello_then_batches(plugin: ModuleType, tmp_path: Path) -> None:
     feed.close()
     announcer._socket.close()
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(
+    ("attn_tp_rank", "pp_rank", "pp_size", "num_notices"),
+    [(0, 0, 1, 2), (1, 0, 1, 0), (3, 0, 1, 0), (0, 0, 2, 0), (0, 1, 2, 2), (1, 1, 2, 0)],
+)
+def test_one_rank_announces_for_all(
+    plugin: ModuleType,
+    ranks: SimpleNamespace,
+    tmp_path: Path,
+    attn_tp_rank: int,
+    pp_rank: int,
+    pp_size: int,
+    num_notices: int,
+) -> None:
+    """Else a batch of a tensor-parallel server would count as many times as it has cards."""
+    ranks.attn_tp_rank, ranks.pp_rank, ranks.pp_size = attn_tp_rank, pp_rank, pp_size
+    feed = BatchFeed(tmp_path / "b")
+    announcer = plugin.Announcer(str(tmp_path / "b"))
+    announcer.announce(SCHEDULER, PREFILL)
+    found = [notice for _ in range(3) if (notice := feed.receive()) is not None]
+    assert len(found) == num_notices
+    feed.close()
+    announcer._socket.close()
 
 
 def test_no_reader_a_full_socket_and_a_strange_batch_are_survived(

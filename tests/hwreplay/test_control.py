@@ -8,7 +8,7 @@ import pytest
 
 from hwreplay.actuator.client import ActuatorLostError
 from hwreplay.agent.control import ControlLoop, StaleLimits
-from hwreplay.agent.loop_report import MAX_SAFE_STATES, Latencies, LoopReport
+from hwreplay.agent.loop_report import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
 from hwreplay.messages.batch_feed import BatchNotice, Kind
 from hwreplay.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import IterationMetrics
@@ -264,16 +264,59 @@ def test_of_waiting_records_the_controller_sees_each_and_the_clock_follows_the_n
 
 
 def test_silence_under_load_counts_from_the_load() -> None:
-    """A prefill server at rest has last beaten 0.9 s ago when a request comes; and a queue of
-    tokens, at the predictor's 10 ms, has 10 + 50 ms."""
+    """A prefill server has a request that waits for its pair: its silence says nothing, for 8 s.
+    When its batch is announced it has the predictor's 10 ms and 50 more."""
+    loop, _, _, tracker = make("prefill")
+    hello = BatchNotice(kind=Kind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
+    loop.on_notice(hello, 0.5)
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.9, 50)
+    for tenth in range(19, 100):
+        loop.tick(0.1 * tenth)
+    assert not is_safe(loop)
+    loop.on_notice(notice(10.0), 10.0)
+    loop.tick(10.0)
+    loop.tick(10.05)
+    assert not is_safe(loop)
+    loop.tick(10.07)
+    assert is_safe(loop)
+    loop.on_record(prefill(1, 10.1))
+    assert not is_safe(loop)
+
+
+def test_without_the_plug_in_a_waiting_prefill_server_may_be_silent_as_one_at_rest() -> None:
     loop, _, _, tracker = make("prefill")
     loop.on_record(record(0, 1.0))
     tracker.on_assigned(1, 1.9, 50)
     loop.tick(1.9)
-    loop.tick(1.95)
+    loop.tick(3.9)
     assert not is_safe(loop)
-    loop.tick(1.97)
+    loop.tick(5.0)
     assert is_safe(loop)
+
+
+def test_a_decode_server_that_waits_for_a_long_prefill_is_not_dead() -> None:
+    """It has a request and no heartbeat for 8 s, as SGLang's queue of KV to come is no rest."""
+    loop, _, clock, tracker = make("decode")
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.5, 5000)
+    for tenth in range(15, 100):
+        loop.tick(0.1 * tenth)
+    assert not is_safe(loop)
+    assert clock.wishes == [705]
+    tracker.on_finished(1)
+    loop.tick(12.8)
+    assert not is_safe(loop)
+    loop.tick(13.0)
+    assert is_safe(loop)  # nothing is here any more since 9.9 s, and no heartbeat has come
+
+
+def test_records_that_were_lost_leave_no_batch_under_way() -> None:
+    loop, _, _, _ = make("prefill")
+    loop.on_notice(notice(1.0), 1.0)
+    loop.on_record(record(0, 1.05))  # at rest: the batch's record never came
+    loop.tick(2.0)
+    assert not is_safe(loop)
 
 
 def test_idle_plan_comes_due_and_work_cancels_it() -> None:
@@ -327,6 +370,21 @@ def test_histogram_counts_every_value() -> None:
     found = latencies.as_dict()
     assert found["histogram"] == [[0.001, 98], [0.005, 1], [None, 1]]
     assert found["max_s"] == 9.0
+
+
+def test_latencies_of_a_long_run_take_no_more_memory_and_keep_their_quantiles() -> None:
+    """1 to 3 N in a row, a third of them kept: the sample's quantiles lie within 5 standard errors
+    (q (1 - q) / N under the root, of the range)."""
+    latencies, total = Latencies(), 3 * MAX_KEPT
+    for number in range(total):
+        latencies.add(number / total)
+    found = latencies.as_dict()
+    assert (len(latencies), len(latencies._values_s)) == (total, MAX_KEPT)
+    assert found["num"] == sum(count for _, count in found["histogram"]) == total
+    assert found["max_s"] == (total - 1) / total
+    for q in (50, 90, 99):
+        error = (q / 100 * (1 - q / 100) / MAX_KEPT) ** 0.5
+        assert found[f"p{q}_s"] == pytest.approx(q / 100, abs=5 * error)
 
 
 def test_the_report_keeps_so_many_safe_states_and_counts_all() -> None:

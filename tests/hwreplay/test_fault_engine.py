@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 import socket
 import subprocess
@@ -28,6 +29,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from hwreplay.agent.control import StaleLimits
 from hwreplay.clock import RunClock
 from hwreplay.engines.launch import Server, restart
+from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
 from sim.workload.workload import Workload
 from tests.conftest import ROOT
@@ -79,6 +81,14 @@ class Gate:
         assert self.process.poll() is None
         return await self.counts()
 
+    async def suspects(self) -> set[str]:
+        """Servers that get new requests last."""
+        return {
+            f"{labels['phase']}-{labels['instance']}"
+            for name, labels, value in await self._samples()
+            if name == "voltana_suspect" and value
+        }
+
     async def until_healthy(self) -> None:
         async with asyncio.timeout(BACK_S):
             while (await self.health())["out"]:
@@ -114,7 +124,7 @@ def gate(fleet: EngineFleet, directory: Path, **limits: Any) -> Iterator[Gate]: 
             "router": "round-robin", "kv_capacity_tokens": 8192, "max_running_requests": 16
         },
         "fleet": tables,
-        "router": {"port": 0, "vocab_size": VOCAB_SIZE, "health_timeout_s": 20.0} | limits,
+        "router": {"port": 0, "health_timeout_s": 20.0} | limits,  # the servers tell the vocabulary
     }  # fmt: skip
     path = directory / "router.toml"
     path.write_text(tomli_w.dumps(whole))
@@ -229,6 +239,78 @@ async def num_running(client: aiohttp.ClientSession, server: Server) -> int:
     async with client.get(server.url + "/v1/loads?include=core") as answer:
         loads = (await answer.json())["loads"]
     return sum(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
+
+
+def test_a_prompt_outside_the_vocabulary_reaches_no_server(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """SGLang checks no id: its prefill server would end, and a retry would end the next one."""
+    prompts = [[99_999], [[99_999]], [5, VOCAB_SIZE], [5, -1], [5, 2**40], [1.5]]
+
+    async def play(found: Gate) -> tuple[list[int], dict[str, int]]:
+        statuses = []
+        async with aiohttp.ClientSession() as client:
+            for prompt in prompts:
+                whole = {"model": "tiny", "prompt": prompt, "max_tokens": 4}
+                async with client.post(found.url + "/v1/completions", json=whole) as answer:
+                    await answer.read()
+                    statuses.append(answer.status)
+            last = body(4, 4) | {"input_ids": [5, VOCAB_SIZE - 1]}
+            async with client.post(found.url + "/generate", json=last) as answer:
+                assert (await answer.read()).endswith(b"data: [DONE]\n\n")
+        assert (await found.health())["out"] == []
+        return statuses, await found.settled(len(prompts) + 1)
+
+    with gate(engine_fleet, tmp_path) as found:
+        statuses, counts = asyncio.run(play(found))
+    assert statuses == [400] * 6
+    assert counts == {"completed": 1, "failed": 0, "cancelled": 0, "rejected": 6}
+    assert still_serves(engine_fleet)
+
+
+def test_a_decode_server_that_waits_for_prefill_is_silent_and_stays_in(
+    engine_fleet: EngineFleet, tmp_path: Path
+) -> None:
+    """The prefill server stands still for 4 s, 13 times `stale_s`, with a request that decode waits
+    for. SGLang says nothing at all meanwhile: its heartbeats come when no queue holds anything."""
+    prefill = engine_fleet.prefill
+
+    async def play(found: Gate) -> tuple[list[bool], dict[str, int], bytes]:
+        clock = RunClock()
+        assert engine_fleet.decode[0].metrics is not None
+        async with (
+            aiohttp.ClientSession() as client,
+            MetricsFeed(engine_fleet.decode[0].metrics, clock) as feed,
+        ):
+            for _ in range(2):  # both decode servers have run an iteration
+                async with client.post(found.url + "/generate", json=body(8, 4)) as answer:
+                    assert (await answer.read()).endswith(b"[DONE]\n\n")
+            async with asyncio.timeout(20):
+                while not (await feed.receive()).is_heartbeat:
+                    pass
+            os.killpg(prefill.process.pid, signal.SIGSTOP)
+            try:
+                asked = asyncio.create_task(client.post(found.url + "/generate", json=body(8, 4)))
+                await asyncio.sleep(1.5)  # a heartbeat may have been on its way
+                heard = asyncio.create_task(feed.receive())
+                await asyncio.sleep(2.5)
+                is_silent = not heard.done()
+                state = await found.suspects()
+                health = await found.health()
+            finally:
+                os.killpg(prefill.process.pid, signal.SIGCONT)
+            heard.cancel()
+            async with asyncio.timeout(60), await asked as answer:
+                data = await answer.read()
+        in_place = [is_silent, "decode-0" not in health["out"], "decode-0" not in state]
+        return in_place, await found.settled(3), data
+
+    with gate(engine_fleet, tmp_path, stale_s=0.3, health_period_s=0.1) as found:
+        in_place, counts, data = asyncio.run(play(found))
+    assert in_place == [True, True, True]
+    assert data.endswith(b"[DONE]\n\n")
+    assert counts == {"completed": 3, "failed": 0, "cancelled": 0, "rejected": 0}
+    assert still_serves(engine_fleet)
 
 
 def params(**more: object) -> dict[str, Any]:

@@ -58,6 +58,7 @@ def test_a_gpu_server_by_hand() -> None:
     assert server_environment(at) == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "2,5",
+        "SGLANG_HOST_IP": "127.0.0.1",
         "VOLTANA_BATCH_SOCKET": "/tmp/v/prefill-1.batch",
     }
     decode = server_arguments(ENGINE, place("decode", (0,)))
@@ -105,7 +106,7 @@ def test_token_ids_must_be_the_models(tmp_path: Path) -> None:
     fleet = {"python": sys.executable, "model": str(tmp_path)}
     whole: dict[str, Any] = {"fleet": fleet, "replay": {"power_w": 1.0}}
     path.write_text(tomli_w.dumps(whole))
-    with pytest.raises(VoltanaError, match=r"config.json has its vocab_size, got .*FileNotFound"):
+    with pytest.raises(VoltanaError, match=r"config.json has its vocab_size, got"):
         read_replay_config(path).vocab_size()
     (tmp_path / "config.json").write_text('{"vocab_size": 512}')
     assert read_replay_config(path).vocab_size() == 512
@@ -162,6 +163,66 @@ def test_one_command_runs_the_loop_on_gpus() -> None:
     )
     steps = [line.split()[1] for line in done.stdout.splitlines() if "/voltana " in line]
     assert steps == ["replay", "simulate", "replay", "validate"]
+
+
+def test_servers_on_gpus_keep_to_this_machine() -> None:
+    """SGLang binds the KV transfer's sockets where SGLANG_HOST_IP says, else to a LAN address."""
+    for gpus in ((), (2, 3)):
+        at = Placement(phase="prefill", instance_id=0, port=1, bootstrap_port=2, gpus=gpus)
+        assert server_environment(at)["SGLANG_HOST_IP"] == "127.0.0.1"
+
+
+def test_the_gpu_environment_is_checked_as_a_server_uses_it(tmp_path: Path) -> None:
+    """`import mooncake` passes where its engine cannot be loaded; then the pinned one is installed,
+    and a second failure ends the command."""
+    python = tmp_path / "env/bin/python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n[ "$1" = -m ]\n')
+    ldconfig = tmp_path / "ldconfig"
+    names = "libibverbs.so.1 libmlx5.so.1 librdmacm.so.1 libnuma.so.1"
+    ldconfig.write_text("#!/bin/sh\nprintf '%s (libc6)\\n' " + names + "\n")
+    script = (ROOT / "hwreplay/engine/install-gpu.sh").read_text()
+    script = script.replace("/sbin/ldconfig", str(ldconfig))
+    for path in (python, ldconfig):
+        path.chmod(0o755)
+    whole = tmp_path / "install-gpu.sh"
+    whole.write_text(script)
+    done = subprocess.run(["/bin/sh", str(whole), str(tmp_path / "env")], check=False)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert done.returncode != 0
+    assert len(calls) == 3
+    assert "mooncake.engine" in calls[0]
+    assert "mooncake-transfer-engine-cuda13==" in calls[1]
+    assert calls[2] == calls[0]
+    ldconfig.write_text("#!/bin/sh\nprintf 'libibverbs.so.1 (libc6)\\n'\n")
+    told = subprocess.run(
+        ["/bin/sh", str(whole), str(tmp_path / "env")], check=False, capture_output=True, text=True
+    )
+    assert told.returncode == 1
+    assert "libmlx5.so.1" in told.stderr
+    assert "libibverbs.so.1 " not in told.stderr
+
+
+@pytest.mark.parametrize(
+    ("table", "said"),
+    [
+        ({"gpus": {"prefill": [[0]], "decode": [[0]]}}, "name each card once, got \\[0\\]"),
+        ({"gpus": {"prefill": [[0, 1]], "decode": [[2, 1]]}}, "name each card once, got \\[1\\]"),
+        ({"gpus": {"prefill": [[0, 0]], "decode": [[1]]}}, "name each card once, got \\[0\\]"),
+        ({"arguments": "--dp-size 2"}, "must not have --dp-size"),
+        ({"arguments": "--dp=2"}, "must not have --dp=2"),
+    ],
+)
+def test_what_would_be_metered_or_watched_wrongly_is_refused(
+    tmp_path: Path, table: dict[str, Any], said: str
+) -> None:
+    fleet = {"python": "p", "model": "m", "arguments": table.pop("arguments", "")}
+    own = {"gpus": {"prefill": [[0]], "decode": [[1]]}} | table
+    path = tmp_path / "replay.toml"
+    whole = {"simulate": {"num_prefill": 1, "num_decode": 1, "prefill_metrics": "after"}}
+    path.write_text(tomli_w.dumps({**whole, "fleet": fleet, "replay": own}))
+    with pytest.raises(VoltanaError, match=said):
+        read_replay_config(path)
 
 
 def test_the_gpu_example_is_a_configuration() -> None:

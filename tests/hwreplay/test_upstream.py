@@ -22,8 +22,8 @@ JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 WHOLE = JSON + b"Content-Length: 5\r\n\r\nhello"
 
 
-async def ask(upstream: Upstream, headers: dict[str, str] | None = None) -> tuple[int, str, bytes]:
-    async with upstream.post("/generate", b"{}", headers or {}, lambda: None) as answer:
+async def ask(upstream: Upstream) -> tuple[int, str, bytes]:
+    async with upstream.post("/generate", b"{}", lambda: None) as answer:
         return answer.status, answer.content_type, await answer.read()
 
 
@@ -51,11 +51,11 @@ def test_every_framing_however_it_is_cut(raw: bytes) -> None:
 def test_the_request_is_written_as_it_should_be() -> None:
     async def play() -> None:
         async with scripted(WHOLE) as server:
-            await ask(Upstream(server.url + "/base/", 1.0), {"X-Request-Id": "a\udcff"})
+            await ask(Upstream(server.url + "/base/", 1.0))
             host = server.url.removeprefix("http://").encode()
             assert server.seen == [
                 b"POST /base/generate HTTP/1.1\r\nHost: " + host + b"\r\n"
-                b"Content-Type: application/json\r\nX-Request-Id: a\xff\r\n"
+                b"Content-Type: application/json\r\n"
                 b"Content-Length: 2\r\n\r\n{}"
             ]
 
@@ -92,7 +92,7 @@ def test_what_came_before_a_loss_is_still_given() -> None:
     async def play() -> None:
         async with scripted(*chunked(b"a", b"b", is_ended=False)) as server:
             upstream = Upstream(server.url, 1.0)
-            async with upstream.post("/generate", b"{}", {}, lambda: None) as answer:
+            async with upstream.post("/generate", b"{}", lambda: None) as answer:
                 await asyncio.sleep(0.2)
                 assert await answer.readany() == b"ab"
                 with pytest.raises(UpstreamError):
@@ -143,7 +143,7 @@ def test_an_answer_left_early_costs_its_connection() -> None:
     async def play() -> None:
         async with scripted(*chunked(b"a" * 10, b"b" * 10), is_kept=True) as server:
             upstream = Upstream(server.url, 1.0)
-            async with upstream.post("/generate", b"{}", {}, lambda: None) as answer:
+            async with upstream.post("/generate", b"{}", lambda: None) as answer:
                 assert await answer.readany() == b"a" * 10
             assert (await ask(upstream))[2] == b"a" * 10 + b"b" * 10
             assert (server.num_connections, server.num_lost) == (2, 1)
@@ -156,7 +156,7 @@ def test_a_server_waits_for_a_slow_reader() -> None:
         pieces = chunked(*[b"x" * 2**18] * 40)
         async with scripted(*pieces) as server:
             upstream = Upstream(server.url, 1.0)
-            async with upstream.post("/generate", b"{}", {}, lambda: None) as answer:
+            async with upstream.post("/generate", b"{}", lambda: None) as answer:
                 await asyncio.sleep(0.5)
                 first = await answer.readany()
                 assert PAUSE_BYTES < len(first) <= 4 * PAUSE_BYTES

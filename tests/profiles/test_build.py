@@ -17,7 +17,8 @@ from profiles.build.a100 import (
 )
 from profiles.build.kernels import Gemm
 from profiles.build.models import SHAPES
-from profiles.catalog import DATA, FILES, Profile, load_profile
+from profiles.catalog import FILES, Profile, load_profile
+from profiles.places import DATA
 
 NAMES = ("llama-3.1-8b", "qwen3-32b-tp2", "ministral-3b")
 

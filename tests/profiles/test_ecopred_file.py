@@ -9,9 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from profiles.catalog import DATA, list_profiles, load_profile
+from profiles.catalog import list_profiles, load_profile
 from profiles.ecopred import COLUMNS, fit_report
 from profiles.errors import VoltanaError
+from profiles.places import DATA
 
 NAME = "a100-80g-sxm/llama-3.1-8b"
 Edit = Callable[[pd.DataFrame], pd.DataFrame]

@@ -5,6 +5,9 @@ before it. This hook sends one datagram a batch to the Unix socket named by VOLT
 and never waits: a full or missing socket loses the message, and no error leaves the hook, for it
 would end the scheduler. Without the variable it does nothing.
 
+Under tensor parallelism every rank runs every batch; the one that publishes the metrics (rank 0 of
+attention's, last pipeline stage) announces it, and no other.
+
 A datagram has 24 bytes: magic, version, kind, requests, tokens (new ones in prefill, context in
 decode), queued requests, CLOCK_MONOTONIC in ns.
 """
@@ -33,10 +36,15 @@ class Announcer:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         self._socket.setblocking(False)
         self._has_greeted = False
+        self._is_first: bool | None = None
 
     def announce(self, scheduler: object, batch: object) -> None:
-        """Send one batch. Whatever goes wrong stays here."""
+        """Send one batch, on the rank that speaks for all. Whatever goes wrong stays here."""
         try:
+            if self._is_first is None:  # known once the ranks have met, before the first batch
+                self._is_first = speaks_for_all()
+            if not self._is_first:
+                return
             if not self._has_greeted:
                 self._send(HELLO, 0, 0, 0)
                 self._has_greeted = True
@@ -59,6 +67,14 @@ class Announcer:
         counts = min(requests, MAX_REQUESTS), min(tokens, MAX_COUNT), min(waiting, MAX_COUNT)
         message = LAYOUT.pack(MAGIC, VERSION, kind, *counts, time.monotonic_ns())
         self._socket.sendto(message, self._path)
+
+
+def speaks_for_all() -> bool:
+    """Whether this process is the rank whose forward-pass metrics SGLang publishes."""
+    from sglang.srt.runtime_context import get_parallel
+
+    ranks = get_parallel()
+    return ranks.attn_tp_rank == 0 and ranks.pp_rank == ranks.pp_size - 1
 
 
 def register() -> None:

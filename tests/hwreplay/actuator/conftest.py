@@ -27,9 +27,12 @@ class Recorder:
     """A backend that remembers every call, and what is held now."""
 
     operation = Operation.LOCK
+    is_dry = False
 
     def __init__(self, gpus: Collection[int] = (0, 1)) -> None:
         self.gpus = gpus
+        self.lock_s = 0.0
+        """Time that the driver takes for a lock."""
         self.calls: list[tuple[int, int]] = []
         self.held: dict[int, int] = {}
 
@@ -37,6 +40,7 @@ class Recorder:
         return value in ALLOWED_MHZ
 
     def hold(self, gpu: int, value: int) -> None:
+        time.sleep(self.lock_s)
         self.calls.append((gpu, value))
         self.held[gpu] = value
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import stat
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -246,11 +247,50 @@ def test_fuzzed_peers_change_nothing_that_is_not_allowed(
     assert all(gpu in (0, 1) and value in (0, *ALLOWED_MHZ) for gpu, value in recorder.calls)
 
 
+def test_wishes_that_come_faster_than_the_device_replace_each_other(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    """Two cards, 50 changes, locks of 20 ms: in a row they would take 2 s, and each beat and the
+    release would wait behind them. One message a card is under way, and the last wish wins."""
+    recorder.lock_s = 0.02
+    with serving(tmp_path / "s", recorder, silence_s=0.5):
+        client = HelperActuator(tmp_path / "s", [0, 1])
+        for number in range(50):
+            client.set_clock((705, 1005)[number % 2])
+            client.collect()
+            assert client.unanswered <= 2
+            time.sleep(0.002)
+        client.set_clock(1410)
+        assert beating(client, lambda: client.clock_mhz == 1410)
+        assert recorder.held == {0: 1410, 1: 1410}
+        assert len(recorder.calls) < 50
+        assert client.num_refused == client.unanswered == 0
+        client.set_clock(705)
+        client.set_clock(0)  # behind the lock that is under way, and no longer
+        assert beating(client, lambda: client.clock_mhz == 0)
+        client.close()
+
+
+def test_a_refusal_with_a_newer_wish_waiting_leaves_the_wish(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    recorder.lock_s = 0.05
+    with serving(tmp_path / "s", recorder):
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(999)
+        client.set_clock(1005)
+        assert beating(client, lambda: client.clock_mhz == 1005)
+        assert client.num_refused == 1
+        client.close()
+
+
 def test_dry_run_records_changes_only(tmp_path: Path) -> None:
+    """And confirms none: no clock was touched."""
     actuator = DryRunActuator(tmp_path / "d.jsonl")
     for clock in (1005, 1005, 1410):
         actuator.set_clock(clock)
         actuator.beat()
+        assert actuator.clock_mhz == 0
     actuator.close()
     lines = (tmp_path / "d.jsonl").read_text().splitlines()
     assert [line.split('"clock_mhz": ')[1] for line in lines] == ["1005}", "1410}", "0}"]

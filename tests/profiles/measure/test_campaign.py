@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -383,3 +383,33 @@ def test_time_left_is_the_budget_or_less(tmp_path: Path) -> None:
     assert seen[0].left_s == pytest.approx(3600.0, abs=60.0)
     assert all(standing.left_s < 600.0 for standing in seen[1:])
     assert [standing.num_done for standing in seen] == list(range(len(seen)))
+
+
+@dataclass(slots=True)
+class Heard:
+    """Keeps what it is told."""
+
+    lines: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        self.lines.append(text)
+
+    def at(self, standing: Standing) -> None:
+        self.lines.append(standing.text)
+
+
+def test_a_budget_that_is_too_short_is_said_and_no_zero_is_promised(tmp_path: Path) -> None:
+    """The ends of the grid are measured past it: 8 points of at least 0.2 s each."""
+    heard = Heard()
+    log = Journal.open(tmp_path / "j")
+    card = ConstantPowerGpu(100.0)
+    short = replace(plan(budget_s=0.01), protocol=replace(FAST, warm_up_s=1.0))
+    with ClockSession([card]) as session, Fake() as engine:
+        Campaign(engine, [card], short, session, log, heard).run()
+    first = next(line for line in heard.lines if "budget" in line)
+    assert first.startswith("the budget of 0.01 s is too short for the 8 points")
+    assert "about 10 s" in first  # 8 x (1 s + 2 x 0.101 s)
+    at = [line for line in heard.lines if line.startswith("[")]
+    assert len(log.points) == 8
+    assert not any("at most 0:00 left" in line for line in at)
+    assert all("past the budget, about" in line for line in at[1:])

@@ -150,7 +150,7 @@ def test_power_of_a_card_is_measured_where_the_engine_runs_on_it(tmp_path: Path)
     power = made.meta.provenance["decode_power"]
     assert power.status == "measured"
     assert power.source == "NVML energy by counter, board power of all 2 GPUs"
-    assert "in 4 of 4 trials pauses count too" in power.uncertainty
+    assert "in 2 of 2 trials pauses were taken out at the idle power" in power.uncertainty
     elsewhere = assemble(tmp_path, log, [card], replace(FACTS, is_on_gpu=False))
     assert elsewhere.meta.provenance["decode_power"].status == "modelled"
 

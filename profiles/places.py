@@ -1,0 +1,56 @@
+"""Where profiles lie, and the one file of them that a configuration needs before any table."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Any, Final
+
+from profiles.errors import VoltanaError
+
+DATA: Final = Path(__file__).parent / "data"
+"""Shipped profiles, `<gpu>/<model>`."""
+SERVING: Final = "serving.toml"
+"""Beside the tables where a serving engine was profiled."""
+SERVING_VERSION: Final = 1
+
+
+def profile_directory(name_or_path: str | Path) -> Path:
+    """The directory of a shipped profile's name, or the path that was given."""
+    shipped = DATA / name_or_path
+    return shipped if (shipped / "profile.toml").is_file() else Path(name_or_path)
+
+
+def serving_settings(name_or_path: str | Path) -> dict[str, Any]:
+    """What a profiled engine's requests spend outside the iterations, and its limits.
+
+    Args:
+        name_or_path: As of `load_profile`; a profile that is not there has none.
+
+    Returns:
+        Keys of a simulated configuration with their values; empty without `serving.toml`.
+
+    Raises:
+        VoltanaError: The file is none of this version.
+    """
+    path = profile_directory(name_or_path) / SERVING
+    return read_serving(path)["simulate"] if path.is_file() else {}
+
+
+def read_serving(path: Path) -> dict[str, Any]:
+    """Read a `serving.toml`: `schema_version`, `measured` and `simulate`.
+
+    Raises:
+        VoltanaError: It cannot be read, or is none of this version.
+    """
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None
+    version = table.get("schema_version")
+    if version != SERVING_VERSION or not isinstance(table.get("simulate"), dict):
+        raise VoltanaError(
+            f"{path} must have schema_version {SERVING_VERSION} and a table [simulate], got "
+            f"version {version!r}: profile the engine again"
+        )
+    return table
