@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from experiments.compare.policies import BEST_PAIR, TARGET, load_columns, worse_attainment
 from profiles.errors import VoltanaError
+from profiles.files import write_figure
 from profiles.measure.style import (
     COLOURS,
     GREY,
@@ -85,8 +86,8 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     with mpl.rc_context(STYLE):
-        figure.savefig(paths[0])
-        figure.savefig(paths[1], metadata={"Date": None})
+        for path in paths:
+            write_figure(figure, path)
     return paths
 
 

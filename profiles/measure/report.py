@@ -15,6 +15,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from profiles.catalog import Profile
 from profiles.ecopred import fit_report
+from profiles.files import write_csv, write_figure
 from profiles.measure.style import STYLE, WIDTH_IN, line_style
 
 POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
@@ -33,7 +34,7 @@ def write_report(profile: Profile, directory: Path) -> list[Path]:
     """Write `fit_report.csv`, `energy_u.png`, `latency_steps.png`, `power_surface.png`."""
     directory.mkdir(parents=True, exist_ok=True)
     fit_path = directory / "fit_report.csv"
-    fit_report(profile.fitted).to_csv(fit_path, index=False, float_format="%.5g")
+    write_csv(fit_report(profile.fitted), fit_path, float_format="%.5g")
     with mpl.rc_context(STYLE):
         figures = {
             "energy_u.png": _energy_figure(profile),
@@ -41,7 +42,7 @@ def write_report(profile: Profile, directory: Path) -> list[Path]:
             "power_surface.png": _power_figure(profile),
         }
         for name, figure in figures.items():
-            figure.savefig(directory / name)
+            write_figure(figure, directory / name)
     return [fit_path, *(directory / name for name in figures)]
 
 
