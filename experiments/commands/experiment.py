@@ -117,6 +117,7 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     import pandas as pd
 
     from experiments.compare.measures import MEASURES
+    from experiments.show import width
     from experiments.study.suite import PANEL
 
     spec = chosen.figure
@@ -124,4 +125,4 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     columns = {MEASURES[r].label: MEASURES[r].of(frame) for r in spec.rows}
     table = pd.concat([frame[keys], pd.DataFrame(columns)], axis=1)
     means = table.groupby(keys, sort=False, as_index=False).mean()
-    return means.to_string(index=False, float_format=lambda v: f"{v:.4g}")
+    return means.to_string(index=False, float_format=lambda v: f"{v:.4g}", line_width=width())

@@ -98,6 +98,7 @@ def compare(
     from experiments.draw.plots import save
     from experiments.paper.figure import draw_panel
     from experiments.paper.panel import panel_residuals, read_panel, score, worst
+    from experiments.show import width
     from profiles.files import write_csv
 
     published = read_panel(panel)
@@ -105,8 +106,11 @@ def compare(
     write_csv(compared.round(2), out / "residuals.csv")
     save(draw_panel(compared), out, "residuals")
     short = compared.drop(columns=["model", "dataset"]).rename(columns=_short)
-    typer.echo(short.to_string(index=False, na_rep="", float_format=lambda v: f"{v:.1f}"))
-    typer.echo(worst(compared).to_string(index=False))
+    wide = width()
+    typer.echo(
+        short.to_string(index=False, na_rep="", float_format=lambda v: f"{v:.1f}", line_width=wide)
+    )
+    typer.echo(worst(compared).to_string(index=False, line_width=wide))
     typer.echo(f"score {score(compared):.3f}; {out / 'residuals.csv'} {out / 'residuals.png'}")
 
 

@@ -121,9 +121,12 @@ def _watch(config: SimConfig) -> Callable[[Iterator[Workload]], Iterator[Workloa
 
     expected = config.rate_rps * (config.duration_s or DEFAULT_DURATION_S)
 
+    console = Console(stderr=True)
+
     def watched(parts: Iterator[Workload]) -> Iterator[Workload]:
         yield from track(
-            parts, "simulating", total=-(-expected // PART_REQUESTS), console=Console(stderr=True)
-        )
+            parts, "simulating", total=-(-expected // PART_REQUESTS), console=console,
+            disable=not console.is_terminal,
+        )  # fmt: skip
 
     return watched

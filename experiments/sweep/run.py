@@ -225,7 +225,9 @@ def _progress(total: int) -> Iterator[Progress]:
     columns = (
         TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as progress:
+    console = Console(stderr=True, force_jupyter=False)
+    # a bar is for a terminal: in a log or under a notebook's cell it is noise
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         progress.add_task("sweep", total=total)
         yield progress
 
