@@ -9,11 +9,12 @@ STAMP := $(VENV)/.installed
 
 CONTESTS := sharegpt sharegpt-large azure
 
-.PHONY: help demo figures test lint types contracts unit bench fast fast-test fast-bench mutants engine profile-gpu replay-gpu clean
+.PHONY: help demo figures notebooks test lint types contracts unit bench fast fast-test fast-bench mutants engine profile-gpu replay-gpu clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
 	@echo "make figures  redraw every figure of docs/ (a minute if runs are kept, else 15)"
+	@echo "make notebooks  run the notebooks again and keep their outputs (a few minutes)"
 	@echo "make test   install if missing, then lint, types, import contracts, tests"
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
@@ -50,6 +51,10 @@ figures: $(STAMP)
 	  $(BIN)/voltana paper compare --panel $(PANEL) --out results/paper-compare \
 	    && cp results/paper-compare/residuals.png docs/figures/paper_residuals.png; \
 	else echo "paper_residuals: PANEL=file.csv redraws it"; fi
+
+# PyTorch is for the first one alone, which without it shows no profile of this machine.
+notebooks: $(STAMP)
+	$(BIN)/python -m experiments.notebooks
 
 test: lint types contracts unit
 

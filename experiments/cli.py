@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import sys
 
@@ -18,6 +19,7 @@ VERBS = (
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 def make_app() -> typer.Typer:
@@ -58,6 +60,8 @@ def _os_error(error: OSError) -> str:
     reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
     if error.filename is None:
         return reason
+    if error.errno in _NO_ROOM:
+        return f"cannot write {error.filename}: {reason}; make room or name another place"
     return f"cannot read or write {error.filename}: {reason}; name another place"
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,7 +15,9 @@ from rich.table import Table
 from sim.config import SimConfig
 from sim.results import finite
 
-_WIDTH = 118
+_WIDEST = 118
+"""Where nobody's terminal is known: a file, a pipe."""
+_NARROWEST = 72
 
 
 def summary_json(summary: Mapping[str, Any]) -> str:
@@ -61,7 +64,7 @@ def policy_table(frame: pd.DataFrame, title: str) -> str:
         title: Printed above.
     """
     table = Table(title=title, box=None, pad_edge=False, title_justify="left", title_style="")
-    table.add_column("policy", no_wrap=True)
+    table.add_column("policy")  # breaks between words where the terminal is narrow
     for name in ("energy J", "saving %", "TTFT ok", "ITL ok", "J/token", "keeps SLO"):
         table.add_column(name, justify="right", no_wrap=True)
     for row in frame.to_dict("records"):
@@ -77,10 +80,15 @@ def policy_table(frame: pd.DataFrame, title: str) -> str:
     return render(table)
 
 
+def width() -> int:
+    """Columns to print in: the terminal's, within reason."""
+    return min(max(shutil.get_terminal_size((_WIDEST, 24)).columns, _NARROWEST), _WIDEST)
+
+
 def render(table: Table) -> str:
-    """A rich table as plain text."""
+    """A rich table as plain text, no wider than the terminal: its cells break between words."""
     stream = io.StringIO()
-    Console(file=stream, width=_WIDTH).print(table)
+    Console(file=stream, width=width()).print(table)
     return "\n".join(line.rstrip() for line in stream.getvalue().splitlines()).rstrip("\n")
 
 

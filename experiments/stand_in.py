@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from profiles.catalog import Profile, load_profile, write_profile
+from profiles.files import write_csv
 
 
 def perturbed_profile(
@@ -41,7 +42,7 @@ def perturbed_profile(
         _scaled(profile.decode, time_ratio, power_ratio, noise_frac, rng),
         profile.idle.assign(power_w=profile.idle["power_w"] * power_ratio),
     )
-    profile.fitted.to_csv(directory / "ecopred.csv", index=False, float_format="%.6g")
+    write_csv(profile.fitted, directory / "ecopred.csv", float_format="%.6g")
     return load_profile(directory)
 
 

@@ -13,6 +13,7 @@ import pandas as pd
 
 from profiles import ecopred
 from profiles.errors import VoltanaError, nearest
+from profiles.files import write_text
 from profiles.places import DATA as DATA
 from profiles.places import profile_directory
 from profiles.schema import ProfileMeta, meta_toml, read_meta
@@ -167,9 +168,7 @@ def write_profile(
     }
     texts["profile.toml"] = meta_toml(meta)
     for name, text in texts.items():
-        partial = directory / f".{name}.partial"
-        partial.write_text(text, encoding="utf-8")
-        partial.replace(directory / name)
+        write_text(text, directory / name)
     return load_profile(directory)
 
 

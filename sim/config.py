@@ -35,7 +35,7 @@ class SimConfig:
     profile: str = _key(DEFAULT_PROFILE, "profile name or directory")
     workload: str = _key("sharegpt", "length distribution of generated requests")
     trace: str | None = _key(None, "trace file or named trace, in place of a generated workload")
-    rate_rps: float = _key(60.0, "mean arrival rate of a generated workload, requests/s")
+    rate_rps: float = _key(30.0, "mean arrival rate of a generated workload, requests/s")
     duration_s: float | None = _key(
         None, "length of the workload; none = 120 s generated, or the whole trace"
     )

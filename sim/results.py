@@ -17,9 +17,11 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 
 from profiles.errors import VoltanaError
-from profiles.files import replacing, write_text
+from profiles.files import write_parquet, write_text
+from profiles.folders import check, mark
 from sim.metrics import summarise
 from sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
 
@@ -27,21 +29,25 @@ SCHEMA_VERSION = 1
 """Raised whenever a file or column changes its meaning or goes."""
 
 
+class BrokenFileError(VoltanaError):
+    """A file of a run directory that is there and cannot be read."""
+
+
 def write_run(record: RunRecord, directory: Path) -> dict[str, Any]:
     """Write a run directory and return its summary. Each file appears whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
+    mark(directory, "run")
     summary = {"schema_version": SCHEMA_VERSION, **summarise(record)}
     if record.sketch is None:
-        _write_frame(pd.DataFrame(_columns(record.requests)), directory / "requests.parquet")
+        write_parquet(pd.DataFrame(_columns(record.requests)), directory / "requests.parquet")
         gaps = pd.DataFrame({"gap_s": record.itl_s, "count": record.itl_weight})
-        _write_frame(gaps, directory / "itl.parquet")
+        write_parquet(gaps, directory / "itl.parquet")
     else:
         write_json(record.sketch.percentiles(), directory / "percentiles.json")
     if record.iterations is not None:
         frame = pd.DataFrame(_columns(record.iterations))
-        _write_frame(frame, directory / "iterations.parquet")
+        write_parquet(frame, directory / "iterations.parquet")
     if record.timeline is not None:
-        _write_frame(pd.DataFrame(dict(record.timeline)), directory / "timeline.parquet")
+        write_parquet(pd.DataFrame(dict(record.timeline)), directory / "timeline.parquet")
     instances = [dataclasses.asdict(i) for i in record.instances]
     write_json(instances, directory / "instances.json")
     write_json(dict(record.settings), directory / "settings.json")
@@ -50,7 +56,8 @@ def write_run(record: RunRecord, directory: Path) -> dict[str, Any]:
 
 
 def refuse_existing(directory: Path) -> None:
-    """Raise VoltanaError if there is a run already: results are never overwritten."""
+    """Raise VoltanaError if there is a run already, or anything else: nothing is overwritten."""
+    check(directory, "run")
     if (directory / "summary.json").exists():
         raise VoltanaError(f"{directory} already holds a run: name another directory")
 
@@ -72,8 +79,8 @@ def read_run(directory: Path) -> RunRecord:
         raise VoltanaError(
             f"{directory} keeps numbers and no rows (metrics=sketch): run it with metrics=exact"
         )
-    gaps = _read_frame(directory / "itl.parquet")
-    requests = _read_frame(directory / "requests.parquet")
+    gaps = read_frame(directory / "itl.parquet")
+    requests = read_frame(directory / "requests.parquet")
     return RunRecord(
         requests=RequestTable(**_arrays(requests)),
         itl_s=gaps["gap_s"].to_numpy(dtype=np.float64),
@@ -123,18 +130,37 @@ def _arrays(frame: pd.DataFrame) -> dict[str, Any]:
     return {str(name): frame[name].to_numpy() for name in frame.columns}
 
 
-def _write_frame(frame: pd.DataFrame, path: Path) -> None:
-    with replacing(path) as partial:
-        frame.to_parquet(partial, index=False)
+def read_frame(path: Path, columns: list[str] | None = None) -> pd.DataFrame:
+    """Read one parquet file of a run directory, or only some columns of it.
 
-
-def _read_frame(path: Path) -> pd.DataFrame:
+    Raises:
+        VoltanaError: It is not there.
+        BrokenFileError: It is cut short, or something else.
+    """
     try:
-        return pd.read_parquet(path)
+        return pd.read_parquet(path, columns=columns)
     except FileNotFoundError:
         raise VoltanaError(f"no {path.name} in {path.parent}: is it a run directory?") from None
-    except OSError as error:
-        raise VoltanaError(f"cannot read {path}: {error}") from None
+    except (OSError, ValueError) as error:  # pyarrow's own errors are of these two
+        raise _broken(path, error) from None
+
+
+def check_frames(directory: Path) -> None:
+    """Whether each parquet file of a run directory is whole, by its footer alone.
+
+    Raises:
+        BrokenFileError: One is not.
+    """
+    for path in sorted(directory.glob("*.parquet")):
+        try:
+            pq.read_metadata(path)
+        except (OSError, ValueError) as error:
+            raise _broken(path, error) from None
+
+
+def _broken(path: Path, error: Exception) -> BrokenFileError:
+    reason = " ".join(str(error).split()).partition(". ")[0]
+    return BrokenFileError(f"cannot read {path}, is it cut short? ({reason}): write the run again")
 
 
 def _instance(values: dict[str, Any]) -> InstanceRecord:
@@ -144,8 +170,8 @@ def _instance(values: dict[str, Any]) -> InstanceRecord:
 
 
 def _optional_iterations(path: Path) -> IterationTable | None:
-    return IterationTable(**_arrays(_read_frame(path))) if path.exists() else None
+    return IterationTable(**_arrays(read_frame(path))) if path.exists() else None
 
 
 def _optional_timeline(path: Path) -> dict[str, Any] | None:
-    return _arrays(_read_frame(path)) if path.exists() else None
+    return _arrays(read_frame(path)) if path.exists() else None

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from experiments.extras import needs
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -28,6 +30,7 @@ def agent(
     """
     import os
 
-    from hwreplay.agent.process import run_agents
+    with needs("replay", "voltana agent"):
+        from hwreplay.agent.process import run_agents
 
     run_agents([file], os.getppid())

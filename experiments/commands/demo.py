@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from experiments.options import RequireSlo
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -19,6 +21,7 @@ def register(app: typer.Typer) -> None:
 def demo(
     out: Annotated[Path, typer.Option(help="Directory of the results")] = Path("results/demo"),
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    require_slo: RequireSlo = False,
 ) -> None:
     """Compare the shipped policies on Llama-3.1-8B, A100, ShareGPT; about a minute on two cores.
 
@@ -27,12 +30,14 @@ def demo(
     """
     from experiments.compare.policies import TARGET, compare
     from experiments.draw.plots import energy_vs_slo, save
+    from experiments.promise import end_with, overloads
     from experiments.show import policy_table
     from experiments.sweep.grid import read_sweep
     from experiments.sweep.run import run_sweep
 
     config = Path(__file__).parent.parent / "configs" / "demo.toml"
-    frame = compare(run_sweep(read_sweep(config), out, jobs=jobs))
+    points = read_sweep(config)
+    frame = compare(run_sweep(points, out, jobs=jobs))
     for rate, rows in frame.groupby("rate_rps", sort=True):
         title = (
             f"{rows['profile'].iloc[0]}, {rows['workload'].iloc[0]}, {rate:g} requests/s, TTFT "
@@ -43,6 +48,7 @@ def demo(
         f"keeps SLO: at least {TARGET:.0%} TTFT and ITL attainment. A saving counts only there."
     )
     typer.echo(f"{_paths(save(energy_vs_slo(frame), out, 'energy_vs_slo'))} {out / 'results.csv'}")
+    end_with(overloads(points, out, jobs=jobs), require_slo=require_slo)
 
 
 def _with_clocks(rows: pd.DataFrame) -> pd.DataFrame:

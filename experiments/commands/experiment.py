@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from experiments.options import RequireSlo
+
 if TYPE_CHECKING:
     import pandas as pd
 
+    from experiments.promise import Overload
     from experiments.study.suite import Experiment
 
 experiment = typer.Typer(
@@ -45,39 +47,49 @@ def run(
     figures: Annotated[
         Path | None, typer.Option(help="Folder that takes a copy of each NAME.png")
     ] = None,
+    require_slo: RequireSlo = False,
 ) -> None:
     """Run an experiment and draw its figure: OUT/NAME/results.csv, NAME.png and NAME.svg.
 
     Runs are kept by the hash of their configuration: what has been run is not run again, and the
     figure is drawn anew each time. --quick writes to OUT/NAME-quick.
     """
+    from experiments.promise import end_with
     from experiments.study.suite import find_experiment, list_experiments, read_experiment
     from profiles.errors import VoltanaError
+    from profiles.files import write_bytes
 
     names = list(list_experiments()) if name == "all" else [name]
     failures: dict[str, str] = {}
+    found: list[Overload] = []
     for each in names:
         try:
             chosen = read_experiment(find_experiment(each), quick=quick)
-            picture = _run_one(chosen, out, quick=quick, jobs=jobs)
+            picture, overloaded = _run_one(chosen, out, quick=quick, jobs=jobs)
         except VoltanaError as error:
             if name != "all":
                 raise
             failures[each] = str(error)
             typer.echo(f"voltana: {each}: {error}", err=True)
             continue
+        found += overloaded
         if figures is not None:
             figures.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(picture, figures / picture.name)
+            write_bytes(picture.read_bytes(), figures / picture.name)
     if failures:
         raise VoltanaError(
             f"{len(failures)} of {len(names)} experiments failed: {', '.join(failures)} (each said "
             "why above); the others are done"
         )
+    end_with(found, require_slo=require_slo, says=False)
 
 
-def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) -> Path:
+def _run_one(
+    chosen: Experiment, out: Path, *, quick: bool, jobs: int | None
+) -> tuple[Path, list[Overload]]:
+    """Its picture, and the loads that are too much for top clocks."""
     from experiments.draw.plots import save
+    from experiments.promise import overloads, tell
     from experiments.study.curves import draw_experiment
     from experiments.study.suite import with_saving
     from experiments.sweep.run import run_sweep
@@ -95,7 +107,9 @@ def _run_one(chosen: Experiment, out: Path, *, quick: bool, jobs: int | None) ->
     typer.echo(_table(chosen, frame))
     paths = save(draw_experiment(chosen, frame), directory, chosen.name)
     typer.echo(" ".join(map(str, [*paths, directory / "results.csv"])))
-    return paths[0]
+    overloaded = overloads(chosen.points, directory, jobs=jobs)
+    tell(overloaded)
+    return paths[0], overloaded
 
 
 def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
@@ -103,6 +117,7 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     import pandas as pd
 
     from experiments.compare.measures import MEASURES
+    from experiments.show import width
     from experiments.study.suite import PANEL
 
     spec = chosen.figure
@@ -110,4 +125,4 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     columns = {MEASURES[r].label: MEASURES[r].of(frame) for r in spec.rows}
     table = pd.concat([frame[keys], pd.DataFrame(columns)], axis=1)
     means = table.groupby(keys, sort=False, as_index=False).mean()
-    return means.to_string(index=False, float_format=lambda v: f"{v:.4g}")
+    return means.to_string(index=False, float_format=lambda v: f"{v:.4g}", line_width=width())

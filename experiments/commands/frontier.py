@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from experiments.options import RequireSlo
 from profiles.errors import VoltanaError
 from sim.config import parse_settings
 
@@ -52,15 +53,19 @@ def frontier(
         list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    require_slo: RequireSlo = False,
 ) -> None:
     """Find each policy's least energy at equal attainment; compare with static clocks and a bound.
 
     Writes OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of
     its configuration: run it again to go on. A saving is given only where the target is reached.
     """
+    from experiments.compare.policies import STATIC_MAX
     from experiments.frontier.report import frontier_table, write_frontier
     from experiments.frontier.search import search_frontier
     from experiments.frontier.study import quick_study, read_study
+    from experiments.promise import missed
+    from profiles.folders import claim
 
     given = parse_settings(settings or [])
     if config is not None:
@@ -75,7 +80,10 @@ def frontier(
         if only:
             raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
         study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
+    claim(out, "frontier")
     searches = search_frontier(study, out, jobs=jobs)
     frame = frontier_table(study, searches, out, jobs)
     for line in write_frontier(study, searches, frame, out, question):
         typer.echo(line)
+    if require_slo and not frame.loc[frame["policy"] == STATIC_MAX, "reached"].all():
+        raise missed("a load is too much for top clocks")

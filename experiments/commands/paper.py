@@ -48,6 +48,7 @@ def fit(
 
     from experiments.paper.calibrate import fit_panel
     from experiments.paper.panel import read_panel
+    from profiles.files import write_text
 
     found = fit_panel(
         read_panel(panel), data, out, workload=workload, max_evaluations=max_evaluations,
@@ -60,7 +61,7 @@ def fit(
         "evaluations": found.evaluations,
     }
     path = out / "fitted.toml"
-    path.write_text(tomli_w.dumps(fitted), encoding="utf-8")
+    write_text(tomli_w.dumps(fitted), path)
     typer.echo(path.read_text(encoding="utf-8").strip())
     typer.echo(f"build its profiles: voltana paper build --data {data} --fitted {path} --out DIR")
 
@@ -97,14 +98,19 @@ def compare(
     from experiments.draw.plots import save
     from experiments.paper.figure import draw_panel
     from experiments.paper.panel import panel_residuals, read_panel, score, worst
+    from experiments.show import width
+    from profiles.files import write_csv
 
     published = read_panel(panel)
     compared = panel_residuals(published, out, jobs=jobs)
-    compared.round(2).to_csv(out / "residuals.csv", index=False)
+    write_csv(compared.round(2), out / "residuals.csv")
     save(draw_panel(compared), out, "residuals")
     short = compared.drop(columns=["model", "dataset"]).rename(columns=_short)
-    typer.echo(short.to_string(index=False, na_rep="", float_format=lambda v: f"{v:.1f}"))
-    typer.echo(worst(compared).to_string(index=False))
+    wide = width()
+    typer.echo(
+        short.to_string(index=False, na_rep="", float_format=lambda v: f"{v:.1f}", line_width=wide)
+    )
+    typer.echo(worst(compared).to_string(index=False, line_width=wide))
     typer.echo(f"score {score(compared):.3f}; {out / 'residuals.csv'} {out / 'residuals.png'}")
 
 
@@ -118,10 +124,11 @@ def predict(
 ) -> None:
     """Run the main figure for all models and data sets and write it in the panel's columns."""
     from experiments.paper.panel import predict as make
+    from profiles.files import write_csv
 
     made = make(runs / "main-figure", jobs=jobs)
     out.parent.mkdir(parents=True, exist_ok=True)
-    made.to_csv(out, index=False)
+    write_csv(made, out)
     typer.echo(f"{out}: {len(made)} rows")
 
 

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from experiments.extras import needs
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -50,7 +52,8 @@ def replay(
 
     Example: voltana replay --config replay.toml --out results/replayed
     """
-    from experiments.hardware.replay import run_probe, run_replay
+    with needs("replay", "voltana replay"):
+        from experiments.hardware.replay import run_probe, run_replay
     from experiments.show import summary_json, summary_table
 
     if probe:

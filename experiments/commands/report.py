@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from experiments.extras import needs
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -37,14 +39,8 @@ def report(
 
     Example: voltana report results/demo
     """
-    try:
+    with needs("report", "voltana report"):
         from experiments.report.page import write_report
-    except ModuleNotFoundError as error:
-        from profiles.errors import VoltanaError
-
-        raise VoltanaError(
-            f"voltana report needs {error.name}: pip install 'voltana[report]'"
-        ) from None
 
     path = directory / "report.html" if out is None else out
     failures = write_report(

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from experiments.extras import needs
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -34,8 +36,9 @@ def router(
     """
     import dataclasses
 
-    from hwreplay.router.config import read_router_config, read_token
-    from hwreplay.router.service import run_router
+    with needs("replay", "voltana router"):
+        from hwreplay.router.config import read_router_config, read_token
+        from hwreplay.router.service import run_router
 
     made = read_router_config(config, token=read_token(token_file))
     made = dataclasses.replace(

@@ -55,13 +55,19 @@ def simulate(
         typer.Option(help="With metrics=sketch: a parquet file, one row a request as it ends"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+    require_slo: Annotated[
+        bool,
+        typer.Option("--require-slo", help="Exit with 1 if TTFT or ITL attainment is below 99 %"),
+    ] = False,
 ) -> None:
     """Simulate one configuration and print its energy, latency and attainment.
+
+    If it misses its promise and top clocks would too, a line on standard error says so.
 
     A run too long to keep (ten million requests take minutes): --set metrics=sketch, with
     --set arrivals=diurnal for a day that is drawn as it is simulated.
 
-    Example: voltana simulate --workload sharegpt --rate 60 --controller ecofreq --router ecoroute
+    Example: voltana simulate --workload sharegpt --rate 36 --controller ecofreq --router ecoroute
     """
     options: dict[str, Any] = {
         "profile": profile, "workload": workload, "trace": trace, "rate_rps": rate,
@@ -79,6 +85,7 @@ def simulate(
         out,
         spill,
         as_json=json,
+        requires_slo=require_slo,
     )
 
 
@@ -90,7 +97,10 @@ def _read(path: Path) -> dict[str, Any]:
     return {"profile": str(path.parent)}
 
 
-def _run(config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bool) -> None:
+def _run(
+    config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bool, requires_slo: bool
+) -> None:
+    from experiments.promise import keeps_promise, missed, overload_of, tell
     from experiments.runs import run
     from experiments.show import summary_json, summary_table
     from sim.metrics import summarise
@@ -105,6 +115,10 @@ def _run(config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bo
     record = run(config, spill=spill, watch=_watch(config))
     summary = summarise(record) if out is None else write_run(record, out)
     typer.echo(summary_json(summary) if as_json else summary_table(config, summary))
+    overload = overload_of(config, summary)
+    tell([] if overload is None else [overload])
+    if requires_slo and not keeps_promise(summary):
+        raise missed("the run misses its promise")
 
 
 def _watch(config: SimConfig) -> Callable[[Iterator[Workload]], Iterator[Workload]]:
@@ -116,9 +130,12 @@ def _watch(config: SimConfig) -> Callable[[Iterator[Workload]], Iterator[Workloa
 
     expected = config.rate_rps * (config.duration_s or DEFAULT_DURATION_S)
 
+    console = Console(stderr=True)
+
     def watched(parts: Iterator[Workload]) -> Iterator[Workload]:
         yield from track(
-            parts, "simulating", total=-(-expected // PART_REQUESTS), console=Console(stderr=True)
-        )
+            parts, "simulating", total=-(-expected // PART_REQUESTS), console=console,
+            disable=not console.is_terminal,
+        )  # fmt: skip
 
     return watched

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from experiments.options import RequireSlo
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -26,6 +28,7 @@ def sweep(
         str | None,
         typer.Option(help="Folder or fsspec URL of the points' results, to be shared"),
     ] = None,
+    require_slo: RequireSlo = False,
 ) -> None:
     """Run every point of a grid and write one tidy table, DIR/results.csv.
 
@@ -34,8 +37,11 @@ def sweep(
     pairs of fixed clocks. Finished points are kept by the hash of their configuration: run the
     command again to go on after an interruption, or on several machines with one --store.
     """
+    from experiments.promise import end_with, overloads
     from experiments.sweep.grid import read_sweep
     from experiments.sweep.run import RESULTS, run_sweep
 
-    table = run_sweep(read_sweep(config), out, jobs=jobs, engine=engine, store=store)
+    points = read_sweep(config)
+    table = run_sweep(points, out, jobs=jobs, engine=engine, store=store)
     typer.echo(f"{len(table)} points in {out / RESULTS}")
+    end_with(overloads(points, out, jobs=jobs, engine=engine, store=store), require_slo=require_slo)

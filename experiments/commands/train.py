@@ -83,6 +83,7 @@ def train_mdp(
     is refused with any other. q goes on from OUT.checkpoint if it was interrupted.
     Example: voltana train mdp --rate 30 --out mdp.npz --set slo_itl_s=0.045
     """
+    from experiments.promise import overloads_at, tell
     from experiments.study.train import TrainingPlan, describe
     from experiments.study.train import train as run
 
@@ -106,4 +107,5 @@ def train_mdp(
         algorithm=cast("Algorithm", algorithm),
         seed=seed,
     )  # the plan checks the words
+    tell(overloads_at(plan.config, plan.rates_rps))
     typer.echo(describe(run(plan, out), out))

@@ -22,6 +22,8 @@ from scipy.optimize import nnls
 from experiments.draw.plots import COLOURS, STYLE, save
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
+from profiles.files import write_csv, write_text
+from profiles.folders import claim
 
 PHASES: Final = ("prefill", "decode")
 UNITS: Final = {"time_s": "iteration time", "power_w": "power"}
@@ -104,16 +106,16 @@ def compare_profiles(ours: Profile, theirs: Profile) -> ProfileComparison:
 
 def write_comparison(found: ProfileComparison, directory: Path) -> list[Path]:
     """Write `note.md`, `shape.csv`, `points.csv` and the figure it shows."""
-    directory.mkdir(parents=True, exist_ok=True)
+    claim(directory, "comparison")
     figures = save(_figure(found), directory, "comparison")
     tables = {
         "shape.csv": pd.DataFrame([asdict(s) for s in found.shapes]),
         "points.csv": found.points,
     }
     for name, table in tables.items():
-        table.to_csv(directory / name, index=False, float_format="%.6g")
+        write_csv(table, directory / name, float_format="%.6g")
     note = directory / "note.md"
-    note.write_text(note_text(found), encoding="utf-8")
+    write_text(note_text(found), note)
     return [note, *figures, *(directory / name for name in tables)]
 
 

@@ -18,6 +18,7 @@ from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from experiments.compare.policies import BEST_PAIR, TARGET, load_columns, worse_attainment
 from profiles.errors import VoltanaError
+from profiles.files import write_figure
 from profiles.measure.style import (
     COLOURS,
     GREY,
@@ -25,6 +26,7 @@ from profiles.measure.style import (
     STYLE,
     WIDTH_IN,
     legend_columns,
+    legend_height_in,
     line_style,
 )
 from sim.policies.base import DECODE, PREFILL
@@ -56,7 +58,7 @@ def display_name(series: object) -> str:
 def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
     """Energy and attainment against request rate, and the two against each other.
 
-    Hollow where the promise is broken.
+    Hollow where the promise, TTFT or ITL, is broken; the promise itself is dotted.
 
     Args:
         frame: Result of `experiments.compare.policies.compare`.
@@ -67,15 +69,17 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
     """
     _check_rate(frame)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH_IN, 5.9), layout="constrained")
-        axes = figure.subplots(2, 2)
         handles = []
-        for i, (policy, rows) in enumerate(frame.groupby("policy", sort=False)):
-            style = line_style(i)
-            _draw_policy(axes, rows, style)
-            handles.append(Line2D([], [], label=display_name(policy), **style))
+        groups = list(frame.groupby("policy", sort=False))
+        for i, (policy, _) in enumerate(groups):
+            handles.append(Line2D([], [], label=display_name(policy), **line_style(i)))
+        handles.append(hollow(f"hollow: below {100 * target:g} %"))
+        height_in = 4.8 + legend_height_in([str(h.get_label()) for h in handles])
+        figure = Figure(figsize=(WIDTH_IN, height_in), layout="constrained")
+        axes = figure.subplots(2, 2)
+        for i, (_, rows) in enumerate(groups):
+            _draw_policy(axes, rows, line_style(i))
         _finish(axes, frame, target)
-        handles.append(hollow(f"hollow: TTFT or ITL below {100 * target:g} % (dotted)"))
         add_legend(figure, handles)
     return figure
 
@@ -85,8 +89,8 @@ def save(figure: Figure, directory: Path, name: str) -> list[Path]:
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     with mpl.rc_context(STYLE):
-        figure.savefig(paths[0])
-        figure.savefig(paths[1], metadata={"Date": None})
+        for path in paths:
+            write_figure(figure, path)
     return paths
 
 

@@ -27,7 +27,7 @@ from experiments.frontier.search import Search, Study, Trial
 from experiments.runs import cached_profile, workload_of
 from experiments.show import render
 from experiments.sweep.identity import bound_key
-from profiles.files import write_text
+from profiles.files import write_csv, write_text
 from profiles.measure.style import COLOURS, STYLE, WIDTH_IN, legend_height_in, line_style
 from sim.config import KEYS, SimConfig, make_config
 from sim.results import read_json, write_json
@@ -261,7 +261,7 @@ def write_frontier(
     question: str,
 ) -> list[str]:
     """Write frontier.csv, frontier.md and the figure into `out`; returns what to print."""
-    frame.to_csv(out / "frontier.csv", index=False)
+    write_csv(frame, out / "frontier.csv")
     said, parts = [], [question] if question else []
     for load in searches:
         rows = frame[frame["load"] == load]

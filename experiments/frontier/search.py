@@ -362,7 +362,7 @@ def _run(
     One that lies outside the profiled grid, say, is left out.
     """
     try:
-        return run_sweep(points, directory, jobs=jobs), {}
+        return run_sweep(points, directory, jobs=jobs, kind="frontier"), {}
     except VoltanaError:
         frame = tidy(points, directory / POINTS)
         if frame.empty:

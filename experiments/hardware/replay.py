@@ -20,6 +20,8 @@ from hwreplay.replay.load import read_rows
 from hwreplay.replay.probe import Overhead, fit_overhead, plan_probe
 from hwreplay.replay.replay import finish, replay
 from profiles.errors import VoltanaError
+from profiles.files import write_text
+from profiles.folders import claim
 from sim.config import SimConfig, read_toml
 from sim.engine.simulate import simulate
 from sim.policies.base import DECODE, PREFILL, Phase
@@ -46,6 +48,7 @@ def run_replay(
     """
     config = read_replay_config(path)
     refuse_existing(out)
+    claim(out, "run")
     workload = workload_of(config.sim)
     if only_finish:
         return config, write_run(finish(config, workload, out), out)
@@ -70,6 +73,7 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
         VoltanaError: As `run_replay` does.
     """
     config = read_replay_config(path)
+    claim(out, "probe")
     plan = plan_probe()
     with _shown(len(plan.workload)) as show:
         record = replay(config, plan.workload, out, show)
@@ -91,9 +95,9 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
     expected_s = overhead.expected_s(_decode_busy_frac(made))
     made = dataclasses.replace(made, kv_transfer_latency_s=round(expected_s, 6))
     write_json(dataclasses.asdict(overhead) | {"expected_s": expected_s}, out / OVERHEAD)
-    (out / KEYS).write_text(tomli_w.dumps(made.as_dict()), encoding="utf-8")
+    write_text(tomli_w.dumps(made.as_dict()), out / KEYS)
     again = read_toml(path) | {"simulate": made.as_dict()}
-    (out / AGAIN).write_text(tomli_w.dumps(again), encoding="utf-8")
+    write_text(tomli_w.dumps(again), out / AGAIN)
     return overhead, made
 
 

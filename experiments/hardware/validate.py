@@ -10,6 +10,8 @@ from experiments.runs import cached_profile
 from hwreplay.validate.report import markdown
 from hwreplay.validate.validate import IterationModel, Thresholds, validate
 from profiles.errors import VoltanaError
+from profiles.files import write_figure, write_text
+from profiles.folders import claim
 from sim.records import RunRecord
 from sim.results import finite, read_run, write_json
 
@@ -42,15 +44,16 @@ def run_validation(
     simulated, observed = read_run(simulated_dir), read_run(observed_dir)
     model, beyond = _models(simulated, profile)
     found = validate(simulated, observed, thresholds=thresholds, model=model, beyond=beyond)
-    out.mkdir(parents=True, exist_ok=True)
-    validation_figure(simulated, observed, found).savefig(out / f"{NAME}.png", dpi=150)
+    claim(out, "validation")
+    figure = validation_figure(simulated, observed, found)
+    write_figure(figure, out / f"{NAME}.png", dpi=150)
     text = markdown(
         found,
         simulated=str(simulated_dir),
         observed=str(observed_dir),
         figure=f"{NAME}.png",
     )
-    (out / f"{NAME}.md").write_text(text, encoding="utf-8")
+    write_text(text, out / f"{NAME}.md")
     write_json(found.as_dict(), out / f"{NAME}.json")
     return found.passes, text, json.dumps(finite(found.as_dict()), indent=1)
 

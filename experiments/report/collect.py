@@ -30,7 +30,7 @@ from experiments.sweep.run import (
     read_results,
 )
 from profiles.errors import VoltanaError
-from sim.results import read_json
+from sim.results import check_frames, read_json
 
 SUMMARY: Final = "summary.json"
 RUN: Final = "run"
@@ -136,6 +136,7 @@ def collect(directory: Path, *, target: float = TARGET) -> Results:
 def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
     rows, residency = [], {}
     for path in runs:
+        check_frames(path)
         settings, summary = _table(path / "settings.json"), _table(path / SUMMARY)
         plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
         rows.append({RUN: path.name, **plain, **flat_summary(summary), ID: path.name})

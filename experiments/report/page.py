@@ -22,7 +22,9 @@ from experiments.report.collect import ID, RUN, Results, collect
 from experiments.report.series import RunSeries, choose, series_of
 from experiments.runs import cached_profile
 from profiles.errors import VoltanaError
+from profiles.files import write_text
 from sim.config import KEYS
+from sim.results import BrokenFileError
 
 HERE: Final = Path(__file__).parent
 POLICY: Final = (
@@ -78,7 +80,7 @@ def write_report(
     chosen = choose(results, wanted) if with_series else []
     runs, failures = _series(results, chosen)
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(_page(results, runs, failures), encoding="utf-8")
+    write_text(_page(results, runs, failures), out)
     return failures
 
 
@@ -87,6 +89,8 @@ def _series(results: Results, rows: Sequence[pd.Series[Any]]) -> tuple[list[RunS
     for row in rows:
         try:
             runs.append(series_of(results, row))
+        except BrokenFileError:
+            raise
         except VoltanaError as error:
             failures.append(str(error))
     return runs, failures

@@ -15,7 +15,7 @@ from experiments.runs import run
 from profiles.errors import VoltanaError
 from sim.config import KEYS, SimConfig, make_config
 from sim.records import FloatArray
-from sim.results import read_json
+from sim.results import read_frame, read_json
 
 SAMPLES: Final = 600
 """Samples of a run that is simulated again: about one per two pixels of a wide screen."""
@@ -84,14 +84,14 @@ def series_of(results: Results, row: pd.Series[Any]) -> RunSeries:
         return _again(make_config(values, where=label), label, row["makespan_s"], row["energy_j"])
     settings = read_json(directory / "settings.json")
     if (directory / "timeline.parquet").exists():
-        frame = pd.read_parquet(directory / "timeline.parquet")
+        frame = read_frame(directory / "timeline.parquet")
         return _kept(directory, label, frame, settings["slo_ttft_s"], "as the run kept it")
     if "controller" in settings and set(settings) <= set(KEYS):
         config = make_config(settings, where=str(directory))
         summary = read_json(directory / SUMMARY)
         return _again(config, label, summary["makespan_s"], summary["energy_j"])
     if (directory / "iterations.parquet").exists():
-        frame = from_iterations(pd.read_parquet(directory / "iterations.parquet"))
+        frame = from_iterations(read_frame(directory / "iterations.parquet"))
         note = "from its iterations: batch and power while they run, queues are not known"
         return _kept(directory, label, frame, settings["slo_ttft_s"], note)
     raise VoltanaError(f"{directory} kept neither time series nor iterations")
@@ -159,7 +159,7 @@ def _again(config: SimConfig, label: str, makespan_s: float, energy_j: float) ->
 def _kept_ttft(path: Path) -> pd.DataFrame | None:
     if not path.exists():
         return None
-    frame = pd.read_parquet(path, columns=["arrival_s", "first_token_s"])
+    frame = read_frame(path, ["arrival_s", "first_token_s"])
     return _ttft(frame["arrival_s"].to_numpy(), frame["first_token_s"].to_numpy())
 
 

@@ -63,6 +63,8 @@ class Tuned:
     """By "default" and "tuned", on the tuning seeds."""
     held_out: Mapping[str, Judged]
     """The same on seeds that the search has not seen."""
+    static_max: Judged
+    """Top clocks on the held-out seeds: what no gains can surpass."""
 
 
 class PidTuner:
@@ -123,6 +125,7 @@ class PidTuner:
             settings=settings,
             tuning=dict(zip(both, self.judge(list(both.values()), self._seeds), strict=True)),
             held_out=dict(zip(both, self.judge(list(both.values()), self._held_out), strict=True)),
+            static_max=self.judge([{"controller": "static"}], self._held_out)[0],
         )
 
     def judge(self, settings: Sequence[Mapping[str, str]], seeds: Sequence[int]) -> list[Judged]:
@@ -159,7 +162,8 @@ class PidTuner:
             for seed in seeds
         ]
         self._points += made
-        return run_sweep(self._points, self._directory, jobs=self._jobs).iloc[-len(made) :]
+        frame = run_sweep(self._points, self._directory, jobs=self._jobs, kind="tuning")
+        return frame.iloc[-len(made) :]
 
 
 def _coded(values: Sequence[float]) -> FloatArray:

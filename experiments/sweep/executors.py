@@ -155,6 +155,12 @@ class RayExecutor:
         return outcome
 
 
+def check_engine(engine: str) -> None:
+    """Raise VoltanaError if there is no engine of that name."""
+    if engine not in ENGINES:
+        raise VoltanaError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+
+
 @contextmanager
 def open_executor(engine: str, jobs: int) -> Iterator[Executor]:
     """The executor of that name; `jobs` processes, where it is of processes.
@@ -162,8 +168,7 @@ def open_executor(engine: str, jobs: int) -> Iterator[Executor]:
     Raises:
         VoltanaError: There is no such engine, or no cluster for it.
     """
-    if engine not in ENGINES:
-        raise VoltanaError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+    check_engine(engine)
     if engine == "processes" and jobs == 1:
         yield SerialExecutor()
         return

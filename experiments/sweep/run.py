@@ -16,11 +16,12 @@ import tomli_w
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from experiments.sweep.executors import Executor, Outcome, open_executor
+from experiments.sweep.executors import Executor, Outcome, check_engine, open_executor
 from experiments.sweep.grid import Point
 from experiments.sweep.store import ResultStore, open_store
 from profiles.errors import VoltanaError
-from profiles.files import write_text
+from profiles.files import write_csv, write_text
+from profiles.folders import Kind, claim
 from sim.config import SimConfig
 from sim.results import read_json, write_json
 
@@ -44,6 +45,7 @@ def run_sweep(
     jobs: int | None = None,
     engine: str = "processes",
     store: str | Path | None = None,
+    kind: Kind = "sweep",
 ) -> pd.DataFrame:
     """Run every point that has no result yet and write the tidy table of all.
 
@@ -54,24 +56,23 @@ def run_sweep(
         engine: One of `experiments.sweep.executors.ENGINES`.
         store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
             sweeps and machines; by default `points` in the directory.
+        kind: What the directory holds, see `profiles.folders`.
 
     Returns:
         One row a point: its labels, its configuration and the numbers of its summary.
 
     Raises:
-        VoltanaError: Some points failed; those that finished are written all the same.
+        VoltanaError: There is no such engine, or the directory holds something else. Or some points
+            failed; those that finished are written all the same.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    check_engine(engine)
+    claim(directory, kind)
     results = open_store(store or directory / POINTS)
     _write_config(points, directory / "config.toml")
-    missing = {p.key: p.config for p in points if not results.has(p.key)}
-    failures: Failures = {}
-    if missing:
-        with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
-            failures = _run_missing(missing, results, executor)
+    failures = run_missing(points, results, jobs=jobs, engine=engine)
     table = tidy(points, results)
     write_json(_residency(points, results), directory / RESIDENCY)
-    write_text(table.to_csv(index=False), directory / RESULTS)
+    write_csv(table, directory / RESULTS)
     write_json(failures, directory / FAILURES)
     if failures:
         first = next(iter(failures.values()))
@@ -80,6 +81,21 @@ def run_sweep(
             f"(all in {directory / FAILURES}; run again to retry)"
         )
     return table
+
+
+def run_missing(
+    points: Iterable[Point],
+    results: ResultStore,
+    *,
+    jobs: int | None = None,
+    engine: str = "processes",
+) -> Failures:
+    """Run the points that a store lacks into it; what failed, by key."""
+    missing = {p.key: p.config for p in points if not results.has(p.key)}
+    if not missing:
+        return {}
+    with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
+        return _run_missing(missing, results, executor)
 
 
 def tidy(points: Sequence[Point], store: ResultStore | Path) -> pd.DataFrame:
@@ -209,7 +225,9 @@ def _progress(total: int) -> Iterator[Progress]:
     columns = (
         TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True, force_jupyter=False)) as progress:
+    console = Console(stderr=True, force_jupyter=False)
+    # a bar is for a terminal: in a log or under a notebook's cell it is noise
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         progress.add_task("sweep", total=total)
         yield progress
 

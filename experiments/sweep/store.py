@@ -11,12 +11,12 @@ from __future__ import annotations
 import contextlib
 import importlib
 import json
-import os
 import uuid
 from pathlib import Path
 from typing import Any, Final, Protocol
 
 from profiles.errors import VoltanaError
+from profiles.files import replacing
 from sim.results import finite
 
 Summary = dict[str, Any]
@@ -62,19 +62,8 @@ class FolderStore:
             raise VoltanaError(f"no result {self._path(key)}: run the sweep again") from None
 
     def put(self, key: str, summary: Summary) -> None:
-        partial = self._folder / f".{key}.{uuid.uuid4().hex}"
-        with partial.open("wb") as stream:
-            stream.write(_text(summary))
-            stream.flush()
-            os.fsync(stream.fileno())
-        try:
-            self._path(key).hardlink_to(partial)
-        except FileExistsError:
-            pass
-        except OSError:
-            if not self.has(key):
-                partial.replace(self._path(key))
-        partial.unlink(missing_ok=True)
+        with replacing(self._path(key), is_first_kept=True) as partial:
+            partial.write_bytes(_text(summary))
 
     def _path(self, key: str) -> Path:
         return self._folder / f"{key}.json"

@@ -23,6 +23,7 @@ from profiles.catalog import load_profile
 from profiles.device.constant import ConstantPowerGpu
 from profiles.device.gpu import Gpu
 from profiles.errors import VoltanaError
+from profiles.files import write_bytes, write_text
 from sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
 from sim.results import read_json
 
@@ -81,7 +82,7 @@ async def router(run: Run) -> AsyncIterator[str]:
         "fleet": tables,
         "router": dict(run.config.router_limits) | sizes | limits,
     }
-    path.write_text(tomli_w.dumps(whole), encoding="utf-8")
+    write_text(tomli_w.dumps(whole), path)
     log = run.directory / "router.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
@@ -182,7 +183,7 @@ def _note_end(run: Run, config: AgentConfig, code: int) -> None:
     path = run.directory / f"{config.name}.clocks.jsonl"
     whole = path.read_bytes().rpartition(b"\n") if path.exists() else (b"", b"", b"")
     line = f'{{"at_s": {at_s}, "clock_mhz": {UNLOCKED_MHZ}}}\n'
-    path.write_bytes(whole[0] + whole[1] + line.encode())
+    write_bytes(whole[0] + whole[1] + line.encode(), path)
 
 
 def _agent_config(run: Run, worker: WorkerConfig) -> AgentConfig:

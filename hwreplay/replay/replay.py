@@ -44,6 +44,7 @@ from hwreplay.replay.parts import (
 from hwreplay.replay.recording import ENERGY, EnergyRecorder
 from hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
 from profiles.errors import VoltanaError
+from profiles.files import write_text
 from profiles.signals import stops_as_interrupts
 from sim.records import RunRecord
 from sim.results import read_json, write_json
@@ -78,7 +79,7 @@ def replay(
         raise VoltanaError(f"{directory} holds a replay already: name another, or finish that one")
     directory.mkdir(parents=True, exist_ok=True)
     twin = tomli_w.dumps(config.sim.as_dict())
-    (directory / SIMULATE).write_text(twin, encoding="utf-8")
+    write_text(twin, directory / SIMULATE)
     started_ns = time.monotonic_ns()
     with stops_as_interrupts(), _fleet(config, directory, progress) as run:
         try:

@@ -22,6 +22,7 @@ from profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
 from profiles.build.spread import SPREAD, spread_provenance
 from profiles.catalog import Profile, write_profile
 from profiles.ecopred import fit_report
+from profiles.files import write_text
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
 
 GRID_MHZ: Final = (705, 810, 900, 1005, 1095, 1200, 1305, 1350, 1380, 1410)
@@ -278,7 +279,7 @@ def build(data: Path, out: Path) -> None:
     }
     text = "# Written by profiles.build.a100: derived from the sources named in clocks.py\n"
     path = out / "a100-80g-sxm" / "coefficients.toml"
-    path.write_text(text + tomli_w.dumps(coefficients), encoding="utf-8")
+    write_text(text + tomli_w.dumps(coefficients), path)
 
 
 def main() -> None:

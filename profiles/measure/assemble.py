@@ -13,6 +13,7 @@ from profiles.catalog import Profile, write_profile
 from profiles.device.gpu import GpuIdentity
 from profiles.engines.base import PHASES, EngineFacts, Phase
 from profiles.errors import VoltanaError
+from profiles.files import write_csv
 from profiles.measure.journal import Journal
 from profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, NOT_MEASURED, Trial
 from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
@@ -141,7 +142,7 @@ def write_bare_idle(directory: Path, log: Journal, alone_mhz: int) -> None:
         rows += [row | {"frequency_mhz": alone_mhz} for row in rows if row["frequency_mhz"] == 0]
     if rows:
         frame = pd.DataFrame(rows)
-        frame.to_csv(directory / BARE_IDLE, index=False, float_format="%.6g")
+        write_csv(frame, directory / BARE_IDLE, float_format="%.6g")
 
 
 def _gpu_meta(identity: GpuIdentity) -> GpuMeta:

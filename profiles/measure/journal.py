@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from profiles.engines.base import Point
 from profiles.errors import VoltanaError
+from profiles.files import write_text
 from profiles.measure.trial import Trial
 
 MAX_TRIES: Final = 3
@@ -122,7 +123,7 @@ class Journal:
         text = self.path.read_text(encoding="utf-8")
         complete = text[: text.rfind("\n") + 1]
         if complete != text:  # the last line was being written when the run died
-            self.path.write_text(complete, encoding="utf-8")
+            write_text(complete, self.path)
         for number, line in enumerate(complete.splitlines(), start=1):
             try:
                 entry = json.loads(line)

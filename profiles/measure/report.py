@@ -16,6 +16,7 @@ from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from profiles.catalog import Profile
 from profiles.ecopred import fit_report
+from profiles.files import write_csv, write_figure
 from profiles.measure.style import STYLE, WIDTH_IN, line_style
 
 POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
@@ -52,7 +53,7 @@ def write_report(profile: Profile, directory: Path) -> Report:
     """
     directory.mkdir(parents=True, exist_ok=True)
     fit_path = directory / "fit_report.csv"
-    fit_report(profile.fitted).to_csv(fit_path, index=False, float_format="%.5g")
+    write_csv(fit_report(profile.fitted), fit_path, float_format="%.5g")
     report = Report(paths=[fit_path], left_out=[])
     at_context = decode_at_context(profile.decode, CONTEXT_TOKENS)
     tops = [_top_clock(_medians(table)) for table in (profile.prefill, profile.decode)]
@@ -68,7 +69,7 @@ def write_report(profile: Profile, directory: Path) -> Report:
             report.left_out.append(f"no {path}: it would show one point, measure more of them")
             continue
         with mpl.rc_context(STYLE):
-            draw(profile).savefig(path)
+            write_figure(draw(profile), path)
         report.paths.append(path)
     return report
 

@@ -14,6 +14,7 @@ from profiles.device.gpu import Gpu
 from profiles.device.lock import ClockSession
 from profiles.engines.base import PHASES, Engine, EngineFacts, NotHeldError
 from profiles.errors import VoltanaError
+from profiles.files import write_text
 from profiles.measure.assemble import assemble
 from profiles.measure.campaign import Campaign, Plan, measure_bare_idle
 from profiles.measure.journal import Journal
@@ -167,4 +168,4 @@ def _measure_serving(engine: Engine, out: Path, progress: Progress) -> None:
         progress.say(f"no {SERVING}: {error}")
         return
     if table is not None:
-        (out / SERVING).write_text(tomli_w.dumps(table), encoding="utf-8")
+        write_text(tomli_w.dumps(table), out / SERVING)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
+from profiles.files import replacing
 from sim.config import SimConfig
 from sim.engine.fleet import Fleet
 from sim.engine.log import ExactLog, RunLog
@@ -41,7 +42,7 @@ def simulate(
     if config.metrics == "sketch":
         if spill is None:
             return _fleet(config, profile, workload, _sketch_log(config, None)).run()
-        with RowSpill(spill) as rows:
+        with replacing(spill) as partial, RowSpill(partial) as rows:
             return _fleet(config, profile, workload, _sketch_log(config, rows)).run()
     if not isinstance(workload, Workload) or spill is not None:
         raise VoltanaError("a streamed workload and spilled rows need metrics=sketch, got exact")

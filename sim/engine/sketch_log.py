@@ -128,7 +128,7 @@ class RowSpill:
     """One parquet row a request: in the order in which they end, then those still in flight.
 
     The columns are those of `requests.parquet` in a run directory, after `request_id`. Rows are
-    written in groups, the last one when the spill is closed.
+    written in groups, the last one when the spill is closed. A run that fails leaves no whole file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -146,7 +146,8 @@ class RowSpill:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        self._write()
+        if kind is None:
+            self._write()
         self._writer.close()
 
     def add(self, request: SimRequest, finish_s: float, status: int) -> None:

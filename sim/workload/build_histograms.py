@@ -14,6 +14,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
+from profiles.files import write_csv
 from sim.workload.lengths import DATA
 
 SOURCES: Final = {
@@ -82,11 +83,9 @@ def main() -> None:
     for name, (file, limit) in SOURCES.items():
         source = pd.read_csv(options.traces / file)
         path = options.out / f"{name}.csv.gz"
-        histogram(source, limit).to_csv(
-            path, index=False, compression={"method": "gzip", "mtime": 0}
-        )
+        write_csv(histogram(source, limit), path, compression={"method": "gzip", "mtime": 0})
         rows.append({"name": name, **moments(source, limit)})
-    pd.DataFrame(rows).to_csv(options.out / "moments.csv", index=False)
+    write_csv(pd.DataFrame(rows), options.out / "moments.csv")
 
 
 if __name__ == "__main__":

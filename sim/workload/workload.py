@@ -11,6 +11,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from profiles.errors import VoltanaError
+from profiles.files import write_csv, write_parquet
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -97,11 +98,11 @@ class Workload:
             }
         )
         if path.suffix == ".parquet":
-            frame.to_parquet(path, index=False)
+            write_parquet(frame, path)
         elif path.suffix == ".gz":
-            frame.to_csv(path, index=False, compression={"method": "gzip", "mtime": 0})
+            write_csv(frame, path, compression={"method": "gzip", "mtime": 0})
         else:
-            frame.to_csv(path, index=False)
+            write_csv(frame, path)
 
     def _with(self, arrival_s: FloatArray, name: str) -> Workload:
         return Workload(

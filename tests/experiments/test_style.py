@@ -31,6 +31,8 @@ from profiles.catalog import load_profile
 from profiles.measure.style import COLOURS, HALF_WIDTH_IN, LEAST_PT
 from sim.config import SimConfig
 
+EDGE_PX = 1
+"""Letters end on whole pixels."""
 NAMES = ("static-max", "ecofreq + ecoroute", "static pair 1005/1005")
 
 
@@ -43,6 +45,14 @@ def frame(panels: int, x: list[object]) -> pd.DataFrame:
         for (i, name), panel, v, seed in product(enumerate(NAMES), range(panels), x, (0, 1))
     ]  # fmt: skip
     return pd.DataFrame(rows)
+
+
+def seven() -> pd.DataFrame:
+    """As many policies as README's figure has: the legend takes its room from the axes."""
+    rows = frame(1, [10, 20]).drop(columns=PANEL)
+    middle = rows[rows["policy"] == NAMES[1]]
+    more = [middle.assign(policy=f"ecofreq + ecoroute-tile {i}") for i in range(4)]
+    return pd.concat([rows, *more], ignore_index=True)
 
 
 def experiment(panels: int, x: list[object]) -> Figure:
@@ -87,6 +97,7 @@ def pareto() -> Figure:
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {
     "energy against SLO": lambda _: energy_vs_slo(compare(frame(1, [10, 20]).drop(columns=PANEL))),
+    "energy against SLO, seven policies": lambda _: energy_vs_slo(compare(seven())),
     "one panel": lambda _: experiment(1, [50, 100, 150]),
     "three panels": lambda _: experiment(3, [50, 100, 150]),
     "six panels": lambda _: experiment(6, [50, 100, 150]),
@@ -107,8 +118,23 @@ def test_letters_and_colours(name: str, tmp_path: Path) -> None:
     texts = [t for t in figure.findobj(Text) if t.get_text().strip()]
     assert texts
     assert min(t.get_fontsize() for t in texts) * shrunk >= LEAST_PT - 1e-9
+    figure.draw_without_rendering()  # letters lie where this resolution puts them
+    beyond = [
+        (text, box)
+        for text, box in ((t, t.get_window_extent()) for t in texts if t not in _ticks(figure))
+        if min(box.x0, box.y0) < -EDGE_PX
+        or box.x1 > figure.bbox.x1 + EDGE_PX
+        or box.y1 > figure.bbox.y1 + EDGE_PX
+    ]
+    assert beyond == [], "cut off at an edge"
     drawn = [line for axes in figure.axes for line in axes.get_lines()]
     assert {to_hex(line.get_color()).upper() for line in drawn} <= {*COLOURS}
+
+
+def _ticks(figure: Figure) -> set[Text]:
+    """Labels of ticks: those beyond the ends of an axis are not drawn."""
+    axes = [axis for a in figure.axes for axis in (a.xaxis, a.yaxis)]
+    return {label for axis in axes for label in axis.get_ticklabels(which="both")}
 
 
 def test_nothing_joins_categories_and_panels_share_their_energy_from_zero() -> None:

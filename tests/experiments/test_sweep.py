@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 RAY_POINTS = 24
 FAULTY = "tests.experiments.faulty"
+NO_FSSPEC = "a store by URL needs fsspec: pip install 'voltana[ray]'"
 
 
 def points(count: int, duration_s: float = 2.0) -> list[Point]:
@@ -48,6 +49,8 @@ def energies(frame: pd.DataFrame) -> dict[str, float]:
 
 @pytest.mark.parametrize("where", ["folder", "memory"])
 def test_a_result_is_written_once(where: str, tmp_path: Path) -> None:
+    if where == "memory":
+        pytest.importorskip("fsspec", reason=NO_FSSPEC)
     store = open_store(tmp_path / "s" if where == "folder" else f"memory://{tmp_path.name}")
     assert isinstance(store, FolderStore if where == "folder" else UrlStore)
     assert not store.has("a")
@@ -74,7 +77,7 @@ def test_a_folder_without_hard_links_keeps_the_first_result(
 
 
 def test_a_url_without_exclusive_creation_gets_results_by_a_move(tmp_path: Path) -> None:
-    fsspec = pytest.importorskip("fsspec")
+    fsspec = pytest.importorskip("fsspec", reason=NO_FSSPEC)
     written: list[str] = []
 
     memory: Any = type(fsspec.filesystem("memory"))
@@ -177,6 +180,7 @@ def test_two_sweeps_share_a_store(tmp_path: Path) -> None:
 
 
 def test_a_store_may_be_a_url(tmp_path: Path) -> None:
+    pytest.importorskip("fsspec", reason=NO_FSSPEC)
     chosen = points(2)
     first = run_sweep(chosen, tmp_path / "a", jobs=1, store=f"memory://{tmp_path.name}")
     again = run_sweep(chosen, tmp_path / "b", jobs=1, store=f"memory://{tmp_path.name}")

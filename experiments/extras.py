@@ -1,0 +1,27 @@
+"""Commands that need an optional part of the installation name it when it is missing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Final
+
+from profiles.errors import VoltanaError
+
+_OURS: Final = ("experiments", "hwreplay", "sim", "profiles")
+
+
+@contextmanager
+def needs(extra: str, command: str) -> Iterator[None]:
+    """Around the imports of a command: a module that is not installed names its extra.
+
+    Raises:
+        VoltanaError: One of another project is missing.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        module = (error.name or "").partition(".")[0]
+        if module in _OURS:
+            raise
+        raise VoltanaError(f"{command} needs {module}: pip install 'voltana[{extra}]'") from None
