@@ -30,9 +30,9 @@ _OF_POLICIES: Final[dict[str, Any]] = {
     for f in dataclasses.fields(SimConfig)
     if f.name in (
         "controller", "prefill_controller", "decode_controller", "router", "aim_ratio",
-        "predictor", "predictor_scale", "prefill_metrics", "decode_metrics", "length_oracle",
-        "actuation_latency_s", "engine", "timeline_interval_s", "timeline_max_samples",
-        "record_iterations",
+        "predictor", "predictor_scale", "predictor_power_scale", "prefill_metrics",
+        "decode_metrics", "length_oracle", "actuation_latency_s", "clock_stall_s", "engine",
+        "timeline_interval_s", "timeline_max_samples", "record_iterations",
     )
 }  # fmt: skip
 """Keys that fixed clocks and round-robin do not depend on, or that change no result."""
