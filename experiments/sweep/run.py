@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import socket
+import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -226,8 +227,9 @@ def _progress(total: int) -> Iterator[Progress]:
         TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
     )  # fmt: skip
     console = Console(stderr=True, force_jupyter=False)
-    # a bar is for a terminal: in a log or under a notebook's cell it is noise
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    # a bar is for a terminal; a notebook says that it is one, and shows red blocks
+    is_shown = console.is_terminal and "ipykernel" not in sys.modules
+    with Progress(*columns, console=console, disable=not is_shown) as progress:
         progress.add_task("sweep", total=total)
         yield progress
 
