@@ -80,7 +80,7 @@ class InstanceTracker:
         self.max_prefill_tokens = max_prefill_tokens
         """Token budget of one prefill batch."""
         self._max_running = max_running_requests
-        self._reserve_tokens = kv_reserve_tokens
+        self._reserve_tokens = max(kv_reserve_tokens, 1)
         self._length_oracle = length_oracle
         self._has_router = False
         self._announced: deque[float] = deque()
@@ -326,7 +326,7 @@ class InstanceTracker:
         for request in self._open.values():
             if request.stage != ARRIVING:
                 continue
-            reserve = self._reserve_tokens * state.num_running + state.num_running + 1
+            reserve = self._reserve_tokens * (state.num_running + 1)
             has_slot = state.num_running < self._max_running
             has_room = state.num_running == 0 or request.input_tokens + reserve <= free
             if state.num_waiting or not (has_slot and has_room):

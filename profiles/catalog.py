@@ -120,6 +120,7 @@ def _step_model(profile: Profile, extrapolate: bool) -> StepModel:
         idle_power_of(profile.idle),
         profile.clocks_mhz,
         extrapolate=extrapolate,
+        power_limit_w=profile.meta.gpu.power_limit_w * profile.meta.model.tensor_parallel,
     )
 
 

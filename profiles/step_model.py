@@ -9,6 +9,7 @@ has one row of knots, built once and kept.
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import pairwise
@@ -31,12 +32,16 @@ class StepModel:
         decode: Medians of the decode table.
         idle_w: Idle power by clock; needs clock 0, the unlocked card.
         clocks_mhz: Supported clocks, ascending; the last one is what an unlocked card runs at.
-        extrapolate: Beyond the knots continue the last piece (time, never below the row's least)
-            or hold the last value (power), instead of refusing.
+        extrapolate: Beyond the grid go on instead of refusing. In tokens: time along the last
+            piece, never below the row's least, power held. In batch sizes of decode: time and
+            power along the chord over the upper half of them, never below the largest's; steps
+            between padded batches make the last piece alone a poor guess. In batch sizes of
+            prefill: as the largest, whose attention work is small already.
+        power_limit_w: Of the instance; power that is gone on with stays below it.
     """
 
     __slots__ = (
-        "_decode", "_decode_rows", "_extrapolate", "_idle_w", "_prefill",
+        "_decode", "_decode_rows", "_extrapolate", "_idle_w", "_power_limit_w", "_prefill",
         "_prefill_batches", "_prefill_rows", "_top_mhz",
     )  # fmt: skip
 
@@ -48,12 +53,14 @@ class StepModel:
         clocks_mhz: tuple[int, ...],
         *,
         extrapolate: bool = False,
+        power_limit_w: float = math.inf,
     ) -> None:
         self._prefill = prefill
         self._decode = decode
         self._idle_w = dict(idle_w)
         self._top_mhz = clocks_mhz[-1]
         self._extrapolate = extrapolate
+        self._power_limit_w = power_limit_w
         self._decode_rows: dict[int, Row] = {}
         self._prefill_rows: dict[int, Row] = {}
         common = set.intersection(*(set(rows) for rows in prefill.values()))
@@ -207,6 +214,8 @@ class StepModel:
         if not batches[0] <= batch_size <= batches[-1]:
             limit = batches[-1] if batch_size > batches[-1] else batches[0]
             self._refuse_batch(phase, batch_size, limit)
+            if batch_size > limit and len(batches) > 1:
+                return self._beyond_batches(rows, batch_size)
             batch_size = float(limit)
         at = bisect_right(batches, batch_size) - 1
         low = rows[batches[at]]
@@ -214,6 +223,23 @@ class StepModel:
             return low
         weight = (batch_size - batches[at]) / (batches[at + 1] - batches[at])
         return _mix(low, rows[batches[at + 1]], weight, weight)
+
+    def _beyond_batches(self, rows: Mapping[int, GridRow], batch_size: float) -> GridRow:
+        """A row past the largest batch size; see `extrapolate`."""
+        batches = list(rows)
+        last = batches[-1]
+        half = batches[min(bisect_right(batches, last // 2), len(batches) - 1) - 1]
+        weight = (batch_size - half) / (last - half)
+        beyond, largest = (_mix(rows[half], rows[last], w, w) for w in (weight, 1.0))
+        limit_w = self._power_limit_w
+        return GridRow(
+            tokens=beyond.tokens,
+            time_s=tuple(map(max, beyond.time_s, largest.time_s)),
+            power_w=tuple(
+                max(w, min(p, limit_w))
+                for p, w in zip(beyond.power_w, largest.power_w, strict=True)
+            ),
+        )
 
     def _interpolate_idle(self, frequency_mhz: int) -> float:
         clocks = sorted(c for c in self._idle_w if c > 0)

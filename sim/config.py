@@ -101,6 +101,9 @@ class SimConfig:
     kv_reserve_tokens: int = _key(
         512, "KV tokens kept free per running request at admission (SGLang's default)"
     )
+    kv_retract_tokens: int = _key(
+        1, "KV tokens per remaining request that a retraction frees (SGLang 0.5.23: 1, 0.4.7: 20)"
+    )
     extrapolate: bool = _key(False, "allow iteration times outside the profiled grid")
     length_oracle: bool = _key(False, "let policies see true output lengths")
     metrics: Literal["exact", "sketch"] = _key(
@@ -169,8 +172,8 @@ _POSITIVE = (
     "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
-    "max_running_requests", "kv_capacity_tokens", "run_limit_s", "timeline_interval_s",
-    "timeline_max_samples",
+    "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
+    "timeline_interval_s", "timeline_max_samples",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",

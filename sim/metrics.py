@@ -6,7 +6,9 @@ same time for its next token, so one (length, count) pair stands for all of them
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from fractions import Fraction
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
@@ -43,10 +45,24 @@ def _quantiles(
         return tuple(float("nan") for _ in fractions)
     order = np.argsort(values, kind="stable")
     cumulative = np.cumsum(weights[order])
-    # ceil in exact integers: rank k of N covers fraction k/N
-    ranks = [max(1, int(np.ceil(fraction * total - 1e-9))) for fraction in fractions]
+    ranks = [_rank(fraction, total) for fraction in fractions]
     positions = np.searchsorted(cumulative, ranks, side="left")
     return tuple(float(values[order[p]]) for p in positions)
+
+
+def _rank(fraction: float, total: int) -> int:
+    """Least k with k/total >= fraction, in integers: 0.99 of 100 is 99, whatever 0.99 is in binary.
+
+    Example:
+        >>> _rank(0.99, 100), _rank(0.99, 10**18 + 1)
+        (99, 990000000000000001)
+    """
+    exact = Fraction(fraction).limit_denominator(_FINEST) * total
+    return max(1, math.ceil(exact))
+
+
+_FINEST: Final = 1_000_000
+"""Quantiles are asked for in decimals, at most so many parts fine."""
 
 
 def describe(values: FloatArray, weights: IntArray | None = None) -> dict[str, float]:
@@ -77,26 +93,44 @@ def attained(record: RunRecord) -> npt.NDArray[np.bool_]:
     return np.asarray(kept & (record.requests.status == COMPLETED))
 
 
+def judged(record: RunRecord) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
+    """Requests whose TTFT, and whose both promises, are decided by the end of the run.
+
+    Those that have ended are, whatever became of them. A run that is cut leaves some in flight: the
+    TTFT of one is decided once its first token is out or it has waited for longer than the promise,
+    both promises only if that one is broken. What is not decided counts neither for nor against.
+    Shapes (n,).
+    """
+    first = ttft_s(record)
+    ended = record.requests.status != IN_FLIGHT
+    with np.errstate(invalid="ignore"):
+        kept = first <= record.slo_ttft_s
+    overdue = record.makespan_s - record.requests.arrival_s > record.slo_ttft_s
+    return ended | kept | overdue, ended | (~kept & overdue)
+
+
 def summarise(record: RunRecord) -> dict[str, Any]:
     """Reduce a run to the reported numbers; NOMENCLATURE.md defines each key.
 
-    Attainment counts every request: one that was rejected, failed or never finished has broken
-    its promise. An ITL attainment exists only if at least one gap does; without any it is 1.
+    Attainment is of the requests that `judged` names: all of a run that was played to its end. One
+    that was rejected or failed has broken its promise. An ITL attainment exists only if at least
+    one gap does; without any it is 1, and so are the others if no request is decided.
     """
     counts, samples = _sampled(record) if record.sketch is None else _sketched(record.sketch)
-    total, tokens_out = counts["requests_total"], counts.pop("output_tokens")
+    tokens_out = counts.pop("output_tokens")
     energy = _energy(record)
     attained_count, gaps = counts.pop("both_kept"), counts["gaps_total"]
     ttft_kept, gaps_kept = counts.pop("ttft_kept"), counts.pop("gaps_kept")
+    ttft_judged, both_judged = counts.pop("ttft_judged"), counts.pop("both_judged")
     done = counts["requests_completed"]
     return {
         **counts,
         "makespan_s": record.makespan_s,
         **energy,
         **samples,
-        "ttft_attainment": ttft_kept / total,
-        "itl_attainment": gaps_kept / gaps if gaps else 1.0,
-        "attainment": attained_count / total,
+        "ttft_attainment": _share(ttft_kept, ttft_judged),
+        "itl_attainment": _share(gaps_kept, gaps),
+        "attainment": _share(attained_count, both_judged),
         "goodput_rps": _ratio(attained_count, record.makespan_s),
         "goodput_per_j": _ratio(attained_count, energy["energy_j"]),
         "throughput_tokens_per_s": _ratio(tokens_out, record.makespan_s),
@@ -120,7 +154,8 @@ def _sampled(record: RunRecord) -> Sampled:
     done = status == COMPLETED
     first, tpot = ttft_s(record), tpot_s(record)
     with np.errstate(invalid="ignore"):
-        ttft_kept = int((done & (first <= record.slo_ttft_s)).sum())
+        in_time = first <= record.slo_ttft_s
+    ttft_judged, both_judged = judged(record)
     counts = {
         "requests_total": len(requests),
         "requests_completed": int(done.sum()),
@@ -129,7 +164,9 @@ def _sampled(record: RunRecord) -> Sampled:
         "requests_in_flight": int((status == IN_FLIGHT).sum()),
         "output_tokens": int(requests.output_tokens[done].sum()),
         "both_kept": int(attained(record).sum()),
-        "ttft_kept": ttft_kept,
+        "both_judged": int(both_judged.sum()),
+        "ttft_kept": int((in_time & (done | (status == IN_FLIGHT))).sum()),
+        "ttft_judged": int(ttft_judged.sum()),
         "gaps_total": int(record.itl_weight.sum()),
         "gaps_kept": int(record.itl_weight[record.itl_s <= record.slo_itl_s].sum()),
     }
@@ -157,7 +194,13 @@ def _sketched(sketch: RunSketch) -> Sampled:
     return counts, {name: s.describe(QUANTILES) for name, s in sketch.samples.items()}
 
 
-_PRIVATE_COUNTS = ("output_tokens", "both_kept", "ttft_kept", "gaps_kept")
+_PRIVATE_COUNTS = (
+    "output_tokens", "both_judged", "both_kept", "ttft_judged", "ttft_kept", "gaps_kept",
+)  # fmt: skip
+
+
+def _share(kept: int, judged: int) -> float:
+    return kept / judged if judged else 1.0
 
 
 def _ratio(amount: float, per: float) -> float:

@@ -71,8 +71,8 @@ class RunSketch:
     """Everything `sim.metrics.summarise` needs of requests and token gaps."""
 
     COUNTS: Final = (
-        "arrived", "completed", "rejected", "ttft_kept", "both_kept", "gaps", "gaps_kept",
-        "output_tokens",
+        "arrived", "completed", "rejected", "ttft_judged", "ttft_kept", "both_judged", "both_kept",
+        "gaps", "gaps_kept", "output_tokens",
     )  # fmt: skip
     SAMPLES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 
@@ -95,7 +95,28 @@ class RunSketch:
         self.counts["ttft_kept"] += int(in_time.sum())
         self.counts["both_kept"] += int((in_time & (tpot_s <= self.slo_itl_s)).sum())
         self.counts["completed"] += len(e2e_s)
+        self.counts["ttft_judged"] += len(e2e_s)
+        self.counts["both_judged"] += len(e2e_s)
         self.counts["output_tokens"] += int(output_tokens.sum())
+
+    def reject(self) -> None:
+        """A request that could never be served has missed."""
+        for name in ("rejected", "ttft_judged", "both_judged"):
+            self.counts[name] += 1
+
+    def add_in_flight(self, ttft_s: FloatArray, waited_s: FloatArray) -> None:
+        """What the end of the run cut off, shape (n,) each; see `sim.metrics.judged`.
+
+        Args:
+            ttft_s: NaN for those without a first token.
+            waited_s: From their arrivals to the end of the run.
+        """
+        with np.errstate(invalid="ignore"):
+            kept = ttft_s <= self.slo_ttft_s
+        missed = ~kept & (waited_s > self.slo_ttft_s)
+        self.counts["ttft_kept"] += int(kept.sum())
+        self.counts["ttft_judged"] += int((kept | missed).sum())
+        self.counts["both_judged"] += int(missed.sum())
 
     def add_gaps(self, gap_s: FloatArray, weight: IntArray) -> None:
         """Token gaps with their counts, shape (n,) each."""

@@ -134,6 +134,9 @@ class CoalescedDecode(DecodeInstance):
         """How many iterations after this one are sure to lie on its line."""
         if self._decision_mhz != self.track.target_mhz:
             return 0
+        # what a retraction has freed may let the next one in
+        if self.state.num_waiting and self._has_room(tokens + batch_size):
+            return 0
         # the next calls see this run's iterations: each the one to come, or the one before it
         seen_tokens = tokens if self._sees_next_batch else tokens - batch_size
         further = self.controller.steady_iterations(self.state, batch_size, seen_tokens)

@@ -17,10 +17,13 @@ class DecodeInstance(Instance):
 
     Work per iteration is independent of the batch size: requests are filed under the iteration
     they finish in, the batch's context is one sum, and one (duration, count) pair stands for the
-    token gaps of all. A joiner needs `kv_reserve_tokens` of room for every running request beside
-    its own context. When the next iteration would overflow the cache, the latest joiners are
-    retracted: they keep their tokens (the cache is backed up, as SGLang's decode does), wait at
-    the head of the queue and go on where they stopped.
+    token gaps of all.
+
+    Admission and retraction are those of SGLang 0.5.23's decode server. A joiner needs room for its
+    context and for `kv_reserve_tokens` of every request that then runs, itself among them. When
+    the next iteration would overflow the cache, requests are retracted, the fewest output tokens
+    first, of these the longest prompt, of these the latest joiner. They keep their tokens (the
+    cache is backed up), and resume in the order in which they went, before any new one joins.
     """
 
     def __init__(
@@ -35,6 +38,8 @@ class DecodeInstance(Instance):
     ) -> None:
         super().__init__(config, log, state, controller, track)
         self._waiting: deque[SimRequest] = deque()
+        self._retracted: deque[SimRequest] = deque()
+        """They come before those that wait; `state.num_waiting` counts both."""
         self._iteration = 0
         self._finishing: dict[int, list[SimRequest]] = {}
         self._join_order: list[SimRequest] = []
@@ -42,7 +47,9 @@ class DecodeInstance(Instance):
         self._joiners: list[SimRequest] = []
         """Joined with the running iteration and still waiting for a token from it."""
         self._max_running = max_running
-        self._reserve_tokens = config.kv_reserve_tokens
+        # at least what the next iteration writes
+        self._reserve_tokens = max(config.kv_reserve_tokens, 1)
+        self._freed_tokens = config.kv_retract_tokens
         self._first_token_here = config.first_token == "decode"
         self._length_oracle = config.length_oracle
         self._sees_next_batch = config.decode_metrics == "before"
@@ -66,12 +73,12 @@ class DecodeInstance(Instance):
         return self.track.begin_iteration(now_s, self.state.num_running, self.state.kv_tokens)
 
     def _form_batch(self, now_s: float) -> None:
-        """Retract, admit and ask the controller, in the engine's order."""
+        """Admit, retract and ask the controller, in the engine's order."""
         state = self.state
+        if state.num_waiting:
+            self._admit(now_s)
         if state.kv_tokens + state.num_running > state.kv_capacity_tokens:
             self._make_room(now_s)
-        if self._waiting:
-            self._admit(now_s)
         if self._sees_next_batch:
             state.last_batch_size = state.num_running
             state.last_tokens = state.kv_tokens
@@ -123,17 +130,20 @@ class DecodeInstance(Instance):
             self.log.finish(request, now_s)
 
     def _make_room(self, now_s: float) -> None:
-        state = self.state
+        state, freed = self.state, self._freed_tokens
         while (
-            state.kv_tokens + state.num_running > state.kv_capacity_tokens and state.num_running > 1
+            state.kv_tokens + freed * state.num_running > state.kv_capacity_tokens
+            and state.num_running > 1
         ):
-            self._retract(self._latest_joiner(), now_s)
+            victim = self._least_far()
+            self._retract(victim, now_s)
+            self._join_order = [r for r in self._join_order if r.is_running]
 
-    def _latest_joiner(self) -> SimRequest:
-        order = self._join_order
-        while not order[-1].is_running:
-            order.pop()
-        return order.pop()
+    def _least_far(self) -> SimRequest:
+        """The running request with the fewest output tokens; see the class for ties."""
+        latest = [r for r in reversed(self._join_order) if r.is_running]
+        # all get one token an iteration: who has the fewest began last, its stays put together
+        return max(latest, key=lambda r: (_began(r), r.input_tokens))
 
     def _retract(self, request: SimRequest, now_s: float) -> None:
         state = self.state
@@ -146,7 +156,7 @@ class DecodeInstance(Instance):
         filed.remove(request)
         if not filed:
             del self._finishing[request.finish_iteration]
-        self._waiting.appendleft(request)
+        self._retracted.append(request)
         state.num_running -= 1
         state.kv_tokens -= context
         state.num_waiting += 1
@@ -156,20 +166,28 @@ class DecodeInstance(Instance):
         self.log.retract(request)
 
     def _admit(self, now_s: float) -> None:
-        state, waiting = self.state, self._waiting
-        while waiting and state.num_running < self._max_running:
-            request = waiting[0]
+        state = self.state
+        while state.num_waiting and self._has_room(state.kv_tokens):
+            request = (self._retracted or self._waiting).popleft()
             context = request.input_tokens + request.generated_tokens
-            reserve = self._reserve_tokens * state.num_running
-            if state.num_running and (
-                state.kv_tokens + context + reserve + state.num_running + 1
-                > state.kv_capacity_tokens
-            ):
-                return
-            waiting.popleft()
             state.num_waiting -= 1
             state.waiting_tokens -= context
             self._join(request, context, now_s)
+
+    def _has_room(self, kv_tokens: int) -> bool:
+        """Whether the first in the queue may join those that run, with so many tokens in use.
+
+        One that finds nobody there may: it fits alone, or it would have been rejected.
+        """
+        state = self.state
+        if state.num_running == 0:
+            return True
+        if state.num_running >= self._max_running:
+            return False
+        first = (self._retracted or self._waiting)[0]
+        context = first.input_tokens + first.generated_tokens
+        reserve = self._reserve_tokens * (state.num_running + 1)
+        return kv_tokens + context + reserve <= state.kv_capacity_tokens
 
     def _join(self, request: SimRequest, context: int, now_s: float) -> None:
         state = self.state
@@ -201,7 +219,7 @@ class DecodeInstance(Instance):
                 arrival_s=r.arrival_s,
                 input_tokens=r.input_tokens + r.generated_tokens,
             )
-            for r in self._waiting
+            for r in (*self._retracted, *self._waiting)
         ]
 
     def _list_running(self) -> list[RunningRequest]:
@@ -217,3 +235,9 @@ class DecodeInstance(Instance):
             for r in self._join_order
             if r.is_running
         ]  # fmt: skip
+
+
+def _began(request: SimRequest) -> int:
+    """The iteration after which it would have begun, had it never been retracted."""
+    outputs = request.end_context_tokens - request.input_tokens
+    return request.finish_iteration - outputs

@@ -271,7 +271,7 @@ class Fleet(ABC):
     def _record(self, makespan_s: float, wall_s: float) -> RunRecord:
         log = self._log
         return RunRecord(
-            **log.results(),
+            **log.results(makespan_s),
             instances=[i.record() for i in self.instances],
             makespan_s=makespan_s,
             slo_ttft_s=self._config.slo_ttft_s,

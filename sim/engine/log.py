@@ -48,8 +48,8 @@ class RunLog(Protocol):
     ) -> None:
         """A run of token gaps, gap k of which is (first_s + k·step_s)·multipliers[k]."""
 
-    def results(self) -> dict[str, Any]:
-        """The fields of a `RunRecord` that this log answers for."""
+    def results(self, end_s: float) -> dict[str, Any]:
+        """The fields of a `RunRecord` that this log answers for, of a run that ended then."""
 
 
 def expand_gaps(
@@ -105,8 +105,8 @@ class ExactLog:
     """Keeps every request and every run of gaps; memory grows with the workload."""
 
     __slots__ = (
-        "_count", "_decode_id", "_finish_s", "_first_s", "_first_token_s", "_noisy", "_prefill_id",
-        "_retractions", "_status", "_step_s", "_weight", "_workload", "unresolved",
+        "_arrived", "_count", "_decode_id", "_finish_s", "_first_s", "_first_token_s", "_noisy",
+        "_prefill_id", "_retractions", "_status", "_step_s", "_weight", "_workload", "unresolved",
     )  # fmt: skip
 
     def __init__(self, workload: Workload) -> None:
@@ -118,6 +118,7 @@ class ExactLog:
         self._finish_s = [NEVER] * count
         self._status = [IN_FLIGHT] * count
         self._retractions = [0] * count
+        self._arrived = 0
         self._first_s: list[float] = []
         self._step_s: list[float] = []
         self._count: list[int] = []
@@ -127,6 +128,7 @@ class ExactLog:
 
     def arrive(self, request: SimRequest) -> None:
         self.unresolved += 1
+        self._arrived += 1
 
     def assign(self, request: SimRequest) -> None:
         self._prefill_id[request.request_id] = request.prefill_id
@@ -160,7 +162,7 @@ class ExactLog:
     ) -> None:
         self._noisy.add(first_s, step_s, weight, multipliers)
 
-    def results(self) -> dict[str, Any]:
+    def results(self, end_s: float) -> dict[str, Any]:
         itl_s, itl_weight = expand_gaps(
             np.array(self._first_s),
             np.array(self._step_s),
@@ -175,14 +177,16 @@ class ExactLog:
         }
 
     def _table(self) -> RequestTable:
+        """Those that arrived before the run ended; they arrive in the order of the workload."""
+        came = slice(self._arrived)
         return RequestTable(
-            arrival_s=self._workload.arrival_s,
-            input_tokens=self._workload.input_tokens,
-            output_tokens=self._workload.output_tokens,
-            prefill_id=np.array(self._prefill_id, dtype=np.int64),
-            decode_id=np.array(self._decode_id, dtype=np.int64),
-            first_token_s=np.array(self._first_token_s),
-            finish_s=np.array(self._finish_s),
-            status=np.array(self._status, dtype=np.int64),
-            retractions=np.array(self._retractions, dtype=np.int64),
+            arrival_s=self._workload.arrival_s[came],
+            input_tokens=self._workload.input_tokens[came],
+            output_tokens=self._workload.output_tokens[came],
+            prefill_id=np.array(self._prefill_id[came], dtype=np.int64),
+            decode_id=np.array(self._decode_id[came], dtype=np.int64),
+            first_token_s=np.array(self._first_token_s[came]),
+            finish_s=np.array(self._finish_s[came]),
+            status=np.array(self._status[came], dtype=np.int64),
+            retractions=np.array(self._retractions[came], dtype=np.int64),
         )

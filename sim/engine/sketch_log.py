@@ -33,14 +33,13 @@ class SketchLog:
         self._noisy = NoisyGaps()
         self._gap_iterations = 0
         self._open: dict[int, SimRequest] = {}
-        """Requests that have arrived and not ended, if their rows are wanted."""
+        """Requests that have arrived and not ended."""
         self.unresolved = 0
 
     def arrive(self, request: SimRequest) -> None:
         self.unresolved += 1
         self._sketch.counts["arrived"] += 1
-        if self._spill is not None:
-            self._open[request.request_id] = request
+        self._open[request.request_id] = request
 
     def assign(self, request: SimRequest) -> None:
         pass
@@ -62,7 +61,7 @@ class SketchLog:
 
     def reject(self, request: SimRequest) -> None:
         self.unresolved -= 1
-        self._sketch.counts["rejected"] += 1
+        self._sketch.reject()
         self._end_row(request, NEVER, REJECTED)
 
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
@@ -82,10 +81,15 @@ class SketchLog:
         if len(self._noisy) >= 8 * _ROWS:
             self._fold_gaps()
 
-    def results(self) -> dict[str, Any]:
+    def results(self, end_s: float) -> dict[str, Any]:
         self._fold_requests()
         self._fold_gaps()
-        for request in list(self._open.values()):
+        in_flight = list(self._open.values())
+        self._sketch.add_in_flight(
+            np.array([r.first_token_s - r.arrival_s for r in in_flight], dtype=np.float64),
+            end_s - np.array([r.arrival_s for r in in_flight], dtype=np.float64),
+        )
+        for request in in_flight:
             self._end_row(request, NEVER, IN_FLIGHT)
         empty = np.array([], dtype=np.int64)
         return {
@@ -96,8 +100,8 @@ class SketchLog:
         }
 
     def _end_row(self, request: SimRequest, finish_s: float, status: int) -> None:
+        del self._open[request.request_id]
         if self._spill is not None:
-            del self._open[request.request_id]
             self._spill.add(request, finish_s, status)
 
     def _fold_requests(self) -> None:

@@ -222,8 +222,8 @@ class CountingLog:
                 self.late_gaps += weight
         self._log.noisy_gaps(first_s, step_s, weight, multipliers)
 
-    def results(self) -> dict[str, Any]:
-        return self._log.results()
+    def results(self, end_s: float) -> dict[str, Any]:
+        return self._log.results(end_s)
 
 
 def count_above(limit: float, first: float, step: float, count: int) -> int:

@@ -222,6 +222,8 @@ class Decode(Server):
         super().__init__(fleet, controller, noise)
         self.running: list[Job] = []
         """In order of joining."""
+        self.put_back = 0
+        """How many at the head of the queue have been retracted: they resume before others join."""
         self.retractions = 0
         self._ended = (0, 0)
 
@@ -232,10 +234,13 @@ class Decode(Server):
 
     def next_iteration(self, now_s: float, *, is_first: bool) -> None:
         capacity = self.fleet.limit("kv_capacity_tokens")
-        while len(self.running) > 1 and self.kv_tokens + len(self.running) > capacity:
-            self.queue.insert(0, self.running.pop())
-            self.retractions += 1
         self._admit(now_s, capacity)
+        while len(self.running) > 1 and self.kv_tokens + len(self.running) > capacity:
+            by_rank = sorted(self.running, key=lambda job: (-job.steps, job.prompt))
+            self.running.remove(by_rank[-1])
+            self.queue.insert(self.put_back, by_rank[-1])
+            self.put_back += 1
+            self.retractions += 1
         if not self.running:
             self.rest(now_s)
             return
@@ -250,9 +255,10 @@ class Decode(Server):
         while self.queue and len(self.running) < self.fleet.limit("max_running_requests"):
             job, many = self.queue[0], len(self.running)
             room = capacity - self.kv_tokens - job.context
-            if many and room < reserve * many + many + 1:
+            if many and room < max(reserve, 1) * (many + 1):
                 return
             self.running.append(self.queue.pop(0))
+            self.put_back = max(self.put_back - 1, 0)
             if not job.token_s and self.fleet.prefill_makes_first:
                 job.token_s.append(now_s)
 

@@ -99,7 +99,7 @@ CASES: dict[str, Settings] = {
 
 NOISE_KEYS = {"prefill": 4, "decode": 5}
 SHOWN = {
-    "small KV cache": ("retractions", 20),
+    "small KV cache": ("retractions", 15),
     "small KV cache, no reserve": ("retractions", 300),
     "some fit no cache": ("requests_rejected", 5),
     "first token of prefill, small KV cache": ("retractions", 20),

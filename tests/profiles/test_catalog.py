@@ -116,6 +116,34 @@ def test_extrapolation_continues_the_last_piece(profile: Profile) -> None:
     assert got == pytest.approx(scaling_time_s("decode", 1000, 4, 8192), rel=1e-4)
 
 
+def test_extrapolation_beyond_the_largest_batch_goes_on_along_the_line(tmp_path: Path) -> None:
+    """Time and power are lines in the batch; at 250 the line is past the card's 400 W."""
+
+    def power_w(phase: str, clock: int, batch: int, tokens: float) -> float:
+        return 60.0 + 1.5 * batch * clock / 1400 + 0.001 * tokens
+
+    made = write_synthetic_profile(tmp_path, power_w=power_w)
+    for clock, batch, tokens in ((1400, 65, 300), (700, 128, 1000), (0, 200, 4000)):
+        got_s = made.iteration_time_s("decode", clock, batch, tokens, extrapolate=True)
+        got_w = made.power_w("decode", clock, batch, tokens, extrapolate=True)
+        assert got_s == pytest.approx(
+            scaling_time_s("decode", clock or 1400, batch, tokens), rel=1e-4
+        )
+        assert got_w == pytest.approx(power_w("decode", clock or 1400, batch, tokens), rel=1e-4)
+    assert made.power_w("decode", 1400, 250, 64, extrapolate=True) == 400.0
+    line = made.truth(extrapolate=True).decode_line(700, 128, 1000)
+    assert line[2] == pytest.approx(2e-8 * 1.5, rel=1e-3)  # the slope in tokens goes on too
+
+
+def test_extrapolation_never_makes_a_larger_batch_quicker(tmp_path: Path) -> None:
+    """Where the table falls with the batch, the largest one holds."""
+    made = write_synthetic_profile(
+        tmp_path, time_s=lambda p, f, b, t: 0.02 - 1e-4 * b, power_w=lambda p, f, b, t: 200.0 - b
+    )
+    assert made.iteration_time_s("decode", 700, 150, 64, extrapolate=True) == pytest.approx(0.0136)
+    assert made.power_w("decode", 700, 150, 64, extrapolate=True) == pytest.approx(136.0)
+
+
 @given(clock=st.sampled_from([0, 700, 855, 1400]), batch=BATCHES, tokens=TOKENS)
 def test_line_agrees_with_the_point_and_holds_to_its_end(
     profile: Profile, clock: int, batch: int, tokens: int

@@ -10,6 +10,8 @@ from profiles.catalog import Profile
 from sim.config import make_config
 from sim.engine.simulate import simulate
 from sim.metrics import summarise
+from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from sim.policies.controllers.fixed import NoParameters
 from sim.records import RunRecord
 from sim.workload.workload import Workload
 
@@ -38,3 +40,16 @@ def run(profile: Profile, workload: Workload, **settings: Any) -> tuple[RunRecor
     }
     record = simulate(make_config(values), profile, workload)
     return record, summarise(record)
+
+
+class Falling(Controller):
+    """Unlocked at first; the lowest clock from its first decision on, or after 5 s of idleness."""
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
+        self._lowest_mhz = context.clocks_mhz[0]
+
+    def decide(self, state: InstanceState) -> int:
+        return self._lowest_mhz
+
+    def on_idle(self, state: InstanceState) -> IdlePlan:
+        return IdlePlan(after_s=5.0, clock_mhz=self._lowest_mhz)

@@ -9,12 +9,14 @@ import numpy as np
 import pytest
 
 from profiles.catalog import Profile
+from sim.engine.decode import DecodeInstance
+from sim.engine.request import SimRequest
 from sim.policies.base import Controller, InstanceState, PolicyContext
 from sim.policies.controllers.fixed import NoParameters
 from sim.policies.registry import CONTROLLERS, Entry
 from sim.workload.workload import Workload
 from tests.profiles.synthetic import Surface, write_synthetic_profile
-from tests.sim.engine.fixtures import make_requests, run
+from tests.sim.engine.fixtures import Falling, make_requests, run
 
 
 @pytest.fixture
@@ -125,13 +127,12 @@ def test_a_chunk_attends_to_the_part_of_its_prompt_done_before(tmp_path: Path) -
     assert record.requests.first_token_s == pytest.approx([expected_s] * 17)
 
 
-@pytest.mark.parametrize(("capacity_tokens", "b_ends_s"), [(40, 5.0), (128, 1.5)])
+@pytest.mark.parametrize(("capacity_tokens", "b_ends_s"), [(72, 5.0), (73, 1.5)])
 def test_a_joiner_leaves_room_for_those_who_run(
     halves: Profile, capacity_tokens: int, b_ends_s: float
 ) -> None:
-    """A (4 + 8 tokens) runs from 0.5 to 4.5. B (4 + 1) comes to decode at 1.0 and needs 5 + 4 + 2
-    of the cache beside 32 in reserve for each that runs: of 128 tokens they are there, also if B's
-    own reserve counted; of 40 they are not, though 11 are, and B waits until A is gone."""
+    """A (4 + 8 tokens) runs from 0.5 to 4.5. B (4 + 1) comes to decode at 1.0, where A has 5: they
+    need these 9 and 32 in reserve each, 73 in all. One token less, and B waits until A is gone."""
     record, _ = run(
         halves,
         make_requests((0.0, 4, 8), (0.25, 4, 1)),
@@ -141,12 +142,13 @@ def test_a_joiner_leaves_room_for_those_who_run(
     assert record.requests.finish_s.tolist() == [4.5, b_ends_s]
 
 
-def test_clock_change_splits_an_iteration(tmp_path: Path) -> None:
+def test_clock_change_splits_an_iteration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """An iteration of 1 s at 1000 MHz is half done when 2000 MHz halves the rest: 0.75 s.
 
     The window: unlocked (2000 MHz) at the start, the first decision (1000) lands at once in
     prefill; here decode asks for 1000 at the start of its second iteration, 0.25 s late.
     """
+    monkeypatch.setitem(CONTROLLERS, "falling", Entry(make=Falling, parameters=NoParameters))
     profile = write_synthetic_profile(
         tmp_path,
         time_s=lambda p, f, b, t: 1000.0 / f,
@@ -157,7 +159,7 @@ def test_clock_change_splits_an_iteration(tmp_path: Path) -> None:
         profile,
         make_requests((0.0, 4, 2)),
         prefill_controller="static:f=2000",
-        decode_controller="ecofreq:frequencies=1000+2000",
+        decode_controller="falling",
         actuation_latency_s=0.25,
         slo_itl_s=10.0,
     )
@@ -180,6 +182,61 @@ def test_retraction_keeps_tokens_and_finishes(halves: Profile) -> None:
     assert record.itl_weight.sum() == 14
 
 
+@pytest.mark.parametrize("engine", ["reference", "coalesced"])
+def test_retraction_goes_by_outputs_prompt_and_joining_and_resumes_in_order(
+    halves: Profile, engine: str
+) -> None:
+    """A (4 + 12), B (10 + 12), C (4 + 12) join at 0.5 with room for 30 tokens, 18 in use.
+
+    Steps 1 to 4 fill it (21, 24, 27, 30). All have four outputs at 2.5: B has the longest prompt
+    and steps aside with 14. A and C go on from 16 to 30 in steps 5 to 11; at 6.0 both have eleven
+    outputs and prompts of 4: C joined later and steps aside with 15. A ends at 6.5. B, which went
+    first, resumes; C does not fit beside it (14 + 15 + 2 > 30) until B has made its eight and ends
+    at 10.5. D (1 + 1) has been there since 3.5 and would have fitted, but waits for both.
+    """
+    requests = make_requests((0.0, 4, 12), (0.0, 10, 12), (0.0, 4, 12), (3.0, 1, 1))
+    record, _ = run(halves, requests, kv_capacity_tokens=30, engine=engine)
+    assert record.requests.retractions.tolist() == [0, 1, 1, 0]
+    assert record.requests.finish_s.tolist() == [6.5, 10.5, 11.0, 11.0]
+
+
+@pytest.mark.parametrize("engine", ["reference", "coalesced"])
+def test_a_retraction_may_free_more_than_the_next_step(halves: Profile, engine: str) -> None:
+    """Four of 4 + 8 in 36 tokens: before step 6 they hold 36. One gone leaves 27 for three.
+
+    That is room for a step; for four tokens each (39 > 36) it is not, and a second goes.
+    """
+    requests = make_requests(*[(0.0, 4, 8)] * 4)
+    for freed, expected in ((1, [0, 0, 0, 1]), (4, [0, 0, 1, 1])):
+        record, _ = run(
+            halves, requests, kv_capacity_tokens=36, kv_retract_tokens=freed, engine=engine
+        )
+        assert record.requests.retractions.tolist() == expected
+
+
+def test_the_retracted_one_has_the_fewest_outputs(
+    halves: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a crowded run, each time; now and then that is not who joined last."""
+    odd = 0
+    retract = DecodeInstance._retract
+
+    def watched(self: DecodeInstance, request: SimRequest, now_s: float) -> None:
+        nonlocal odd
+        outputs = {r.request_id: r.generated_tokens for r in self._list_running()}
+        fewest = [i for i, n in outputs.items() if n == min(outputs.values())]
+        assert request.request_id in fewest
+        odd += request.request_id != list(outputs)[-1]
+        retract(self, request, now_s)
+
+    monkeypatch.setattr(DecodeInstance, "_retract", watched)
+    rng = np.random.default_rng(4)
+    rows = [(0.2 * k, int(rng.integers(1, 30)), int(rng.integers(1, 60))) for k in range(200)]
+    _, summary = run(halves, make_requests(*rows), kv_capacity_tokens=100, engine="reference")
+    assert summary["retractions"] > 50
+    assert odd > 5
+
+
 def test_a_request_that_can_never_fit_is_rejected(halves: Profile) -> None:
     _, summary = run(halves, make_requests((0.0, 4, 4), (0.0, 10, 10)), kv_capacity_tokens=16)
     assert summary["requests_rejected"] == 1
@@ -187,8 +244,11 @@ def test_a_request_that_can_never_fit_is_rejected(halves: Profile) -> None:
     assert summary["ttft_attainment"] <= 0.5
 
 
-def test_idle_plan_lowers_the_clock_after_its_wait(tmp_path: Path) -> None:
-    """EcoFreq's 5 s: idle at the unlocked 90 W, then at 1000 MHz and 60 W, to the next arrival."""
+def test_idle_plan_lowers_the_clock_after_its_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5 s: idle at the unlocked 90 W, then at 1000 MHz and 60 W, to the next arrival."""
+    monkeypatch.setitem(CONTROLLERS, "falling", Entry(make=Falling, parameters=NoParameters))
     profile = write_synthetic_profile(
         tmp_path,
         time_s=lambda p, f, b, t: 0.5,
@@ -200,7 +260,7 @@ def test_idle_plan_lowers_the_clock_after_its_wait(tmp_path: Path) -> None:
         profile,
         make_requests((8.0, 4, 1)),
         prefill_controller="static:f=2000",
-        decode_controller="ecofreq",
+        decode_controller="falling",
         actuation_latency_s=0.25,
     )
     decode = record.instances[1]

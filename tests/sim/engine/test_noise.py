@@ -14,10 +14,12 @@ from profiles.catalog import Profile
 from sim.config import make_config
 from sim.engine.noise import BLOCK, IterationNoise
 from sim.metrics import summarise
+from sim.policies.controllers.fixed import NoParameters
 from sim.policies.prediction import SkewedPower
+from sim.policies.registry import CONTROLLERS, Entry
 from sim.records import FloatArray, RunRecord
 from tests.profiles.synthetic import write_synthetic_profile
-from tests.sim.engine.fixtures import make_requests, run
+from tests.sim.engine.fixtures import Falling, make_requests, run
 
 DRIVERS = ("reference", "coalesced")
 SPREADS = {700: 0.02, 1000: 0.03, 1400: 0.05}
@@ -153,13 +155,14 @@ def test_both_phases_sag_and_neither_by_default(steady: Profile) -> None:
 @pytest.mark.parametrize("engine", DRIVERS)
 @pytest.mark.parametrize("tensor_parallel", [1, 2])
 def test_a_clock_change_stalls_a_busy_instance_card_by_card(
-    tmp_path: Path, engine: str, tensor_parallel: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str, tensor_parallel: int
 ) -> None:
     """As `test_clock_change_splits_an_iteration`, and each change costs 1/16 s a card.
 
     Decode's second iteration begins at 1.0 unlocked (2000 MHz, 0.5 s); at 1.25, half done, 1000
     MHz comes: n/16 s stand still, then half of 1 s. Busy power is that of the clock in force.
     """
+    monkeypatch.setitem(CONTROLLERS, "falling", Entry(make=Falling, parameters=NoParameters))
     profile = write_synthetic_profile(
         tmp_path,
         time_s=lambda p, f, b, t: 1000.0 / f,
@@ -170,7 +173,7 @@ def test_a_clock_change_stalls_a_busy_instance_card_by_card(
     profile = replace(profile, meta=replace(profile.meta, model=model))
     record, summary = run(
         profile, make_requests((0.0, 4, 2)), prefill_controller="static:f=2000", engine=engine,
-        decode_controller="ecofreq:frequencies=1000+2000", actuation_latency_s=0.25,
+        decode_controller="falling", actuation_latency_s=0.25,
         slo_itl_s=10.0, clock_stall_s=1 / 16,
     )  # fmt: skip
     stall_s = tensor_parallel / 16
@@ -179,7 +182,7 @@ def test_a_clock_change_stalls_a_busy_instance_card_by_card(
     # a change that is in force at the boundary holds up the iteration that begins there
     record, summary = run(
         profile, make_requests((0.0, 4, 2)), prefill_controller="static:f=2000", engine=engine,
-        decode_controller="ecofreq:frequencies=1000+2000", actuation_latency_s=0.0,
+        decode_controller="falling", actuation_latency_s=0.0,
         slo_itl_s=10.0, clock_stall_s=1 / 16,
     )  # fmt: skip
     assert record.requests.finish_s.tolist() == [2.0 + stall_s]
@@ -187,14 +190,17 @@ def test_a_clock_change_stalls_a_busy_instance_card_by_card(
 
 
 @pytest.mark.parametrize("engine", DRIVERS)
-def test_a_change_at_rest_stalls_nobody(tmp_path: Path, engine: str) -> None:
-    """EcoFreq locks 1000 MHz while it idles; the request at 8 s does not pay for that."""
+def test_a_change_at_rest_stalls_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, engine: str
+) -> None:
+    """1000 MHz is locked after 5 s of idleness; the request at 8 s does not pay for that."""
+    monkeypatch.setitem(CONTROLLERS, "falling", Entry(make=Falling, parameters=NoParameters))
     profile = write_synthetic_profile(
         tmp_path, time_s=lambda p, f, b, t: 0.5, clocks_mhz=(1000, 2000)
     )
     record, _ = run(
         profile, make_requests((8.0, 4, 1)), prefill_controller="static:f=2000", engine=engine,
-        decode_controller="ecofreq", actuation_latency_s=0.25, clock_stall_s=0.125,
+        decode_controller="falling", actuation_latency_s=0.25, clock_stall_s=0.125,
     )  # fmt: skip
     assert record.instances[1].num_clock_changes == 1
     assert record.requests.finish_s.tolist() == [9.0]

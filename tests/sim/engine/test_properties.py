@@ -15,12 +15,13 @@ from hypothesis import strategies as st
 
 from profiles.catalog import Profile
 from sim.metrics import summarise
-from sim.policies.registry import CONTROLLERS, ROUTERS
+from sim.policies.controllers.fixed import NoParameters
+from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
 from sim.records import COMPLETED, IN_FLIGHT, REJECTED, RunRecord
 from sim.workload.workload import Workload
 from tests.conftest import ROOT
 from tests.profiles.synthetic import write_synthetic_profile
-from tests.sim.engine.fixtures import make_requests, run
+from tests.sim.engine.fixtures import Falling, make_requests, run
 
 
 @pytest.fixture(scope="module")
@@ -49,6 +50,7 @@ POLICY = st.fixed_dictionaries(
         "slo_itl_s": st.sampled_from([0.004, 0.008, 0.06]),
         "kv_capacity_tokens": st.sampled_from([700, 1500, 4000]),
         "kv_reserve_tokens": st.sampled_from([0, 50]),
+        "kv_retract_tokens": st.sampled_from([1, 20]),
         "max_prefill_tokens": st.sampled_from([128, 1024]),
         "max_running_requests": st.sampled_from([2, 30]),
         "first_token": st.sampled_from(["decode", "prefill"]),
@@ -167,10 +169,13 @@ def test_timeline_is_bounded_and_in_order(profile: Profile) -> None:
     assert set(timeline["phase"]) == {"prefill", "decode"}
 
 
-def test_actuation_latency_delays_the_saving(profile: Profile) -> None:
-    """EcoFreq drops from the unlocked top clock: the later it lands, the more energy."""
+def test_actuation_latency_delays_the_saving(
+    profile: Profile, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The clock drops from the unlocked top: the later it lands, the more energy."""
+    monkeypatch.setitem(CONTROLLERS, "falling", Entry(make=Falling, parameters=NoParameters))
     energies = [
-        run(profile, make_requests((0.0, 100, 200)), controller="ecofreq",
+        run(profile, make_requests((0.0, 100, 200)), controller="falling",
             actuation_latency_s=lag)[1]["decode_energy_j"]
         for lag in (0.003, 0.05, 0.2)
     ]  # fmt: skip
