@@ -100,7 +100,7 @@ def _best(lines: pd.DataFrame) -> tuple[float, pd.Series[Any] | None]:
     kept = lines[lines["saving_vs_static_max_pct"].notna()]
     if kept.empty:
         return math.nan, None
-    best = kept.loc[kept["saving_vs_static_max_pct"].idxmax()]
+    best = kept.sort_values("saving_vs_static_max_pct", kind="stable").iloc[-1]
     return float(best["saving_vs_static_max_pct"]), best
 
 

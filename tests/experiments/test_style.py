@@ -104,7 +104,8 @@ def pareto() -> Figure:
 
 def contest_shares() -> Figure:
     rows = [
-        ["sharegpt", "2P2D", f"{r} requests/s", "round-robin", c, k, 1.0, 1.0, 50.0, 1.0, s, 1.0, 1.0, 1.2]
+        ["sharegpt", "2P2D", f"{r} requests/s", "round-robin", c, k, 1.0, 1.0, 50.0, 1.0, s, 1.0,
+         1.0, 1.2]
         for r in (20, 36)
         for c, k, s in ((STATIC_MAX, "1410/1410 MHz", 0.0), (STATIC_FLEET, "1005/705 MHz", 30.0),
                         ("ecofreq", "margin 0.1", 35.0), ("ecofreq", DEFAULT, 20.0))
