@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from experiments.options import RequireSlo
 from profiles.errors import VoltanaError
 from sim.config import parse_settings
 
@@ -68,6 +69,7 @@ def frontier(
         ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    require_slo: RequireSlo = False,
 ) -> None:
     """Find each policy's least energy at equal attainment; compare with static clocks and a bound.
 
@@ -81,7 +83,8 @@ def frontier(
         raise VoltanaError("--docs redraws the contest's page: give --contest, too")
     if contest:
         further = (*named, ("--set", settings), ("--target", target),
-                   ("--attainment", attainment), ("a file", config))  # fmt: skip
+                   ("--attainment", attainment), ("a file", config),
+                   ("--require-slo", require_slo))  # fmt: skip
         _refuse(further, "is not for the contest: it runs its own files")
         _contest(out or Path("results/contest"), only, docs, jobs)
         return
@@ -97,7 +100,11 @@ def frontier(
         if only:
             raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
         study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
-    _search(study, question, out or Path("results/frontier"), jobs)
+    is_kept = _search(study, question, out or Path("results/frontier"), jobs)
+    if require_slo and not is_kept:
+        from experiments.promise import missed
+
+        raise missed("a load is too much for top clocks")
 
 
 def _refuse(options: Sequence[tuple[str, object]], why: str) -> None:
@@ -118,16 +125,19 @@ def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | N
         typer.echo(CSV)
 
 
-def _search(study: Study, question: str, out: Path, jobs: int | None) -> None:
-    """One frontier, of a file or of the options."""
+def _search(study: Study, question: str, out: Path, jobs: int | None) -> bool:
+    """One frontier, of a file or of the options; whether the top clocks carry every load."""
     import pandas as pd
 
     from experiments.frontier.report import write_frontier
     from experiments.frontier.search import search_frontier
-    from experiments.frontier.table import frontier_table
+    from experiments.frontier.table import carries, frontier_table
+    from profiles.folders import claim
 
+    claim(out, "frontier")
     done = {load.name: row for load, row in search_frontier(study, out, jobs=jobs)}
     found = {load.name: done[load.name] for load in study.loads}
     frame = pd.concat([frontier_table(study, row, out, jobs) for row in found.values()])
     for line in write_frontier(study, found, frame, out, question):
         typer.echo(line)
+    return all(carries(study, row) for row in found.values())

@@ -20,7 +20,8 @@ from experiments.frontier.table import COLUMNS, frontier_table
 from experiments.study.suite import CONFIGS
 from experiments.sweep.sections import check_names
 from profiles.errors import VoltanaError
-from profiles.files import write_text
+from profiles.files import write_csv
+from profiles.folders import claim
 from sim.workload.fetch import MissingTraceError
 
 CSV: Final = Path("results/contest.csv")
@@ -54,6 +55,7 @@ def run_contest(
     Raises:
         VoltanaError: No load of such a name, or not one run of a load succeeded.
     """
+    claim(out, "frontier")
     chosen = contest_files() if files is None else files
     check_names(only, [n for path in chosen for n in load_names_of(path)], "load", "the contest")
     left_out = []
@@ -84,7 +86,7 @@ def write_contest(lines: pd.DataFrame, csv: Path) -> None:
         parts = [before[:at][~is_same[:at]], lines, before[at:][~is_same[at:]]]
         lines = pd.concat([p for p in parts if len(p)], ignore_index=True)
     csv.parent.mkdir(parents=True, exist_ok=True)
-    write_text(lines.to_csv(index=False, float_format="%.4f"), csv)
+    write_csv(lines, csv, float_format="%.4f")
 
 
 def read_contest(csv: Path = CSV) -> pd.DataFrame:

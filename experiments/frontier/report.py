@@ -19,10 +19,10 @@ from rich.table import Table
 
 from experiments.draw.plots import add_legend, hollow, save, stretch_attainment
 from experiments.frontier.search import DEFAULT, STATIC_MAX, Found, Study
-from experiments.frontier.table import keeps
+from experiments.frontier.table import carries, keeps
 from experiments.show import render
 from experiments.sweep.run import RESULTS
-from profiles.files import write_text
+from profiles.files import write_csv, write_text
 from profiles.measure.style import STYLE, WIDTH_IN, legend_height_in, line_style
 
 HEADINGS: Final = (
@@ -169,15 +169,15 @@ def write_frontier(
     question: str,
 ) -> list[str]:
     """Write frontier.csv, frontier.md, results.csv and the figure; returns what to print."""
-    frame.to_csv(out / "frontier.csv", index=False)
-    write_text(report_rows(found).to_csv(index=False), out / RESULTS)
+    write_csv(frame, out / "frontier.csv")
+    write_csv(report_rows(found), out / RESULTS)
     said, parts = [], [question] if question else []
     for load, row in found.items():
         rows = frame[frame["load"] == load]
         title = f"{load}: least energy at {study.attainment} >= {100 * study.target:g} %"
         said.append(text_table(rows, title))
         parts.append(f"**{title}**\n\n{markdown_table(rows)}")
-        if not any(keeps(study, f) for f in row if f.controller == STATIC_MAX):
+        if not carries(study, row):
             said.append(f"{load}: overload, the top clock itself misses the target")
         errors = {f.judged.error for f in row} - {""}
         said += [f"{load}: some settings could not run: {error}" for error in sorted(errors)]

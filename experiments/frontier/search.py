@@ -264,7 +264,8 @@ def _require_runs(found: Sequence[Found]) -> None:
 def _progress(total: int) -> Progress:
     progress = Progress(
         TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=Console(stderr=True, force_jupyter=False),
+        console=(console := Console(stderr=True, force_jupyter=False)),
+        disable=not console.is_terminal,
     )  # fmt: skip
     progress.add_task("searches", total=total)
     return progress

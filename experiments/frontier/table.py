@@ -64,6 +64,11 @@ def keeps(study: Study, found: Found) -> bool:
     return found.is_reached(study.target) and _attainment(study, found) >= study.target
 
 
+def carries(study: Study, found: Sequence[Found]) -> bool:
+    """Whether the top clocks keep the target under one router at least."""
+    return any(keeps(study, f) for f in found if f.controller == STATIC_MAX)
+
+
 def _attainment(study: Study, found: Found) -> float:
     return math.nan if found.judged.error else pooled(found.judged.rows, study.attainment)
 
