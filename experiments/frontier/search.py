@@ -14,6 +14,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -53,6 +54,8 @@ class Study:
     """Those of them that the search tries first."""
     routers: tuple[str, ...]
     """Routers under which static pairs are searched."""
+    static_caps: tuple[int, ...] = ()
+    """Limits of the decode batch that static pairs are searched with, besides the base's own."""
     target: float = 0.99
     attainment: str = "attainment"
 
@@ -184,33 +187,29 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
     most = (config.num_prefill, config.num_decode)
     top = desk.study.clocks_mhz[-1]
 
-    def settings(fleet: Fleet) -> dict[str, Any]:
-        prefill, decode = fleet
-        return {
-            "prefill_controller": f"static:f={prefill.clock_mhz}",
-            "decode_controller": f"static:f={decode.clock_mhz}",
-            "active_prefill": prefill.active,
-            "active_decode": decode.active,
-            "router": router,
-        }
-
-    def attempt(fleet: Fleet, on_all: bool) -> Trial:
-        return desk.attempt(settings(fleet), _fleet_label(fleet, most), on_all=on_all)
+    def attempt(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
+        settings = _fleet_settings(fleet, router, cap)
+        return desk.attempt(settings, _fleet_label(fleet, most, cap), on_all=on_all)
 
     def search(counts: tuple[tuple[int, ...], tuple[int, ...]]) -> Trial:
-        return FleetSearch(
-            attempt,
-            clocks_mhz=desk.study.clocks_mhz,
-            knots_mhz=desk.study.knots_mhz,
-            counts=counts,
-            target=desk.study.choice_target,
-        ).find()
+        tried = [
+            desk.whole(
+                FleetSearch(
+                    partial(attempt, cap),
+                    clocks_mhz=desk.study.clocks_mhz,
+                    knots_mhz=desk.study.knots_mhz,
+                    counts=counts,
+                    target=desk.study.choice_target,
+                ).find()
+            )
+            for cap in (None, *desk.study.static_caps)
+        ]
+        return _best(tried, desk.study.choice_target)
 
-    highest = desk.whole(attempt((Side(most[0], top), Side(most[1], top)), True))
-    pair = desk.whole(search(((most[0],), (most[1],))))
-    fleet = desk.whole(search((tuple(range(1, most[0] + 1)), tuple(range(1, most[1] + 1)))))
-    chosen = [t for t in (fleet, pair) if t.keeps(desk.study.choice_target)]
-    fleet = min(chosen, key=lambda t: t.energy_j) if chosen else fleet  # a pair is a fleet, too
+    highest = desk.whole(attempt(None, (Side(most[0], top), Side(most[1], top)), True))
+    pair = search(((most[0],), (most[1],)))
+    fleet = search((tuple(range(1, most[0] + 1)), tuple(range(1, most[1] + 1))))
+    fleet = _best([fleet, pair], desk.study.choice_target)  # a pair is a fleet, too
     found = []
     for name, tuned in ((STATIC_MAX, highest), (STATIC_PAIR, pair), (STATIC_FLEET, fleet)):
         judged = desk.judge(tuned.settings, tuned.label)
@@ -221,12 +220,34 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
     return found
 
 
-def _fleet_label(fleet: Fleet, most: tuple[int, int]) -> str:
+def _best(tried: Sequence[Trial], target: float) -> Trial:
+    """The least energy that keeps the target; the nearest miss if nothing does."""
+    kept = [t for t in tried if t.keeps(target)]
+    if kept:
+        return min(kept, key=lambda t: t.energy_j)
+    return max(tried, key=lambda t: -1.0 if t.error else t.worst_attainment)
+
+
+def _fleet_settings(fleet: Fleet, router: str, cap: int | None) -> dict[str, Any]:
     prefill, decode = fleet
-    clocks = f"{prefill.clock_mhz}/{decode.clock_mhz} MHz"
-    if (prefill.active, decode.active) == most:
-        return clocks
-    return f"{clocks}, {prefill.active}P{decode.active}D"
+    settings: dict[str, Any] = {
+        "prefill_controller": f"static:f={prefill.clock_mhz}",
+        "decode_controller": f"static:f={decode.clock_mhz}",
+        "active_prefill": prefill.active,
+        "active_decode": decode.active,
+        "router": router,
+    }
+    return settings if cap is None else settings | {"max_running_requests": cap}
+
+
+def _fleet_label(fleet: Fleet, most: tuple[int, int], cap: int | None) -> str:
+    prefill, decode = fleet
+    parts = [f"{prefill.clock_mhz}/{decode.clock_mhz} MHz"]
+    if (prefill.active, decode.active) != most:
+        parts.append(f"{prefill.active}P{decode.active}D")
+    if cap is not None:
+        parts.append(f"at most {cap} together")
+    return ", ".join(parts)
 
 
 def _contender(desk: _Desk, contender: Contender) -> list[Found]:

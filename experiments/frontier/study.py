@@ -14,6 +14,7 @@ routers = ["round-robin", "ecoroute"]  # static clocks are searched under each, 
 controllers = ["ecofreq", "ecomin"]  # each of these meets each router
 policies = ["ecomin:headroom={0.5..0} + slo-pack"]  # optional: further pairs
 static_clocks_mhz = [705, 1005, 1410]  # optional: the only clocks of static pairs
+static_caps = [256]                  # optional: static pairs also with such a max_running_requests
 [base]                               # configuration keys
 [[load]]                             # one or more
 name = "20 requests/s"
@@ -62,6 +63,7 @@ _SECTIONS: Final = ("frontier", "base", "load", "controller", "policy")
 _KEYS: Final = (
     "question", "target", "attainment", "seeds", "tuning_seeds", "trace_parts", "tuning_parts",
     "judging_parts",    "routers", "controllers", "policies", "static_clocks_mhz",
+    "static_caps",
 )  # fmt: skip
 
 
@@ -106,6 +108,7 @@ def read_study(
         judging=judging,
         routers=routers,
         static_clocks_mhz=values(options, "static_clocks_mhz", int, (), where),
+        static_caps=values(options, "static_caps", int, (), where),
     )
     return study, value(options, "question", str, "", where)
 
@@ -216,6 +219,7 @@ def make_study(
     judging: Sequence[Mapping[str, Any]],
     routers: Sequence[str] = (),
     static_clocks_mhz: Sequence[int] = (),
+    static_caps: Sequence[int] = (),
 ) -> Study:
     """A study with every configuration checked and its clocks and routers made out.
 
@@ -229,6 +233,7 @@ def make_study(
         judging: Keys of each repeat that is reported.
         routers: Static pairs are searched under these and those of the contenders.
         static_clocks_mhz: The only clocks of static pairs; empty takes all of the profile.
+        static_caps: Largest decode batches that static pairs are searched with, too.
 
     Raises:
         VoltanaError: A name comes twice, or a value that no run accepts.
@@ -253,7 +258,7 @@ def make_study(
     return Study(
         base=base, loads=loads, contenders=contenders, tuning=tuning, judging=judging,
         clocks_mhz=tuple(allowed), knots_mhz=profile_knots(profile, allowed),
-        routers=every_router, target=target, attainment=attainment,
+        routers=every_router, static_caps=tuple(static_caps), target=target, attainment=attainment,
     )  # fmt: skip
 
 

@@ -50,7 +50,9 @@ def frontier_table(
         jobs: Processes.
     """
     kept = [f for f in found if _attainment(study, f) >= study.target]
-    bounds = _bounds([f.judged.rows for f in kept], directory, jobs)
+    shared = {**study.base, **_settings(study, found[0].load)}.get("max_running_requests")
+    frames = [f.judged.rows.assign(max_running_requests=shared) for f in kept]
+    bounds = _bounds(frames, directory, jobs)  # of any policy: a cap is the static pair's own
     top = _energies(found, STATIC_MAX, study.routers[0], study.target)
     rows = []
     for each in found:

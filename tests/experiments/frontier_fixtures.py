@@ -21,11 +21,12 @@ def make_small_study(
     **options: Any,  # noqa: ANN401 (those of make_study)
 ) -> Study:
     """8 s at 20 requests/s on two and two, unless said otherwise."""
+    values: dict[str, Any] = {"target": 0.99, "attainment": "attainment", **options}
     return make_study(
         base or {"duration_s": 8, "slo_itl_s": 0.045},
         [Load(name="the load", settings=load or {"rate_rps": 20})],
         [parse_contender(policy) for policy in policies],
         tuning=[{"seed": s} for s in tuning],
         judging=[{"seed": s} for s in judging],
-        **({"target": 0.99, "attainment": "attainment"} | options),
+        **values,
     )

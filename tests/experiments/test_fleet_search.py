@@ -70,7 +70,7 @@ def test_the_best_fleet_is_that_of_all_fleets(seed: int) -> None:
     sides = [Side(n, f) for n, f in product(counts, CLOCKS)]
     kept = [
         (trial.energy_j, fleet)
-        for fleet in product(sides, repeat=2)
+        for fleet in product(sides, sides)
         if (trial := attempt(fleet, True)).keeps(0.99)
     ]
     asked.clear()
