@@ -7,8 +7,6 @@ FAST_STAMP := $(FAST)/.installed
 SOURCES := $(shell find sim profiles hwreplay experiments -name '*.py')
 STAMP := $(VENV)/.installed
 
-CONTESTS := sharegpt sharegpt-large azure
-
 .PHONY: help demo figures notebooks test lint types contracts unit bench fast fast-test fast-bench mutants engine profile-gpu replay-gpu clean
 
 help:
@@ -34,19 +32,16 @@ $(STAMP): pyproject.toml
 demo: $(STAMP)
 	$(BIN)/voltana demo --out results/demo
 
-# With the runs kept in results/ a minute on two idle cores, without them fifteen more. The contests
-# are redrawn if their runs are there, and run with CONTEST=1: ten to twenty minutes each. The figure
-# beside the published panel needs the panel: PANEL=file.csv.
+# With the runs kept in results/ a minute on two idle cores, without them fifteen more. The contest is
+# drawn from results/contest.csv; CONTEST=1 runs it first: two hours on two cores, one with `make fast`
+# (.venv-fast/bin/voltana frontier --contest). The figure beside the published panel needs the panel:
+# PANEL=file.csv.
 figures: $(STAMP)
 	$(BIN)/voltana demo --out results/demo
 	cp results/demo/energy_vs_slo.png docs/energy_vs_slo.png
 	$(BIN)/voltana experiment run all --figures docs/figures
-	@for name in $(CONTESTS); do \
-	  if [ -d results/contest/$$name ] || [ -n "$(CONTEST)" ]; then \
-	    $(BIN)/voltana frontier experiments/configs/contest-$$name.toml --out results/contest/$$name \
-	      && cp results/contest/$$name/frontier.png docs/figures/contest-$$name.png || exit 1; \
-	  else echo "contest-$$name: no runs in results/contest/$$name, CONTEST=1 makes them"; fi; \
-	done
+	@[ -z "$(CONTEST)" ] || $(BIN)/voltana frontier --contest --out results/contest
+	$(BIN)/voltana frontier --contest --docs docs
 	@if [ -n "$(PANEL)" ]; then \
 	  $(BIN)/voltana paper compare --panel $(PANEL) --out results/paper-compare \
 	    && cp results/paper-compare/residuals.png docs/figures/paper_residuals.png; \

@@ -11,7 +11,7 @@ from profiles.catalog import Profile, load_profile
 from sim.config import SimConfig
 from sim.engine.simulate import simulate
 from sim.records import RunRecord
-from sim.workload.generate import diurnal_swing, make_workload, stream_day
+from sim.workload.generate import make_workload, stream_arrivals
 from sim.workload.traces import open_trace
 from sim.workload.workload import Workload
 
@@ -43,18 +43,19 @@ def workload_of(config: SimConfig) -> Workload:
 def stream_of(config: SimConfig) -> Iterator[Workload] | None:
     """The same requests part by part in bounded memory; None where only `workload_of` has them.
 
-    A streamed day needs metrics=sketch, see `sim.engine.simulate`.
+    A streamed changing rate needs metrics=sketch, see `sim.engine.simulate`.
     """
-    swing = diurnal_swing(config.arrivals)
-    if config.metrics != "sketch" or config.trace is not None or swing is None:
+    if config.metrics != "sketch" or config.trace is not None:
         return None
-    parts = stream_day(
+    parts = stream_arrivals(
         config.workload,
         rate_rps=config.rate_rps,
         duration_s=config.duration_s or DEFAULT_DURATION_S,
         seed=config.seed,
-        swing=swing,
+        arrivals=config.arrivals,
     )
+    if parts is None:
+        return None
     return parts if config.time_scale == 1.0 else (p.scaled(config.time_scale) for p in parts)
 
 

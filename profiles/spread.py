@@ -47,6 +47,12 @@ class IterationSpread:
             return not any(s for row in self._rows[phase].values() for s in row.values())
         return not self._stated.get(phase, 0.0)
 
+    def largest(self, phase: str) -> float:
+        """The largest spread of a phase at any clock and batch."""
+        if phase in self._rows:
+            return max(s for row in self._rows[phase].values() for s in row.values())
+        return self._stated.get(phase, 0.0)
+
     def constant(self, phase: str) -> float | None:
         """The one spread of a phase at every clock and batch; None if a table says more."""
         return None if phase in self._rows else self._stated.get(phase, 0.0)

@@ -41,10 +41,18 @@ class SimConfig:
     )
     trace_start_s: float | None = _key(None, "skip this much of a trace; none = start at its first")
     seed: int = _key(13, "seed of arrivals, lengths and policies")
-    arrivals: str = _key("poisson", "arrival process: poisson, gamma:cv=2, or diurnal")
+    arrivals: str = _key(
+        "poisson",
+        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5 or"
+        " ramp:ratio=2",
+    )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
     num_decode: int = _key(2, "decode instances")
+    active_prefill: int | None = _key(
+        None, "only the first so many get requests, the others rest; none = all"
+    )
+    active_decode: int | None = _key(None, "the same of decode instances")
     controller: str = _key("ecofreq", "frequency controller of both phases")
     prefill_controller: str | None = _key(None, "overrides controller in prefill")
     decode_controller: str | None = _key(None, "overrides controller in decode")
@@ -132,6 +140,10 @@ class SimConfig:
         if not math.isfinite(self.predictor_power_clock_error):
             value = self.predictor_power_clock_error
             raise VoltanaError(f"predictor_power_clock_error must be finite, got {value}")
+        for phase in ("prefill", "decode"):
+            active, there = getattr(self, f"active_{phase}"), getattr(self, f"num_{phase}")
+            if active is not None and active > there:
+                raise VoltanaError(f"active_{phase} must be <= num_{phase}, {there}, got {active}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value not in allowed:
@@ -168,8 +180,8 @@ class SimConfig:
 
 
 _POSITIVE = (
-    "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "slo_ttft_s", "slo_itl_s",
-    "aim_ratio",
+    "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "active_prefill",
+    "active_decode", "slo_ttft_s", "slo_itl_s", "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",

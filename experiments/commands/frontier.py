@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from experiments.options import RequireSlo
 from profiles.errors import VoltanaError
 from sim.config import parse_settings
+
+if TYPE_CHECKING:
+    from experiments.frontier.search import Study
 
 
 def register(app: typer.Typer) -> None:
@@ -21,9 +25,10 @@ def frontier(
     config: Annotated[
         Path | None, typer.Argument(help="Frontier file; options are for a quick one without")
     ] = None,
-    out: Annotated[Path, typer.Option(help="Directory of the runs, tables and figure")] = Path(
-        "results/frontier"
-    ),
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Directory of the runs, tables and figure [default: results/frontier]"),
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(
@@ -43,7 +48,8 @@ def frontier(
         typer.Option(help="attainment, ttft_attainment, itl_attainment or worse (of the two)"),
     ] = None,
     seeds: Annotated[
-        int | None, typer.Option(min=1, help="Repeats, with seeds 11, 12, … [default: 5]")
+        int | None,
+        typer.Option(min=1, help="Judging repeats, with seeds 11, 12, … [default: 5]"),
     ] = None,
     only: Annotated[
         list[str] | None,
@@ -52,27 +58,41 @@ def frontier(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
     ] = None,
+    contest: Annotated[
+        bool,
+        typer.Option("--contest", help="Run the shipped contest and write results/contest.csv"),
+    ] = False,
+    docs: Annotated[
+        Path | None,
+        typer.Option(
+            help="With --contest: redraw this folder's contest.md and figure; run nothing"
+        ),
+    ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
     require_slo: RequireSlo = False,
 ) -> None:
     """Find each policy's least energy at equal attainment; compare with static clocks and a bound.
 
-    Writes OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of
-    its configuration: run it again to go on. A saving is given only where the target is reached.
+    Knobs and static clocks are chosen on tuning seeds and judged on others. Writes
+    OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of its
+    configuration: run it again to go on. A saving is given only where the target is kept.
     """
-    from experiments.compare.policies import STATIC_MAX
-    from experiments.frontier.report import frontier_table, write_frontier
-    from experiments.frontier.search import search_frontier
-    from experiments.frontier.study import quick_study, read_study
-    from experiments.promise import missed
-    from profiles.folders import claim
-
     given = parse_settings(settings or [])
+    named = (("--rate", rate), ("--policy", policy), ("--seeds", seeds))
+    if docs is not None and not contest:
+        raise VoltanaError("--docs redraws the contest's page: give --contest, too")
+    if contest:
+        further = (*named, ("--set", settings), ("--target", target),
+                   ("--attainment", attainment), ("a file", config),
+                   ("--require-slo", require_slo))  # fmt: skip
+        _refuse(further, "is not for the contest: it runs its own files")
+        _contest(out or Path("results/contest"), only, docs, jobs)
+        return
+
+    from experiments.frontier.study import quick_study, read_study
+
     if config is not None:
-        named = (("--rate", rate), ("--policy", policy), ("--seeds", seeds))
-        unused = [name for name, value in named if value]
-        if unused:
-            raise VoltanaError(f"{unused[0]} is for a search without a file: edit {config} instead")
+        _refuse(named, f"is for a search without a file: edit {config} instead")
         study, question = read_study(
             config, settings=given, load_names=only or (), target=target, attainment=attainment
         )
@@ -80,10 +100,44 @@ def frontier(
         if only:
             raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
         study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
-    claim(out, "frontier")
-    searches = search_frontier(study, out, jobs=jobs)
-    frame = frontier_table(study, searches, out, jobs)
-    for line in write_frontier(study, searches, frame, out, question):
-        typer.echo(line)
-    if require_slo and not frame.loc[frame["policy"] == STATIC_MAX, "reached"].all():
+    is_kept = _search(study, question, out or Path("results/frontier"), jobs)
+    if require_slo and not is_kept:
+        from experiments.promise import missed
+
         raise missed("a load is too much for top clocks")
+
+
+def _refuse(options: Sequence[tuple[str, object]], why: str) -> None:
+    unused = [name for name, value in options if value]
+    if unused:
+        raise VoltanaError(f"{unused[0]} {why}")
+
+
+def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | None) -> None:
+    from experiments.frontier.contest import CSV, run_contest
+    from experiments.frontier.contest_page import write_page
+
+    if docs is not None:
+        for path in write_page(CSV, docs):
+            typer.echo(path)
+    else:
+        run_contest(out, CSV, typer.echo, only=only or (), jobs=jobs)
+        typer.echo(CSV)
+
+
+def _search(study: Study, question: str, out: Path, jobs: int | None) -> bool:
+    """One frontier, of a file or of the options; whether the top clocks carry every load."""
+    import pandas as pd
+
+    from experiments.frontier.report import write_frontier
+    from experiments.frontier.search import search_frontier
+    from experiments.frontier.table import carries, frontier_table
+    from profiles.folders import claim
+
+    claim(out, "frontier")
+    done = {load.name: row for load, row in search_frontier(study, out, jobs=jobs)}
+    found = {load.name: done[load.name] for load in study.loads}
+    frame = pd.concat([frontier_table(study, row, out, jobs) for row in found.values()])
+    for line in write_frontier(study, found, frame, out, question):
+        typer.echo(line)
+    return all(carries(study, row) for row in found.values())

@@ -45,6 +45,14 @@ linear in b, and every whole b is tried. Any β and λ >= 0 give a bound; a sear
 given a, than can be there: a request that keeps its promises decodes only between its arrival and
 arrival + S_TTFT + S·(tokens - 1), and at most (1 - a)·n do not keep them.
 
+*Noise.* Iteration times vary around the table's by factors of mean 1 that no policy knows
+beforehand, so that all above holds of the mean. In one run the sum of (m - 1)·c over iterations,
+where c is what (1) says of one, is a martingale; its variance is at most s²·c_max·Σc, with s the
+largest spread and c_max the costliest iteration. `_SIGMAS` deviations of it are taken off each
+part, and of the last request's iterations off the makespan: a bound for all but a few runs in
+millions. That a request's keeping its promises depends on the noise, too, is left aside. Sags and
+stalls only add time and energy. At rest an instance draws at least w, in use or not.
+
 What it leaves out, and why real policies stay above it: nobody has to wait for requests to fill a
 batch, clocks change at no cost, and the future is known.
 """
@@ -68,6 +76,8 @@ from sim.workload.workload import Workload
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
+_SIGMAS: Final = 5.0
+"""Deviations of a run's noise that the bound allows for."""
 _ROUNDING: Final = 1e-9
 """Relative; the simulator's sums of iterations are rounded, and so are those here."""
 
@@ -126,14 +136,24 @@ def lower_bound(
     surface = decode_surface(profile, most, config.extrapolate, capacity)
     surface = surface.up_to(work.most_together)
     budget = config.max_prefill_tokens or engine.max_prefill_tokens
-    per_token_j, shortest_s = _prefill_costs(
+    prefill = _prefill_costs(
         profile, floor_w, budget, config.max_prefill_requests, config.extrapolate
     )
-    makespan_s = float((work.arrival_s + shortest_s + work.steps * surface.shortest_s).max())
+    noise = {
+        phase: _SIGMAS * config.noise_scale * profile.spread().largest(phase)
+        for phase in ("prefill", "decode")
+    }
+    steps = np.maximum(work.steps - noise["decode"] * np.sqrt(work.steps), 0.0)
+    first_s = prefill.shortest_s * max(1.0 - noise["prefill"], 0.0)
+    makespan_s = float((work.arrival_s + first_s + steps * surface.shortest_s).max())
+    prefill_j = prefill.per_token_j * float(work.input_tokens.sum())
+    decode_j, lam = _decode_j(surface, work, floor_w, config.slo_itl_s)
+    whole_j = decode_j + lam * config.slo_itl_s * work.kept_steps
     return EnergyBound(
         idle_floor_j=instances * floor_w * makespan_s,
-        prefill_j=per_token_j * float(work.input_tokens.sum()),
-        decode_j=_decode_j(surface, work, floor_w, config.slo_itl_s),
+        prefill_j=prefill_j - noise["prefill"] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
+        decode_j=decode_j
+        - noise["decode"] * math.sqrt(surface.most_j(floor_w, lam) * max(whole_j, 0.0)),
         makespan_s=makespan_s,
         attainment=attainment,
     )
@@ -197,15 +217,26 @@ def _floor_w(profile: Profile) -> float:
     return min(idle_w, busy_w)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _PrefillCosts:
+    """Of one iteration of prefill, at any clock."""
+
+    per_token_j: float
+    """Least (P - w)·T per token."""
+    most_j: float
+    """Largest (P - w)·T."""
+    shortest_s: float
+
+
 @lru_cache(maxsize=64)
 def _prefill_costs(
     profile: Profile, floor_w: float, most_tokens: int, most_requests: int, extrapolate: bool
-) -> tuple[float, float]:
-    """Least (P - w)·T per token in J, and the shortest iteration in s."""
-    best_j, shortest_s = math.inf, math.inf
+) -> _PrefillCosts:
+    best_j, shortest_s, most_j = math.inf, math.inf, 0.0
     for knots, time_s, power_w in prefill_knots(profile, most_tokens, most_requests, extrapolate):
         above_w = power_w - floor_w
         shortest_s = min(shortest_s, float(time_s.min()))
+        most_j = max(most_j, float(above_w.max() * time_s.max()))
         best_j = min(best_j, float((above_w * time_s / knots).min()))
         width = np.diff(knots)
         b, d = np.diff(time_s) / width, np.diff(above_w) / width
@@ -217,11 +248,16 @@ def _prefill_costs(
         if len(at):
             value = (a[inside] + b[inside] * at) * (c[inside] + d[inside] * at) / at
             best_j = min(best_j, float(value.min()))
-    return best_j, shortest_s
+    return _PrefillCosts(per_token_j=best_j, most_j=most_j, shortest_s=shortest_s)
 
 
-def _decode_j(surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float) -> float:
-    """The largest bound that a coordinate search over (β, λ) finds; every trial is a bound."""
+def _decode_j(
+    surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float
+) -> tuple[float, float]:
+    """The largest bound that a coordinate search over (β, λ) finds, and its λ.
+
+    Every trial is a bound.
+    """
     total, kept, contexts = float(work.steps.sum()), work.kept_steps, work.contexts
 
     def bound_j(beta: float, lam: float) -> float:
@@ -233,7 +269,7 @@ def _decode_j(surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float)
         return free_j * (total - kept) + max(kept_j, free_j) * kept + beta * contexts
 
     if total == 0.0:
-        return 0.0
+        return 0.0, 0.0
     scale = surface.mean_slope_j(floor_w)
     best, at = bound_j(0.0, 0.0), (0.0, 0.0)
     for factor in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
@@ -249,4 +285,4 @@ def _decode_j(surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float)
                 tried[i] = max(tried[i] + sign * step, 0.0)
                 best, at = max((best, at), (bound_j(*tried), (tried[0], tried[1])))
             steps[i] = 0.6 * step
-    return best
+    return best, at[1]

@@ -6,7 +6,8 @@ a range `{safe..cheap}`, and `{}` elsewhere takes the same value:
     ecofreq:margin={-0.4..0.4} + ecoroute
     ecomin:headroom={0.5..0} + slo-pack:headroom={}
 
-Without a range the controller's own knob is taken (`KNOBS`); one that has none is told promises
+Without the knob, at its default, it is a policy too: the one that a user gets. Without a range the
+controller's own knob is taken (`KNOBS`); one that has none is told promises
 that are tighter or looser than the true ones (configuration key `aim_ratio`); fixed clocks have
 nothing to turn.
 """
@@ -43,7 +44,12 @@ _RANGE: Final = re.compile(r"\{(-?[\d.]+)\.\.(-?[\d.]+)\}")
 class Contender:
     """A policy whose settings are known once its knob is."""
 
-    name: str
+    controller: str
+    """As it is called in tables: its given name, or its text without what the knob sets."""
+    router: str
+    """The same of the router: static pairs are held against the policy under this one."""
+    plain: Mapping[str, str]
+    """Configuration keys with the knob at its default."""
     settings: Mapping[str, str]
     """Configuration keys; `{}` stands for the knob's value."""
     knob: str
@@ -71,7 +77,7 @@ def parse_contender(text: str, extra: Mapping[str, Any] | None = None) -> Conten
         raise VoltanaError(f"a contender is written 'controller + router', got {text!r}")
     settings = {"controller": parts[0], "router": parts[1]}
     further = dict(extra or {})
-    name = str(further.pop("name", text))
+    name = str(further.pop("name", ""))
     settings |= {key: str(value) for key, value in further.items()}
     found = [m for value in settings.values() for m in _RANGE.finditer(value)]
     if len(found) > 1:
@@ -82,10 +88,13 @@ def parse_contender(text: str, extra: Mapping[str, Any] | None = None) -> Conten
         settings = {k: _RANGE.sub("{}", v) for k, v in settings.items()}
     else:
         settings, (knob, safe, cheap) = _with_own_knob(settings)
-    made = Contender(name=_RANGE.sub("", name) if name != text else _short(text),
-                     settings=settings, knob=knob, safe=safe, cheap=cheap)  # fmt: skip
-    for end in (0.0, 1.0):
-        config = make_config(made.at(end), where=f"contender {text!r}")
+    plain = _without_knob(settings)
+    made = Contender(
+        controller=name or plain["controller"], router=plain["router"], plain=plain,
+        settings=settings, knob=knob, safe=safe, cheap=cheap,
+    )  # fmt: skip
+    for values in (made.at(0.0), made.at(1.0), plain):
+        config = make_config(values, where=f"contender {text!r}")
         for controller in (config.prefill_controller_spec, config.decode_controller_spec):
             check_policies(controller, config.router)
     return made
@@ -111,7 +120,15 @@ def _knob_name(key: str, value: str) -> str:
     return re.split(r"[:,]", before)[-1] or key
 
 
-def _short(text: str) -> str:
-    """The contender's name: without what its knob sets."""
-    bare = re.sub(r"[:,][^:,+]*=(\{[^}]*\})", "", text)
-    return " + ".join(part.strip() for part in bare.split(" + "))
+def _without_knob(settings: Mapping[str, str]) -> dict[str, str]:
+    """The settings without what the knob sets: a parameter of a policy, or a whole key."""
+    plain = {}
+    for key, text in settings.items():
+        if text == "{}":
+            continue
+        if "{}" in text:
+            spec = parse_spec(text)
+            kept = ",".join(f"{k}={v}" for k, v in spec.arguments.items() if v != "{}")
+            text = f"{spec.name}:{kept}" if kept else spec.name
+        plain[key] = text
+    return plain

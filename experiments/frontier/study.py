@@ -5,15 +5,24 @@
 question = "…"                       # optional, printed above the tables
 target = 0.99
 attainment = "attainment"            # or ttft_attainment, itl_attainment, worse (of the two)
-seeds = [11, 12, 13, 14, 15]         # one repeat each
-trace_parts = 5                      # or: that many equal parts of the trace, one repeat each
-policies = ["ecofreq + ecoroute", "ecomin:headroom={0.5..0} + slo-pack"]
-static_router = "round-robin"        # optional, of static-max and the static pairs
-static_clocks_mhz = [705, 1005, 1410]  # optional, where the search for the best pair starts
+tuning_seeds = [1, 2, 3]             # knobs and clocks are chosen on these
+seeds = [11, 12, 13, 14, 15]         # and judged on these, one repeat each
+trace_parts = 8                      # or: that many equal parts of the trace, one repeat each;
+tuning_parts = [0, 3, 6]             # chosen on these, judged on the others, or on
+judging_parts = [1, 4, 7]            # optional: these of them
+routers = ["round-robin", "ecoroute"]  # static clocks are searched under each, and
+controllers = ["ecofreq", "ecomin"]  # each of these meets each router
+policies = ["ecomin:headroom={0.5..0} + slo-pack"]  # optional: further pairs
+static_clocks_mhz = [705, 1005, 1410]  # optional: the only clocks of static pairs
+static_caps = [256]                  # optional: static pairs also with such a max_running_requests
 [base]                               # configuration keys
 [[load]]                             # one or more
 name = "20 requests/s"
 rate_rps = 20
+[[controller]]                       # optional: a controller with a name, or for some routers only
+rule = "ecofreq:frequencies=705+1005+1200+1410"
+name = "ecofreq, 4 levels"
+routers = ["ecoroute"]
 [[policy]]                           # optional: a policy that needs further keys
 rule = "ecomin + ecoroute"
 name = "ecomin, exact predictor"
@@ -29,25 +38,32 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from experiments.frontier.contenders import Contender, parse_contender
-from experiments.frontier.search import Load, Study
+from experiments.frontier.search import Study, profile_knots
+from experiments.frontier.trial import Load
 from experiments.runs import cached_profile
 from experiments.sweep.sections import check_names, table, tables, value, values
 from profiles.errors import VoltanaError
 from sim.config import make_config, read_toml
-from sim.policies.clocks import clock_list, spread_clocks_mhz
+from sim.policies.clocks import clock_list
 from sim.policies.registry import check_policies
+from sim.workload.fetch import in_data_folder
 from sim.workload.traces import open_trace
 
 SEEDS: Final = (11, 12, 13, 14, 15)
-COARSE_LEVELS: Final = 8
+TUNING_SEEDS: Final = (1, 2, 3)
+ROUTERS: Final = ("round-robin",)
 _OF_SEEDS: Final = ("seed",)
 _OF_PARTS: Final = ("seed", "trace_start_s", "duration_s")
 """What each repeat sets, where repeats are seeds or parts of a trace."""
-_OF_POLICIES: Final = ("controller", "prefill_controller", "decode_controller", "router")
-_SECTIONS: Final = ("frontier", "base", "load", "policy")
+_OF_POLICIES: Final = (
+    "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
+    "active_decode",
+)  # fmt: skip
+_SECTIONS: Final = ("frontier", "base", "load", "controller", "policy")
 _KEYS: Final = (
-    "question", "target", "attainment", "seeds", "trace_parts", "policies", "static_router",
-    "static_clocks_mhz",
+    "question", "target", "attainment", "seeds", "tuning_seeds", "trace_parts", "tuning_parts",
+    "judging_parts",    "routers", "controllers", "policies", "static_clocks_mhz",
+    "static_caps",
 )  # fmt: skip
 
 
@@ -78,16 +94,21 @@ def read_study(
     parts = options.get("trace_parts")
     of_repeats = _OF_SEEDS if parts is None else _OF_PARTS
     check_settings(settings, tables(data, "load", where), of_repeats, where)
+    base = _in_data({**table(data, "base", where), **settings})
+    loads = _loads(tables(data, "load", where), load_names, where)
+    tuning, judging = _repeats(options, base, loads, where)
+    routers = values(options, "routers", str, ROUTERS, where)
     study = make_study(
-        {**table(data, "base", where), **settings},
-        _loads(tables(data, "load", where), load_names, where),
-        _contenders(data, options, where),
+        base,
+        loads,
+        _contenders(data, options, routers, where),
         target=value(options, "target", float, 0.99, where) if target is None else target,
         attainment=attainment or value(options, "attainment", str, "attainment", where),
-        seeds=values(options, "seeds", int, SEEDS, where),
-        trace_parts=None if parts is None else value(options, "trace_parts", int, 1, where),
-        static_router=value(options, "static_router", str, "round-robin", where),
+        tuning=tuning,
+        judging=judging,
+        routers=routers,
         static_clocks_mhz=values(options, "static_clocks_mhz", int, (), where),
+        static_caps=values(options, "static_caps", int, (), where),
     )
     return study, value(options, "question", str, "", where)
 
@@ -106,13 +127,15 @@ def quick_study(
         VoltanaError: A setting that would change nothing, or a bad value.
     """
     check_settings(settings, [{"rate_rps": None}], _OF_SEEDS, "use --rate, --seeds and --policy")
+    seeds = range(SEEDS[0], SEEDS[0] + (num_seeds or len(SEEDS)))
     return make_study(
         settings,
         [Load(name=f"{r:g} requests/s", settings={"rate_rps": r}) for r in rates_rps or [30.0]],
         [parse_contender(p) for p in policies or ("ecofreq + ecoroute", "ecomin + ecoroute")],
         target=0.99 if target is None else target,
         attainment=attainment or "attainment",
-        seeds=range(11, 11 + (num_seeds or len(SEEDS))),
+        tuning=[{"seed": seed} for seed in TUNING_SEEDS[: len(seeds)]],
+        judging=[{"seed": seed} for seed in seeds],
     )
 
 
@@ -139,17 +162,44 @@ def check_settings(
             )
 
 
+def load_names_of(path: Path) -> list[str]:
+    """Names of a file's loads."""
+    data, where = read_toml(path), str(path)
+    return [load.name for load in _loads(tables(data, "load", where), (), where)]
+
+
+def _in_data(values: Mapping[str, Any]) -> dict[str, Any]:
+    """A trace that is no file here may be one of that name in the user's data folder."""
+    trace = values.get("trace")
+    is_bare = isinstance(trace, str) and not Path(trace).is_file()
+    found = in_data_folder(trace) if is_bare and trace is not None else None
+    return {**values, "trace": str(found)} if found is not None else dict(values)
+
+
 def _loads(entries: Sequence[Mapping[str, Any]], chosen: Sequence[str], where: str) -> list[Load]:
     loads = [
-        Load(name=str(values.get("name", f"load {i + 1}")), settings=_without_name(values))
+        Load(
+            name=str(values.get("name", f"load {i + 1}")), settings=_in_data(_without_name(values))
+        )
         for i, values in enumerate(entries or [{}])
     ]
     check_names(chosen, [load.name for load in loads], "load", where)
     return [load for load in loads if not chosen or load.name in chosen]
 
 
-def _contenders(data: Mapping[str, Any], options: Mapping[str, Any], where: str) -> list[Contender]:
-    contenders = [parse_contender(text) for text in values(options, "policies", str, (), where)]
+def _contenders(
+    data: Mapping[str, Any], options: Mapping[str, Any], routers: Sequence[str], where: str
+) -> list[Contender]:
+    """Every controller under every router, then the further policies."""
+    entries = [{"rule": rule} for rule in values(options, "controllers", str, (), where)]
+    contenders = []
+    for entry in [*entries, *tables(data, "controller", where)]:
+        check_names(entry, ("rule", "name", "routers"), "key", f"{where}, [[controller]]")
+        rule = value(entry, "rule", str, "", where)
+        name = {"name": entry["name"]} if "name" in entry else {}
+        own = values(entry, "routers", str, routers, where)
+        contenders += [parse_contender(f"{rule} + {router}", name) for router in own]
+    contenders += [parse_contender(text) for text in values(options, "policies", str, (), where)]
     for entry in tables(data, "policy", where):
         if not isinstance(entry.get("rule"), str):
             raise VoltanaError(f"a [[policy]] needs rule = 'controller + router' ({where})")
@@ -165,55 +215,86 @@ def make_study(
     *,
     target: float,
     attainment: str,
-    seeds: Sequence[int] = SEEDS,
-    trace_parts: int | None = None,
-    static_router: str = "round-robin",
+    tuning: Sequence[Mapping[str, Any]],
+    judging: Sequence[Mapping[str, Any]],
+    routers: Sequence[str] = (),
     static_clocks_mhz: Sequence[int] = (),
+    static_caps: Sequence[int] = (),
 ) -> Study:
-    """A study with every configuration checked and its repeats and clocks made out.
+    """A study with every configuration checked and its clocks and routers made out.
+
+    Args:
+        base: Configuration keys of all runs.
+        loads: What is compared on.
+        contenders: Policies with a knob each.
+        target: Attainment to keep.
+        attainment: Which one.
+        tuning: Keys of each repeat on which knobs and clocks are chosen.
+        judging: Keys of each repeat that is reported.
+        routers: Static pairs are searched under these and those of the contenders.
+        static_clocks_mhz: The only clocks of static pairs; empty takes all of the profile.
+        static_caps: Largest decode batches that static pairs are searched with, too.
 
     Raises:
         VoltanaError: A name comes twice, or a value that no run accepts.
     """
-    for names in ([x.name for x in loads], [c.name for c in contenders]):
+    policies = [f"{c.controller} + {c.router}" for c in contenders]
+    for names in ([x.name for x in loads], policies):
         twice = {n for n in names if names.count(n) > 1}
         if twice:
             raise VoltanaError(f"two loads or policies are called {twice.pop()!r}: name them")
-    check_policies("static", static_router)
+    every_router = tuple(dict.fromkeys([*(routers or ROUTERS), *(c.router for c in contenders)]))
+    for router in every_router:
+        check_policies("static", router)
     configs = [make_config({**base, **load.settings}) for load in loads]
     if not configs:
         raise VoltanaError("a frontier needs a load at least")
     profiles = {c.profile for c in configs}
     if len(profiles) != 1:
         raise VoltanaError(f"the loads of a frontier share one profile, got {sorted(profiles)}")
-    clocks = cached_profile(profiles.pop()).clocks_mhz
-    coarse = spread_clocks_mhz(clocks, clocks[0], COARSE_LEVELS)
+    profile = profiles.pop()
+    clocks = cached_profile(profile).clocks_mhz
+    allowed = clock_list(clocks, static_clocks_mhz, clocks, "static_clocks_mhz")
     return Study(
-        base=base,
-        loads=loads,
-        contenders=contenders,
-        repeats=_repeats(configs[0].trace, seeds, trace_parts),
-        clocks_mhz=clocks,
-        coarse_mhz=clock_list(clocks, static_clocks_mhz, coarse, "static_clocks_mhz"),
-        static_router=static_router,
-        target=target,
-        attainment=attainment,
-    )
+        base=base, loads=loads, contenders=contenders, tuning=tuning, judging=judging,
+        clocks_mhz=tuple(allowed), knots_mhz=profile_knots(profile, allowed),
+        routers=every_router, static_caps=tuple(static_caps), target=target, attainment=attainment,
+    )  # fmt: skip
+
+
+_Repeats = list[dict[str, Any]]
 
 
 def _repeats(
-    trace: str | None, seeds: Sequence[int], trace_parts: int | None
-) -> list[dict[str, Any]]:
+    options: Mapping[str, Any], base: Mapping[str, Any], loads: Sequence[Load], where: str
+) -> tuple[_Repeats, _Repeats]:
     """Seeds, or the parts of a trace: of a trace all seeds would send the same requests."""
-    if trace_parts is None:
-        return [{"seed": int(seed)} for seed in seeds]
-    if trace is None or trace_parts < 1:
-        raise VoltanaError("trace_parts needs a trace in [base] and must be >= 1")
-    part_s = open_trace(trace).duration_s / trace_parts
-    return [
-        {"trace_start_s": i * part_s, "duration_s": part_s, "seed": int(seeds[0])}
-        for i in range(trace_parts)
+    seeds = values(options, "seeds", int, SEEDS, where)
+    tuning_seeds = values(options, "tuning_seeds", int, TUNING_SEEDS, where)
+    both = set(seeds) & set(tuning_seeds)
+    if both:
+        raise VoltanaError(f"seed {both.pop()} is in tuning_seeds and in seeds: take another")
+    if "trace_parts" not in options:
+        return [{"seed": s} for s in tuning_seeds], [{"seed": s} for s in seeds]
+    count = value(options, "trace_parts", int, 1, where)
+    tuning = values(options, "tuning_parts", int, range(0, count, 3), where)
+    traces = {make_config({**base, **load.settings}).trace for load in loads}
+    if None in traces or len(traces) != 1 or count < 2:
+        raise VoltanaError(f"trace_parts needs one trace for all loads and must be >= 2 ({where})")
+    rest = [i for i in range(count) if i not in tuning]
+    judging = values(options, "judging_parts", int, rest, where)
+    for name, chosen, known in (
+        ("tuning_parts", tuning, range(count)),
+        ("judging_parts", judging, rest),
+    ):
+        if not chosen or not set(chosen) <= set(known):
+            raise VoltanaError(f"{name} must be some of {[*known]}, got {[*chosen]} ({where})")
+    part_s = open_trace(str(traces.pop())).duration_s / count
+    parts = [
+        {"trace_start_s": i * part_s, "duration_s": part_s, "seed": seeds[0] + i}
+        for i in range(count)
     ]
+    return [parts[i] for i in tuning], [parts[i] for i in judging]
 
 
 def _without_name(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -47,6 +47,11 @@ class DecodeSurface:
         """The shortest iteration there is."""
         return float(min(self.start_s.min(), self.end_s.min()))
 
+    def most_j(self, floor_w: float, lam: float) -> float:
+        """The largest (P - floor)·T + λ·b·T that any piece may come to."""
+        above_w = np.maximum(self.start_w, self.end_w) - floor_w + lam * self.batch_size
+        return float((above_w * np.maximum(self.start_s, self.end_s)).max())
+
     def least_per_request(self, floor_w: float, beta: float, lam: float) -> float:
         """Least of all pieces of ((P - floor)·T + λ·b·T - β·t)/b, in J. Exact.
 

@@ -99,7 +99,8 @@ def _other_command(name: str) -> str:
     """The command that a shipped file of another kind is for."""
     path = CONFIGS / f"{name}.toml"
     if "frontier" in read_toml(path):
-        return f"voltana frontier {path}"
+        is_contest = name.startswith("contest-")
+        return "voltana frontier --contest" if is_contest else f"voltana frontier {path}"
     return "voltana demo" if name == "demo" else f"voltana {name} --help"
 
 

@@ -27,8 +27,9 @@ from sim.policies.spec import parse_spec
 
 _SHARED: Final = ("*.py", "engine/*.py", "workload/*.py", "workload/data/*", "policies/**/*.py")
 POLICY_KEYS: Final = (
-    "controller", "prefill_controller", "decode_controller", "router", "aim_ratio", "predictor",
-    "predictor_scale", "predictor_power_scale", "predictor_power_clock_error",
+    "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
+    "active_decode", "aim_ratio", "predictor", "predictor_scale", "predictor_power_scale",
+    "predictor_power_clock_error",
 )  # fmt: skip
 """Of a configuration: what a policy is and what it believes."""
 

@@ -91,6 +91,9 @@ class Fleet(ABC):
         self.decode = [self._make_decode(i) for i in range(config.num_decode)]
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
+        # the first ones, so that a position is an index of the fleet too
+        self._routed_prefill = self._prefill_states[: config.active_prefill]
+        self._routed_decode = self._decode_states[: config.active_decode]
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
         self.instances: list[Instance] = [*self.prefill, *self.decode]
         """Prefill instances first, then decode."""
@@ -168,7 +171,7 @@ class Fleet(ABC):
             request.input_tokens,
             output_tokens if self._length_oracle else None,
         )
-        prefill_id, decode_id = self._router.route(view, self._prefill_states, self._decode_states)
+        prefill_id, decode_id = self._router.route(view, self._routed_prefill, self._routed_decode)
         request.prefill_id, request.decode_id = prefill_id, decode_id
         self._log.assign(request)
         self._prefill_states[prefill_id].open_requests += 1

@@ -26,6 +26,10 @@ _MOONCAKE: Final = (
 )
 
 
+class MissingTraceError(VoltanaError):
+    """A trace that is neither in the user's folder nor to be had elsewhere."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedTrace:
     """Where a published trace lives, pinned to the byte."""
@@ -122,7 +126,7 @@ def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
             )
         )
     except requests.RequestException as error:
-        raise VoltanaError(
+        raise MissingTraceError(
             f"cannot download {name} from {trace.url} ({type(error).__name__}): get the file "
             f"elsewhere and set {FOLDER_VARIABLE} to its folder"
         ) from None
@@ -132,18 +136,23 @@ def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
         ) from None
 
 
-def _in_folder(trace: NamedTrace) -> Path | None:
+def in_data_folder(file_name: str) -> Path | None:
+    """A file of that name in the folder that VOLTANA_DATA names, or in its subfolder `traces`."""
     folder = os.environ.get(FOLDER_VARIABLE)
     if not folder:
         return None
-    for directory in (Path(folder), Path(folder) / "traces"):
-        for name, sha256 in trace.local_files.items():
-            path = directory / name
-            if path.is_file():
-                if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
-                    raise VoltanaError(
-                        f"{path} is not the published file (its SHA-256 is not {sha256[:12]}…): "
-                        "get it again, or pass the file's path to use it as it is"
-                    )
-                return path
+    places = (Path(folder) / file_name, Path(folder) / "traces" / file_name)
+    return next((path for path in places if path.is_file()), None)
+
+
+def _in_folder(trace: NamedTrace) -> Path | None:
+    for name, sha256 in trace.local_files.items():
+        path = in_data_folder(name)
+        if path is not None:
+            if hashlib.sha256(path.read_bytes()).hexdigest() != sha256:
+                raise VoltanaError(
+                    f"{path} is not the published file (its SHA-256 is not {sha256[:12]}…): "
+                    "get it again, or pass the file's path to use it as it is"
+                )
+            return path
     return None

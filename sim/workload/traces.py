@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pandas as pd
 
 from profiles.errors import VoltanaError, nearest
-from sim.workload.fetch import named_trace, named_traces
+from sim.workload.fetch import MissingTraceError, named_trace, named_traces
 from sim.workload.workload import FloatArray, IntArray, Workload
 
 _MAX_TOKENS: Final = 2**31
@@ -28,13 +28,18 @@ _FIRST_LINE: Final = 2
 
 
 def open_trace(name_or_path: str) -> Workload:
-    """A trace file, or a published trace by name (`sim.workload.fetch` says which there are)."""
+    """A trace file, or a published trace by name (`sim.workload.fetch` says which there are).
+
+    Raises:
+        MissingTraceError: It is not there.
+        VoltanaError: It cannot be read.
+    """
     if name_or_path in named_traces():
         return read_trace(named_trace(name_or_path))
     path = Path(name_or_path)
     if not path.is_file():
         hint = "" if path.suffix else nearest(name_or_path, named_traces())
-        raise VoltanaError(f"no such trace file: {name_or_path}{hint}")
+        raise MissingTraceError(f"no such trace file: {name_or_path}{hint}")
     return read_trace(path)
 
 

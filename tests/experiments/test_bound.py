@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from experiments.frontier.surface import decode_surface, prefill_knots
 from experiments.runs import cached_profile, run, workload_of
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
+from profiles.schema import Provenance, SpreadMeta
 from sim.config import make_config
 from sim.engine.simulate import simulate
 from sim.metrics import summarise
@@ -32,7 +34,18 @@ from tests.sim.engine.fixtures import make_requests
 @pytest.fixture(scope="module")
 def profiles(tmp_path_factory: pytest.TempPathFactory) -> list[Profile]:
     made = [rough_profile(tmp_path_factory.mktemp("rough"), seed) for seed in range(5)]
-    return [*made, write_synthetic_profile(tmp_path_factory.mktemp("smooth"))]
+    made.append(write_synthetic_profile(tmp_path_factory.mktemp("smooth")))
+    return [noisy(profile) for profile in made]
+
+
+def noisy(profile: Profile) -> Profile:
+    """With iterations that vary by 3 and 5 %; `noise_scale` turns that up and off."""
+    stated = Provenance(status="modelled", source="a test")
+    meta = replace(
+        profile.meta, spread=SpreadMeta(prefill=0.03, decode=0.05),
+        provenance={**profile.meta.provenance, "iteration_spread": stated},
+    )  # fmt: skip
+    return replace(profile, meta=meta)
 
 
 REQUEST = st.tuples(st.floats(0.0, 0.3, allow_nan=False), st.integers(1, 250), st.integers(1, 40))
@@ -50,6 +63,10 @@ SETTINGS = st.fixed_dictionaries(
         ),
         "num_prefill": st.integers(1, 2),
         "num_decode": st.integers(1, 3),
+        "active_prefill": st.just(1),
+        "active_decode": st.sampled_from([None, 1]),
+        "noise_scale": st.sampled_from([0.0, 1.0, 2.0]),
+        "sag_depth": st.sampled_from([0.0, 0.5]),
         "actuation_latency_s": st.sampled_from([0.0, 0.003, 0.05]),
         "slo_itl_s": st.sampled_from([0.002, 0.004, 0.01]),
         "slo_ttft_s": st.sampled_from([0.05, 0.6]),
@@ -91,6 +108,17 @@ def test_no_run_goes_below_the_bound(
         busy = [(i.busy_energy_j, i.busy_s) for i in record.instances if i.phase == phase]
         above_j = sum(j - floor_w * s for j, s in busy)
         assert part_j <= above_j * (1 + 1e-9) + 1e-9
+
+
+def test_noise_takes_little_off_a_long_run_and_nothing_without_it() -> None:
+    """One percent of the bound of 2,160 requests; with the noise off, the table's own bound."""
+    profile = cached_profile("a100-80g-sxm/llama-3.1-8b")
+    values = {"rate_rps": 36, "duration_s": 60, "slo_itl_s": 0.045, "controller": "static"}
+    on, off = make_config(values), make_config({**values, "noise_scale": 0.0})
+    workload = workload_of(on)
+    with_noise = lower_bound(on, profile, workload, attainment=0.99).energy_j
+    without = lower_bound(off, profile, workload, attainment=0.99).energy_j
+    assert 0.98 * without < with_noise < without
 
 
 def test_one_request_alone_meets_its_bound(tmp_path: Path) -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -16,103 +14,73 @@ from typer.testing import CliRunner
 
 from experiments.cli import make_app
 from experiments.compare.intervals import saving_pct, t_interval
-from experiments.compare.policies import BEST_PAIR, STATIC_MAX
 from experiments.frontier.contenders import parse_contender
-from experiments.frontier.report import frontier_table, markdown_table, text_table
-from experiments.frontier.search import KnobSearch, Load, PairSearch, Search, search_frontier
-from experiments.frontier.study import make_study, read_study
+from experiments.frontier.contest import contest_files, read_contest, run_contest, write_contest
+from experiments.frontier.knob import search_knob
+from experiments.frontier.report import markdown_table, text_table
+from experiments.frontier.search import (
+    DEFAULT,
+    STATIC_FLEET,
+    STATIC_MAX,
+    STATIC_PAIR,
+    Found,
+    search_frontier,
+)
+from experiments.frontier.study import load_names_of, read_study
+from experiments.frontier.table import COLUMNS, frontier_table
+from experiments.frontier.trial import Trial, pooled
+from experiments.report.collect import collect
 from experiments.runs import workload_of
-from experiments.study.suite import CONFIGS
-from experiments.sweep.grid import Point
-from experiments.sweep.run import run_sweep
 from profiles.errors import VoltanaError
-from sim.config import make_config
+from sim.config import make_config, read_toml
 from sim.workload.traces import open_trace
+from tests.experiments.frontier_fixtures import make_small_study
 from tests.profiles.synthetic import write_synthetic_profile
 
-Law = Callable[[Any], tuple[float, float]]
-"""Key of a trial -> attainment and energy."""
+Law = Callable[[float, int], tuple[float, float]]
+"""Position of the knob and number of the repeat -> attainment and energy."""
+REPEATS = 3
 
 
-def play(search: Search, law: Law) -> int:
-    """Answer every proposal by the law; returns how many runs that took."""
-    runs = 0
-    while proposed := search.propose():
-        for key, trial in proposed.items():
-            trial.attainment, trial.energy_j = law(key)
-            search.tried[key] = trial
-            runs += trial.repeats
-    return runs
+def play(law: Law, target: float = 0.99) -> tuple[Trial, list[tuple[float, bool]]]:
+    """Search the knob of a law; returns what was found, and what was asked for."""
+    asked = []
+
+    def attempt(position: float, on_all: bool) -> Trial:
+        asked.append((position, on_all))
+        points = [law(position, r) for r in range(REPEATS if on_all else 1)]
+        attainments, energies = zip(*points, strict=True)
+        return Trial(settings={}, label=f"{position:.4f}", attainments=attainments,
+                     energies_j=energies)  # fmt: skip
+
+    return search_knob(attempt, target), asked
 
 
-def knob(repeats: int = 5, target: float = 0.99) -> KnobSearch:
-    return KnobSearch(parse_contender("ecofreq:margin={0..1} + ecoroute"), repeats, target)
-
-
-def test_bisection_closes_in_on_the_crossing() -> None:
+def test_the_knob_closes_in_on_the_crossing() -> None:
     """Attainment falls through 0.99 at 0.613 of the range, energy falls throughout."""
-    search = knob()
-    play(search, lambda x: (1.0 if x <= 0.613 else 0.9, 100 - 50 * x))
-    best = search.best()
-    assert best is not None
-    # five positions leave a bracket of 1/4, four halvings 1/64
-    assert 0.613 - 1 / 64 <= float(best.value) <= 0.613
-    assert search.is_monotone()
-
-
-def test_an_island_of_attainment_is_not_missed_and_is_called_out() -> None:
-    """Kept below 0.1 and again between 0.45 and 0.6, where energy is less."""
-    search = knob()
-    play(search, lambda x: (1.0 if x <= 0.1 or 0.45 <= x <= 0.6 else 0.5, 100 - 50 * x))
-    best = search.best()
-    assert best is not None
-    assert 0.6 - 1 / 32 <= float(best.value) <= 0.6
-    assert not search.is_monotone()
+    found, _ = play(lambda x, _: (1.0 if x <= 0.613 else 0.9, 100 - 50 * x))
+    # five positions leave a bracket of 1/4, three halvings 1/32
+    assert 0.613 - 1 / 32 <= float(found.label) <= 0.613
 
 
 def test_energy_that_turns_up_again_is_followed_to_its_least() -> None:
-    """Always kept; the least energy is inside the range, at 0.4."""
-    search = knob()
-    play(search, lambda x: (1.0, 10 + (x - 0.4) ** 2))
-    best = search.best()
-    assert best is not None
-    assert float(best.value) == pytest.approx(0.4, abs=1 / 32)
+    found, _ = play(lambda x, _: (1.0, 10 + (x - 0.4) ** 2))
+    assert float(found.label) == pytest.approx(0.4, abs=1 / 32)
 
 
-def test_a_target_out_of_reach_ends_soon_without_an_answer() -> None:
-    search = knob()
-    runs = play(search, lambda x: (0.95 - (x - 0.3) ** 2, 100.0))
-    assert search.best() is None
-    assert float(search.nearest_miss().value) == pytest.approx(0.3, abs=0.1)
-    assert runs <= 5 * (5 + 4)
+def test_a_setting_that_keeps_the_first_repeat_alone_is_not_chosen() -> None:
+    """Beyond 0.5 the other repeats miss: the choice is the cheapest that keeps all of them."""
+    found, asked = play(lambda x, r: (1.0 if x <= 0.5 or r == 0 else 0.98, 100 - 50 * x))
+    assert float(found.label) <= 0.5
+    assert found.keeps(0.99)
+    assert any(on_all for x, on_all in asked if x > 0.5)
 
 
-def study(**changes: Any) -> Any:  # noqa: ANN401
-    options: dict[str, Any] = {"target": 0.99, "attainment": "attainment", "seeds": (1, 2, 3)}
-    base = {"duration_s": 8, "slo_itl_s": 0.045}
-    loads = [Load(name="20 requests/s", settings={"rate_rps": 20})]
-    contenders = [parse_contender(p) for p in ("ecofreq + ecoroute", "miad + round-robin")]
-    options |= changes
-    return make_study(options.pop("base", base), options.pop("loads", loads), contenders, **options)
-
-
-def test_the_best_pair_is_that_of_all_pairs() -> None:
-    """A U in each clock and a limit that ties the two: brute force over all 48 · 48 pairs."""
-    chosen = study()
-
-    def law(key: tuple[int, int, int]) -> tuple[float, float]:
-        prefill, decode = key[0], key[1]
-        energy = (prefill - 1010) ** 2 / 900 + (decode - 1090) ** 2 / 400 + 50
-        return (1.0 if prefill + 2 * decode >= 3150 else 0.5), energy
-
-    search = PairSearch(chosen)
-    runs = play(search, law)
-    every = [(law((p, d, 0))[1], p, d) for p, d in product(chosen.clocks_mhz, repeat=2)
-             if law((p, d, 0))[0] == 1.0]  # fmt: skip
-    best = search.best()
-    assert best is not None
-    assert best.energy_j <= min(every)[0] * 1.02
-    assert runs < 64 + 3 * 40
+def test_a_target_out_of_reach_ends_soon_with_the_nearest_miss() -> None:
+    found, asked = play(lambda x, _: (0.95 - (x - 0.3) ** 2, 100.0))
+    assert not found.keeps(0.99)
+    assert float(found.label) == pytest.approx(0.3, abs=0.1)
+    assert len(asked) <= 5 + 2 * 3 + 1
 
 
 @pytest.mark.parametrize(
@@ -132,42 +100,7 @@ def test_attainment_is_of_all_repeats_together(attainment: str, expected: float)
             "ttft_attainment": [1.0, 0.96], "itl_attainment": [0.95, 1.0],
         }
     )  # fmt: skip
-    assert study(attainment=attainment).attained(runs) == pytest.approx(expected)
-
-
-def test_a_knob_at_the_end_of_its_range_says_so() -> None:
-    """Cheaper to the very end, and kept there; and a policy without a knob has no range."""
-    search = knob()
-    play(search, lambda x: (1.0, 100 - 50 * x))
-    best = search.best()
-    assert best is not None
-    assert best.value == "1.0000 (end)"
-    bare = KnobSearch(parse_contender("boost + random"), 1, 0.99)
-    play(bare, lambda _: (1.0, 1.0))
-    assert bare.complete()[0].value == ""
-
-
-def test_a_setting_that_cannot_run_is_run_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The faulty controller fails; the other goes on for further rounds without it."""
-    asked: list[list[str]] = []
-
-    def note(points: list[Point], *args: Any, **options: Any) -> pd.DataFrame:  # noqa: ANN401
-        asked.append([p.config.controller for p in points])
-        return run_sweep(points, *args, **options)
-
-    monkeypatch.setattr("experiments.frontier.search.run_sweep", note)
-    chosen = study(base={"duration_s": 1}, seeds=(1,), static_clocks_mhz=[1410])
-    chosen = replace(chosen, contenders=[
-        parse_contender("ecofreq + ecoroute"), parse_contender("tests.experiments.faulty + random"),
-    ])  # fmt: skip
-    searches = search_frontier(chosen, tmp_path, jobs=1)
-    assert len(asked) > 2
-    assert [any("faulty" in c for c in row) for row in asked] == [True] * 3 + [False] * (
-        len(asked) - 3
-    )
-    assert searches["20 requests/s"][3].best() is None
+    assert pooled(runs, attainment) == pytest.approx(expected)
 
 
 def test_intervals_are_those_of_scipy() -> None:
@@ -197,6 +130,15 @@ def test_every_policy_has_its_knob(text: str, knob: str, cheap: dict[str, str]) 
     contender = parse_contender(text)
     assert contender.knob == knob
     assert contender.at(1.0).items() >= cheap.items()
+    assert "{" not in "".join([contender.controller, contender.router, *contender.plain.values()])
+
+
+def test_a_policy_at_its_default_has_no_knob_set() -> None:
+    chosen = parse_contender("ecomin:headroom={0.4..0.1},dwell=0 + slo-pack:headroom={}")
+    assert chosen.plain == {"controller": "ecomin:dwell=0", "router": "slo-pack"}
+    assert parse_contender("window + least-kv").plain == {
+        "controller": "window", "router": "least-kv",
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -213,10 +155,13 @@ def test_what_is_no_study_is_refused(tmp_path: Path) -> None:
     with pytest.raises(VoltanaError, match=r"unknown key 'policys'.*policies"):
         read_study(path)
     path.write_text('[frontier]\npolicies = ["ecofreq + ecoroute"]\ntrace_parts = 3\n')
-    with pytest.raises(VoltanaError, match="trace_parts needs a trace"):
+    with pytest.raises(VoltanaError, match="trace_parts needs one trace"):
         read_study(path)
     with pytest.raises(VoltanaError, match="attainment must be one of"):
-        study(attainment="goodput")
+        make_small_study(attainment="goodput")
+    path.write_text('[frontier]\npolicies = ["boost + random"]\nseeds = [1, 7]\n')
+    with pytest.raises(VoltanaError, match="seed 1 is in tuning_seeds and in seeds"):
+        read_study(path)
 
 
 STUDY = """
@@ -239,7 +184,7 @@ rate_rps = 20
         ("[frontier]", '[frontier]\ntarget = "x"', "target must be a number, got 'x'"),
         ("[frontier]", "[frontier]\nseeds = 3", "seeds must be a list, got 3"),
         ("[frontier]", '[frontier]\nseeds = ["a"]', "seeds must be a whole number, got 'a'"),
-        ("[frontier]", '[frontier]\nstatic_router = "eco"', "unknown router 'eco'"),
+        ("[frontier]", '[frontier]\nrouters = ["eco"]', "unknown router 'eco'"),
         ("ecofreq + ecoroute", "ecofrek + ecoroute", "unknown controller 'ecofrek': did you mean"),
         ("ecofreq + ecoroute", "ecofreq + ecoroot", "unknown router 'ecoroot': did you mean"),
         ("ecofreq + ecoroute", "ecofreq:idel=1 + ecoroute", "no parameter 'idel'"),
@@ -276,7 +221,7 @@ def test_another_profile_brings_its_own_clocks(tmp_path: Path) -> None:
     path.write_text(STUDY)
     chosen, _ = read_study(path, settings={"profile": str(other)})
     assert chosen.clocks_mhz == (700, 1000, 1400)
-    assert set(chosen.coarse_mhz) <= {700, 1000, 1400}
+    assert set(chosen.knots_mhz) <= {700, 1000, 1400}
 
 
 def test_options_that_a_file_replaces_are_refused(tmp_path: Path) -> None:
@@ -289,53 +234,74 @@ def test_options_that_a_file_replaces_are_refused(tmp_path: Path) -> None:
     assert "--load picks from a frontier file" in str(done.exception)
 
 
+def frontier(study: Any, directory: Path) -> tuple[list[Found], pd.DataFrame]:  # noqa: ANN401
+    ((_, found),) = search_frontier(study, directory, jobs=1)
+    return found, frontier_table(study, found, directory, jobs=1)
+
+
 @pytest.mark.slow
 def test_a_setting_that_cannot_run_says_why(tmp_path: Path) -> None:
-    chosen = study(seeds=(1,), static_clocks_mhz=[1410], base={"duration_s": 2})
-    chosen = replace(chosen, contenders=[parse_contender("static:f=1007 + round-robin")])
-    searches = search_frontier(chosen, tmp_path, jobs=1)
-    note = frontier_table(chosen, searches, tmp_path, jobs=1)["note"].iloc[-1]
-    assert "1 settings could not run: " in note
-    assert "1007" in note
+    chosen = make_small_study(
+        base={"duration_s": 2}, policies=["static:f=1007 + round-robin"], static_clocks_mhz=[1410]
+    )
+    found, frame = frontier(chosen, tmp_path)
+    assert "1007" in found[-1].judged.error
+    assert frame.iloc[-1][["attainment", "energy_kj"]].isna().all()
 
 
 @pytest.mark.slow
 def test_a_real_frontier(tmp_path: Path) -> None:
-    """8 s at 20 requests/s: kept, above the bound, better than the top clock, and resumable."""
-    chosen = study(static_clocks_mhz=[1005, 1410])
-    searches = search_frontier(chosen, tmp_path, jobs=1)
-    frame = frontier_table(chosen, searches, tmp_path, jobs=1).set_index("policy")
-    assert frame["reached"].all()
-    assert (frame["attainment"] >= 0.99).all()
-    assert (frame["bound_ratio"] > 1.0).all()
-    assert frame["energy_j"][BEST_PAIR] <= frame["energy_j"][STATIC_MAX]
-    assert frame["saving_max_pct"][BEST_PAIR] > 20.0
-    assert np.isnan(frame["saving_pair_pct"][BEST_PAIR])
+    """8 s at 20 requests/s: kept, above the bound, paired by seed as done by hand, resumable."""
+    chosen = make_small_study(
+        policies=["ecofreq + ecoroute", "boost + round-robin"], static_clocks_mhz=[1005, 1410]
+    )
+    found, frame = frontier(chosen, tmp_path)
+    assert tuple(frame.columns) == COLUMNS
+    assert set(frame["router"]) == {"round-robin", "ecoroute"}
+    assert (frame["times_bound"].dropna() > 1.0).all()
+    fleets = frame[frame["controller"] == STATIC_FLEET].set_index("router")
+    pairs = frame[frame["controller"] == STATIC_PAIR].set_index("router")
+    assert (fleets["saving_vs_static_max_pct"] >= pairs["saving_vs_static_max_pct"] - 0.5).all()
+    # the saving against the pair of the same router, by hand
+    mine = next(f for f in found if f.controller == "ecofreq" and f.knob == DEFAULT)
+    pair = next(f for f in found if f.controller == STATIC_FLEET and f.router == "ecoroute")
+    savings = [
+        100 * (1 - a / b)
+        for a, b in zip(mine.judged.energies_j, pair.judged.energies_j, strict=True)
+    ]
+    told = frame[(frame["controller"] == "ecofreq") & (frame["knob"] == DEFAULT)].iloc[0]
+    assert told["saving_vs_best_pair_same_router_pct"] == pytest.approx(np.mean(savings))
+    interval = stats.ttest_1samp(savings, 0.0).confidence_interval(0.95)
+    assert told["ci_pct"] == pytest.approx((interval.high - interval.low) / 2)
+    # chosen on other seeds than it is judged on
+    tuned = next(f for f in found if f.controller == STATIC_FLEET).tuned
+    assert tuned is not None
+    assert set(tuned.rows["seed"]) == {1, 2}
+    assert set(mine.judged.rows["seed"]) == {11, 12, 13}
     kept = {p: p.stat().st_mtime_ns for p in (tmp_path / "points").iterdir()}
-    again = search_frontier(chosen, tmp_path, jobs=1)
+    _, repeated = frontier(chosen, tmp_path)
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "points").iterdir()} == kept
-    repeated = frontier_table(chosen, again, tmp_path, jobs=1).set_index("policy")
-    assert repeated["energy_j"].equals(frame["energy_j"])
+    pd.testing.assert_frame_equal(repeated, frame)
 
 
 @pytest.mark.slow
 def test_no_saving_is_quoted_where_the_target_is_missed(tmp_path: Path) -> None:
     """A promise of 1 ms between tokens: nobody keeps it, and nobody is said to save."""
-    chosen = study(base={"duration_s": 2, "slo_itl_s": 0.001}, static_clocks_mhz=[1410])
-    searches = search_frontier(chosen, tmp_path, jobs=1)
-    frame = frontier_table(chosen, searches, tmp_path, jobs=1)
-    assert not frame["reached"].any()
-    assert frame[["saving_max_pct", "saving_pair_pct", "goodput_per_j"]].isna().all(axis=None)
-    assert frame["note"].str.contains("target not reached").all()
+    chosen = make_small_study(base={"duration_s": 2, "slo_itl_s": 0.001}, static_clocks_mhz=[1410])
+    _, frame = frontier(chosen, tmp_path)
+    columns = ["saving_vs_static_max_pct", "saving_vs_best_pair_same_router_pct", "times_bound"]
+    assert frame[columns].isna().all(axis=None)
+    assert (frame["attainment"] < 0.99).all()
     for text in (markdown_table(frame), text_table(frame, "t")):
-        assert "target not" in text
+        assert "–" in text
 
 
 @pytest.mark.slow
 def test_the_command_writes_table_and_figure(tmp_path: Path) -> None:
     path = tmp_path / "study.toml"
     path.write_text(
-        '[frontier]\nseeds = [1, 2]\nstatic_clocks_mhz = [1005]\npolicies = ["boost + random"]\n'
+        "[frontier]\nseeds = [11, 12]\ntuning_seeds = [1]\nstatic_clocks_mhz = [1005]\n"
+        'policies = ["boost + random"]\n'
         'question = "Who?"\n[base]\nduration_s = 3\nrate_rps = 10\n[[load]]\nname = "low"\n'
         '[[policy]]\nrule = "ecofreq + ecoroute"\nname = "exact"\npredictor = "table"\n'
     )
@@ -349,23 +315,75 @@ def test_the_command_writes_table_and_figure(tmp_path: Path) -> None:
         "frontier.csv", "frontier.md", "frontier.png", "frontier.svg",
     }  # fmt: skip
     assert (out / "frontier.md").read_text().startswith("Who?\n\n**low: least energy")
+    # the report reads the judged runs: one load, a line a policy, its seeds put together
+    results = collect(out)
+    assert results.loads == ()
+    assert set(results.table["policy"]) >= {STATIC_MAX, "exact + ecoroute"}
+    assert set(results.table["seed"]) == {11, 12}
 
 
-@pytest.mark.parametrize("name", ["contest-sharegpt", "contest-sharegpt-large"])
-def test_the_contests_are_studies(name: str) -> None:
-    """The shipped files are read, and compare what the document says they compare."""
-    chosen, question = read_study(CONFIGS / f"{name}.toml")
-    assert "calibrated" in question
-    assert len(chosen.repeats) == 5
-    assert {c.name for c in chosen.contenders} >= {"ecofreq + ecoroute", "ecomin + consolidate"}
-    assert {c.name: c.knob for c in chosen.contenders}["ecomin + consolidate"] == "headroom"
+def found_at(load: str) -> pd.DataFrame:
+    values = ["sharegpt", "2P2D", load, "round-robin", "ecofreq", DEFAULT]
+    return pd.DataFrame([[*values, *[1.0] * (len(COLUMNS) - 6)]], columns=[*COLUMNS])
+
+
+def test_a_load_takes_the_place_of_its_lines_of_before(tmp_path: Path) -> None:
+    csv = tmp_path / "contest.csv"
+    for load in ("a", "b", "c"):
+        write_contest(found_at(load), csv)
+    twice = pd.concat([found_at("b"), found_at("b")]).assign(energy_kj=7.0)
+    write_contest(twice, csv)
+    table = read_contest(csv)
+    assert list(table["load"]) == ["a", "b", "b", "c"]
+    assert list(table["energy_kj"]) == [1.0, 7.0, 7.0, 1.0]
+    csv.write_text("load\na\n")
+    with pytest.raises(VoltanaError, match="must have the columns workload, fleet, load"):
+        read_contest(csv)
+
+
+@pytest.mark.slow
+def test_the_contest_leaves_out_what_it_has_no_data_for(tmp_path: Path, monkeypatch: Any) -> None:  # noqa: ANN401
+    monkeypatch.delenv("VOLTANA_DATA", raising=False)
+    here, away = tmp_path / "contest-1.toml", tmp_path / "contest-2.toml"
+    text = (
+        '[frontier]\npolicies = ["boost + round-robin"]\nseeds = [11]\ntuning_seeds = [1]\n'
+        "static_clocks_mhz = [1410]\n[base]\nduration_s = 2\nrate_rps = 5\nslo_itl_s = 0.1\n"
+    )
+    here.write_text(f'{text}[[load]]\nname = "low"\n')
+    away.write_text(f'{text}trace = "no_such_trace.csv.gz"\n[[load]]\nname = "its hour"\n')
+    csv = tmp_path / "contest.csv"
+    said: list[str] = []
+    table = run_contest(tmp_path / "out", csv, said.append, jobs=1, files=[here, away])
+    assert set(table["load"]) == {"low"}
+    assert said[-1].startswith("left out for want of data: its hour (no such trace file: no_such")
+    with pytest.raises(VoltanaError, match=r"unknown load 'lo'.*did you mean 'low'"):
+        run_contest(tmp_path / "out", csv, said.append, only=["lo"], files=[here, away])
+
+
+def test_the_contest_has_its_loads_controllers_and_routers() -> None:
+    """All shipped files: loads by name, the whole grid of routers for static pairs."""
+    names = [name for path in contest_files() for name in load_names_of(path)]
+    assert len(names) == len(set(names)) == 17
+    for path in contest_files():
+        if "trace" in read_toml(path)["base"]:
+            continue  # needs data
+        chosen, question = read_study(path)
+        assert "calibrated" in question
+        assert set(chosen.routers) == {"round-robin", "ecoroute", "consolidate"}
+        assert (len(chosen.tuning), len(chosen.judging)) == (3, 5)
+        controllers = {c.controller for c in chosen.contenders if c.router == "consolidate"}
+        assert controllers >= {
+            "ecofreq, 2 levels", "ecofreq, 8 levels", "ecomin, 2 levels", "ecomin, 8 levels", "pid",
+        }  # fmt: skip
 
 
 def test_parts_of_a_trace_are_its_repeats(shared_data: Path, monkeypatch: Any) -> None:  # noqa: ANN401
     monkeypatch.setenv("VOLTANA_DATA", str(shared_data))
-    chosen, _ = read_study(CONFIGS / "contest-azure.toml")
-    parts = [workload_of(make_config({**chosen.base, **r})) for r in chosen.repeats]
+    chosen, _ = read_study(next(p for p in contest_files() if "azure-conv" in p.name))
+    repeats = [*chosen.tuning, *chosen.judging]
+    parts = [workload_of(make_config({**chosen.base, **r})) for r in repeats]
     whole = open_trace("azure-conv-2023")
     # the last request arrives at the very end of the last part, which is open there
     assert sum(len(p) for p in parts) == len(whole) - 1
     assert min(len(p) for p in parts) > 1000
+    assert len({r["trace_start_s"] for r in repeats}) == len(repeats) == 8

@@ -18,9 +18,12 @@ from experiments.draw.plots import energy_vs_slo, save, stretch_attainment
 from experiments.draw.profiles import profile_figure
 from experiments.draw.runs import energy_against_itl_slo, run_figure
 from experiments.frontier.contenders import parse_contender
+from experiments.frontier.contest_page import shares_figure
 from experiments.frontier.report import pareto_figure
-from experiments.frontier.search import Load, Search, make_searches
+from experiments.frontier.search import DEFAULT, STATIC_FLEET, STATIC_MAX, Found
 from experiments.frontier.study import make_study
+from experiments.frontier.table import COLUMNS
+from experiments.frontier.trial import Load, Trial
 from experiments.paper.figure import draw_panel
 from experiments.runs import run
 from experiments.study.curves import draw_experiment
@@ -81,18 +84,33 @@ def promises(tmp_path: Path) -> Figure:
 
 
 def pareto() -> Figure:
+    loads = [Load(name=f"{r} requests/s", settings={"rate_rps": r}) for r in (1, 2, 3)]
     study = make_study(
-        {}, [Load(name=f"{r} requests/s", settings={"rate_rps": r}) for r in (1, 2, 3)],
-        [parse_contender("ecofreq + ecoroute")], target=0.99, attainment="attainment", seeds=(1,),
+        {}, loads, [parse_contender("ecofreq + ecoroute")], target=0.99, attainment="attainment",
+        tuning=[{"seed": 1}], judging=[{"seed": 2}],
     )  # fmt: skip
-    searches: dict[str, list[Search]] = {load.name: make_searches(study) for load in study.loads}
-    for search in (s for row in searches.values() for s in row):
-        for key, trial in search.propose().items():
-            trial.attainment, trial.energy_j, trial.repeats = 0.995, 5e4, 1
-            search.tried[key] = trial
-    columns = ["load", "reached", "energy_j", "bound_ratio"]
-    found = pd.DataFrame([(n, True, 5e4, 1.5) for n in searches], columns=columns)
-    return pareto_figure(study, searches, found)
+    rows = pd.DataFrame({"attainment": [0.995], "requests_total": [100], "gaps_total": [1]})
+    judged = Trial(settings={}, label="", attainments=(0.995,), energies_j=(5e4,), rows=rows)
+    found = {
+        load.name: [
+            Found(load=load.name, router="ecoroute", controller=name, knob=DEFAULT, tuned=None,
+                  judged=judged)
+            for name in (STATIC_MAX, STATIC_FLEET, "ecofreq")
+        ]
+        for load in loads
+    }  # fmt: skip
+    return pareto_figure(study, found)
+
+
+def contest_shares() -> Figure:
+    rows = [
+        ["sharegpt", "2P2D", f"{r} requests/s", "round-robin", c, k, 1.0, 1.0, 50.0, 1.0, s, 1.0,
+         1.0, 1.2]
+        for r in (20, 36)
+        for c, k, s in ((STATIC_MAX, "1410/1410 MHz", 0.0), (STATIC_FLEET, "1005/705 MHz", 30.0),
+                        ("ecofreq", "margin 0.1", 35.0), ("ecofreq", DEFAULT, 20.0))
+    ]  # fmt: skip
+    return shares_figure(pd.DataFrame(rows, columns=[*COLUMNS]))
 
 
 FIGURES: dict[str, Callable[[Path], Figure]] = {
@@ -105,6 +123,7 @@ FIGURES: dict[str, Callable[[Path], Figure]] = {
     "published panel": lambda _: panel(),
     "promises": promises,
     "pareto": lambda _: pareto(),
+    "contest": lambda _: contest_shares(),
     "profile": lambda _: profile_figure(load_profile("a100-80g-sxm/llama-3.1-8b")),
     "run": lambda _: run_figure(run(SimConfig(rate_rps=9, duration_s=2, timeline_interval_s=0.1))),
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,9 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
+from experiments.runs import stream_of, workload_of
 from profiles.errors import VoltanaError
+from sim.config import make_config
 from sim.workload.build_histograms import SOURCES, histogram, moments
-from sim.workload.generate import diurnal_rate, list_workloads, make_workload, stream_diurnal
+from sim.workload.generate import list_workloads, make_workload, stream_diurnal
 from sim.workload.lengths import (
     DATA,
     LMSYS_MEAN_TOKENS,
@@ -21,6 +24,7 @@ from sim.workload.lengths import (
     draw_lengths,
     source_moments,
 )
+from sim.workload.shapes import diurnal_rate
 from sim.workload.workload import Workload
 
 
@@ -82,6 +86,38 @@ def test_a_compressed_day_has_the_shape_of_the_day() -> None:
     assert stats.chi2.sf(((observed - expected) ** 2 / expected).sum(), 24) > 0.01
     day = make_workload("lmsys", rate_rps=40, duration_s=1200, seed=6, arrivals="diurnal")
     assert np.histogram(day.arrival_s, edges)[0].max() > observed.max()  # .6 swings further
+
+
+@pytest.mark.parametrize(
+    ("arrivals", "rates"),
+    [  # of each quarter over the mean, by hand: the integral of the rate
+        ("step:ratio=3,at=0.5", (0.5, 0.5, 1.5, 1.5)),
+        ("step:ratio=3,at=0.25", (0.4, 1.2, 1.2, 1.2)),
+        ("ramp:ratio=3", (0.625, 0.875, 1.125, 1.375)),
+        ("ramp:ratio=1", (1.0, 1.0, 1.0, 1.0)),
+        ("step", (2 / 3, 2 / 3, 4 / 3, 4 / 3)),
+    ],
+)
+def test_a_step_and_a_ramp_have_their_rates(arrivals: str, rates: tuple[float, ...]) -> None:
+    """20,000 requests: each quarter's count is Poisson, so within 4 deviations of its mean."""
+    made = make_workload("lmsys", rate_rps=50, duration_s=400, seed=3, arrivals=arrivals)
+    counts = np.histogram(made.arrival_s, bins=4, range=(0, 400))[0]
+    expected = 5000 * np.array(rates)
+    assert counts.sum() == len(made)
+    assert np.all(np.abs(counts - expected) < 4 * np.sqrt(expected))
+    # gaps at a steady rate are exponential: their variation is 1
+    gaps = np.diff(made.arrival_s[made.arrival_s < 100])
+    if "step" in arrivals:
+        assert gaps.std() / gaps.mean() == pytest.approx(1.0, abs=0.1)
+
+
+def test_shapes_are_used_by_the_runs_of_a_configuration() -> None:
+    config = make_config({"arrivals": "ramp:ratio=9", "rate_rps": 20, "duration_s": 50, "seed": 4})
+    whole = workload_of(config)
+    streamed = stream_of(replace(config, metrics="sketch"))
+    assert streamed is not None
+    assert next(streamed).content_hash == whole.content_hash
+    assert whole.sliced(25, 50).mean_rate_rps > 2 * whole.sliced(0, 25).mean_rate_rps
 
 
 @pytest.mark.parametrize(
@@ -224,11 +260,16 @@ def test_superposing_loses_nothing(
         ({"duration_s": float("inf")}, "duration_s must be > 0 and finite"),
         (
             {"arrivals": "gamma"},
-            "arrivals must be poisson or gamma:cv=NUMBER > 0, or diurnal.*got 'gamma'",
+            "arrivals must be poisson, gamma:cv=NUMBER > 0, diurnal.*got 'gamma'",
         ),
         ({"arrivals": "gamma:cv=-1"}, "arrivals must be"),
         ({"arrivals": "diurnal:swing=2"}, r"swing must be in \[0, 1\), got 2"),
         ({"arrivals": "diurnal:swing=x"}, "arrivals must be"),
+        ({"arrivals": "diurnal:ratio=2"}, "arrivals must be"),
+        ({"arrivals": "step:ratio=0"}, "ratio must be > 0 and finite, got 0"),
+        ({"arrivals": "step:at=1"}, r"a step must lie in \(0, 1\) of the duration, got 1"),
+        ({"arrivals": "ramp:ratio=inf"}, "ratio must be > 0 and finite, got inf"),
+        ({"arrivals": "ramp:swing=0.2"}, "arrivals must be"),
         ({"seed": -1}, "seed must be >= 0, got -1"),
     ],
 )

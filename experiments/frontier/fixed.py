@@ -1,0 +1,278 @@
+"""The best static fleet: n of N prefill and m of M decode instances in use, one clock a phase.
+
+There are thousands of them (48 clocks a phase, 25 numbers of instances), and what one costs is
+nearly a sum: of what its prefill side (n and a clock) costs and what its decode side costs, as
+they share nothing but the requests that pass from one to the other. So each side is searched alone
+first, the other side at the anchor (all instances, the top clock), on the first repeat:
+
+- Fewer instances before more, until one more costs more again: a busy instance draws nearly the
+  same power whatever its batch.
+- For each number, the clocks at which the profile has tables: downwards as far as the target is
+  kept (a lower clock lengthens every iteration), upwards until energy rises; then every third and
+  every single clock around the best. Energy has one valley between those clocks.
+
+With E(a, b) = E(a, anchor) + E(anchor, b) - E(anchor, anchor), all combinations of what the two
+sides have tried are ranked, and run in that order, first on the first repeat, then, while they
+keep the target, on the others. What runs show of E(a, b) against its sum corrects it, and the
+search ends when the next in the order, corrected as favourably as any so far and by `_SLACK` more,
+costs more than the best that keeps the target on each repeat. Where a combination fails, each of
+its sides is tried beside the other's top clock: what fails there fails at lower clocks, too. A
+pattern search over single clocks around the best ends it. Tests hold all this against
+exhaustive grids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from itertools import product
+from typing import Final
+
+import numpy as np
+
+from experiments.frontier.trial import Trial
+
+_SLACK: Final = 0.002
+"""Part of the energy by which a combination may be cheaper than its ranking allows for."""
+_RISE: Final = 1.03
+"""Energy over the least of a side that ends the way upwards."""
+_HOPELESS: Final = 0.05
+"""Attainment below the target by which a lower clock, or one instance fewer, is not tried."""
+_STEPS: Final = (6, 3, 1)
+"""Of the pattern search around the best, in supported clocks."""
+_REACH: Final = 2
+"""How many steps that search looks in each direction."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Side:
+    """One phase of a static fleet."""
+
+    active: int
+    clock_mhz: int
+
+
+Fleet = tuple[Side, Side]
+"""Prefill and decode."""
+TryFleet = Callable[[Fleet, bool], Trial]
+"""Runs a fleet, on all repeats or on the first one alone."""
+
+
+class FleetSearch:
+    """Finds the static fleet of least energy; see the module's text.
+
+    Args:
+        attempt: Runs a fleet; with False on the first repeat alone. It remembers: asked for the
+            same twice, it runs once.
+        clocks_mhz: Clocks allowed, ascending.
+        knots_mhz: Those that each side tries first.
+        counts: For prefill and decode the numbers of active instances allowed.
+        target: Attainment that every repeat has to reach.
+    """
+
+    def __init__(
+        self,
+        attempt: TryFleet,
+        *,
+        clocks_mhz: tuple[int, ...],
+        knots_mhz: Iterable[int],
+        counts: tuple[tuple[int, ...], tuple[int, ...]],
+        target: float,
+    ) -> None:
+        self._attempt = attempt
+        self._clocks = clocks_mhz
+        knots = {*knots_mhz, clocks_mhz[0], clocks_mhz[-1]} & set(clocks_mhz)
+        self._knots = sorted(knots)
+        self._counts = counts
+        self._target = target
+        top_mhz = clocks_mhz[-1]
+        self._anchor: Fleet = (Side(counts[0][-1], top_mhz), Side(counts[1][-1], top_mhz))
+        self._origin_j = 0.0
+        self._sides: tuple[dict[Side, Trial], dict[Side, Trial]] = ({}, {})
+        self._best: Trial | None = None
+        self._best_fleet: Fleet | None = None
+        self._nearest: Trial | None = None
+        self._tried: set[Fleet] = set()
+        self._too_low: dict[tuple[int, int], list[int]] = {}
+        """By numbers of instances: the highest clock of each phase that is known to fail."""
+
+    def find(self) -> Trial:
+        """The best, on all repeats; the nearest miss if none keeps the target."""
+        self._origin_j = self._attempt(self._anchor, False).energy_j
+        for phase in (0, 1):
+            self._search_side(phase)
+        self._search_joint()
+        if self._best_fleet is not None:
+            self._polish()
+        if self._best is not None:
+            return self._best
+        anchor = self._attempt(self._anchor, True)
+        missed = [t for t in (self._nearest, anchor) if t is not None]
+        return max(missed, key=_rank)
+
+    def _side_trial(self, phase: int, side: Side) -> Trial:
+        fleet = (side, self._anchor[1]) if phase == 0 else (self._anchor[0], side)
+        trial = self._attempt(fleet, False)
+        self._sides[phase][side] = trial
+        return trial
+
+    def _search_side(self, phase: int) -> None:
+        least_j = float("inf")
+        for active in self._counts[phase]:
+            top = self._side_trial(phase, Side(active, self._clocks[-1]))
+            if not _may_keep(top, self._target - _HOPELESS):
+                continue
+            best = self._search_clocks(phase, active)
+            if best is None:
+                continue
+            if best.energy_j > least_j:
+                return
+            least_j = best.energy_j
+
+    def _search_clocks(self, phase: int, active: int) -> Trial | None:
+        """Try the knots, then what lies around the best of them; the best that keeps the target."""
+        middle = len(self._knots) // 2 - 1 if len(self._knots) > 2 else 0
+        found: dict[int, Trial] = {}
+
+        def best() -> tuple[int, Trial] | None:
+            kept = [(t.energy_j, c) for c, t in found.items() if t.keeps(self._target)]
+            return (min(kept)[1], found[min(kept)[1]]) if kept else None
+
+        for clock in reversed(self._knots[: middle + 1]):
+            found[clock] = self._side_trial(phase, Side(active, clock))
+            if not _may_keep(found[clock], self._target - _HOPELESS):
+                break
+        for clock in self._knots[middle + 1 :]:
+            found[clock] = self._side_trial(phase, Side(active, clock))
+            known = best()
+            if known is not None and found[clock].energy_j > _RISE * known[1].energy_j:
+                break
+        for step in _STEPS:
+            known = best()
+            if known is None:
+                break
+            at = self._clocks.index(known[0])
+            for near in (at - step, at + step):
+                if 0 <= near < len(self._clocks) and self._clocks[near] not in found:
+                    clock = self._clocks[near]
+                    found[clock] = self._side_trial(phase, Side(active, clock))
+        known = best()
+        return None if known is None else known[1]
+
+    def _search_joint(self) -> None:
+        options = [
+            (a_trial.energy_j + b_trial.energy_j - self._origin_j, a, b)
+            for (a, a_trial), (b, b_trial) in product(*(s.items() for s in self._sides))
+            if _may_keep(a_trial, self._target) and _may_keep(b_trial, self._target)
+        ]
+        favour = 1.0
+        for predicted_j, a, b in sorted(options):
+            if self._best is not None and (
+                predicted_j * favour * (1.0 - _SLACK) > self._best.energies_j[0]
+            ):
+                return
+            if self._is_ruled_out(a, b):
+                continue
+            first = self._attempt((a, b), False)
+            if first.energy_j == first.energy_j:
+                favour = min(favour, first.energy_j / predicted_j)
+            self._confirm((a, b), first)
+            if not self._attempt((a, b), first.keeps(self._target)).keeps(self._target):
+                self._blame(a, b)
+
+    def _is_ruled_out(self, a: Side, b: Side) -> bool:
+        """Whether one of the two cannot keep the target: not at its clock, or at no clock.
+
+        A lower clock lengthens every iteration, so what fails beside the other side's top clock
+        fails at all that is lower.
+        """
+        cell = (a.active, b.active)
+        if cell not in self._too_low:
+            top = self._clocks[-1]
+            fleet = (Side(a.active, top), Side(b.active, top))
+            is_hopeless = not self._attempt(fleet, True).keeps(self._target)
+            self._too_low[cell] = [top, top] if is_hopeless else [0, 0]
+        low = self._too_low[cell]
+        return a.clock_mhz <= low[0] or b.clock_mhz <= low[1]
+
+    def _blame(self, a: Side, b: Side) -> None:
+        """Learn from a pair that failed which side fails whatever the other one does."""
+        top, low = self._clocks[-1], self._too_low[a.active, b.active]
+        for phase, fleet in enumerate(((a, Side(b.active, top)), (Side(a.active, top), b))):
+            if not self._attempt(fleet, True).keeps(self._target):
+                low[phase] = max(low[phase], fleet[phase].clock_mhz)
+
+    def _confirm(self, fleet: Fleet, first: Trial) -> bool:
+        """Try it on all repeats if the first one lets it be the best; whether it now is."""
+        self._tried.add(fleet)
+        if not first.keeps(self._target):
+            return False
+        best = self._best
+        if best is not None and first.energies_j[0] > (1.0 + _SLACK) * best.energies_j[0]:
+            return False
+        trial = self._attempt(fleet, True)
+        if not trial.keeps(self._target):
+            if self._nearest is None or _rank(trial) > _rank(self._nearest):
+                self._nearest = trial
+            return False
+        if self._best is None or trial.energy_j < self._best.energy_j:
+            self._best, self._best_fleet = trial, fleet
+            return True
+        return False
+
+    def _polish(self) -> None:
+        """Move both clocks to where their sum is less, by fewer and fewer steps."""
+        for step in _STEPS:
+            moved = True
+            while moved:
+                moved = any(map(self._try_move, self._moves(step)))
+
+    def _moves(self, step: int) -> list[Fleet]:
+        """Fleets around the best whose sum is less, the least first."""
+        assert self._best_fleet is not None
+        reach = range(-_REACH * step, _REACH * step + 1, step)
+        here_j = self._guess_j(self._best_fleet)
+        found = []
+        for moves in product(reach, repeat=2):
+            a, b = map(self._moved, self._best_fleet, moves)
+            if a is not None and b is not None and (a, b) not in self._tried:
+                guess_j = self._guess_j((a, b))
+                if guess_j < here_j and not self._is_ruled_out(a, b):
+                    found.append((guess_j, (a, b)))
+        return [fleet for _, fleet in sorted(found)]
+
+    def _try_move(self, fleet: Fleet) -> bool:
+        a, b = fleet
+        if self._is_ruled_out(a, b):
+            return False
+        first = self._attempt(fleet, False)
+        is_better = self._confirm(fleet, first)
+        if not self._attempt(fleet, first.keeps(self._target)).keeps(self._target):
+            self._blame(a, b)
+        return is_better
+
+    def _moved(self, side: Side, by: int) -> Side | None:
+        at = self._clocks.index(side.clock_mhz) + by
+        return Side(side.active, self._clocks[at]) if 0 <= at < len(self._clocks) else None
+
+    def _guess_j(self, fleet: Fleet) -> float:
+        """The sum of both sides, each between the clocks that were tried."""
+        total_j = -self._origin_j
+        for tried, side in zip(self._sides, fleet, strict=True):
+            points = sorted(
+                (s.clock_mhz, t.energy_j)
+                for s, t in tried.items()
+                if s.active == side.active and t.energy_j == t.energy_j
+            )
+            clocks, energies = zip(*points, strict=True)
+            total_j += float(np.interp(side.clock_mhz, clocks, energies))
+        return total_j
+
+
+def _may_keep(trial: Trial, target: float) -> bool:
+    return trial.worst_attainment >= target
+
+
+def _rank(trial: Trial) -> float:
+    worst = trial.worst_attainment
+    return -1.0 if worst != worst else worst
