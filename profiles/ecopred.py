@@ -4,14 +4,20 @@ Decode, per clock and batch-size range: time = a·batch + b·tokens + c with a, 
 Prefill, per clock: time = a·tokens + c, fitted on 2,000 < tokens < 20,000 only. Its error against
 the tables is real, and the simulator keeps both: the tables are the truth, EcoPred the belief.
 
-RANSAC over non-negative least squares (SciPy) is some thirty lines here; scikit-learn, which the
-reference uses for it, would be the heaviest dependency of the project.
+RANSAC over non-negative least squares (SciPy) is some fifty lines here; scikit-learn, which the
+reference uses for it, would be the heaviest dependency of the project. It is scikit-learn's
+algorithm: smallest subsets that fix the coefficients, the median deviation of the times as the
+threshold, more inliers win, of as many the better R², and as many trials as find a subset without
+an outlier with a probability of 99 %. Its settings are the reference's, by phase, which judges by
+squared errors in ms² in decode (against a threshold in ms) and by absolute errors in prefill. The
+random subsets are drawn as scikit-learn draws them, so that of one table both make one fit.
 
-Source: VoltanaLLM v0.1, run_profile.py, draw.ipynb and lookup_table.py.
+Source: VoltanaLLM v0.1, run_profile.py, the two draw.ipynb and lookup_table.py.
 """
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -38,7 +44,8 @@ COLUMNS: Final = (
     "phase", "frequency_mhz", "batch_size_min", "batch_size_max", "per_request_s", "per_token_s",
     "constant_s", "r2", "mae_s", "mape", "num_points",
 )  # fmt: skip
-_TRIALS: Final = 100
+_FOUND: Final = 0.99
+"""Probability of having drawn a subset without outliers at which RANSAC ends (scikit-learn's)."""
 _ALL_BATCHES: Final = 1_000_000
 
 
@@ -49,6 +56,21 @@ class Coefficients:
     per_request_s: float
     per_token_s: float
     constant_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ransac:
+    """How outliers are kept out of a fit."""
+
+    subset_points: int
+    """Coefficients to be found, the constant included."""
+    error_power: int
+    """1: absolute errors, in ms, are compared with the threshold; 2: squared ones, in ms²."""
+    max_trials: int
+
+
+DECODE_RANSAC: Final = Ransac(subset_points=3, error_power=2, max_trials=10_000)
+PREFILL_RANSAC: Final = Ransac(subset_points=2, error_power=1, max_trials=100_000)
 
 
 class EcoPred:
@@ -138,14 +160,13 @@ def fit(prefill: pd.DataFrame, decode: pd.DataFrame, *, seed: int = 1) -> pd.Dat
     Args:
         prefill: Rows of the prefill table (frequency_mhz, batch_size, tokens, time_s).
         decode: Rows of the decode table, the same columns.
-        seed: Of the random subsets RANSAC tries.
+        seed: Of the random subsets RANSAC tries, anew for each fit as in the reference.
 
     Returns:
         Rows of `ecopred.csv`: coefficients with R², mean absolute error (s), mean absolute
         percentage error (a fraction) and the number of points, per clock and batch range.
     """
-    rng = np.random.default_rng(seed)
-    rows = [*_fit_prefill(prefill, rng), *_fit_decode(decode, rng)]
+    rows = [*_fit_prefill(prefill, seed), *_fit_decode(decode, seed)]
     return pd.DataFrame(rows, columns=list(COLUMNS))
 
 
@@ -230,7 +251,7 @@ def _check_coverage(table: pd.DataFrame, path: Path) -> None:
             )
 
 
-def _fit_prefill(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[object, ...]]:
+def _fit_prefill(table: pd.DataFrame, seed: int) -> Iterator[tuple[object, ...]]:
     prompt = table["tokens"] / table["batch_size"]
     wanted = table["tokens"].between(*PREFILL_TOKENS, inclusive="neither") & prompt.between(
         *PREFILL_PROMPT_TOKENS
@@ -240,11 +261,11 @@ def _fit_prefill(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tupl
         used = chosen if chosen["tokens"].nunique() >= 3 else part
         x = np.column_stack([np.zeros(len(used)), used["tokens"].to_numpy(float)])
         y = used["time_s"].to_numpy(float)
-        coefficients = _ransac(x, y, rng)
+        coefficients = _ransac(x, y, PREFILL_RANSAC, seed)
         yield ("prefill", clock, 1, _ALL_BATCHES, *coefficients, *_errors(x, y, coefficients))
 
 
-def _fit_decode(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple[object, ...]]:
+def _fit_decode(table: pd.DataFrame, seed: int) -> Iterator[tuple[object, ...]]:
     bounds = _ranges_with_points(table)
     for clock, part in table.groupby("frequency_mhz", sort=True):
         for low, high in bounds:
@@ -253,7 +274,7 @@ def _fit_decode(table: pd.DataFrame, rng: np.random.Generator) -> Iterator[tuple
             used = kept if len(kept) >= 3 else chosen
             x = used[list(POINT[1:])].to_numpy(dtype=float)
             y = used["time_s"].to_numpy(dtype=float)
-            coefficients = _ransac(x, y, rng)
+            coefficients = _ransac(x, y, DECODE_RANSAC, seed)
             yield ("decode", clock, low, high, *coefficients, *_errors(x, y, coefficients))
 
 
@@ -272,20 +293,51 @@ def _ranges_with_points(table: pd.DataFrame) -> list[tuple[int, int]]:
     return bounds
 
 
-def _ransac(x: FloatArray, y: FloatArray, rng: np.random.Generator) -> tuple[float, float, float]:
-    best = _least_squares(x, y)
-    if len(y) <= 4:
-        return best
-    threshold = max(float(np.median(np.abs(y - np.median(y)))), 1e-6)  # as scikit-learn does
-    best_count = int((np.abs(_apply(x, best) - y) <= threshold).sum())
-    for _ in range(_TRIALS):
-        subset = rng.choice(len(y), size=4, replace=False)
-        tried = _least_squares(x[subset], y[subset])
-        count = int((np.abs(_apply(x, tried) - y) <= threshold).sum())
-        if count > best_count:
-            best, best_count = tried, count
-    inliers = np.abs(_apply(x, best) - y) <= threshold
-    return _least_squares(x[inliers], y[inliers]) if inliers.sum() >= 4 else best
+def _ransac(
+    x: FloatArray, y: FloatArray, settings: Ransac, seed: int
+) -> tuple[float, float, float]:
+    """Least squares over the inliers of the subset that has most of them; times in s."""
+    size, count = settings.subset_points, len(y)
+    if count <= size:
+        return _least_squares(x, y)
+    rng = np.random.RandomState(seed)  # scikit-learn's generator: the same subsets
+    time_ms = 1e3 * y
+    deviation_ms = float(np.median(np.abs(time_ms - np.median(time_ms))))
+    threshold = max(deviation_ms, 1e-9)  # flat times would leave no inlier to rounding
+    best, best_count, best_r2 = np.ones(count, dtype=bool), 1, -math.inf
+    trial, trials = 0, float(settings.max_trials)
+    while trial < trials:
+        trial += 1
+        subset = rng.permutation(count)[:size]
+        error_ms = np.abs(_apply(x, _least_squares(x[subset], time_ms[subset])) - time_ms)
+        inliers = error_ms**settings.error_power <= threshold
+        found = int(inliers.sum())
+        if found < best_count:
+            continue
+        r2 = _r2(error_ms[inliers], time_ms[inliers])
+        if found == best_count and r2 < best_r2:
+            continue
+        best, best_count, best_r2 = inliers, found, r2
+        trials = min(trials, _trials_needed(found / count, size))
+    return _least_squares(x[best], y[best])
+
+
+def _trials_needed(inlier_frac: float, size: int) -> float:
+    """Subsets to be drawn until one is free of outliers with a probability of 99 %.
+
+    Fischler and Bolles, Random sample consensus, CACM 24 (1981).
+
+    Example:
+        >>> _trials_needed(0.5, 3), _trials_needed(1.0, 3)
+        (35.0, 1.0)
+    """
+    hit = max(1.0 - inlier_frac**size, float(np.spacing(1)))
+    return float(math.ceil(math.log(1.0 - _FOUND) / math.log(hit))) if hit < 1.0 else math.inf
+
+
+def _r2(error: FloatArray, y: FloatArray) -> float:
+    spread = float(((y - y.mean()) ** 2).sum())
+    return 1.0 - float((error**2).sum()) / spread if spread > 0 else 1.0
 
 
 def _least_squares(x: FloatArray, y: FloatArray) -> tuple[float, float, float]:
@@ -304,6 +356,4 @@ def _errors(
     x: FloatArray, y: FloatArray, coefficients: tuple[float, float, float]
 ) -> tuple[float, float, float, int]:
     error = _apply(x, coefficients) - y
-    spread = float(((y - y.mean()) ** 2).sum())
-    r2 = 1.0 - float((error**2).sum()) / spread if spread > 0 else 1.0
-    return r2, float(np.abs(error).mean()), float(np.abs(error / y).mean()), len(y)
+    return _r2(error, y), float(np.abs(error).mean()), float(np.abs(error / y).mean()), len(y)

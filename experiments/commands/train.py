@@ -11,7 +11,6 @@ from sim.config import make_config, parse_settings, read_toml
 
 if TYPE_CHECKING:
     from experiments.study.train import Algorithm, Solver
-    from sim.rl.model import ClockRule
 
 train = typer.Typer(
     name="train", help="Solve or learn a policy and write its file.", no_args_is_help=True
@@ -55,7 +54,8 @@ def train_mdp(
     clock_rule: Annotated[
         str,
         typer.Option(
-            help="Clocks in the model: ecofreq, ecomin, or free (bounds what control could save)"
+            help="Clocks in the model: a controller that decides by the state alone, or free"
+            " (bounds what control could save)"
         ),
     ] = "ecofreq",
     clock_state: Annotated[
@@ -95,7 +95,7 @@ def train_mdp(
         rates_rps=tuple(sorted(set(rate))),
         solver=cast("Solver", solver),
         penalty_j=penalty_j,
-        clock_rule=cast("ClockRule", clock_rule),
+        clock_rule=clock_rule,
         clock_state=clock_state,
         width_requests=width,
         max_requests=max_requests,

@@ -20,10 +20,12 @@ from experiments.runs import cached_profile, workload_of
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
+from sim.policies.base import DECODE, PolicyContext
 from sim.policies.mdp.grid import StateGrid, batch_edges, kv_nodes
 from sim.policies.mdp.policy_file import PolicyFile
+from sim.rl.clock_rule import ControllerClock
 from sim.rl.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
-from sim.rl.model import ClockRule, InstanceModel, ModelParameters, build_instance
+from sim.rl.model import FREE, InstanceModel, ModelParameters, bucket_loads, build_instance
 from sim.rl.model import mean_context_tokens as mean_context
 from sim.rl.qlearn import Learner, QSettings, load_checkpoint, q_learn, save_checkpoint
 from sim.rl.tasks import SimulatorTask
@@ -52,7 +54,8 @@ class TrainingPlan:
     solver: Solver = "factored"
     penalty_j: float = 0.1
     """Of a late token: about what a token's energy is (ours)."""
-    clock_rule: ClockRule = "ecofreq"
+    clock_rule: str = "ecofreq"
+    """The decode controller that the model asks, or `free`."""
     clock_state: bool = False
     """Whether the clock level is a state of its own, or follows the other states at once."""
     width_requests: int = 4
@@ -128,13 +131,17 @@ def build_model(plan: TrainingPlan, profile: Profile) -> InstanceModel:
     config = plan.config
     inputs, outputs = _lengths(config)
     context_tokens = mean_context(inputs, outputs)
-    levels = profile.meta.clocks.default_levels_mhz
-    is_tied = not plan.clock_state and plan.clock_rule != "free"
+    context = policy_context(config, profile)
+    is_free = plan.clock_rule == FREE
+    is_tied = not plan.clock_state and not is_free
     grid = StateGrid(
         batch_edges_requests=batch_edges(plan.max_requests, plan.width_requests),
         kv_nodes_tokens=kv_nodes(float(inputs.mean()), context_tokens, plan.kv_buckets),
-        levels_mhz=levels[-1:] if is_tied else levels,
+        levels_mhz=context.default_levels_mhz if is_free else context.clocks_mhz[-1:],
     )
+    if plan.clock_state and not is_free:
+        reachable = ControllerClock(plan.clock_rule, context).reachable_mhz(bucket_loads(grid))
+        grid = dataclasses.replace(grid, levels_mhz=reachable)
     parameters = ModelParameters(
         slo_itl_s=config.slo_itl_s,
         input_tokens=float(inputs.mean()),
@@ -143,10 +150,31 @@ def build_model(plan: TrainingPlan, profile: Profile) -> InstanceModel:
         penalty_j=plan.penalty_j,
         turned_away_j=plan.penalty_j * float(outputs.mean()) * plan.max_requests,
         clock_rule=plan.clock_rule,
-        tied_mhz=levels if is_tied else (),
+        is_tied=is_tied,
         actuation_s=config.actuation_latency_s,
     )
-    return build_instance(grid, parameters, profile.predictor(), profile.truth())
+    return build_instance(grid, parameters, context)
+
+
+def policy_context(config: SimConfig, profile: Profile) -> PolicyContext:
+    """What a decode controller of the fleet may know, without the fleet."""
+    clocks = profile.meta.clocks
+    return PolicyContext(
+        predictor=profile.predictor(),
+        power=profile.truth(extrapolate=True),
+        clocks_mhz=clocks.supported_mhz,
+        default_levels_mhz=clocks.default_levels_mhz,
+        slo_ttft_s=config.aimed_ttft_s,
+        slo_itl_s=config.aimed_itl_s,
+        first_token=config.first_token,
+        profile_hash=profile.content_hash,
+        kv_capacity_tokens=config.kv_capacity_tokens or profile.meta.engine.kv_capacity_tokens,
+        rng=np.random.default_rng(config.seed),
+        phase=DECODE,
+        actuation_s=config.actuation_latency_s,
+        num_prefill=config.num_prefill,
+        num_decode=config.num_decode,
+    )
 
 
 def _lengths(config: SimConfig) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
@@ -167,7 +195,7 @@ def _solve(plan: TrainingPlan, instance: InstanceModel) -> tuple[Arrays, Result]
                 if plan.solver == "pi"
                 else solve_groups(instance, rate_rps, count, group_size=size, progress=tell)
             )
-        is_free = plan.clock_rule == "free"
+        is_free = plan.clock_rule == FREE
         bounds.append(None if is_free else lower_bound_w(instance, rate_rps, count))
     arrays: Arrays = {
         f"delta_{k}": np.stack([p.delta_j[k] for p in policies]).astype(np.float32)

@@ -9,10 +9,12 @@ cache each and an iteration time of T seconds (the predictor's, at the clock in 
   a = (C - I)/L makes its mean the workload's mean context C of a running request (a = 1 would be
   a token an iteration, and C = I + L, as if lengths had no memory there either);
 - at the end of an iteration, plus the actuation delay, the clock moves to the level that the
-  instance's controller asks for (rules `ecofreq`, `ecomin`), or to whichever level is best
-  (rule `free`, where the clock is part of the action); or, `tied_mhz`, it is there at once, which
-  saves the level and changes little, as a change takes one iteration of some hundreds;
-- an idle instance goes to its lowest level after a mean of `idle_wait_s`.
+  instance's controller asks for, the controller itself being asked (`sim.rl.clock_rule`), or to
+  whichever level is best (rule `free`, where the clock is part of the action); or, `is_tied`, it is
+  where the controller settles at once, which saves the level and changes little, as a change takes
+  one iteration of some hundreds;
+- an idle instance goes to the clock that its controller parks it at, after the wait that this has
+  as a mean; under `free` to any, at the mean rate 1/`idle_wait_s`.
 
 Requests arrive as a Poisson stream; each is an action: the instance that takes it.
 Cost runs at P(f, n, n·k) watts, or the idle power, plus `penalty_j` for every
@@ -26,21 +28,23 @@ Prefill and its TTFT are outside: the choice of a decode instance does not touch
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
 from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PowerModel, Predictor
+from sim.policies.base import DECODE, PolicyContext
 from sim.policies.mdp.grid import StateGrid
+from sim.rl.clock_rule import ControllerClock
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
-ClockRule = Literal["ecofreq", "ecomin", "free"]
-CLOCK_RULES: Final = ("ecofreq", "ecomin", "free")
+FREE: Final = "free"
+"""The clock rule that chooses clocks with the routing."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,12 +64,15 @@ class ModelParameters:
     """Cost of a request sent to a full instance; `penalty_j`·L if None, every token of it late.
     A real instance takes it and is late for its whole batch: `penalty_j`·L·batch is of that order,
     and with less a full instance attracts what might make another one late."""
-    clock_rule: ClockRule = "ecofreq"
-    tied_mhz: tuple[int, ...] = ()
-    """Clocks that the rule chooses from at once, in every state, so that the grid's one level
-    stands for whichever it is; none: the clock is a state of the grid and takes time to change."""
+    clock_rule: str = "ecofreq"
+    """The instances' controller as on the command line, or `free`."""
+    is_tied: bool = False
+    """Whether the clock is where the controller settles at once, in every state, so that the grid's
+    one level stands for whichever it is; else it is a state of the grid and takes time to change.
+    """
     actuation_s: float = 0.003
     idle_wait_s: float = 5.0
+    """Under `free`: mean time between two choices of an idle instance's clock."""
 
     def __post_init__(self) -> None:
         for name in ("slo_itl_s", "input_tokens", "output_tokens", "context_tokens", "idle_wait_s"):
@@ -79,11 +86,7 @@ class ModelParameters:
         for name in ("penalty_j", "actuation_s"):
             if not getattr(self, name) >= 0:
                 raise VoltanaError(f"{name} must be >= 0, got {getattr(self, name)}")
-        if self.clock_rule not in CLOCK_RULES:
-            raise VoltanaError(
-                f"clock rule must be one of {', '.join(CLOCK_RULES)}, got {self.clock_rule!r}"
-            )
-        if self.tied_mhz and self.clock_rule == "free":
+        if self.is_tied and self.clock_rule == FREE:
             raise VoltanaError("clocks that are tied to the state cannot be free")
 
     @property
@@ -134,32 +137,35 @@ class InstanceModel:
 
 
 def build_instance(
-    grid: StateGrid, parameters: ModelParameters, predictor: Predictor, power: PowerModel
+    grid: StateGrid, parameters: ModelParameters, context: PolicyContext
 ) -> InstanceModel:
     """Build the chain of one decode instance.
 
     Args:
         grid: Buckets and levels.
         parameters: Promise, lengths and penalty.
-        predictor: Iteration times, s.
-        power: Power of the instance, W.
+        context: Iteration times (s) and power (W) as policies believe them, and what the clock
+            rule's controller may know.
+
+    Raises:
+        VoltanaError: Tied clocks with a grid of several levels, or no such controller.
     """
-    if parameters.tied_mhz and len(grid.levels_mhz) > 1:
+    is_free = parameters.clock_rule == FREE
+    rule = None if is_free else ControllerClock(parameters.clock_rule, context)
+    if not parameters.is_tied:
+        clocks = [_held(clock) for clock in grid.levels_mhz]
+    elif len(grid.levels_mhz) > 1 or rule is None:
         raise VoltanaError(f"tied clocks need a grid of one level, got {grid.levels_mhz}")
-    clocks = parameters.tied_mhz or grid.levels_mhz
-    time_s, power_w, late = _tables(grid, clocks, parameters, predictor, power)
-    if parameters.tied_mhz:
-        target = _clock_targets(parameters, time_s, power_w)[:, :, None]
-        time_s, power_w, late = (
-            np.take_along_axis(each, target, axis=2) for each in (time_s, power_w, late)
-        )
+    else:
+        clocks = [rule.settled_mhz]
+    time_s, power_w, late = _tables(grid, clocks, parameters.slo_itl_s, context)
     tokens_per_s = grid.batch_nodes_requests[:, None, None] / time_s
     cost_w = power_w + parameters.penalty_j * late * tokens_per_s
     clock_rate = 1.0 / (time_s + parameters.actuation_s)
-    clock_rate[0] = 1.0 / parameters.idle_wait_s
-    is_free = parameters.clock_rule == "free"
-    is_moving = not is_free and not parameters.tied_mhz
-    moves_to = _clock_targets(parameters, time_s, power_w) if is_moving else None
+    plan = None if rule is None else rule.idle_plan
+    idle_wait_s = parameters.idle_wait_s if is_free or plan is None else plan.after_s
+    clock_rate[0] = 1.0 / max(idle_wait_s, _SHORTEST_WAIT_S)
+    moves_to = None if rule is None or parameters.is_tied else _clock_targets(grid, rule)
     full_j = np.zeros(grid.shape)
     full_j[-1] = parameters.full_j
     return InstanceModel(
@@ -174,47 +180,69 @@ def build_instance(
     )
 
 
+_SHORTEST_WAIT_S: Final = 1e-3
+"""A controller that parks at once still leaves by a finite rate."""
+ClockOf = Callable[[int, int], int]
+"""Clock in MHz of a batch of so many requests and tokens."""
+
+
+def _held(clock_mhz: int) -> ClockOf:
+    return lambda requests, tokens: clock_mhz
+
+
 def _tables(
-    grid: StateGrid,
-    clocks_mhz: tuple[int, ...],
-    parameters: ModelParameters,
-    predictor: Predictor,
-    power: PowerModel,
+    grid: StateGrid, clocks: list[ClockOf], slo_itl_s: float, context: PolicyContext
 ) -> tuple[FloatArray, FloatArray, FloatArray]:
     """Mean iteration time (s, endless where empty), power (W), share of late iterations.
 
     Each has shape (batch buckets, KV buckets, clocks).
     """
-    shape = (*grid.shape[:2], len(clocks_mhz))
+    shape = (*grid.shape[:2], len(clocks))
     time_s, power_w, late = (np.zeros(shape) for _ in range(3))
     time_s[0] = np.inf
-    edges = grid.batch_edges_requests
-    for level, clock_mhz in enumerate(clocks_mhz):
-        power_w[0, :, level] = power.idle_power_w(clock_mhz)
+    edges, predict_s = grid.batch_edges_requests, context.predictor.predict_s
+    for level, clock_of in enumerate(clocks):
+        power_w[0, :, level] = context.power.idle_power_w(clock_of(0, 0))
         for batch in range(1, grid.num_batch):
             sizes = range(edges[batch], edges[batch + 1])
             for kv, node in enumerate(grid.kv_nodes_tokens):
-                points = [(clock_mhz, n, round(n * node)) for n in sizes]
-                times = np.array([predictor.predict_s(DECODE, *point) for point in points])
+                loads = [(n, round(n * node)) for n in sizes]
+                points = [(clock_of(*load), *load) for load in loads]
+                times = np.array([predict_s(DECODE, *point) for point in points])
                 time_s[batch, kv, level] = times.mean()
-                power_w[batch, kv, level] = np.mean([power.power_w(DECODE, *p) for p in points])
-                late[batch, kv, level] = (times > parameters.slo_itl_s).mean()
+                power_w[batch, kv, level] = np.mean(
+                    [context.power.power_w(DECODE, *point) for point in points]
+                )
+                late[batch, kv, level] = (times > slo_itl_s).mean()
     return time_s, power_w, late
 
 
-def _clock_targets(
-    parameters: ModelParameters, time_s: FloatArray, power_w: FloatArray
-) -> IntArray:
-    """Level that the controller asks for. Shape (num_batch, num_kv); 0 where the batch is empty."""
-    fits = time_s <= parameters.slo_itl_s
-    top = time_s.shape[2] - 1
-    if parameters.clock_rule == "ecofreq":
-        wanted = np.argmax(fits, axis=2)
-    else:
-        wanted = np.argmin(np.where(fits, power_w * time_s, np.inf), axis=2)
-    wanted = np.where(fits.any(axis=2), wanted, top)
-    wanted[0] = 0
-    return np.asarray(wanted, dtype=np.int64)
+def bucket_loads(grid: StateGrid) -> list[tuple[int, int]]:
+    """Requests and tokens in the middle of each bucket that is not empty, in the grid's order."""
+    return [
+        (round(n), round(round(n) * node))
+        for n in grid.batch_nodes_requests[1:]
+        for node in grid.kv_nodes_tokens
+    ]
+
+
+def _clock_targets(grid: StateGrid, rule: ControllerClock) -> IntArray:
+    """Level that the controller asks for in each state. Shape (batch, KV, levels).
+
+    A clock that is no level of the grid counts as the nearest one.
+    """
+    levels = grid.levels_mhz
+    plan = rule.idle_plan
+    target = np.zeros(grid.shape, dtype=np.int64)
+    target[0] = np.arange(len(levels)) if plan is None else grid.level_of(plan.clock_mhz)
+    for (batch, kv), load in zip(np.ndindex(*grid.shape[:2]), _all_loads(grid), strict=True):
+        if batch > 0:
+            target[batch, kv] = [grid.level_of(rule.next_mhz(*load, f)) for f in levels]
+    return target
+
+
+def _all_loads(grid: StateGrid) -> list[tuple[int, int]]:
+    return [(0, 0)] * len(grid.kv_nodes_tokens) + bucket_loads(grid)
 
 
 def _generator(
@@ -235,8 +263,7 @@ def _generator(
     ageing = (parameters.context_tokens - parameters.input_tokens) / parameters.output_tokens
     moves.append((number[1:, :-1], number[1:, 1:], ageing / busy_s[:, :-1] / gap))
     if target is not None:
-        reached = np.take_along_axis(number, target[:, :, None], axis=2)
-        moves.append((number, np.broadcast_to(reached, grid.shape), clock_rate))
+        moves.append((number, np.take_along_axis(number, target, axis=2), clock_rate))
     return _from_moves(grid.num_states, moves)
 
 

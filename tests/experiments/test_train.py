@@ -124,7 +124,8 @@ MISTAKES = [
     ({"solver": "q", "rates_rps": (3.0, 4.0)}, "q learns at one rate, got 2"),
     ({"width_requests": 0}, "width_requests must be >= 1"),
     ({"penalty_j": -1.0}, "penalty_j must be >= 0"),
-    ({"clock_rule": "fast"}, "clock rule must be one of"),
+    ({"clock_rule": "fast"}, "unknown controller 'fast'"),
+    ({"clock_rule": "polca"}, "polca sees the whole fleet"),
     ({"solver": "vi", "config": make_config({"num_decode": 8})}, "take the factored solver"),
 ]
 

@@ -65,6 +65,10 @@ class StateGrid:
         ends = np.asarray(self.batch_edges_requests, dtype=np.float64)
         return np.asarray((ends[:-1] + ends[1:] - 1.0) / 2.0)
 
+    def level_of(self, clock_mhz: int) -> int:
+        """Position of the level nearest to a clock; unlocked (0) counts as the top one."""
+        return _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
+
     def locate(self, requests: int, kv_tokens: int, clock_mhz: int) -> int:
         """State number of an instance.
 
@@ -75,7 +79,7 @@ class StateGrid:
         """
         batch = min(bisect_right(self.batch_edges_requests, requests), self.num_batch) - 1
         kv = _nearest(self.kv_nodes_tokens, kv_tokens / requests) if requests else 0
-        level = _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
+        level = self.level_of(clock_mhz)
         return (batch * len(self.kv_nodes_tokens) + kv) * len(self.levels_mhz) + level
 
     def blend(self, requests: int, kv_tokens: int, clock_mhz: int) -> tuple[int, int, float]:
@@ -89,7 +93,7 @@ class StateGrid:
         stride = self.num_states // len(nodes)
         kv = _nearest(self.kv_nodes_tokens, kv_tokens / requests) if requests else 0
         other = kv * len(self.levels_mhz)
-        other += _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
+        other += self.level_of(clock_mhz)
         low = bisect_right(nodes, requests) - 1
         if low == 0 and requests > 0:
             return stride + other, stride + other, 0.0

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from sim.policies.mdp.grid import StateGrid
 from sim.rl.model import InstanceModel, ModelParameters, build_instance
-from tests.sim.policies.doubles import Formula
+from tests.sim.policies.doubles import Formula, make_context
 
 IDLE_W, BUSY_W, PER_REQUEST_W = 40.0, 100.0, 10.0
 
@@ -36,4 +38,5 @@ def one_level(
         penalty_j=penalty_j,
     )
     predictor = Formula(lambda p, f, b, t: 0.1 + slope_s * b)
-    return build_instance(grid, parameters, predictor, AffinePower())
+    context = replace(make_context(predictor, levels_mhz=(1000,)), power=AffinePower())
+    return build_instance(grid, parameters, context)

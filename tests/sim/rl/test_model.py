@@ -7,18 +7,23 @@ import dataclasses
 import numpy as np
 import pytest
 
+from experiments.study.train import policy_context
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.policies.clocks import levels_of
 from sim.policies.mdp.grid import StateGrid, batch_edges
+from sim.policies.registry import make_controller
+from sim.rl.clock_rule import ControllerClock
 from sim.rl.factored import solve_group
 from sim.rl.model import InstanceModel, ModelParameters, build_instance
-from tests.sim.policies.doubles import Formula
+from tests.sim.policies.doubles import Formula, decode_state, make_context
 from tests.sim.rl.small import AffinePower
 
 PARAMETERS = ModelParameters(
     slo_itl_s=0.15, input_tokens=5, output_tokens=10, context_tokens=15, penalty_j=2.0
 )
-TIED = dataclasses.replace(PARAMETERS, tied_mhz=(1000, 1400))
+TIED = dataclasses.replace(PARAMETERS, is_tied=True)
 
 
 class ClockPower(AffinePower):
@@ -28,14 +33,23 @@ class ClockPower(AffinePower):
         return 0.1 * frequency_mhz
 
 
-def build(parameters: ModelParameters, levels_mhz: tuple[int, ...]) -> InstanceModel:
+PER_REQUEST_S = {1000: 0.1, 1200: 0.08, 1400: 0.06}
+CONTEXT = dataclasses.replace(
+    make_context(Formula(lambda p, f, b, t: PER_REQUEST_S[f] * b), slo_itl_s=0.15),
+    power=ClockPower(),
+)
+
+
+def build(
+    parameters: ModelParameters,
+    levels_mhz: tuple[int, ...],
+    kv_nodes_tokens: tuple[float, ...] = (15.0,),
+) -> InstanceModel:
     """0.1 s a request at 1000 MHz, 0.06 s at 1400 MHz; up to 3 requests."""
     grid = StateGrid(
-        batch_edges_requests=(0, 1, 2, 3, 4), kv_nodes_tokens=(15.0,), levels_mhz=levels_mhz
+        batch_edges_requests=(0, 1, 2, 3, 4), kv_nodes_tokens=kv_nodes_tokens, levels_mhz=levels_mhz
     )
-    per_request = {1000: 0.1, 1400: 0.06}
-    predictor = Formula(lambda p, f, b, t: per_request[f] * b)
-    return build_instance(grid, parameters, predictor, ClockPower())
+    return build_instance(grid, parameters, CONTEXT)
 
 
 def test_tied_clocks_follow_the_rule_at_once() -> None:
@@ -61,23 +75,88 @@ def test_tied_clocks_cost_nearly_what_moving_ones_do() -> None:
     """On the A100 a change of clock takes one iteration of a request's 325: within 1 %."""
     profile = load_profile("a100-80g-sxm/llama-3.1-8b")
     levels = profile.meta.clocks.default_levels_mhz
+    context = policy_context(make_config({"slo_itl_s": 0.035}), profile)
     parameters = ModelParameters(
         slo_itl_s=0.035, input_tokens=200, output_tokens=325, context_tokens=470, penalty_j=0.1
     )
     costs = []
-    for grid_levels, tied in ((levels, ()), (levels[-1:], levels)):
+    for grid_levels, tied in ((levels, False), (levels[-1:], True)):
         grid = StateGrid(
             batch_edges_requests=batch_edges(300, 8),
             kv_nodes_tokens=(470.0,),
             levels_mhz=grid_levels,
         )
-        model = build_instance(
-            grid, dataclasses.replace(parameters, tied_mhz=tied), profile.predictor(),
-            profile.truth(),
-        )  # fmt: skip
+        model = build_instance(grid, dataclasses.replace(parameters, is_tied=tied), context)
         costs.append([solve_group(model, rate_rps, 1).cost_w for rate_rps in (3.0, 10.0, 18.0)])
     np.testing.assert_allclose(costs[1], costs[0], rtol=0.01)
     assert costs[0][2] > 1.2 * costs[0][0]
+
+
+def test_context_grows_with_tokens_and_falls_with_prompts() -> None:
+    """KV nodes 10 and 20 tokens a request, prompts of 5, outputs of 10, mean context 15.
+
+    A running request gains (15 - 5) / 10 = 1 token an iteration, so that ten iterations of the
+    batch carry it to the next node. An arrival makes the mean (n·k + 5) / (n + 1): a batch of one
+    at 20 falls to 12.5, three quarters of the way to 10, a batch of two to 15.
+    """
+    model = build(TIED, (1400,), kv_nodes_tokens=(10.0, 20.0))
+    rates = model.generator.toarray()
+    at = {(n, kv): 2 * n + kv for n in range(4) for kv in range(2)}
+    for n, time_s in ((1, 0.1), (2, 0.12), (3, 0.18)):
+        assert rates[at[n, 0], at[n, 1]] == pytest.approx(1 / time_s / 10)
+        assert rates[at[n, 1], at[n, 0]] == 0.0
+    assert rates[at[0, 0], at[0, 1]] == 0.0
+    arrival = model.arrival.toarray()
+    for n in (1, 2):
+        after = {k: arrival[at[n, 1], at[n + 1, k]] for k in (0, 1)}
+        mean_tokens = 10.0 * after[0] + 20.0 * after[1]
+        assert mean_tokens == pytest.approx((n * 20.0 + 5.0) / (n + 1))
+        assert arrival[at[n, 0], at[n + 1, 0]] == 1.0  # there is no lower node
+    assert arrival[at[0, 0], at[1, 0]] == 1.0
+
+
+def test_half_the_growth_of_context_where_it_is_half_as_long() -> None:
+    """Mean context 10: (10 - 5) / 10 tokens an iteration, whatever the mean prompt and output."""
+    short = dataclasses.replace(TIED, context_tokens=10)
+    rates = build(short, (1400,), kv_nodes_tokens=(10.0, 20.0)).generator.toarray()
+    assert rates[2, 3] == pytest.approx(0.5 / 0.1 / 10)
+
+
+@pytest.mark.parametrize("spec", ["ecofreq", "ecomin:headroom=0.0,reserve=0.0", "static:f=1200"])
+def test_clocks_are_the_controllers_own(spec: str) -> None:
+    """Watts are a tenth of the clock here, so that a tied model's power tells which clock it is.
+
+    In each state that must be what a controller of that name, made for it, answers at that clock.
+    """
+    model = build(dataclasses.replace(TIED, clock_rule=spec), (1400,))
+    for n in (1, 2, 3):
+        clock = round(10.0 * model.energy_w[n])
+        made = make_controller(spec, CONTEXT)
+        state = decode_state(batch=n, tokens=15 * n, kv=15 * n, opened=n, clock=clock)
+        state.now_s, state.num_running = 100.0, n
+        assert made.decide(state) == clock, n
+
+
+def test_ecomin_has_more_than_two_clocks() -> None:
+    """On the A100 it moves among eight, whatever the profile's two default levels."""
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    context = policy_context(make_config({"slo_itl_s": 0.045}), profile)
+    loads = [(n, 500 * n) for n in range(8, 321, 24)]
+    clocks = ControllerClock("ecomin", context).reachable_mhz(loads)
+    eight = levels_of(context, (), 8, "")
+    assert set(clocks) <= set(eight)
+    assert len(clocks) > 2
+    assert ControllerClock("ecofreq", context).reachable_mhz(loads) == (1005, 1410)
+
+
+def test_moving_clocks_go_where_the_controller_says() -> None:
+    """EcoFreq at 150 ms: one request wants 1000 MHz, two want 1400, an empty instance 1000 after
+    5 s; the change takes an iteration and the 3 ms of actuation."""
+    rates = build(PARAMETERS, (1000, 1400)).generator.toarray()
+    assert rates[3, 2] == pytest.approx(1 / (0.060 + 0.003))
+    assert rates[4, 5] == pytest.approx(1 / (0.200 + 0.003))
+    assert rates[1, 0] == pytest.approx(1 / 5.0)
+    assert rates[2, 3] == rates[5, 4] == rates[0, 1] == 0.0
 
 
 def test_contradictions_are_refused() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.policies.mdp.grid import StateGrid
 from sim.rl.qlearn import (
+    Features,
     Learner,
     QSettings,
     load_checkpoint,
@@ -136,6 +138,35 @@ def test_learning_on_the_simulator_moves_values_that_were_seen() -> None:
     assert np.isfinite(learner.weights_j).all()
     assert np.count_nonzero(learner.weights_j) > 3
     assert 100.0 < learner.cost_w < 1000.0  # two A100 idle at about 100 W, and draw at most 800 W
+
+
+class TwoChoices:
+    """An endless choice between 1 J and 100 J, a second each."""
+
+    num_features = 2
+
+    def reset(self, seed: int) -> None:
+        self.left = 500
+        self.taken: list[int] = []
+
+    def actions(self) -> Sequence[Features]:
+        return [([0], [1.0]), ([1], [1.0])] if self.left else ()
+
+    def act(self, action: int) -> tuple[float, float]:
+        self.left -= 1
+        self.taken.append(action)
+        return (1.0, 100.0)[action], 1.0
+
+
+def test_exploration_does_not_count_as_cost() -> None:
+    """A quarter of the actions are drawn to the dear side; the greedy policy costs 1 J a second.
+
+    What is learned of the dear one is its excess, 99 J, since both lead to the same next state."""
+    task = TwoChoices()
+    learner = q_learn(task, QSettings(episodes=1, exploration=0.5, learning_rate=0.5))
+    assert 80 <= sum(task.taken) <= 170  # 125 expected, 4 standard deviations of 9.7
+    assert learner.cost_w == pytest.approx(1.0)
+    assert learner.weights_j[1] - learner.weights_j[0] == pytest.approx(99.0, rel=1e-6)
 
 
 def test_settings_out_of_range_are_refused() -> None:
