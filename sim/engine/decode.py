@@ -157,7 +157,9 @@ class DecodeInstance(Instance):
 
     def _admit(self, now_s: float) -> None:
         state, waiting = self.state, self._waiting
-        while waiting and state.num_running < self._max_running:
+        wanted = self.controller.admit_up_to(state)
+        most = self._max_running if wanted is None else min(max(wanted, 1), self._max_running)
+        while waiting and state.num_running < most:
             request = waiting[0]
             context = request.input_tokens + request.generated_tokens
             reserve = self._reserve_tokens * state.num_running
