@@ -60,7 +60,7 @@ class EcoMinParameters:
         500.0, "iterations that the least-squares correction of predictions looks back", low=2
     )
     dwell_s: float = parameter(0.25, "shortest time before the clock may fall again", low=0)
-    idle_s: float = parameter(0.05, "idle time before parking at the least idle power", low=0)
+    idle_s: float = parameter(0.5, "idle time before parking at the least idle power", low=0)
     num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
     frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
 

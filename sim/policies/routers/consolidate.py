@@ -65,8 +65,7 @@ class Consolidate(Router):
 
     __slots__ = (
         "_active", "_changed_s", "_context", "_fullest", "_levels_mhz", "_limit_s", "_park_w",
-        "_planned_s",
-        "_prefill_s", "_rate", "_settings",
+        "_planned_s", "_prefill_s", "_rate", "_settings",
     )  # fmt: skip
 
     def __init__(self, parameters: ConsolidateParameters, context: PolicyContext) -> None:
