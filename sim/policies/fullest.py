@@ -13,6 +13,8 @@ from typing import Final
 from sim.policies.base import DECODE, PolicyContext, Predictor
 
 _MOST: Final = 4096
+_EQUAL: Final = 1.0 - 1e-9
+"""Rates that differ by less are equal but for rounding."""
 _CONTEXT_STEP: Final = 32
 """Tokens; contexts are rounded up to it, so that few batches have to be searched."""
 
@@ -39,7 +41,7 @@ class FullestBatch:
         return context.share("fullest batch", lambda: cls(context.predictor, top_mhz))
 
     def requests(self, context_tokens: float, limit_s: float) -> int:
-        """The batch; the smallest of equal ones, and at least one request.
+        """The batch; the largest of equal ones, and at least one request.
 
         Args:
             context_tokens: Mean context of a request, in tokens.
@@ -59,6 +61,6 @@ class FullestBatch:
             )
             if time_s > limit_s:
                 break
-            if batch > best_rate * time_s:
+            if batch >= best_rate * time_s * _EQUAL:
                 best, best_rate = batch, batch / time_s
         return best

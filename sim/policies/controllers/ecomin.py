@@ -22,7 +22,7 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import levels_of
+from sim.policies.clocks import least_energy_clock_mhz, levels_of, nearest_clock_mhz
 from sim.policies.correction import TimeCorrection
 from sim.policies.fullest import FullestBatch
 from sim.policies.spec import parameter
@@ -43,8 +43,9 @@ class EcoMinParameters:
         3.0, "decode: the same, within which no clock below that of least energy is taken", low=0
     )
     hold_frac: float = parameter(
-        0.35, "prefill: part of the TTFT promise in which a batch may gather and run", low=0, high=1
-    )
+        0.4, "prefill: part of its time in the TTFT promise for a batch to gather and run", low=0,
+        high=1,
+    )  # fmt: skip
     drain_gaps_ratio: float = parameter(
         5.0, "decode: mean gaps between new requests after which, without one, a batch is draining",
         low=0,
@@ -69,8 +70,6 @@ _GAP_STEP: Final = 0.1
 """Weight of the last gap between new requests in their mean."""
 _SHORTEST_GAP_S: Final = 0.05
 """About an iteration: shorter gaps cannot be told."""
-_FULL_PREFILL: Final = 0.25
-"""Part of the TTFT promise that a well-filled prefill batch takes at the top clock."""
 _LIMIT_STEP: Final = 0.01
 """Of the ITL promise: limits are rounded to it, so that few of them have to be searched."""
 
@@ -87,10 +86,10 @@ class EcoMin(Controller):
     the bottom, the clock of least energy an iteration, since work put off there would have to be
     caught up at clocks that are far dearer. With s < band: no lower than
     bottom + (top - bottom)·(1 - s/band)², so that the batch turns before it is full.
-    Prefill: waits for more prompts while the oldest has spent less than hold·SLO, the time to run
-    the queue included. Then the lowest clock from the bottom on, here of a well-filled batch, with
-    max(delay, q·W) + q·T <= (SLO_TTFT - 2·SLO_ITL)·(1 - headroom), where W is T of the whole queue
-    in one batch, or of the batch itself with nobody in the queue: who arrives during it waits for it.
+    Prefill, with S = SLO_TTFT - 2·SLO_ITL: waits for more prompts until the oldest would end at
+    hold·S were the queue begun now. Then the lowest clock from the bottom on with
+    max(delay, q·W) + q·T <= S·(1 - headroom), where W is T of the whole queue in one batch, or of
+    the batch itself with nobody in the queue: who arrives during it waits for it.
     None keeps the promise: the fastest clock.
 
     T is the prediction corrected by recursive least squares on the observed iteration times, and q
@@ -104,9 +103,9 @@ class EcoMin(Controller):
     """
 
     __slots__ = (
-        "_bottoms_mhz", "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz",
+        "_bottom_mhz", "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz",
         "_fullest", "_gap_s", "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz",
-        "_prefill_bottom_mhz", "_settings", "_top_mhz",
+        "_settings", "_top_mhz",
     )  # fmt: skip
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
@@ -126,10 +125,8 @@ class EcoMin(Controller):
         self._predicted_at_mhz = -1
         self._changed_s = 0.0
         self._park_mhz = min((UNLOCKED_MHZ, *self._levels_mhz), key=context.power.idle_power_w)
-        self._park_w = context.power.idle_power_w(self._park_mhz)
         self._fullest = FullestBatch.of(context)
-        self._bottoms_mhz: dict[tuple[int, int], int] = {}
-        self._prefill_bottom_mhz = self._bottom_mhz(1, self._full_prefill_tokens())
+        self._bottom_mhz = nearest_clock_mhz(self._levels_mhz, least_energy_clock_mhz(context))
         self._open = 0
         self._came_s = self._gap_s = 0.0
 
@@ -155,8 +152,8 @@ class EcoMin(Controller):
         return self._most(state.kv_load_tokens / requests) if requests else None
 
     def hold_s(self, state: InstanceState) -> float:
-        budget_s = self._settings.hold_frac * self._context.slo_ttft_s
-        run_s = self._bound_s(self._prefill_bottom_mhz, state.num_waiting, state.waiting_tokens)
+        budget_s = self._settings.hold_frac * self._context.prefill_budget_s
+        run_s = self._bound_s(self._bottom_mhz, state.num_waiting, state.waiting_tokens)
         if run_s >= budget_s:
             return 0.0
         oldest_s = min(request.arrival_s for request in state.list_waiting())
@@ -180,13 +177,12 @@ class EcoMin(Controller):
         most = self._most(tokens / batch)
         here = max(batch + state.num_waiting, state.open_requests)
         room = (most - here) / math.sqrt(most)
-        bottom_mhz = self._bottom_mhz(batch, tokens)
         floor_mhz = 0.0
         if room < settings.calm_ratio or self._is_draining(state):
-            floor_mhz = bottom_mhz
+            floor_mhz = float(self._bottom_mhz)
         if room < settings.band_ratio:
             climb = min(1.0 - room / settings.band_ratio, 1.0) ** 2
-            floor_mhz = bottom_mhz + (self._top_mhz - bottom_mhz) * climb
+            floor_mhz = self._bottom_mhz + (self._top_mhz - self._bottom_mhz) * climb
         soon = max(min(here, most), batch)
         limit_s = self._limit_s(self._context.slo_itl_s)
         for clock in self._levels_mhz:
@@ -205,24 +201,6 @@ class EcoMin(Controller):
     def _limit_s(self, slo_s: float) -> float:
         return slo_s * (1.0 - self._settings.headroom_frac)
 
-    def _bottom_mhz(self, batch: int, tokens: int) -> int:
-        """The clock of least energy above idle for one such iteration.
-
-        Worked out once for batches alike: it does not turn on a few tokens.
-        """
-        key = batch >> 2, tokens >> 11
-        bottom_mhz = self._bottoms_mhz.get(key)
-        if bottom_mhz is None:
-            context, phase = self._context, self._context.phase
-            above_j = {
-                f: (context.power.power_w(phase, f, batch, tokens) - self._park_w)
-                * context.predictor.predict_s(phase, f, batch, tokens)
-                for f in self._levels_mhz
-            }
-            bottom_mhz = min(self._levels_mhz, key=lambda f: above_j[f])
-            self._bottoms_mhz[key] = bottom_mhz
-        return bottom_mhz
-
     def _is_draining(self, state: InstanceState) -> bool:
         """Whether requests leave and none has come for longer than chance explains."""
         if state.open_requests > self._open:
@@ -239,26 +217,13 @@ class EcoMin(Controller):
         limit_s = self._limit_s(context.prefill_budget_s)
         queued = state.num_waiting
         for clock in self._levels_mhz:
-            if clock < self._prefill_bottom_mhz:
+            if clock < self._bottom_mhz:
                 continue
             time_s = self._bound_s(clock, batch, tokens)
             behind_s = self._bound_s(clock, queued, state.waiting_tokens) if queued else time_s
             if max(state.last_queue_delay_s, behind_s) + time_s <= limit_s:
                 return clock
         return self._top_mhz
-
-    def _full_prefill_tokens(self) -> int:
-        """Prompt tokens of a well-filled batch."""
-        context = self._context
-        if context.phase == DECODE:
-            return 1
-        tokens, full_s = 256, _FULL_PREFILL * context.slo_ttft_s
-        while (
-            tokens < 16_384
-            and context.predictor.predict_s(context.phase, self._top_mhz, 1, tokens) < full_s
-        ):
-            tokens *= 2
-        return tokens
 
     def _bound_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
         context = self._context
