@@ -35,13 +35,10 @@ class EcoMinParameters:
     headroom_frac: float = parameter(
         0.05, "part of the promise kept in reserve; below 0 aims past it", low=-1.0, high=0.9
     )
-    band_ratio: float = parameter(
-        2.0, "decode: reserve before the fullest batch in which the clock climbs to the top, in"
-        " standard deviations of a Poisson batch", low=0.01,
+    reserve_ratio: float = parameter(
+        3.0, "decode: room before the fullest batch in which the clock climbs from the bottom to"
+        " the top, in standard deviations of a Poisson batch", low=0.01,
     )  # fmt: skip
-    calm_ratio: float = parameter(
-        3.0, "decode: the same, within which no clock below that of least energy is taken", low=0
-    )
     hold_frac: float = parameter(
         0.4, "prefill: part of its time in the TTFT promise for a batch to gather and run", low=0,
         high=1,
@@ -81,11 +78,11 @@ class EcoMin(Controller):
     with q·T <= limit = SLO·(1 - headroom). No more than B run; others wait, TTFT pays. With n the
     requests that are here or on their way, s = (B - n) / sqrt(B) is the room left in standard
     deviations of a Poisson batch. Far from full: the lowest clock with q·T(f, n) <= limit, since at
-    a given token rate that is the least power. With s < calm, or a batch that is draining (no
-    request has joined for `drain_gaps` mean gaps: its work is given, not its rate): no lower than
-    the bottom, the clock of least energy an iteration, since work put off there would have to be
-    caught up at clocks that are far dearer. With s < band: no lower than
-    bottom + (top - bottom)·(1 - s/band)², so that the batch turns before it is full.
+    a given token rate that is the least power. With s < reserve: none below the clock nearest to
+    bottom + (top - bottom)·(1 - s/reserve)², so that the batch turns before it is full; and none
+    below the bottom, the clock of least energy an iteration, since work put off there would have
+    to be caught up at clocks that are far dearer. The bottom also bounds a batch that is draining:
+    no request has joined for `drain_gaps` mean gaps, so that its work is given, not its rate.
     Prefill, with S = SLO_TTFT - 2·SLO_ITL: waits for more prompts until the oldest would end at
     hold·S were the queue begun now. Then the lowest clock from the bottom on with
     max(delay, q·W) + q·T <= S·(1 - headroom), where W is T of the whole queue in one batch, or of
@@ -177,12 +174,11 @@ class EcoMin(Controller):
         most = self._most(tokens / batch)
         here = max(batch + state.num_waiting, state.open_requests)
         room = (most - here) / math.sqrt(most)
-        floor_mhz = 0.0
-        if room < settings.calm_ratio or self._is_draining(state):
-            floor_mhz = float(self._bottom_mhz)
-        if room < settings.band_ratio:
-            climb = min(1.0 - room / settings.band_ratio, 1.0) ** 2
-            floor_mhz = self._bottom_mhz + (self._top_mhz - self._bottom_mhz) * climb
+        floor_mhz = self._bottom_mhz if self._is_draining(state) else 0
+        if room < settings.reserve_ratio:
+            climb = min(1.0 - room / settings.reserve_ratio, 1.0) ** 2
+            wanted_mhz = self._bottom_mhz + (self._top_mhz - self._bottom_mhz) * climb
+            floor_mhz = nearest_clock_mhz(self._levels_mhz, wanted_mhz)
         soon = max(min(here, most), batch)
         limit_s = self._limit_s(self._context.slo_itl_s)
         for clock in self._levels_mhz:

@@ -87,32 +87,34 @@ def test_decode_takes_the_lowest_clock_that_keeps_the_promise() -> None:
 def test_the_clock_climbs_before_the_batch_is_full() -> None:
     """Fullest 34, as above; the bottom of this power is 1000 MHz.
 
-    23 requests: (34 - 23)/5.831 = 1.886 of 2, climb (1 - 0.943)² = 0.003: 1001 MHz, so 1200.
-    22: 2.06 away: not in the band, and 44 ms at 1000 MHz.
-    29: 0.857, climb 0.327: 1131 MHz, so 1200, where 29 requests take 48.3 ms.
-    33: 0.1715, climb 0.836: 1334 MHz, so 1400. 40: beyond, the top.
+    22: (34 - 22)/5.831 = 2.058 of 3, climb (1 - 0.686)² = 0.099: 1039 MHz, nearest 1000.
+    26: 1.372, climb 0.295: 1118 MHz, so 1200. 31: 0.514, climb 0.686: 1275 MHz, so 1200; but 31
+    requests take 51.7 ms there: 1400. 30: 50 ms, just kept. 33: climb 0.889: 1356 MHz, so 1400.
     """
     assert controller().decide(busy(22, 22_000)) == 1000
-    assert controller().decide(busy(23, 23_000)) == 1200
-    assert controller().decide(busy(29, 29_000)) == 1200
+    assert controller().decide(busy(26, 26_000)) == 1200
+    assert controller().decide(busy(30, 30_000)) == 1200
+    assert controller().decide(busy(31, 31_000)) == 1400
     assert controller().decide(busy(33, 33_000)) == 1400
     assert controller().decide(busy(40, 40_000)) == 1400
 
 
 def test_requests_on_their_way_count_as_if_they_were_here() -> None:
-    """22 run, 1 is still in prefill: 23 as above. 22 run and 11 wait: 33."""
+    """22 run, 4 are still in prefill: 26 as above. 22 run and 11 wait: 33."""
     state = busy(22, 22_000)
-    state.open_requests = 23
+    state.open_requests = 26
     assert controller().decide(state) == 1200
     assert controller().decide(busy(22, 22_000, waiting=11)) == 1400
 
 
 def test_headroom_is_kept() -> None:
     """10 requests, 10,000 tokens: 20 ms at 1000 MHz against 50 ms·(1 - 0.65) = 17.5 ms: 1200 MHz,
-    16.7 ms. The fullest batch is 12 then (17.35 ms): 0.58 deviations off, climb 0.505: 1202 MHz."""
-    spec = "ecomin:headroom=0.65,dwell=0.0,band=0.01"
+    16.7 ms. The fullest batch is 12 then (17.35 ms): 0.58 deviations off, of 3: climb 0.651,
+    1260 MHz, nearest 1200; of 30: 1385 MHz, so 1400."""
+    spec = "ecomin:headroom=0.65,dwell=0.0"
+    assert controller(f"{spec},reserve=0.01").decide(busy(10, 10_000)) == 1200
     assert controller(spec).decide(busy(10, 10_000)) == 1200
-    assert controller("ecomin:headroom=0.65,dwell=0.0").decide(busy(10, 10_000)) == 1400
+    assert controller(f"{spec},reserve=30").decide(busy(10, 10_000)) == 1400
 
 
 def test_near_full_no_clock_below_the_bottom() -> None:
@@ -121,7 +123,7 @@ def test_near_full_no_clock_below_the_bottom() -> None:
     assert controller(power=FlatterPower()).decide(busy(16, 16_000)) == 1000  # 3.09 away
     assert controller(power=FlatterPower()).decide(busy(17, 17_000)) == 1400  # 2.92
     assert controller().decide(busy(17, 17_000)) == 1000
-    spec = f"{EXACT},calm=2"
+    spec = f"{EXACT},reserve=2"
     assert controller(spec, power=FlatterPower()).decide(busy(17, 17_000)) == 1000
 
 
@@ -194,7 +196,7 @@ def test_a_wrong_decode_model_is_found_out() -> None:
 
     13 requests are 26 ms predicted, 29.9 in truth: within 30 ms; 14 are 28, in truth 32.2.
     """
-    spec = f"{EXACT},band=0.01,calm=0"
+    spec = f"{EXACT},reserve=0.01"
     made = controller(spec, slo_itl_s=0.0300)
     assert made.decide(busy(14, 14_000)) == 1000
     for step in range(300):
