@@ -36,7 +36,7 @@ class EcoMinParameters:
         0.05, "part of the promise kept in reserve; below 0 aims past it", low=-1.0, high=0.9
     )
     reserve_ratio: float = parameter(
-        3.0, "decode: room before the fullest batch in which the clock climbs from the bottom to"
+        4.0, "decode: room before the fullest batch in which the clock climbs from the bottom to"
         " the top, in standard deviations of a Poisson batch", low=0.01,
     )  # fmt: skip
     hold_frac: float = parameter(

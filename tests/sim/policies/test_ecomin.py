@@ -16,7 +16,8 @@ from sim.policies.fullest import FullestBatch
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
 
-EXACT = "ecomin:headroom=0.0,dwell=0.0"
+PLAIN = "ecomin:headroom=0.0,dwell=0.0"
+EXACT = f"{PLAIN},reserve=3"
 
 
 class CubicPower:
@@ -113,7 +114,7 @@ def test_headroom_is_kept() -> None:
     1260 MHz, nearest 1200; of 30: 1385 MHz, so 1400."""
     spec = "ecomin:headroom=0.65,dwell=0.0"
     assert controller(f"{spec},reserve=0.01").decide(busy(10, 10_000)) == 1200
-    assert controller(spec).decide(busy(10, 10_000)) == 1200
+    assert controller(f"{spec},reserve=3").decide(busy(10, 10_000)) == 1200
     assert controller(f"{spec},reserve=30").decide(busy(10, 10_000)) == 1400
 
 
@@ -123,7 +124,7 @@ def test_near_full_no_clock_below_the_bottom() -> None:
     assert controller(power=FlatterPower()).decide(busy(16, 16_000)) == 1000  # 3.09 away
     assert controller(power=FlatterPower()).decide(busy(17, 17_000)) == 1400  # 2.92
     assert controller().decide(busy(17, 17_000)) == 1000
-    spec = f"{EXACT},reserve=2"
+    spec = f"{PLAIN},reserve=2"
     assert controller(spec, power=FlatterPower()).decide(busy(17, 17_000)) == 1000
 
 
@@ -196,7 +197,7 @@ def test_a_wrong_decode_model_is_found_out() -> None:
 
     13 requests are 26 ms predicted, 29.9 in truth: within 30 ms; 14 are 28, in truth 32.2.
     """
-    spec = f"{EXACT},reserve=0.01"
+    spec = f"{PLAIN},reserve=0.01"
     made = controller(spec, slo_itl_s=0.0300)
     assert made.decide(busy(14, 14_000)) == 1000
     for step in range(300):
@@ -237,7 +238,7 @@ def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:
 
 
 def test_falls_wait_for_the_dwell_and_rises_do_not() -> None:
-    made = controller("ecomin:headroom=0.0,dwell=1.0")
+    made = controller("ecomin:headroom=0.0,dwell=1.0,reserve=3")
     for now_s, batch, expected in ((2.0, 10, 1000), (2.1, 40, 1400), (3.0, 10, 1400),
                                    (3.2, 10, 1000)):  # fmt: skip
         state = busy(batch, 1000 * batch)
