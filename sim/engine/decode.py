@@ -47,6 +47,8 @@ class DecodeInstance(Instance):
         self._joiners: list[SimRequest] = []
         """Joined with the running iteration and still waiting for a token from it."""
         self._max_running = max_running
+        self._most = max_running
+        """Requests that may run at once, as of the last boundary at which somebody waited."""
         # at least what the next iteration writes
         self._reserve_tokens = max(config.kv_reserve_tokens, 1)
         self._freed_tokens = config.kv_retract_tokens
@@ -167,6 +169,10 @@ class DecodeInstance(Instance):
 
     def _admit(self, now_s: float) -> None:
         state = self.state
+        if not state.num_waiting:
+            return
+        wanted = self.controller.admit_up_to(state)
+        self._most = self._max_running if wanted is None else min(max(wanted, 1), self._max_running)
         while state.num_waiting and self._has_room(state.kv_tokens):
             request = (self._retracted or self._waiting).popleft()
             context = request.input_tokens + request.generated_tokens
@@ -182,7 +188,7 @@ class DecodeInstance(Instance):
         state = self.state
         if state.num_running == 0:
             return True
-        if state.num_running >= self._max_running:
+        if state.num_running >= self._most:
             return False
         first = (self._retracted or self._waiting)[0]
         context = first.input_tokens + first.generated_tokens

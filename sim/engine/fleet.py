@@ -99,6 +99,7 @@ class Fleet(ABC):
         """Prefill instances first, then decode."""
         for instance in self.instances:
             instance.state.refresh = self._make_refresh(instance)
+            instance.later = self._later
         self._looks_at_load = self._router.looks_at == "load"
         self._looks_at_clocks = self._router.looks_at == "clocks"
         self._length_oracle = config.length_oracle

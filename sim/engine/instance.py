@@ -40,6 +40,8 @@ class Instance(ABC):
         self.controller = controller
         self.on_work: Callable[[Instance], None] = _no_driver
         """The driver's: step this instance now, after all else that happens at this instant."""
+        self.later: Callable[[float, Callable[[float], None]], None] = _never
+        """The driver's: call this with the time when it is that time."""
         self.due = 0
         """The driver's: which of its entries for this instance is the valid one."""
         self.track = track
@@ -72,16 +74,20 @@ class Instance(ABC):
         state = self.state
         if state.is_busy:
             self._finish_iteration(now_s)
+            if not self._goes_on(now_s):
+                self.park(now_s)
+                return None
         else:
             self.settle(now_s)
             self.idle_change_s = math.inf
             state.is_busy = True
             self._forget_last_iteration()
-        if not (state.num_running or state.num_waiting):
-            self.park(now_s)
-            return None
         self._start_s = now_s
         return self._begin(now_s)
+
+    def _goes_on(self, now_s: float) -> bool:
+        """Whether another iteration follows the one that has ended."""
+        return self.state.num_running > 0 or self.state.num_waiting > 0
 
     def sync(self, now_s: float) -> None:
         """Bring an idle instance's clock up to date before somebody looks at it."""
@@ -152,6 +158,10 @@ class Instance(ABC):
     @abstractmethod
     def _current_batch(self) -> tuple[int, int]:
         """Batch size and tokens of the iteration that is running."""
+
+
+def _never(at_s: float, action: Callable[[float], None]) -> None:
+    raise AssertionError("an instance without a driver has no timer")
 
 
 def _no_driver(instance: Instance) -> None:

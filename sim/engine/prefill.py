@@ -44,6 +44,9 @@ class PrefillInstance(Instance):
         self._max_requests = config.max_prefill_requests
         self._sees_next_batch = config.prefill_metrics == "before"
         self._has_record = False
+        self._is_held = False
+        """At rest with requests in the queue, because the controller waits for more."""
+        self._num_holds = 0
         self._hand_over = hand_over
         state.list_waiting = self._list_waiting
 
@@ -52,7 +55,26 @@ class PrefillInstance(Instance):
         self._queue.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens
-        if self._is_parked:
+        if self._is_parked and not self._holds(now_s):
+            self._wake()
+
+    def _goes_on(self, now_s: float) -> bool:
+        return self.state.num_waiting > 0 and not self._holds(now_s)
+
+    def _holds(self, now_s: float) -> bool:
+        """Whether the queue waits for more; the first who says so sets the latest start."""
+        self.state.now_s = now_s
+        hold_s = self.controller.hold_s(self.state)
+        was_held, self._is_held = self._is_held, hold_s > 0.0
+        if self._is_held and not was_held:
+            self._num_holds += 1
+            number = self._num_holds
+            self.later(now_s + hold_s, lambda _: self._release(number))
+        return self._is_held
+
+    def _release(self, number: int) -> None:
+        if self._is_held and number == self._num_holds:
+            self._is_held = False
             self._wake()
 
     def _forget_last_iteration(self) -> None:

@@ -197,6 +197,24 @@ class Controller(ABC):
         """Called when the instance runs out of work. None keeps the clock."""
         return None
 
+    def admit_up_to(self, state: InstanceState) -> int | None:
+        """Decode: requests that may run at once; None leaves it to the engine.
+
+        Asked at an iteration's start while requests wait to join; one may always run. The answer
+        may change only where `decide` is asked anew (`steady_iterations`). A simulator obeys;
+        SGLang fixes this number at its start (`--max-running-requests`).
+        """
+        return None
+
+    def hold_s(self, state: InstanceState) -> float:
+        """Prefill: for how long an instance at rest waits for more requests, 0 = begins now.
+
+        Asked when it could begin, and again at each arrival meanwhile: the first answer sets the
+        latest start, a later 0 begins at once. A simulator obeys; on hardware requests would have
+        to be held before they reach the engine, which no driver does yet.
+        """
+        return 0.0
+
     def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """How many further calls of `decide` are sure to return what the last one returned.
 

@@ -1,14 +1,16 @@
-"""EcoMin: the clock that costs the least energy among those that keep the promise. Ours.
+"""EcoMin: fill batches up to the stair, run them as slowly as pays, be back before the stair. Ours.
 
-Two facts set it apart from "lowest clock that fits". Prefill meets a given amount of work, so its
-energy is (power - idle power) × time: a U in the clock, and left of its bottom slower is dearer.
 Decode in continuous batching meets a given token rate: when iterations slow down the batch grows
-(Little's law) and the rate stays, so that its energy per token follows the power alone; and the
-larger batch, not the present one, has to keep the promise.
+(Little's law) and the rate stays, so that a slow clock with a large batch costs the least power.
+What limits this is not the promise but the way back. The token rate has a maximum, at the fullest
+batch; a fleet that lets more requests join falls off it for good (see `sim.policies.fullest`).
+Prefill meets a given amount of work: its energy is (power - idle power) × time, a U in the clock,
+and a small batch costs more a token than a large one.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Final
 
@@ -20,8 +22,9 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import levels_of
+from sim.policies.clocks import least_energy_clock_mhz, levels_of, nearest_clock_mhz
 from sim.policies.correction import TimeCorrection
+from sim.policies.fullest import FullestBatch
 from sim.policies.spec import parameter
 
 
@@ -30,17 +33,20 @@ class EcoMinParameters:
     """Parameters of `ecomin`; all defaults are ours."""
 
     headroom_frac: float = parameter(
-        0.15, "part of the promise kept in reserve; below 0 aims past it", low=-1.0, high=0.9
+        0.05, "part of the promise kept in reserve; below 0 aims past it", low=-1.0, high=0.9
     )
-    reserve_frac: float = parameter(
-        0.25, "decode: further part kept in reserve below the clock of least energy a token",
-        low=0, high=0.9,
+    reserve_ratio: float = parameter(
+        4.0, "decode: room before the fullest batch in which the clock climbs from the bottom to"
+        " the top, in standard deviations of a Poisson batch", low=0.01,
+    )  # fmt: skip
+    hold_frac: float = parameter(
+        0.4, "prefill: part of its time in the TTFT promise for a batch to gather and run", low=0,
+        high=1,
     )  # fmt: skip
     drain_gaps_ratio: float = parameter(
-        5.0,
-        "decode: mean gaps between new requests after which, without one, a batch is draining",
+        5.0, "decode: mean gaps between new requests after which, without one, a batch is draining",
         low=0,
-    )
+    )  # fmt: skip
     quantile_ratio: float = parameter(
         0.95, "quantile of observed / corrected time that corrected times are multiplied by",
         low=0.5, high=0.999,
@@ -52,7 +58,7 @@ class EcoMinParameters:
         500.0, "iterations that the least-squares correction of predictions looks back", low=2
     )
     dwell_s: float = parameter(0.25, "shortest time before the clock may fall again", low=0)
-    idle_s: float = parameter(0.05, "idle time before parking at the least idle power", low=0)
+    idle_s: float = parameter(0.5, "idle time before parking at the least idle power", low=0)
     num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
     frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
 
@@ -61,21 +67,27 @@ _GAP_STEP: Final = 0.1
 """Weight of the last gap between new requests in their mean."""
 _SHORTEST_GAP_S: Final = 0.05
 """About an iteration: shorter gaps cannot be told."""
+_LIMIT_STEP: Final = 0.01
+"""Of the ITL promise: limits are rounded to it, so that few of them have to be searched."""
 
 
 class EcoMin(Controller):
-    """Least energy per token among the clocks whose corrected prediction keeps the promise.
+    """Lowest clock that keeps the promise, back at the top before the batch is full; it may hold.
 
-    Decode: among clocks f with q·T(f, b', t') <= SLO·(1 - headroom), the one with the least power;
-    b' = b·T(f)/T(now) is the batch that the present token rate settles at, never below b. Below the
-    clock of least energy an iteration, where power falls by little and the batch grows by much, the
-    limit is lower by SLO·reserve, so that chance does not force far dearer clocks soon after. A
-    batch that no request has joined for `drain_gaps` mean gaps is draining: its work is given, not
-    its rate, and it runs no slower than that clock.
-    Prefill: among clocks with max(delay, q·W) + q·T <= limit the one with the least (P - idle)·T,
-    where limit = (SLO_TTFT - 2·SLO_ITL)·(1 - headroom) and W is T of the whole queue in one batch,
-    or T of the batch itself with nobody in the queue: who arrives during it waits for it.
-    None keeps the promise, or requests wait in decode: the fastest clock.
+    Decode: B is the fullest batch, the one of the highest token rate at the top clock among those
+    with q·T <= limit = SLO·(1 - headroom). No more than B run; others wait, TTFT pays. With n the
+    requests that are here or on their way, s = (B - n) / sqrt(B) is the room left in standard
+    deviations of a Poisson batch. Far from full: the lowest clock with q·T(f, n) <= limit, since at
+    a given token rate that is the least power. With s < reserve: none below the clock nearest to
+    bottom + (top - bottom)·(1 - s/reserve)², so that the batch turns before it is full; and none
+    below the bottom, the clock of least energy an iteration, since work put off there would have
+    to be caught up at clocks that are far dearer. The bottom also bounds a batch that is draining:
+    no request has joined for `drain_gaps` mean gaps, so that its work is given, not its rate.
+    Prefill, with S = SLO_TTFT - 2·SLO_ITL: waits for more prompts until the oldest would end at
+    hold·S were the queue begun now. Then the lowest clock from the bottom on with
+    max(delay, q·W) + q·T <= S·(1 - headroom), where W is T of the whole queue in one batch, or of
+    the batch itself with nobody in the queue: who arrives during it waits for it.
+    None keeps the promise: the fastest clock.
 
     T is the prediction corrected by recursive least squares on the observed iteration times, and q
     a quantile of observed / corrected (see `sim.policies.correction`): a predictor that is wrong by
@@ -83,12 +95,13 @@ class EcoMin(Controller):
     for little. A rise of the clock acts at once, a fall waits for `dwell_s`.
     Idle: after `idle_s` lock the clock of least idle power.
 
-    Source: ours; EcoFreq with an energy term.
+    Source: ours. That the batch of a queue with as many servers as customers is Poisson, of
+    variance equal to its mean, is the M/G/∞ queue's (Kleinrock, Queueing Systems I, 1975).
     """
 
     __slots__ = (
-        "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz", "_gap_s",
-        "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz", "_rankings",
+        "_bottom_mhz", "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz",
+        "_fullest", "_gap_s", "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz",
         "_settings", "_top_mhz",
     )  # fmt: skip
 
@@ -109,8 +122,8 @@ class EcoMin(Controller):
         self._predicted_at_mhz = -1
         self._changed_s = 0.0
         self._park_mhz = min((UNLOCKED_MHZ, *self._levels_mhz), key=context.power.idle_power_w)
-        self._park_w = context.power.idle_power_w(self._park_mhz)
-        self._rankings: dict[tuple[int, int], tuple[int, tuple[int, ...]]] = {}
+        self._fullest = FullestBatch.of(context)
+        self._bottom_mhz = nearest_clock_mhz(self._levels_mhz, least_energy_clock_mhz(context))
         self._open = 0
         self._came_s = self._gap_s = 0.0
 
@@ -131,6 +144,18 @@ class EcoMin(Controller):
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return IdlePlan(after_s=self._settings.idle_s, clock_mhz=self._park_mhz)
 
+    def admit_up_to(self, state: InstanceState) -> int | None:
+        requests = state.num_running + state.num_waiting
+        return self._most(state.kv_load_tokens / requests) if requests else None
+
+    def hold_s(self, state: InstanceState) -> float:
+        budget_s = self._settings.hold_frac * self._context.prefill_budget_s
+        run_s = self._bound_s(self._bottom_mhz, state.num_waiting, state.waiting_tokens)
+        if run_s >= budget_s:
+            return 0.0
+        oldest_s = min(request.arrival_s for request in state.list_waiting())
+        return max(oldest_s + budget_s - run_s - state.now_s, 0.0)
+
     def _learn(self, state: InstanceState) -> None:
         if state.clock_mhz != self._predicted_at_mhz or state.ended_batch_size == 0:
             return  # the clock changed within the iteration: its time says nothing about either
@@ -143,42 +168,34 @@ class EcoMin(Controller):
         self._correction.observe(predicted_s, state.last_duration_s)
 
     def _for_decode(self, state: InstanceState) -> int:
-        if state.num_waiting > 0:
-            return self._top_mhz
-        settings, ratio = self._settings, self._correction.ratio
+        settings = self._settings
         batch = max(state.num_running, state.last_batch_size)
         tokens = max(state.kv_tokens, state.last_tokens)
-        limit_s = self._context.slo_itl_s * (1.0 - settings.headroom_frac)
-        roomy_s = limit_s - self._context.slo_itl_s * settings.reserve_frac
-        if self._is_draining(state):
-            roomy_s = 0.0
-        now_s = self._predict_s(state.clock_or_top_mhz(self._top_mhz), batch, tokens)
-        bottom_mhz, by_power = self._ranking(batch, tokens)
-        for clock in by_power:
-            growth = max(self._predict_s(clock, batch, tokens) / now_s, 1.0)
-            settled_s = self._predict_s(clock, int(batch * growth), int(tokens * growth))
-            if ratio * settled_s <= (roomy_s if clock < bottom_mhz else limit_s):
+        most = self._most(tokens / batch)
+        here = max(batch + state.num_waiting, state.open_requests)
+        room = (most - here) / math.sqrt(most)
+        floor_mhz = self._bottom_mhz if self._is_draining(state) else 0
+        if room < settings.reserve_ratio:
+            climb = min(1.0 - room / settings.reserve_ratio, 1.0) ** 2
+            wanted_mhz = self._bottom_mhz + (self._top_mhz - self._bottom_mhz) * climb
+            floor_mhz = nearest_clock_mhz(self._levels_mhz, wanted_mhz)
+        soon = max(min(here, most), batch)
+        limit_s = self._limit_s(self._context.slo_itl_s)
+        for clock in self._levels_mhz:
+            fits = self._bound_s(clock, soon, tokens * soon // batch) <= limit_s
+            if clock >= floor_mhz and fits:
                 return clock
         return self._top_mhz
 
-    def _ranking(self, batch: int, tokens: int) -> tuple[int, tuple[int, ...]]:
-        """The clock of least energy above idle for one such iteration; all clocks by power.
+    def _most(self, context_tokens: float) -> int:
+        """The fullest batch, by times as they are observed."""
+        slo_s = self._context.slo_itl_s
+        error = self._correction.bound_s(slo_s) / slo_s
+        limit_s = math.ceil(self._limit_s(1.0) / error / _LIMIT_STEP) * _LIMIT_STEP * slo_s
+        return self._fullest.requests(context_tokens, limit_s)
 
-        Worked out once for batches alike: neither turns on a few tokens.
-        """
-        key = batch >> 2, tokens >> 11
-        ranking = self._rankings.get(key)
-        if ranking is None:
-            power, predictor = self._context.power, self._context.predictor
-            watts = {f: power.power_w(DECODE, f, batch, tokens) for f in self._levels_mhz}
-            above_j = {
-                f: (watts[f] - self._park_w) * predictor.predict_s(DECODE, f, batch, tokens)
-                for f in self._levels_mhz
-            }
-            bottom_mhz = min(self._levels_mhz, key=lambda f: above_j[f])
-            ranking = bottom_mhz, tuple(sorted(self._levels_mhz, key=lambda f: watts[f]))
-            self._rankings[key] = ranking
-        return ranking
+    def _limit_s(self, slo_s: float) -> float:
+        return slo_s * (1.0 - self._settings.headroom_frac)
 
     def _is_draining(self, state: InstanceState) -> bool:
         """Whether requests leave and none has come for longer than chance explains."""
@@ -193,23 +210,20 @@ class EcoMin(Controller):
     def _for_prefill(self, state: InstanceState) -> int:
         context = self._context
         batch, tokens = state.last_batch_size, state.last_tokens
-        limit_s = context.prefill_budget_s * (1.0 - self._settings.headroom_frac)
-        queued, ratio = state.num_waiting, self._correction.ratio
-        best_mhz, best_j = self._top_mhz, float("inf")
+        limit_s = self._limit_s(context.prefill_budget_s)
+        queued = state.num_waiting
         for clock in self._levels_mhz:
-            time_s = self._predict_s(clock, batch, tokens)
-            behind_s = self._predict_s(clock, queued, state.waiting_tokens) if queued else time_s
-            if max(state.last_queue_delay_s, ratio * behind_s) + ratio * time_s <= limit_s:
-                idle_w = context.power.idle_power_w(clock)
-                power_w = context.power.power_w(context.phase, clock, batch, tokens)
-                energy_j = (power_w - idle_w) * time_s
-                if energy_j < best_j:
-                    best_mhz, best_j = clock, energy_j
-        return best_mhz
+            if clock < self._bottom_mhz:
+                continue
+            time_s = self._bound_s(clock, batch, tokens)
+            behind_s = self._bound_s(clock, queued, state.waiting_tokens) if queued else time_s
+            if max(state.last_queue_delay_s, behind_s) + time_s <= limit_s:
+                return clock
+        return self._top_mhz
 
-    def _predict_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
+    def _bound_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
         context = self._context
-        return self._correction.correct_s(
+        return self._correction.bound_s(
             context.predictor.predict_s(context.phase, clock_mhz, batch_size, tokens)
         )
 

@@ -15,6 +15,7 @@ from sim.policies.base import (
     States,
 )
 from sim.policies.clocks import levels_of
+from sim.policies.fullest import FullestBatch
 from sim.policies.spec import parameter
 
 
@@ -49,8 +50,9 @@ class Consolidate(Router):
     those f with T <= SLO·(1 - headroom) is k's price, less the idle power that k instances would
     draw anyway. Every `period_s` the cheapest k is taken: a larger one at once, one fewer if it
     saves `gain_frac` and the last change is `dwell_s` ago. If no k keeps the promise: all. Among
-    the k, the fewest open requests; where one more would break the promise at the top clock (the
-    next tile of a batch may cost a quarter more time), k grows by one. An instance that is left
+    the k, the fewest open requests; where that one has no room left in the fullest batch worth
+    running (`sim.policies.fullest`: beyond a stair of the table the token rate falls), k grows by
+    one. An instance that is left
     out finishes what it has and falls idle; its controller then parks it.
 
     Prefill: the fullest instance where the running batch, the queue and this prompt together take
@@ -62,8 +64,8 @@ class Consolidate(Router):
     """
 
     __slots__ = (
-        "_active", "_changed_s", "_context", "_levels_mhz", "_limit_s", "_park_w", "_planned_s",
-        "_prefill_s", "_rate", "_settings",
+        "_active", "_changed_s", "_context", "_fullest", "_levels_mhz", "_limit_s", "_park_w",
+        "_planned_s", "_prefill_s", "_rate", "_settings",
     )  # fmt: skip
 
     def __init__(self, parameters: ConsolidateParameters, context: PolicyContext) -> None:
@@ -75,6 +77,7 @@ class Consolidate(Router):
         self._limit_s = context.slo_itl_s * (1.0 - parameters.headroom_frac)
         self._prefill_s = context.prefill_budget_s * parameters.prefill_frac
         self._park_w = min(context.power.idle_power_w(clock) for clock in self._levels_mhz)
+        self._fullest = FullestBatch.of(context)
         self._active = 1
         self._rate = 0.0
         self._planned_s = 0.0
@@ -92,17 +95,16 @@ class Consolidate(Router):
         active = min(self._active, len(decode))
         chosen = min(range(active), key=lambda i: decode[i].open_requests)
         state = decode[chosen]
-        if active < len(decode) and not self._keeps(state.open_requests + 1, state, tokens):
+        if active < len(decode) and not self._has_room(state, tokens):
             self._use(active + 1)
             return active
         return chosen
 
-    def _keeps(self, batch: int, state: InstanceState, tokens: int) -> bool:
-        c = self._context
-        context_tokens = state.kv_load_tokens + tokens
-        return (
-            c.predictor.predict_s(DECODE, c.clocks_mhz[-1], batch, context_tokens) <= self._limit_s
-        )
+    def _has_room(self, state: InstanceState, tokens: int) -> bool:
+        """Whether one more still fits the fullest batch worth running."""
+        present = state.num_running + state.num_waiting
+        context_tokens = (state.kv_load_tokens + tokens) / (present + 1)
+        return state.open_requests < self._fullest.requests(context_tokens, self._limit_s)
 
     def _use(self, active: int) -> None:
         if active != self._active:

@@ -1,4 +1,4 @@
-"""EcoMin: decisions worked by hand, correction of a wrong model, dwell, parking."""
+"""EcoMin: decisions worked by hand, holding, correction of a wrong model, dwell, parking."""
 
 from __future__ import annotations
 
@@ -11,9 +11,13 @@ import pytest
 from experiments.runs import run
 from sim.config import make_config
 from sim.metrics import summarise
-from sim.policies.base import IdlePlan, InstanceState, Phase
+from sim.policies.base import IdlePlan, InstanceState, Phase, WaitingRequest
+from sim.policies.fullest import FullestBatch
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
+
+PLAIN = "ecomin:headroom=0.0,dwell=0.0"
+EXACT = f"{PLAIN},reserve=3"
 
 
 class CubicPower:
@@ -26,84 +30,192 @@ class CubicPower:
         return (frequency_mhz or 1400) / 20
 
 
-def controller(spec: str = "ecomin:headroom=0.0,dwell=0.0", **context: Any) -> Any:  # noqa: ANN401
-    return make_controller(
-        spec, replace(make_context(LineFormula(), **context), power=CubicPower())
-    )
+class FlatterPower(CubicPower):
+    """150 W + 20 W·f/1400, 50 W idle: power says slow, energy (P - 50 W)·T says fast."""
+
+    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        return 150.0 + 20.0 * frequency_mhz / 1400
+
+    def idle_power_w(self, frequency_mhz: int) -> float:
+        return 50.0
+
+
+def controller(spec: str = EXACT, power: Any = None, **context: Any) -> Any:  # noqa: ANN401
+    made = replace(make_context(LineFormula(), **context), power=power or CubicPower())
+    return make_controller(spec, made)
 
 
 def busy(batch: int, tokens: int, **more: Any) -> InstanceState:  # noqa: ANN401
     state = decode_state(batch=batch, tokens=tokens, **more)
     state.num_running, state.kv_tokens = batch, tokens
     state.ended_batch_size, state.ended_tokens = batch, tokens
+    state.open_requests = batch
     return state
 
 
-def test_decode_takes_the_least_power_that_the_grown_batch_can_keep() -> None:
-    """T = (1 ms·b + 1 µs·t)·1000/f, promise 50 ms, now at 1400 MHz.
+def stairs(phase: str, clock: int, batch: int, tokens: int) -> float:
+    """10 ms + 0.1 ms a request up to 64 of them, 14 ms + 0.1 ms from 65 on; as 1000/f."""
+    return (10e-3 + 1e-4 * batch + (4e-3 if batch > 64 else 0.0)) * 1000 / clock
 
-    10 requests, 10,000 tokens: 14.3 ms now; at 1000 MHz 20 ms, so the batch settles 1.4 times
-    as large: 14 requests, 14,000 tokens, 28 ms. Fits.
-    20 and 20,000: 40 ms at 1000 by itself, but settled 28 + 28 = 56 ms: does not fit. At 1200 MHz
-    growth 1.167: 23 requests (rounded down) + 23,333 tokens = 46.3/1.2 = 38.6 ms: fits.
+
+def test_the_fullest_batch_ends_before_a_stair_that_does_not_pay() -> None:
+    """At 1000 MHz 64 requests take 16.4 ms: 3,902 a second. 65 take 20.5 ms: 3,171; the stair is
+    made up at b/(14 + b/10) = 3.902, b = 89.6: from 90 on (23 ms: 3,913) more is faster again."""
+    fullest = FullestBatch(Formula(stairs), 1000)
+    assert fullest.requests(100.0, 0.0164001) == 64
+    assert fullest.requests(100.0, 0.0229) == 64  # 89 requests: 22.9 ms, 3,886 a second
+    assert fullest.requests(100.0, 0.0230001) == 90
+    assert fullest.requests(100.0, 0.001) == 1
+
+
+def test_of_equally_fast_batches_the_largest_counts() -> None:
+    """b ms each: the rate is 1,000 a second at every batch."""
+    assert FullestBatch(Formula(lambda p, f, b, t: 1e-3 * b), 1000).requests(10.0, 0.02) == 20
+
+
+def test_decode_takes_the_lowest_clock_that_keeps_the_promise() -> None:
+    """T = (1 ms·b + 1 µs·t)·1000/f, promise 50 ms, contexts of 1,000 tokens (searched as 1,024).
+
+    Fullest batch at 1400 MHz: 2.024·b/1.4 <= 50, b = 34, sqrt 5.83. 10 requests are 4.1 deviations
+    away: free choice, 20 ms at 1000 MHz. 16: 3.09, still free, 32 ms. With a promise of 25 ms the
+    fullest is 17, sqrt 4.12: 4 requests are 3.15 away, 8 ms.
     """
     assert controller().decide(busy(10, 10_000)) == 1000
-    assert controller().decide(busy(20, 20_000)) == 1200
+    assert controller().decide(busy(16, 16_000)) == 1000
+    assert controller(slo_itl_s=0.025).decide(busy(4, 4_000)) == 1000
+
+
+def test_the_clock_climbs_before_the_batch_is_full() -> None:
+    """Fullest 34, as above; the bottom of this power is 1000 MHz.
+
+    22: (34 - 22)/5.831 = 2.058 of 3, climb (1 - 0.686)² = 0.099: 1039 MHz, nearest 1000.
+    26: 1.372, climb 0.295: 1118 MHz, so 1200. 31: 0.514, climb 0.686: 1275 MHz, so 1200; but 31
+    requests take 51.7 ms there: 1400. 30: 50 ms, just kept. 33: climb 0.889: 1356 MHz, so 1400.
+    """
+    assert controller().decide(busy(22, 22_000)) == 1000
+    assert controller().decide(busy(26, 26_000)) == 1200
+    assert controller().decide(busy(30, 30_000)) == 1200
+    assert controller().decide(busy(31, 31_000)) == 1400
+    assert controller().decide(busy(33, 33_000)) == 1400
     assert controller().decide(busy(40, 40_000)) == 1400
-    assert controller().decide(busy(10, 10_000, waiting=1)) == 1400
+
+
+def test_requests_on_their_way_count_as_if_they_were_here() -> None:
+    """22 run, 4 are still in prefill: 26 as above. 22 run and 11 wait: 33."""
+    state = busy(22, 22_000)
+    state.open_requests = 26
+    assert controller().decide(state) == 1200
+    assert controller().decide(busy(22, 22_000, waiting=11)) == 1400
 
 
 def test_headroom_is_kept() -> None:
-    """The 28 ms of the first case against 50 ms·(1 - 0.5) = 25 ms: one level up, 19.4 ms."""
-    assert controller("ecomin:headroom=0.5,dwell=0.0").decide(busy(10, 10_000)) == 1200
+    """10 requests, 10,000 tokens: 20 ms at 1000 MHz against 50 ms·(1 - 0.65) = 17.5 ms: 1200 MHz,
+    16.7 ms. The fullest batch is 12 then (17.35 ms): 0.58 deviations off, of 3: climb 0.651,
+    1260 MHz, nearest 1200; of 30: 1385 MHz, so 1400."""
+    spec = "ecomin:headroom=0.65,dwell=0.0"
+    assert controller(f"{spec},reserve=0.01").decide(busy(10, 10_000)) == 1200
+    assert controller(f"{spec},reserve=3").decide(busy(10, 10_000)) == 1200
+    assert controller(f"{spec},reserve=30").decide(busy(10, 10_000)) == 1400
+
+
+def test_near_full_no_clock_below_the_bottom() -> None:
+    """(P - 50)·T goes as 114.3/1000, 117.1/1200... times 1000: the bottom is 1000 for cubic power,
+    1400 for flatter power: (100 + 14.3)/1000, (100 + 17.1)/1200, (100 + 20)/1400."""
+    assert controller(power=FlatterPower()).decide(busy(16, 16_000)) == 1000  # 3.09 away
+    assert controller(power=FlatterPower()).decide(busy(17, 17_000)) == 1400  # 2.92
+    assert controller().decide(busy(17, 17_000)) == 1000
+    spec = f"{PLAIN},reserve=2"
+    assert controller(spec, power=FlatterPower()).decide(busy(17, 17_000)) == 1000
+
+
+def test_a_draining_batch_does_not_run_below_the_bottom() -> None:
+    """10 requests come at 2 s (mean gap 0.1·2 s); 5 gaps are 1 s: quiet since 2.9, 3.1 s."""
+    made = controller(power=FlatterPower())
+    state = busy(10, 10_000)
+    for now_s, known, expected in ((2.0, 10, 1000), (2.9, 10, 1000), (3.1, 10, 1400),
+                                   (3.2, 11, 1000)):  # fmt: skip
+        state.now_s, state.open_requests = now_s, known
+        assert made.decide(state) == expected
+
+
+def test_no_more_than_the_fullest_batch_is_admitted() -> None:
+    """34, as above, of contexts of 1,000 tokens; of 3,000 (searched as 3,008): 4.008·b/1.4: 17."""
+    state = busy(30, 30_000, waiting=5)
+    state.waiting_tokens = 5_000
+    assert controller().admit_up_to(state) == 34
+    state.waiting_tokens = 75_000
+    assert controller().admit_up_to(state) == 17
+    assert controller().admit_up_to(busy(0, 0)) is None
+
+
+def prefill_controller(spec: str = EXACT, predictor: Any = None, **context: Any) -> Any:  # noqa: ANN401
+    """0.1 s·1000/f an iteration; TTFT 0.5 s - 2·0.05 s ITL leaves 0.4 s."""
+    formula = predictor or Formula(lambda p, f, b, t: 100.0 / f)
+    made = make_context(formula, phase="prefill", slo_ttft_s=0.5, slo_itl_s=0.05, **context)
+    return make_controller(spec, replace(made, power=CubicPower()))
+
+
+def prefill_state() -> InstanceState:
+    return InstanceState(instance_id=0, phase="prefill", last_batch_size=1, last_tokens=9)
 
 
 def test_prefill_sits_at_the_bottom_of_the_u() -> None:
-    """0.1 s·1000/f. Energy (P - idle)·T: 1000: (122.9 - 50)·.1 = 7.29 J; 1200: (175.9 - 60)/12
-    = 9.66 J; 1400: (250 - 70)/14 = 12.9 J. With 1/f² idle-heavy work it would turn: see below."""
-    fast = Formula(lambda p, f, b, t: 100.0 / f)
-    context = replace(make_context(fast, phase="prefill", slo_ttft_s=0.55), power=CubicPower())
-    made = make_controller("ecomin:headroom=0.0,dwell=0.0", context)
-    state = InstanceState(instance_id=0, phase="prefill", last_batch_size=1, last_tokens=9)
-    assert made.decide(state) == 1000
-    # 0.55 s promised, less two ITL 0.45 s: the oldest has waited 0.36, 0.1 s more is too late,
-    # 0.083 s is not
-    state.last_queue_delay_s = 0.36
-    assert made.decide(state) == 1200
-    # slower than linear: T = 10^8/f³ s; 1000: 72.9·.1 = 7.3 J, 1200: 115.9·.0579 = 6.7 J,
-    # 1400: 180·.0364 = 6.6 J: running fast is the cheaper side of the U
-    steep = Formula(lambda p, f, b, t: 1e8 / f**3)
-    made = make_controller("ecomin:headroom=0.0,dwell=0.0", replace(context, predictor=steep))
+    """Energy (P - idle)·T: 1000: (122.9 - 50)·.1 = 7.29 J; 1200: (175.9 - 60)/12 = 9.66 J; 1400:
+    (250 - 70)/14 = 12.9 J: the bottom is 1000 MHz. 0.4 s: the oldest has waited 0.31, 0.1 s more
+    is too late, 0.083 s is not. T = 10^8/f³ s: 72.9·.1 = 7.3 J, 115.9·.0579 = 6.7 J,
+    180·.0364 = 6.6 J: running fast is the cheaper side of the U."""
+    state = prefill_state()
+    assert prefill_controller().decide(state) == 1000
+    state.last_queue_delay_s = 0.31
+    assert prefill_controller().decide(state) == 1200
     state.last_queue_delay_s = 0.0
-    assert made.decide(state) == 1400
+    steep = Formula(lambda p, f, b, t: 1e8 / f**3)
+    assert prefill_controller(predictor=steep).decide(state) == 1400
+
+
+def test_prefill_holds_until_the_oldest_has_just_time_to_run() -> None:
+    """hold = 0.5 of 0.4 s: 0.2 s, of which 0.1 s to run at 1000 MHz. The oldest came at 1.00 s."""
+    made = prefill_controller(f"{EXACT},hold=0.5")
+    state = prefill_state()
+    state.num_waiting, state.waiting_tokens = 2, 20
+    arrivals = [WaitingRequest(request_id=k, arrival_s=1.0 + 0.01 * k, input_tokens=10)
+                for k in range(2)]  # fmt: skip
+    state.list_waiting = lambda: arrivals
+    state.now_s = 1.02
+    assert made.hold_s(state) == pytest.approx(0.08, abs=1e-12)
+    state.now_s = 1.10
+    assert made.hold_s(state) == pytest.approx(0.0, abs=1e-12)
+    state.now_s = 1.30
+    assert made.hold_s(state) == 0.0
+    assert prefill_controller(f"{EXACT},hold=0").hold_s(state) == 0.0
+    slow = Formula(lambda p, f, b, t: 300.0 / f)  # 0.3 s: nothing to gather
+    assert prefill_controller(f"{EXACT},hold=0.5", predictor=slow).hold_s(state) == 0.0
 
 
 def test_a_wrong_decode_model_is_found_out() -> None:
-    """Iterations take 15 % longer than predicted, 23 instead of 20 ms."""
-    made = controller(slo_itl_s=0.0300)
-    assert made.decide(busy(10, 10_000)) == 1000  # settled 28 ms predicted, 32.2 ms in truth
-    decisions = []
+    """Iterations take 15 % longer than predicted, 23 instead of 20 ms; the batch is far from full.
+
+    13 requests are 26 ms predicted, 29.9 in truth: within 30 ms; 14 are 28, in truth 32.2.
+    """
+    spec = f"{PLAIN},reserve=0.01"
+    made = controller(spec, slo_itl_s=0.0300)
+    assert made.decide(busy(14, 14_000)) == 1000
     for step in range(300):
         state = busy(10, 10_000, clock=1000)
         state.now_s = 0.02 * (step + 1)
         state.last_duration_s = 0.020 * 1.15
-        decisions.append(made.decide(state))
-    # at 1000 MHz now: no further growth, 23 ms <= 30 ms: stays
-    assert set(decisions) == {1000}
-    assert made.decide(busy(12, 12_000, clock=1000)) == 1000  # 24·1.15 = 27.6 ms
-    assert made.decide(busy(14, 14_000, clock=1000)) == 1200  # 28 ms·1.15 = 32.2 ms
+        made.decide(state)
+    assert made.decide(busy(12, 12_000, clock=1000)) == 1000
+    assert made.decide(busy(14, 14_000, clock=1000)) == 1200
 
 
 def test_a_wrong_prefill_model_is_found_out() -> None:
-    """0.1 s·1000/f predicted, 0.12 s taken: of 0.45 s the batch that has waited 0.34 s needs
-    1200 MHz (0.44 s), where the uncorrected prediction (0.44 s) would let it run at 1000."""
-    formula = Formula(lambda p, f, b, t: 100.0 / f)
-    context = replace(make_context(formula, phase="prefill", slo_ttft_s=0.55), power=CubicPower())
-    made = make_controller("ecomin:headroom=0.0,dwell=0.0", context)
-    state = InstanceState(
-        instance_id=0, phase="prefill", last_batch_size=1, last_tokens=9, clock_mhz=1400
-    )
-    state.last_queue_delay_s = 0.34
+    """0.1 s·1000/f predicted, 0.12 s taken: of 0.4 s the batch that has waited 0.29 s needs
+    1200 MHz (0.39 s), where the uncorrected prediction (0.39 s) would let it run at 1000."""
+    made = prefill_controller()
+    state = prefill_state()
+    state.clock_mhz = 1400
+    state.last_queue_delay_s = 0.29
     assert made.decide(state) == 1000
     state.last_queue_delay_s = 0.0
     state.ended_batch_size, state.ended_tokens = 1, 9
@@ -111,13 +223,13 @@ def test_a_wrong_prefill_model_is_found_out() -> None:
     for step in range(200):
         state.now_s = 0.2 * (step + 1)
         made.decide(state)
-    state.last_queue_delay_s = 0.34
+    state.last_queue_delay_s = 0.29
     assert made.decide(state) == 1200
 
 
 def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:
     """1 s for what should take 14 or 20 ms, but half of it ran at another clock."""
-    made = controller(slo_itl_s=0.0300)
+    made = controller()
     assert made.decide(busy(10, 10_000)) == 1000  # locked within the iteration that follows
     state = busy(10, 10_000, clock=1000)
     state.last_duration_s = 1.0
@@ -126,53 +238,16 @@ def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:
 
 
 def test_falls_wait_for_the_dwell_and_rises_do_not() -> None:
-    made = controller("ecomin:headroom=0.0,dwell=1.0")
-    state = busy(10, 10_000)
-    state.now_s = 2.0
-    assert made.decide(state) == 1000
-    state = busy(40, 40_000)
-    state.now_s = 2.1
-    assert made.decide(state) == 1400
-    state = busy(10, 10_000)
-    state.now_s = 3.0
-    assert made.decide(state) == 1400
-    state.now_s = 3.2
-    assert made.decide(state) == 1000
-
-
-class FlatterPower(CubicPower):
-    """150 W + 20 W·f/1400: power says slow, energy (P - 50 W)·T says fast."""
-
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return 150.0 + 20.0 * frequency_mhz / 1400
-
-
-def flatter(spec: str) -> Any:  # noqa: ANN401
-    return make_controller(spec, replace(make_context(LineFormula()), power=FlatterPower()))
-
-
-def test_below_the_cheapest_clock_a_reserve_is_kept() -> None:
-    """(P - 50)·T goes as 114.3/1000, 117.1/1200, 120/1400: the cheapest work is at 1400 MHz.
-
-    10 requests, 10,000 tokens, now at 1400 MHz: settled at 1000 MHz 28 ms, at 1200 MHz 11 requests
-    and 11,666 tokens = 18.9 ms. Half of the 50 ms in reserve leaves 1200; no reserve leaves 1000.
-    """
-    assert flatter("ecomin:headroom=0,dwell=0,reserve=0.5").decide(busy(10, 10_000)) == 1200
-    assert flatter("ecomin:headroom=0,dwell=0,reserve=0").decide(busy(10, 10_000)) == 1000
-
-
-def test_a_draining_batch_does_not_run_below_the_cheapest_clock() -> None:
-    """10 requests come at 2 s (mean gap 0.1·2 s); 5 gaps are 1 s: quiet since 2.9, 3.1 s."""
-    made = flatter("ecomin:headroom=0,dwell=0,reserve=0")
-    state = busy(10, 10_000)
-    for now_s, known, expected in ((2.0, 10, 1000), (2.9, 10, 1000), (3.1, 10, 1400),
-                                   (3.2, 11, 1000)):  # fmt: skip
-        state.now_s, state.open_requests = now_s, known
+    made = controller("ecomin:headroom=0.0,dwell=1.0,reserve=3")
+    for now_s, batch, expected in ((2.0, 10, 1000), (2.1, 40, 1400), (3.0, 10, 1400),
+                                   (3.2, 10, 1000)):  # fmt: skip
+        state = busy(batch, 1000 * batch)
+        state.now_s = now_s
         assert made.decide(state) == expected
 
 
 def test_idle_parks_at_the_least_idle_power() -> None:
-    assert controller().on_idle(decode_state()) == IdlePlan(after_s=0.05, clock_mhz=1000)
+    assert controller().on_idle(decode_state()) == IdlePlan(after_s=0.5, clock_mhz=1000)
 
 
 def test_a_constant_load_does_not_flap() -> None:
@@ -194,7 +269,7 @@ def test_ecomin_holds_its_promise_with_a_model_15_percent_wrong(scale: float) ->
     """Near saturation; at 0.85 predictions are too short, and EcoFreq, which trusts them, fails."""
     values = {
         "rate_rps": 40, "duration_s": 60, "slo_itl_s": 0.045, "predictor_scale": scale,
-        "router": "ecoroute",
+        "router": "consolidate",
     }  # fmt: skip
     ours = summarise(run(make_config(values | {"controller": "ecomin"})))
     assert ours["itl_attainment"] > 0.99
@@ -202,3 +277,15 @@ def test_ecomin_holds_its_promise_with_a_model_15_percent_wrong(scale: float) ->
     if scale < 1:
         theirs = summarise(run(make_config(values | {"controller": "ecofreq"})))
         assert theirs["itl_attainment"] < 0.9
+
+
+def test_no_way_into_the_batch_that_nobody_returns_from() -> None:
+    """40 requests/s, seed 13: before the stair was in the rule 41 % of gaps were kept here, since
+    a batch of more than 256 makes fewer tokens than arrive, at any clock."""
+    values = {
+        "rate_rps": 40, "duration_s": 120, "seed": 13, "slo_itl_s": 0.045,
+        "router": "consolidate", "metrics": "sketch", "controller": "ecomin",
+    }  # fmt: skip
+    kept = summarise(run(make_config(values)))
+    assert kept["itl_attainment"] > 0.99
+    assert kept["ttft_attainment"] > 0.99
