@@ -99,7 +99,7 @@ mutants: $(STAMP)
 	nice -n 10 $(BIN)/python benchmarks/mutants.py $(MUTATE) --tests $(KILLERS) --sample $(MUTANTS)
 
 engine:
-	sh hwreplay/engine/install.sh .engine
+	sh hwreplay/engines/sglang/install.sh .engine
 
 # No privilege is needed and no clock is touched. Finished points are kept: run it again to go on.
 # A torch without CUDA would be taken for good by pip, so it goes first. PROFILE is where to write.
@@ -123,7 +123,7 @@ REPLAYED ?= results/gpu
 GPU_ENGINE ?= .engine-gpu
 
 replay-gpu: $(STAMP)
-	@sh hwreplay/engine/install-gpu.sh $(GPU_ENGINE) $(PYTHON)
+	@sh hwreplay/engines/sglang/install-gpu.sh $(GPU_ENGINE) $(PYTHON)
 	$(BIN)/voltana replay --config $(REPLAY) --out $(REPLAYED)/probe --probe
 	$(BIN)/voltana simulate --config $(REPLAYED)/probe/simulate.toml --out $(REPLAYED)/simulated
 	$(BIN)/voltana replay --config $(REPLAYED)/probe/replay.toml --out $(REPLAYED)/replayed

@@ -31,7 +31,7 @@ from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
 from sim.policies.base import DECODE, PREFILL, Phase
 
 ROOT: Final = Path(__file__).resolve().parents[1]
-PLUGIN: Final = ROOT / "hwreplay/engine/observer/voltana_engine_observer.py"
+PLUGIN: Final = ROOT / "hwreplay/engines/sglang/observer/voltana_engine_observer.py"
 BATCHES: Final[dict[Phase, tuple[tuple[int, int], tuple[int, int]]]] = {
     PREFILL: ((1, 300), (8, 16_000)),
     DECODE: ((8, 8_000), (400, 400_000)),

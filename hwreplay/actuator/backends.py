@@ -39,6 +39,9 @@ class Backend(Protocol):
     @property
     def gpus(self) -> Collection[int]: ...
 
+    def uuid_of(self, gpu: int) -> str | None:
+        """NVML's name of a card, the same on both sides of a container; None if not known."""
+
     def allows(self, gpu: int, value: int) -> bool: ...
 
     def hold(self, gpu: int, value: int) -> None: ...
@@ -62,6 +65,9 @@ class _Guarded(ABC):
     @property
     def gpus(self) -> Collection[int]:
         return self._gpus.keys()
+
+    def uuid_of(self, gpu: int) -> str | None:
+        return self._gpus[gpu].identity.uuid
 
     def hold(self, gpu: int, value: int) -> None:
         if not self._held:
@@ -188,6 +194,9 @@ class RecordingBackend:
     @property
     def gpus(self) -> Collection[int]:
         return self._gpus
+
+    def uuid_of(self, gpu: int) -> str | None:
+        return None
 
     def allows(self, gpu: int, value: int) -> bool:
         return gpu in self._gpus and (not self._clocks_mhz or value in self._clocks_mhz)

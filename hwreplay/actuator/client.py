@@ -22,6 +22,7 @@ from hwreplay.actuator.protocol import (
     Operation,
     Request,
     Status,
+    card_code,
     parse_answer,
 )
 from profiles.errors import VoltanaError
@@ -109,6 +110,7 @@ class HelperActuator:
         path: Path,
         gpus: Sequence[int],
         *,
+        uuids: Sequence[str] | None = None,
         make_caps_w: Callable[[], Mapping[int, float]] | None = None,
     ) -> None:
         """Connect and shake hands.
@@ -116,12 +118,14 @@ class HelperActuator:
         Args:
             path: The helper's socket.
             gpus: The instance's GPUs; they move together.
+            uuids: Theirs, as this process's NVML has them; the helper's number of each is asked for
+                then. None: both count alike.
             make_caps_w: Gives the power limit of one GPU that stands for each clock, in W; called
                 if the helper limits power because clocks cannot be locked there.
 
         Raises:
             ActuatorLostError: No helper there, or it does not answer this user.
-            VoltanaError: It limits power and no limits are known.
+            VoltanaError: It limits power and no limits are known, or it does not have a card.
         """
         self._gpus = tuple(gpus)
         self._sequence = 0
@@ -134,15 +138,16 @@ class HelperActuator:
         """Clock that each GPU has been asked for and has not answered: one message a card."""
         self._next: dict[int, int] = {}
         """Newest wish of a GPU whose answer is awaited; it replaces the one before it."""
-        self._held = dict.fromkeys(gpus, UNLOCKED_MHZ)
-        """Clock that each GPU has confirmed."""
+        self._held: dict[int, int] = {}
+        """Clock that each GPU has confirmed, by the helper's number."""
         self.refused: Counter[Status] = Counter()
         self.num_refused = 0
         self.last_refusal = ""
         self.answer_s: deque[float] = deque(maxlen=100_000)
         """From a message to its answer, the device call included."""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self._operation, self.silence_s = self._shake_hands(path)
+        self._operation, self.silence_s = self._shake_hands(path, uuids)
+        self._held.update(dict.fromkeys(self._gpus, UNLOCKED_MHZ))
         self._caps_w: Mapping[int, float] = {}
         if self._operation == Operation.CAP:
             if make_caps_w is None:
@@ -246,7 +251,7 @@ class HelperActuator:
         except OSError as error:
             raise _lost(error.strerror or str(error)) from None
 
-    def _shake_hands(self, path: Path) -> tuple[Operation, float]:
+    def _shake_hands(self, path: Path, uuids: Sequence[str] | None) -> tuple[Operation, float]:
         try:
             self._socket.settimeout(CONNECT_S)
             self._socket.connect(str(path))
@@ -259,8 +264,28 @@ class HelperActuator:
                 f"the actuator must answer at {path}, it does not ({error}): start it there as "
                 "root with `voltana actuator`, naming this user, or use a dry run"
             ) from None
+        if uuids is not None:
+            cards = zip(self._gpus, uuids, strict=True)
+            self._gpus = tuple(self._find(gpu, uuid, path) for gpu, uuid in cards)
         self._socket.setblocking(False)
         return operation, answer.value * 1e-3
+
+    def _find(self, gpu: int, uuid: str, path: Path) -> int:
+        """The helper's number of a card."""
+        try:
+            request = Request(operation=Operation.FIND, gpu=gpu, value=card_code(uuid))
+            self._socket.send(request.pack())
+            answer = parse_answer(self._socket.recv(SIZE + 1))
+        except (OSError, VoltanaError) as error:
+            self._socket.close()
+            raise _lost(str(error)) from None
+        if answer.status != Status.OK:
+            self._socket.close()
+            raise VoltanaError(
+                f"the actuator at {path} must have GPU {gpu} ({uuid}), it has not: name it with "
+                "--gpu there, by that machine's numbers, or start an actuator of this version"
+            )
+        return answer.gpu
 
 
 def caps_from_power(

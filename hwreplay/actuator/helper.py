@@ -28,6 +28,7 @@ from hwreplay.actuator.protocol import (
     ProtocolError,
     Request,
     Status,
+    card_code,
     parse_request,
 )
 from profiles.device.gpu import DeviceError
@@ -86,6 +87,8 @@ class Helper:
         self._owner: dict[int, _Peer] = {}
         self._orphans: set[int] = set()
         """GPUs whose restoring failed: tried again until it works."""
+        self._numbers = _numbers(backend)
+        """Of its cards by `card_code`."""
         self._is_stopping = False
         self._tokens = dict.fromkeys(backend.gpus, 2 * config.max_rate_per_s)
         """Changes that each GPU may still see now: a new connection brings no new ones."""
@@ -172,6 +175,10 @@ class Helper:
         elif request.operation == Operation.RELEASE:
             self._release(peer)
             status = Status.OK
+        elif request.operation == Operation.FIND:
+            found = self._numbers.get(value, gpu if self._backend.is_dry else None)
+            gpu = gpu if found is None else found
+            status = Status.GPU_NOT_ALLOWED if found is None else Status.OK
         else:
             status = self._change(peer, request)
         return Answer(status=status, gpu=gpu, value=value, sequence=request.sequence)
@@ -264,6 +271,22 @@ def run_helper(backend: Backend, config: HelperConfig, *, ready: Callable[[], No
         raise
     ready()
     helper.serve()
+
+
+def _numbers(backend: Backend) -> dict[int, int]:
+    """The numbers of a backend's cards by the codes of their UUIDs.
+
+    Raises:
+        VoltanaError: Two cards have one code.
+    """
+    uuids = {gpu: uuid for gpu in backend.gpus if (uuid := backend.uuid_of(gpu)) is not None}
+    found = {card_code(uuid): gpu for gpu, uuid in uuids.items()}
+    if len(found) != len(uuids):
+        raise VoltanaError(
+            f"the cards' UUIDs must differ in their CRC-32, {sorted(uuids.values())} do not: start "
+            "one actuator a card"
+        )
+    return found
 
 
 def _listen(config: HelperConfig) -> socket.socket:

@@ -8,6 +8,7 @@ or a `ProtocolError`; nothing is ever deserialised into an object the peer choos
 from __future__ import annotations
 
 import struct
+import zlib
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, TypeVar
@@ -39,6 +40,8 @@ class Operation(IntEnum):
     """Value in mW; 0 restores the power limit."""
     RELEASE = 5
     """Give back every GPU this connection holds."""
+    FIND = 6
+    """Value: `card_code` of a card's UUID; the answer's GPU is the helper's number of that card."""
 
 
 class Status(IntEnum):
@@ -56,6 +59,16 @@ class Status(IntEnum):
     """This helper locks clocks and was asked to cap power, or the other way round."""
     RECORDED = 8
     """A dry run has written it down and touched nothing: the clock is what it was."""
+
+
+def card_code(uuid: str) -> int:
+    """A card's UUID in 32 bits: NVML's indices differ between a container and its host.
+
+    Example:
+        >>> card_code("GPU-1a2b") == card_code("GPU-1a2b") != card_code("GPU-1a2c")
+        True
+    """
+    return zlib.crc32(uuid.encode())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -320,8 +320,18 @@ def _helper(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
     return HelperActuator(
         Path(config.actuator_socket),
         config.gpus,
+        uuids=_uuids(config),
         make_caps_w=make_caps_w,
     )
+
+
+def _uuids(config: AgentConfig) -> list[str]:
+    """Of the instance's cards: beyond a container's border the helper numbers them otherwise."""
+    found = []
+    for index in config.gpus:
+        with NvmlGpu(index) as gpu:
+            found.append(gpu.identity.uuid)
+    return found
 
 
 def _caps_w(config: AgentConfig, profile: Profile) -> dict[int, float]:

@@ -1,6 +1,6 @@
 """What the engine's plug-in says before each batch: 24 bytes on a Unix datagram socket.
 
-The other side is hwreplay/engine/observer, which runs inside SGLang's scheduler.
+The other side is hwreplay/engines/sglang/observer, which runs inside SGLang's scheduler.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def parse_notice(data: bytes) -> BatchNotice:
     if magic != MAGIC or version != VERSION or kind not in set(Kind):
         raise VoltanaError(
             f"a batch notice must begin {MAGIC!r} {VERSION}, got {magic!r} {version} kind {kind}: "
-            "install hwreplay/engine/observer of this version beside SGLang"
+            "install hwreplay/engines/sglang/observer of this version beside SGLang"
         )
     return BatchNotice(
         kind=Kind(kind),

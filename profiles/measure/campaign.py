@@ -154,7 +154,7 @@ class Campaign:
                 self.plan.protocol,
                 locked_mhz=clock_mhz,
                 deadline_s=self._start_s + deadline_s,
-                pause_w=self._idle_w(clock_mhz),
+                pause_w=self._pause_w(clock_mhz, point),
                 on_dropped=lambda reason: self.log.add_dropped(clock_mhz, reason, point),
             )
         except (OutOfMemoryError, NotHeldError) as error:
@@ -169,9 +169,12 @@ class Campaign:
             self._num_crashes = 0
             self._taken_s.append(self._elapsed_s() - begun_s)
 
-    def _idle_w(self, clock_mhz: int) -> float | None:
-        """Of the loaded engine at this clock."""
-        powers_w = self.log.idle_w.get((clock_mhz, True))
+    def _pause_w(self, clock_mhz: int, point: Point) -> float | None:
+        """Power between bursts of prefill: that of the loaded engine at rest, at this clock.
+
+        Between stretches of decode the engine prefills and runs smaller batches: no known power.
+        """
+        powers_w = self.log.idle_w.get((clock_mhz, True)) if point.phase == "prefill" else None
         return statistics.median(powers_w) if powers_w else None
 
     def _restart(self, error: EngineCrashError) -> None:

@@ -128,7 +128,7 @@ def measure_point(
         protocol: How.
         locked_mhz: Clock the cards are locked at; 0 if none. A trial off it is flagged.
         deadline_s: When to stop resting and retrying, monotonic clock.
-        pause_w: Idle power of the cards, to be taken out of pauses; None: not known.
+        pause_w: Power of the cards in pauses, to be taken out of them; None: not known.
         on_dropped: Told why, of a trial that could not be metered and is left out.
 
     Raises:

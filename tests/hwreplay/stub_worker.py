@@ -28,7 +28,7 @@ from sim.policies.base import DECODE, PREFILL, Phase
 from tests.conftest import ROOT
 
 HOST = "127.0.0.1"
-MODEL = str(ROOT / "hwreplay/engine/llama-3.1-8b")
+MODEL = str(ROOT / "hwreplay/engines/sglang/llama-3.1-8b")
 VOCAB_SIZE = 128256
 """Of that model."""
 

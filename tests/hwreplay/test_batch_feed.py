@@ -18,7 +18,7 @@ from hwreplay.messages.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, p
 from profiles.errors import VoltanaError
 from tests.conftest import ROOT
 
-PLUGIN = ROOT / "hwreplay/engine/observer/voltana_engine_observer.py"
+PLUGIN = ROOT / "hwreplay/engines/sglang/observer/voltana_engine_observer.py"
 
 
 @pytest.fixture(scope="module")

@@ -181,7 +181,7 @@ def test_the_gpu_environment_is_checked_as_a_server_uses_it(tmp_path: Path) -> N
     ldconfig = tmp_path / "ldconfig"
     names = "libibverbs.so.1 libmlx5.so.1 librdmacm.so.1 libnuma.so.1"
     ldconfig.write_text("#!/bin/sh\nprintf '%s (libc6)\\n' " + names + "\n")
-    script = (ROOT / "hwreplay/engine/install-gpu.sh").read_text()
+    script = (ROOT / "hwreplay/engines/sglang/install-gpu.sh").read_text()
     script = script.replace("/sbin/ldconfig", str(ldconfig))
     for path in (python, ldconfig):
         path.chmod(0o755)

@@ -102,4 +102,4 @@ def test_a_wheel_holds_the_shipped_tables_and_no_stray_profile(tmp_path: Path) -
     data = {path for path in found if path.startswith("profiles/") and not path.endswith(".py")}
     tables = {f"profiles/data/{name}/{file}" for name in list_profiles() for file in FILES}
     assert data == tables | {"profiles/data/a100-80g-sxm/coefficients.toml"}
-    assert {"profiles/catalog.py", "sim/config.py", "hwreplay/engine/install.sh"} <= found
+    assert {"profiles/catalog.py", "sim/config.py", "hwreplay/engines/sglang/install.sh"} <= found

@@ -31,10 +31,14 @@ class Recorder:
 
     def __init__(self, gpus: Collection[int] = (0, 1)) -> None:
         self.gpus = gpus
+        self.uuids = {gpu: f"GPU-{gpu:04x}" for gpu in gpus}
         self.lock_s = 0.0
         """Time that the driver takes for a lock."""
         self.calls: list[tuple[int, int]] = []
         self.held: dict[int, int] = {}
+
+    def uuid_of(self, gpu: int) -> str | None:
+        return self.uuids[gpu]
 
     def allows(self, gpu: int, value: int) -> bool:
         return value in ALLOWED_MHZ

@@ -284,6 +284,27 @@ def test_a_refusal_with_a_newer_wish_waiting_leaves_the_wish(
         client.close()
 
 
+def test_a_card_is_found_by_its_uuid_however_a_container_numbers_it(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    """The container's 0 is the host's 1, and the other way round."""
+    with serving(tmp_path / "s", recorder):
+        client = HelperActuator(tmp_path / "s", [0, 5], uuids=["GPU-0001", "GPU-0000"])
+        client.set_clock(1005)
+        assert beating(client, lambda: client.clock_mhz == 1005)
+        assert recorder.calls == [(1, 1005), (0, 1005)]
+        client.close()
+        with pytest.raises(VoltanaError, match=r"must have GPU 1 \(GPU-0009\), it has not"):
+            HelperActuator(tmp_path / "s", [1], uuids=["GPU-0009"])
+        assert recorder.calls[2:] == [(0, 0), (1, 0)]
+
+
+def test_cards_that_cannot_be_told_apart_are_refused(tmp_path: Path, recorder: Recorder) -> None:
+    recorder.uuids = dict.fromkeys(recorder.gpus, "GPU-0")
+    with pytest.raises(VoltanaError, match="must differ"), serving(tmp_path / "s", recorder):
+        pass
+
+
 def test_dry_run_records_changes_only(tmp_path: Path) -> None:
     """And confirms none: no clock was touched."""
     actuator = DryRunActuator(tmp_path / "d.jsonl")

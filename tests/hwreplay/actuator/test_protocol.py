@@ -51,7 +51,7 @@ def test_any_bytes_are_a_message_or_refused(data: bytes) -> None:
     assert request.pack() == data
 
 
-@pytest.mark.parametrize("code", [0, 6, 255])
+@pytest.mark.parametrize("code", [0, 7, 255])
 def test_an_unknown_operation_is_refused(code: int) -> None:
     with pytest.raises(ProtocolError, match=f"got {code}"):
         parse_request(struct.pack("<4sBBHII", b"VOLT", 1, code, 0, 0, 0))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pytest
 
@@ -33,7 +34,7 @@ from profiles.measure.journal import Journal
 from profiles.measure.power import SampleGapError
 from profiles.measure.progress import Quiet, Standing
 from profiles.measure.run import check_parallel, measure_profile
-from profiles.measure.trial import Protocol
+from profiles.measure.trial import Protocol, Trial
 
 FAST = Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=2)
 BIG = Point(phase="decode", batch_size=2, tokens=2)
@@ -413,3 +414,20 @@ def test_a_budget_that_is_too_short_is_said_and_no_zero_is_promised(tmp_path: Pa
     assert len(log.points) == 8
     assert not any("at most 0:00 left" in line for line in at)
     assert all("past the budget, about" in line for line in at[1:])
+
+
+def test_pauses_of_prefill_are_idle_and_those_of_decode_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two stretches of decode the engine prefills: nobody knows that power."""
+    seen: dict[str, set[float | None]] = {"prefill": set(), "decode": set()}
+    whole = trial_module.measure_point
+
+    def watched(*args: Any, **options: Any) -> list[Trial]:  # noqa: ANN401
+        seen[args[2].phase].add(options["pause_w"])
+        return whole(*args, **options)
+
+    monkeypatch.setattr("profiles.measure.campaign.measure_point", watched)
+    log = run(Fake(), tmp_path / "j")
+    idle_w = statistics.median(log.idle_w[0, True])
+    assert seen == {"prefill": {idle_w}, "decode": {None}}
