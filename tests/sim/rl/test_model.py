@@ -149,6 +149,21 @@ def test_ecomin_has_more_than_two_clocks() -> None:
     assert ControllerClock("ecofreq", context).reachable_mhz(loads) == (1005, 1410)
 
 
+def test_the_clock_in_force_is_part_of_the_question() -> None:
+    """EcoMin lets the batch grow by T(f) / T(now): from the lowest clock on it grows no further,
+    so that some batch may stay there which it would not slow down for from the top one."""
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    context = policy_context(make_config({"slo_itl_s": 0.045}), profile)
+    rule = ControllerClock("ecomin:reserve=0.0", context)
+    low_mhz, top_mhz = context.clocks_mhz[0], context.clocks_mhz[-1]
+    answers = [
+        (rule.next_mhz(n, 500 * n, low_mhz), rule.next_mhz(n, 500 * n, top_mhz))
+        for n in range(8, 321, 8)
+    ]
+    assert all(from_low <= from_top for from_low, from_top in answers)
+    assert any(from_low < from_top for from_low, from_top in answers)
+
+
 def test_moving_clocks_go_where_the_controller_says() -> None:
     """EcoFreq at 150 ms: one request wants 1000 MHz, two want 1400, an empty instance 1000 after
     5 s; the change takes an iteration and the 3 ms of actuation."""
