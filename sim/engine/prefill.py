@@ -10,7 +10,8 @@ from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
 from sim.engine.track import GpuTrack
-from sim.policies.base import Controller, InstanceState, WaitingRequest
+from sim.policies.answers import ControllerAnswers
+from sim.policies.base import InstanceState, WaitingRequest
 
 
 class PrefillInstance(Instance):
@@ -26,13 +27,13 @@ class PrefillInstance(Instance):
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
-        controller: Controller,
+        answers: ControllerAnswers,
         track: GpuTrack,
         *,
         max_tokens: int,
         hand_over: Callable[[SimRequest, float], None],
     ) -> None:
-        super().__init__(config, log, state, controller, track)
+        super().__init__(config, log, state, answers, track)
         self._queue: deque[SimRequest] = deque()
         self._batch: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""
