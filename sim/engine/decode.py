@@ -172,7 +172,7 @@ class DecodeInstance(Instance):
         state = self.state
         if not state.num_waiting:
             return
-        wanted = self.controller.admit_up_to(state)
+        wanted = self.answers.admit_up_to(state)
         self._most = self._max_running if wanted is None else min(max(wanted, 1), self._max_running)
         while state.num_waiting and self._has_room(state.kv_tokens):
             request = (self._retracted or self._waiting).popleft()

@@ -65,7 +65,7 @@ class PrefillInstance(Instance):
     def _holds(self, now_s: float) -> bool:
         """Whether the queue waits for more; the first who says so sets the latest start."""
         self.state.now_s = now_s
-        hold_s = self.controller.hold_s(self.state)
+        hold_s = self.answers.hold_s(self.state)
         was_held, self._is_held = self._is_held, hold_s > 0.0
         if self._is_held and not was_held:
             self._num_holds += 1

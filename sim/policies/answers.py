@@ -86,6 +86,24 @@ class ControllerAnswers:
         clock_mhz = self.clock_mhz(plan.clock_mhz, "on_idle's plan")
         return IdlePlan(after_s=after_s, clock_mhz=clock_mhz)
 
+    def admit_up_to(self, state: InstanceState) -> int | None:
+        """The most requests that may run, checked."""
+        try:
+            answer: object = self.controller.admit_up_to(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("admit_up_to", error)
+        return None if answer is None else self._count(answer, "admit_up_to", ", or None")
+
+    def hold_s(self, state: InstanceState) -> float:
+        """How long the queue waits for more, checked."""
+        try:
+            answer: object = self.controller.hold_s(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("hold_s", error)
+        if not (isinstance(answer, (int, float)) and 0 <= answer < math.inf):
+            self._refuse("hold_s must return a time >= 0 in s", answer)
+        return answer
+
     def clock_mhz(self, answer: object, call: str = "decide") -> int:
         """A clock that `call` returned, as a plain integer."""
         try:
@@ -104,12 +122,15 @@ class ControllerAnswers:
 
     def steady_iterations(self, answer: object) -> int:
         """A number that `steady_iterations` returned, as a plain integer."""
+        return self._count(answer, "steady_iterations")
+
+    def _count(self, answer: object, call: str, other: str = "") -> int:
         try:
             count = operator.index(answer)  # type: ignore[arg-type]
         except TypeError:
             count = -1
         if count < 0:
-            self._refuse("steady_iterations must return a whole number >= 0", answer)
+            self._refuse(f"{call} must return a whole number >= 0{other}", answer)
         return count
 
     def fail(self, call: str, error: Exception) -> NoReturn:

@@ -112,6 +112,11 @@ WRONG_CONTROLLERS = [
     ("def on_idle(self, state):\n        raise KeyError(3)", "on_idle raised KeyError: 3"),
     ("def steady_iterations(self, s, b, t):\n        return -1", "steady_iterations must"),
     ("def steady_iterations(self, s, b, t):\n        return 2.5", "steady_iterations must"),
+    ("def admit_up_to(self, state):\n        return -1", "admit_up_to must return a whole number"),
+    ("def admit_up_to(self, state):\n        return x", "admit_up_to raised NameError"),
+    ("def hold_s(self, state):\n        return -0.5", "hold_s must return a time >= 0 in s"),
+    ("def hold_s(self, state):\n        return None", "hold_s must return a time", "got None"),
+    ("def hold_s(self, state):\n        return x", "hold_s raised NameError"),
     ("def steady_iterations(self, s, b, t):\n        return x", "steady_iterations raised NameEr"),
 ]  # fmt: skip
 
