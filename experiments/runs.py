@@ -10,6 +10,7 @@ from pathlib import Path
 from profiles.catalog import Profile, load_profile
 from sim.config import SimConfig
 from sim.engine.simulate import simulate
+from sim.memory import require_room
 from sim.records import RunRecord
 from sim.workload.generate import make_workload, stream_arrivals
 from sim.workload.traces import open_trace
@@ -24,6 +25,10 @@ cached_profile = lru_cache(maxsize=8)(load_profile)
 def workload_of(config: SimConfig) -> Workload:
     """The requests that a configuration asks for: a trace, or a generated workload."""
     if config.trace is None:
+        require_room(
+            config.rate_rps * (config.duration_s or DEFAULT_DURATION_S),
+            "lower rate_rps or duration_s, or set metrics=sketch, which keeps no request",
+        )
         made = make_workload(
             config.workload,
             rate_rps=config.rate_rps,
@@ -32,7 +37,9 @@ def workload_of(config: SimConfig) -> Workload:
             arrivals=config.arrivals,
         )
     else:
-        made = _cached_trace(str(Path(config.trace)))
+        made = _cached_trace(
+            str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed)
+        )
         start_s = config.trace_start_s or 0.0
         if config.duration_s is not None or start_s > 0.0:
             end_s = math.inf if config.duration_s is None else start_s + config.duration_s
@@ -43,7 +50,7 @@ def workload_of(config: SimConfig) -> Workload:
 def stream_of(config: SimConfig) -> Iterator[Workload] | None:
     """The same requests part by part in bounded memory; None where only `workload_of` has them.
 
-    A streamed changing rate needs metrics=sketch, see `sim.engine.simulate`.
+    A streamed workload needs metrics=sketch, see `sim.engine.simulate`.
     """
     if config.metrics != "sketch" or config.trace is not None:
         return None
@@ -54,8 +61,6 @@ def stream_of(config: SimConfig) -> Iterator[Workload] | None:
         seed=config.seed,
         arrivals=config.arrivals,
     )
-    if parts is None:
-        return None
     return parts if config.time_scale == 1.0 else (p.scaled(config.time_scale) for p in parts)
 
 
@@ -79,5 +84,5 @@ def run(
 
 
 @lru_cache(maxsize=4)
-def _cached_trace(name: str) -> Workload:
-    return open_trace(name)
+def _cached_trace(name: str, unit: str | None, drop_failed: bool) -> Workload:
+    return open_trace(name, unit=unit, drop_failed=drop_failed)

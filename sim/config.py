@@ -33,13 +33,23 @@ class SimConfig:
     """One run: hardware, workload, fleet, policies, promises and engine model. See each `help`."""
 
     profile: str = _key(DEFAULT_PROFILE, "profile name or directory")
-    workload: str = _key("sharegpt", "length distribution of generated requests")
+    workload: str = _key(
+        "sharegpt", "length distribution of generated requests, or a file of lengths"
+    )
     trace: str | None = _key(None, "trace file or named trace, in place of a generated workload")
     rate_rps: float = _key(30.0, "mean arrival rate of a generated workload, requests/s")
     duration_s: float | None = _key(
         None, "length of the workload; none = 120 s generated, or the whole trace"
     )
     trace_start_s: float | None = _key(None, "skip this much of a trace; none = start at its first")
+    trace_unit: Literal["s", "ms", "us", "ns"] | None = _key(
+        None,
+        "unit of a trace's arrival numbers (s, ms, us, ns), counted from its first request;"
+        " none = as the format says, from 0",
+    )
+    trace_drop_failed: bool | None = _key(
+        None, "true leaves out a trace's requests without output, as BurstGPT logs failed calls"
+    )
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",
@@ -146,7 +156,7 @@ class SimConfig:
                 raise VoltanaError(f"active_{phase} must be <= num_{phase}, {there}, got {active}")
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
-            if value not in allowed:
+            if value is not None and value not in allowed:
                 raise VoltanaError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
     @property
@@ -198,7 +208,9 @@ _CHOICES = {
     "first_token": ("decode", "prefill"),
     "prefill_metrics": ("before", "after"),
     "decode_metrics": ("before", "after"),
+    "trace_unit": ("s", "ms", "us", "ns"),
 }
+_UNIONS = (types.UnionType, typing.Union)
 _HINTS = typing.get_type_hints(SimConfig)
 KEYS: dict[str, str] = {f.name: f.metadata["help"] for f in dataclasses.fields(SimConfig)}
 """Every key with its help text."""
@@ -251,7 +263,7 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 def _convert(key: str, value: Any, where: str) -> Any:  # noqa: ANN401 (TOML and text values)
     hint = _HINTS[key]
-    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
     if type(None) in options and (value is None or value == "none"):
         return None
     kind = next(o for o in options if o is not type(None))

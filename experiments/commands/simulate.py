@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -31,9 +31,14 @@ def simulate(
         Path | None, typer.Option(help="TOML file of configuration keys; options override it")
     ] = None,
     profile: Annotated[str | None, typer.Option(help="Profile name or directory")] = None,
-    workload: Annotated[str | None, typer.Option(help="Length distribution by name")] = None,
+    workload: Annotated[
+        str | None, typer.Option(help="Length distribution by name, or a file of lengths")
+    ] = None,
     trace: Annotated[
         str | None, typer.Option(help="Trace file or named trace, in place of a workload")
+    ] = None,
+    trace_unit: Annotated[
+        str | None, typer.Option(help="Of a trace's arrival numbers: s, ms, us or ns")
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Mean arrival rate, requests/s")] = None,
     duration: Annotated[float | None, typer.Option(help="Seconds of arrivals")] = None,
@@ -70,16 +75,18 @@ def simulate(
     Example: voltana simulate --workload sharegpt --rate 36 --controller ecofreq --router ecoroute
     """
     options: dict[str, Any] = {
-        "profile": profile, "workload": workload, "trace": trace, "rate_rps": rate,
+        "profile": profile, "workload": workload, "trace": trace, "trace_unit": trace_unit,
+        "rate_rps": rate,
         "duration_s": duration, "seed": seed, "num_prefill": prefill, "num_decode": decode,
         "controller": controller, "prefill_controller": prefill_controller,
         "decode_controller": decode_controller, "router": router,
         "slo_ttft_s": None if slo_ttft_ms is None else slo_ttft_ms * 1e-3,
         "slo_itl_s": None if slo_itl_ms is None else slo_itl_ms * 1e-3,
     }  # fmt: skip
-    values = _read(config) if config else {}
-    values |= {key: value for key, value in options.items() if value is not None}
-    values |= parse_settings(settings or [])
+    given = {key: value for key, value in options.items() if value is not None}
+    given |= parse_settings(settings or [])
+    values = (_read(config) if config else {}) | given
+    _require_used(values, given)
     _run(
         make_config(values, where=str(config) if config else "command line"),
         out,
@@ -87,6 +94,19 @@ def simulate(
         as_json=json,
         requires_slo=require_slo,
     )
+
+
+def _require_used(values: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """A trace has its own arrivals and lengths: refuse those that were asked for beside it."""
+    if values.get("trace") in (None, "none"):
+        return
+    for key in ("workload", "rate_rps", "arrivals"):
+        if key in given:
+            raise VoltanaError(
+                f"{key} is of generated requests and a trace has its own, got {key}={given[key]} "
+                f"and trace={values['trace']}: leave one out; time_scale=2 plays a trace twice as "
+                "fast, and as a workload a trace file lends its lengths"
+            )
 
 
 def _read(path: Path) -> dict[str, Any]:

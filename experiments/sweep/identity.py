@@ -62,8 +62,8 @@ def _world(config: SimConfig) -> tuple[str, str, list[str]]:
         profile = cached_profile(config.profile).content_hash
     except VoltanaError as error:
         profile = str(error)
-    is_file = config.trace is not None and Path(config.trace).is_file()
-    return _program(), profile, [_content(Path(config.trace or ""))] if is_file else []
+    requests = Path(config.workload if config.trace is None else config.trace)
+    return _program(), profile, [_content(requests)] if requests.is_file() else []
 
 
 def _short(text: str) -> str:

@@ -8,8 +8,8 @@ driver boosts: the promise is kept at the cost of energy) until a fresh record c
 from __future__ import annotations
 
 import sys
-import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hwreplay.actuator.client import Actuator, ActuatorLostError
@@ -17,6 +17,8 @@ from hwreplay.agent.loop_report import LoopReport, SafeState
 from hwreplay.messages.batch_feed import BatchNotice, Kind
 from hwreplay.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import IterationMetrics
+from profiles.errors import VoltanaError
+from sim.policies.answers import ControllerAnswers
 from sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
 
 
@@ -60,6 +62,7 @@ class ControlLoop:
         actuator: Actuator,
         *,
         predictor: Predictor,
+        clocks_mhz: Sequence[int],
         limits: StaleLimits | None = None,
         decides_before: bool = False,
         now_s: float = 0.0,
@@ -71,15 +74,21 @@ class ControlLoop:
             tracker: Keeps the state that the controller reads.
             actuator: Sets the clock.
             predictor: Says how long an iteration should take.
+            clocks_mhz: Supported clocks, ascending; the controller may ask for no other.
             limits: When metrics are stale.
             decides_before: Decide on the notice of a batch that is about to run; else on the record
                 of one that has ended.
             now_s: The run's time.
+
+        Raises:
+            VoltanaError: The controller has no initial clock, or an unsupported one.
         """
         self.report = LoopReport()
         self.clock_changes: deque[tuple[float, int]] = deque()
         """(time in s, clock in MHz) of each confirmed change, for the owner to take away."""
-        self._controller = controller
+        state = tracker.state
+        where = f"{state.phase} {state.instance_id}"
+        self._controller = ControllerAnswers(controller, clocks_mhz, where)
         self._tracker = tracker
         self._actuator: Actuator | None = actuator
         self._predictor = predictor
@@ -99,7 +108,7 @@ class ControlLoop:
         self.num_wishes = 0
         """Clocks asked for that were not the one asked for last."""
         self._wish_mhz = UNLOCKED_MHZ
-        self._write(controller.initial_clock_mhz(), now_s)
+        self._write(self._controller.initial_clock_mhz(), now_s)
 
     @property
     def is_safe(self) -> bool:
@@ -247,7 +256,7 @@ class ControlLoop:
         self._plan = None
         try:
             clock_mhz = self._controller.decide(self._tracker.state)
-        except Exception as error:  # noqa: BLE001 (whatever a policy does, the clock must not stay)
+        except VoltanaError as error:  # whatever a policy does, the clock must not stay
             self._fail(now_s, error)
             return False
         self._end_safe(now_s)
@@ -259,15 +268,15 @@ class ControlLoop:
     def _ask_idle_plan(self, now_s: float) -> IdlePlan | None:
         try:
             return self._controller.on_idle(self._tracker.state)
-        except Exception as error:  # noqa: BLE001 (as in _decide)
+        except VoltanaError as error:
             self._fail(now_s, error)
             return None
 
-    def _fail(self, now_s: float, error: Exception) -> None:
+    def _fail(self, now_s: float, error: VoltanaError) -> None:
         if self._safe is None:
-            sys.stderr.write(traceback.format_exc())
+            sys.stderr.write(f"voltana: {error}\n")
         self.report.counts["controller_errors"] += 1
-        self.go_safe(now_s, f"the controller failed: {type(error).__name__}: {error}")
+        self.go_safe(now_s, f"the controller failed: {error}")
 
     def _write(self, clock_mhz: int, now_s: float) -> None:
         if self._actuator is None:

@@ -297,6 +297,7 @@ def _make_loop(
         tracker,
         actuator,
         predictor=source.profile.predictor(),
+        clocks_mhz=source.profile.meta.clocks.supported_mhz,
         limits=config.stale,
         decides_before=decides_before(settings, config.phase),
         now_s=clock.now_s(),

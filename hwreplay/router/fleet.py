@@ -7,8 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from operator import index
-from typing import Final, SupportsIndex
+from typing import Final
 
 import aiohttp
 
@@ -25,6 +24,7 @@ from hwreplay.router.upstream import Upstream
 from hwreplay.router.vocabulary import ask_vocab_size
 from profiles.engines.sglang_metrics import MetricsError
 from profiles.errors import VoltanaError
+from sim.policies.answers import route
 from sim.policies.base import DECODE, PREFILL, InstanceState, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
@@ -39,13 +39,6 @@ LATE: Final = "its health check takes"
 
 
 Pair = tuple[Worker, Worker]
-
-
-def _position(value: object, states: Sequence[InstanceState]) -> int:
-    """A position in the list, checked: a negative one would wrap around."""
-    if isinstance(value, SupportsIndex) and 0 <= (position := index(value)) < len(states):
-        return position
-    raise VoltanaError(f"a router must give a position in 0..{len(states) - 1}, got {value!r}")
 
 
 class RouterFleet:
@@ -164,13 +157,12 @@ class RouterFleet:
     ) -> tuple[int, int]:
         """The policy's positions; round-robin's where it fails, which is counted."""
         try:
-            first, second = self._router.route(view, prefill, decode)
-            return _position(first, prefill), _position(second, decode)
-        except Exception:
+            return route(self._router, view, prefill, decode)
+        except VoltanaError as error:
             self._metrics.routing_errors.inc()
             if not self._has_routing_failed:  # once: a broken policy fails at every request
                 self._has_routing_failed = True
-                LOG.exception("%s has failed, requests go round-robin", self._config.sim.router)
+                LOG.warning("%s; requests that it fails on go round-robin", error)
             return self._fallback.route(view, prefill, decode)
 
     def prefilled(self, pair: Pair, request_id: int) -> None:

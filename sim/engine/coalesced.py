@@ -24,6 +24,7 @@ from sim.engine.log import RunLog
 from sim.engine.noise import BLOCK, IterationNoise, Multipliers
 from sim.engine.request import SimRequest
 from sim.engine.track import GpuTrack
+from sim.policies.answers import ControllerAnswers
 from sim.policies.base import Controller, InstanceState, RunningRequest
 
 
@@ -35,15 +36,17 @@ class CoalescedDecode(DecodeInstance):
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
-        controller: Controller,
+        answers: ControllerAnswers,
         track: GpuTrack,
         *,
         max_running: int,
     ) -> None:
-        super().__init__(config, log, state, controller, track, max_running=max_running)
+        super().__init__(config, log, state, answers, track, max_running=max_running)
         self.on_cut: Callable[[DecodeInstance, float], None] = _no_driver
         """The driver's: the running run ends earlier than `step` said, at this instant."""
-        self.may_coalesce = type(controller).steady_iterations is not Controller.steady_iterations
+        self.may_coalesce = (
+            type(answers.controller).steady_iterations is not Controller.steady_iterations
+        )
         self._finish_order: list[int] = []
         """Heap of the keys of `_finishing`, with some that are gone."""
         self._left = 0
@@ -139,7 +142,12 @@ class CoalescedDecode(DecodeInstance):
             return 0
         # the next calls see this run's iterations: each the one to come, or the one before it
         seen_tokens = tokens if self._sees_next_batch else tokens - batch_size
-        further = self.controller.steady_iterations(self.state, batch_size, seen_tokens)
+        steady: Callable[[InstanceState, int, int], object] = self.controller.steady_iterations
+        try:
+            answer = steady(self.state, batch_size, seen_tokens)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.answers.fail("steady_iterations", error)
+        further = self.answers.steady_iterations(answer)
         if further == 0:
             return 0
         order = self._finish_order

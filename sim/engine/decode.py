@@ -9,7 +9,8 @@ from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
 from sim.engine.track import GpuTrack
-from sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
+from sim.policies.answers import ControllerAnswers
+from sim.policies.base import InstanceState, RunningRequest, WaitingRequest
 
 
 class DecodeInstance(Instance):
@@ -31,12 +32,12 @@ class DecodeInstance(Instance):
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
-        controller: Controller,
+        answers: ControllerAnswers,
         track: GpuTrack,
         *,
         max_running: int,
     ) -> None:
-        super().__init__(config, log, state, controller, track)
+        super().__init__(config, log, state, answers, track)
         self._waiting: deque[SimRequest] = deque()
         self._retracted: deque[SimRequest] = deque()
         """They come before those that wait; `state.num_waiting` counts both."""
@@ -171,7 +172,7 @@ class DecodeInstance(Instance):
         state = self.state
         if not state.num_waiting:
             return
-        wanted = self.controller.admit_up_to(state)
+        wanted = self.answers.admit_up_to(state)
         self._most = self._max_running if wanted is None else min(max(wanted, 1), self._max_running)
         while state.num_waiting and self._has_room(state.kv_tokens):
             request = (self._retracted or self._waiting).popleft()

@@ -26,6 +26,7 @@ from sim.engine.prefill import PrefillInstance
 from sim.engine.request import SimRequest
 from sim.engine.timeline import Timeline
 from sim.engine.track import GpuTrack
+from sim.policies.answers import ControllerAnswers, route
 from sim.policies.base import (
     Cluster,
     Controller,
@@ -172,7 +173,7 @@ class Fleet(ABC):
             request.input_tokens,
             output_tokens if self._length_oracle else None,
         )
-        prefill_id, decode_id = self._router.route(view, self._routed_prefill, self._routed_decode)
+        prefill_id, decode_id = route(self._router, view, self._routed_prefill, self._routed_decode)
         request.prefill_id, request.decode_id = prefill_id, decode_id
         self._log.assign(request)
         self._prefill_states[prefill_id].open_requests += 1
@@ -216,34 +217,40 @@ class Fleet(ABC):
         controller = make_controller(
             self._config.prefill_controller_spec, self._context("prefill", index, "prefill")
         )
+        answers = self._answers(controller, "prefill", index)
         return PrefillInstance(
             self._config,
             self._log,
             self._state("prefill", index),
-            controller,
-            self._track("prefill", index, controller),
+            answers,
+            self._track("prefill", index, answers),
             max_tokens=self._max_prefill_tokens,
             hand_over=self._hand_over,
         )
 
     def _make_decode(self, index: int) -> DecodeInstance:
         controller = self._make_decode_controller(self._context("decode", index, "decode"))
+        answers = self._answers(controller, "decode", index)
         return self.decode_class(
             self._config,
             self._log,
             self._state("decode", index),
-            controller,
-            self._track("decode", index, controller),
+            answers,
+            self._track("decode", index, answers),
             max_running=self._max_running,
         )
 
-    def _track(self, phase: Phase, index: int, controller: Controller) -> GpuTrack:
+    def _answers(self, controller: Controller, phase: Phase, index: int) -> ControllerAnswers:
+        clocks_mhz = self._profile.meta.clocks.supported_mhz
+        return ControllerAnswers(controller, clocks_mhz, f"{phase} {index}")
+
+    def _track(self, phase: Phase, index: int, answers: ControllerAnswers) -> GpuTrack:
         config = self._config
         return GpuTrack(
             self._truth,
             phase,
-            clock_mhz=controller.initial_clock_mhz(),
-            actuation_s=0.0 if controller.acts_at_once else config.actuation_latency_s,
+            clock_mhz=answers.initial_clock_mhz(),
+            actuation_s=0.0 if answers.controller.acts_at_once else config.actuation_latency_s,
             # one card after the other, and each iteration waits for the last of them
             stall_s=config.clock_stall_s * self._profile.meta.model.tensor_parallel,
             noise=IterationNoise.make(config, self._spread, phase, index),

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from sim.config import SimConfig
 from sim.engine.log import RunLog
 from sim.engine.track import GpuTrack
-from sim.policies.base import Controller, InstanceState
+from sim.policies.answers import ControllerAnswers
+from sim.policies.base import InstanceState
 from sim.records import InstanceRecord
 
 IterationRow = tuple[str, int, float, float, int, int, int, float]
@@ -32,12 +33,13 @@ class Instance(ABC):
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
-        controller: Controller,
+        answers: ControllerAnswers,
         track: GpuTrack,
     ) -> None:
         self.state = state
         self.log = log
-        self.controller = controller
+        self.answers = answers
+        self.controller = answers.controller
         self.on_work: Callable[[Instance], None] = _no_driver
         """The driver's: step this instance now, after all else that happens at this instant."""
         self.later: Callable[[float, Callable[[float], None]], None] = _never
@@ -62,7 +64,7 @@ class Instance(ABC):
         state = self.state
         state.is_busy = False
         state.now_s = now_s
-        self.idle_change_s = self.track.enter_idle(now_s, self.controller.on_idle(state))
+        self.idle_change_s = self.track.enter_idle(now_s, self.answers.on_idle(state))
         self._is_parked = True
 
     def step(self, now_s: float) -> float | None:
@@ -123,7 +125,13 @@ class Instance(ABC):
     def _ask_controller(self, now_s: float) -> None:
         state = self.state
         state.now_s = now_s
-        self._decision_mhz = self.controller.decide(state)
+        decide: Callable[[InstanceState], object] = self.controller.decide
+        try:
+            answer = decide(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.answers.fail("decide", error)
+        if type(answer) is not int or answer != self._decision_mhz:  # else it was checked before
+            self._decision_mhz = self.answers.clock_mhz(answer)
         self.track.request_clock(now_s, self._decision_mhz)
 
     def _finish_iteration(self, now_s: float) -> None:

@@ -10,7 +10,8 @@ from sim.engine.instance import Instance
 from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
 from sim.engine.track import GpuTrack
-from sim.policies.base import Controller, InstanceState, WaitingRequest
+from sim.policies.answers import ControllerAnswers
+from sim.policies.base import InstanceState, WaitingRequest
 
 
 class PrefillInstance(Instance):
@@ -26,13 +27,13 @@ class PrefillInstance(Instance):
         config: SimConfig,
         log: RunLog,
         state: InstanceState,
-        controller: Controller,
+        answers: ControllerAnswers,
         track: GpuTrack,
         *,
         max_tokens: int,
         hand_over: Callable[[SimRequest, float], None],
     ) -> None:
-        super().__init__(config, log, state, controller, track)
+        super().__init__(config, log, state, answers, track)
         self._queue: deque[SimRequest] = deque()
         self._batch: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""
@@ -64,7 +65,7 @@ class PrefillInstance(Instance):
     def _holds(self, now_s: float) -> bool:
         """Whether the queue waits for more; the first who says so sets the latest start."""
         self.state.now_s = now_s
-        hold_s = self.controller.hold_s(self.state)
+        hold_s = self.answers.hold_s(self.state)
         was_held, self._is_held = self._is_held, hold_s > 0.0
         if self._is_held and not was_held:
             self._num_holds += 1

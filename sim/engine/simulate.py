@@ -14,6 +14,7 @@ from sim.engine.log import ExactLog, RunLog
 from sim.engine.loop import CoalescedFleet
 from sim.engine.reference import SimpyFleet
 from sim.engine.sketch_log import RowSpill, SketchLog
+from sim.memory import MOST_WAITING, max_requests, watch_backlog
 from sim.records import RunRecord
 from sim.workload.workload import Workload
 
@@ -34,23 +35,33 @@ def simulate(
         spill: With metrics="sketch": a parquet file that takes one row a request.
 
     Raises:
-        VoltanaError: The workload is empty, or needs another `metrics`, or an iteration fell
-            outside the profiled grid (and `extrapolate` is off).
+        VoltanaError: The workload is empty, or needs another `metrics`, a stream brings more
+            requests than the fleet serves and memory holds, or an iteration fell outside the
+            profiled grid (and `extrapolate` is off).
     """
     if isinstance(workload, Workload) and not len(workload):
         raise VoltanaError(f"workload {workload.name!r} has no requests: nothing to simulate")
     if config.metrics == "sketch":
         if spill is None:
-            return _fleet(config, profile, workload, _sketch_log(config, None)).run()
+            return _run_sketch(config, profile, workload, None)
         with replacing(spill) as partial, RowSpill(partial) as rows:
-            return _fleet(config, profile, workload, _sketch_log(config, rows)).run()
+            return _run_sketch(config, profile, workload, rows)
     if not isinstance(workload, Workload) or spill is not None:
         raise VoltanaError("a streamed workload and spilled rows need metrics=sketch, got exact")
     return _fleet(config, profile, workload, ExactLog(workload)).run()
 
 
-def _sketch_log(config: SimConfig, rows: RowSpill | None) -> SketchLog:
-    return SketchLog(slo_ttft_s=config.slo_ttft_s, slo_itl_s=config.slo_itl_s, spill=rows)
+def _run_sketch(
+    config: SimConfig,
+    profile: Profile,
+    workload: Workload | Iterable[Workload],
+    rows: RowSpill | None,
+) -> RunRecord:
+    log = SketchLog(slo_ttft_s=config.slo_ttft_s, slo_itl_s=config.slo_itl_s, spill=rows)
+    if not isinstance(workload, Workload):
+        allowed = min(max_requests(), config.num_decode * MOST_WAITING)
+        workload = watch_backlog(iter(workload), lambda: log.unresolved, allowed)
+    return _fleet(config, profile, workload, log).run()
 
 
 def _fleet(

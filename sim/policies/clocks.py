@@ -144,11 +144,16 @@ def require_clock(clocks_mhz: Sequence[int], clock_mhz: int, where: str) -> int:
     """
     if clock_mhz in clocks_mhz:
         return clock_mhz
-    near = sorted(sorted(clocks_mhz, key=lambda clock: abs(clock - clock_mhz))[:2])
+    near = nearest_two_mhz(clocks_mhz, clock_mhz)
     raise VoltanaError(
         f"{where} must be a clock the profile supports, got {clock_mhz} MHz: "
         f"nearest {' and '.join(str(clock) for clock in near)} MHz"
     )
+
+
+def nearest_two_mhz(clocks_mhz: Sequence[int], wanted_mhz: int) -> list[int]:
+    """The two supported clocks nearest to `wanted_mhz`, ascending; one if there is only one."""
+    return sorted(sorted(clocks_mhz, key=lambda clock: abs(clock - wanted_mhz))[:2])
 
 
 def clock_list(

@@ -11,9 +11,10 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, TypeVar
+from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from profiles.errors import VoltanaError, nearest
+from sim.policies.answers import describe, rehearse
 from sim.policies.base import Controller, PolicyContext, Router
 from sim.policies.controllers import (
     agft,
@@ -168,12 +169,16 @@ def make_controller(spec: str, context: PolicyContext) -> Controller:
     Raises:
         VoltanaError: Unknown name or parameter (with the nearest), or a bad value.
     """
-    return _make(spec, context, CONTROLLERS, "controller")
+    make, _ = _maker(spec, CONTROLLERS, "controller", Controller)
+    return make(context)
 
 
 def make_router(spec: str, context: PolicyContext) -> Router:
     """Make the fleet's router from `name:key=value,…`. Raises as `make_controller` does."""
-    return _make(spec, context, ROUTERS, "router")
+    make, is_own = _maker(spec, ROUTERS, "router", Router)
+    if is_own and max(context.num_prefill, context.num_decode) > 1:
+        rehearse(make, context)
+    return make(context)
 
 
 def check_policies(controller: str, router: str) -> None:
@@ -195,16 +200,42 @@ def is_module_name(name: str) -> bool:
     return all(p.isidentifier() for p in parts) and parts[0] not in sys.stdlib_module_names
 
 
-def _make(text: str, context: PolicyContext, known: Mapping[str, Entry[P]], kind: str) -> P:
+def _maker(
+    text: str, known: Mapping[str, Entry[P]], kind: str, base: type[object]
+) -> tuple[Callable[[PolicyContext], P], bool]:
+    """What makes the policy, and whether it is a module of the user's own."""
     entry, parameters = _bound(text, known, kind)
-    return entry.make(parameters, context)
+
+    def make(context: PolicyContext) -> P:
+        try:
+            made: object = entry.make(parameters, context)
+        except VoltanaError:
+            raise
+        except Exception as error:
+            raise VoltanaError(f"cannot make {kind} {text!r}: {describe(error)}") from error
+        if not isinstance(made, base):
+            raise VoltanaError(
+                f"{kind} {text!r} must be a sim.policies.base.{base.__name__}, got a "
+                f"{type(made).__name__}: derive your class from it"
+            )
+        return cast("P", made)
+
+    return make, entry not in known.values()
 
 
 def _bound(text: str, known: Mapping[str, Entry[P]], kind: str) -> tuple[Entry[P], object]:
     """A policy's entry and its parameters."""
     spec = parse_spec(text)
     entry = known.get(spec.name) or _own(spec.name, known, kind)
-    return entry, bind_parameters(spec, entry.parameters)
+    try:
+        return entry, bind_parameters(spec, entry.parameters)
+    except VoltanaError:
+        raise
+    except Exception as error:
+        raise VoltanaError(
+            f"parameters of {kind} {spec.name!r} must be a dataclass of numbers, words or lists of "
+            f"them: {describe(error)}"
+        ) from error
 
 
 def _own(name: str, known: Mapping[str, Entry[P]], kind: str) -> Entry[Any]:
@@ -220,9 +251,13 @@ def _own(name: str, known: Mapping[str, Entry[P]], kind: str) -> Entry[Any]:
             raise VoltanaError(
                 f"{unknown} (a module of yours: set PYTHONPATH to its folder)"
             ) from None
+        if not is_absent:
+            raise VoltanaError(f"cannot import {kind} {name!r}: {describe(error)}") from error
         raise VoltanaError(
             f"cannot import {kind} {name!r}: no module {error.name!r}; set PYTHONPATH to its folder"
         ) from None
+    except Exception as error:
+        raise VoltanaError(f"cannot import {kind} {name!r}: {describe(error)}") from error
     entry = getattr(module, kind.upper(), None)
     if not isinstance(entry, Entry):
         raise VoltanaError(

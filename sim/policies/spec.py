@@ -181,7 +181,10 @@ def _kind(hint: Any) -> str:  # noqa: ANN401 (a type expression)
     options = [option for option in get_args(hint) if option is not type(None)]
     if options:
         return _kind(options[0])
-    return {int: "integer", float: "number", bool: "true/false", str: "word"}[hint]
+    kinds = {int: "integer", float: "number", bool: "true/false", str: "word"}
+    if hint not in kinds:
+        raise TypeError(f"a field of type {getattr(hint, '__name__', hint)}")
+    return kinds[hint]
 
 
 def _convert(text: str, hint: Any, where: str) -> object:  # noqa: ANN401 (a type expression)
@@ -194,12 +197,13 @@ def _convert(text: str, hint: Any, where: str) -> object:  # noqa: ANN401 (a typ
         return _convert_bool(text, where)
     if hint is str:
         return text
+    kind = _kind(hint)  # a field of any other kind is its author's mistake, whatever the text
     try:
         number = float(text)
         if hint is int:
             return int(text)
     except ValueError:
-        raise VoltanaError(f"{where} must be {_article(_kind(hint))}, got {text!r}") from None
+        raise VoltanaError(f"{where} must be {_article(kind)}, got {text!r}") from None
     if not math.isfinite(number):
         raise VoltanaError(f"{where} must be finite, got {text!r}")
     return number

@@ -54,21 +54,42 @@ def make_workload(
     Raises:
         VoltanaError: Unknown name or arrival process, or a number out of range.
     """
-    require_positive(rate_rps=rate_rps, duration_s=duration_s)
     parts = stream_arrivals(
         name, rate_rps=rate_rps, duration_s=duration_s, seed=seed, arrivals=arrivals
     )
-    if parts is not None:
-        return _join(list(parts), f"{name}, {arrivals}, {rate_rps:g} requests/s on average")
-    count = max(1, round(rate_rps * duration_s))
-    gaps = parse_arrivals(arrivals)(_stream(seed, "arrivals"), count)
-    inputs, outputs = draw_lengths(name, count, _stream(seed, "lengths"))
-    return Workload(
-        arrival_s=np.cumsum(gaps) / rate_rps,
-        input_tokens=inputs,
-        output_tokens=outputs,
-        name=f"{name} at {rate_rps:g} requests/s",
+    is_steady = rate_shape(arrivals, mean_rps=rate_rps, duration_s=duration_s) is None
+    at = (
+        f" at {rate_rps:g} requests/s"
+        if is_steady
+        else f", {arrivals}, {rate_rps:g} requests/s on average"
     )
+    return _join(list(parts), name + at)
+
+
+def stream_steady(
+    name: str, *, rate_rps: float, duration_s: float, seed: int, arrivals: str = "poisson"
+) -> Iterator[Workload]:
+    """The requests of `make_workload` at a constant mean rate, to the bit, part by part.
+
+    Yields:
+        Workloads of at most `PART_REQUESTS` requests that continue one another.
+
+    Raises:
+        VoltanaError: As `make_workload`.
+    """
+    require_positive(rate_rps=rate_rps, duration_s=duration_s)
+    draw_gaps = parse_arrivals(arrivals)
+    of_arrivals, of_lengths = _stream(seed, "arrivals"), _stream(seed, "lengths")
+    left, reached = max(1, round(rate_rps * duration_s)), 0.0
+    while left:
+        count = min(left, PART_REQUESTS)
+        # summed one after the other, from where the part before ended: as one sum over all
+        sums = np.cumsum(np.concatenate(([reached], draw_gaps(of_arrivals, count))))[1:]
+        inputs, outputs = draw_lengths(name, count, of_lengths)
+        yield Workload(
+            arrival_s=sums / rate_rps, input_tokens=inputs, output_tokens=outputs, name=name
+        )
+        left, reached = left - count, float(sums[-1])
 
 
 def stream_diurnal(
@@ -141,8 +162,8 @@ def stream_shape(
 
 def stream_arrivals(
     name: str, *, rate_rps: float, duration_s: float, seed: int, arrivals: str
-) -> Iterator[Workload] | None:
-    """`stream_shape` of what `arrivals` names in `duration_s`; None where the rate is constant.
+) -> Iterator[Workload]:
+    """The requests of `make_workload`, part by part in bounded memory.
 
     Raises:
         VoltanaError: Unknown name, or a number out of range.
@@ -150,7 +171,9 @@ def stream_arrivals(
     require_positive(rate_rps=rate_rps, duration_s=duration_s)
     cumulative = rate_shape(arrivals, mean_rps=rate_rps, duration_s=duration_s)
     if cumulative is None:
-        return None
+        return stream_steady(
+            name, rate_rps=rate_rps, duration_s=duration_s, seed=seed, arrivals=arrivals
+        )
     return stream_shape(name, cumulative, duration_s=duration_s, seed=seed)
 
 

@@ -20,6 +20,7 @@ import pandas as pd
 from scipy import optimize, stats
 
 from profiles.errors import VoltanaError, nearest
+from sim.workload.traces import read_lengths
 
 DATA = Path(__file__).parent / "data"
 HISTOGRAMS: Final = {
@@ -66,7 +67,8 @@ def draw_lengths(name: str, count: int, rng: np.random.Generator) -> tuple[IntAr
     """Draw prompt and output lengths.
 
     Args:
-        name: One of `list_lengths`.
+        name: One of `list_lengths`, or a file of lengths (`sim.workload.traces.read_lengths`),
+            whose requests are drawn with replacement.
         count: How many pairs.
         rng: Random stream; the same stream and count give the same lengths.
 
@@ -74,10 +76,14 @@ def draw_lengths(name: str, count: int, rng: np.random.Generator) -> tuple[IntAr
         Input and output tokens, each of shape (count,), all >= 1.
 
     Raises:
-        VoltanaError: Unknown name; the nearest is suggested.
+        VoltanaError: Unknown name; the nearest is suggested. Or the file cannot be read.
     """
     if name == "lmsys":
         return lmsys_lengths(count, rng)
+    if is_file_of_lengths(name):
+        inputs, outputs = _file_lengths(name, Path(name).stat().st_mtime_ns)
+        drawn = rng.integers(len(inputs), size=count)
+        return inputs[drawn], outputs[drawn]
     if name not in HISTOGRAMS and name != SHAREGPT_CLIENT:
         raise VoltanaError(f"unknown workload {name!r}{nearest(name, list_lengths())}")
     made = _histogram(name)
@@ -90,6 +96,20 @@ def draw_lengths(name: str, count: int, rng: np.random.Generator) -> tuple[IntAr
     inputs = np.minimum(inputs, np.minimum(made.max_input, made.max_total - chosen[:, 2]))
     outputs = np.minimum(outputs, np.minimum(made.max_output, made.max_total - inputs))
     return inputs, outputs
+
+
+def is_file_of_lengths(name: str) -> bool:
+    """Whether a workload's name is a file's: one with a suffix, or in a folder."""
+    if name in list_lengths() or not (Path(name).suffix or "/" in name):
+        return False
+    if not Path(name).is_file():
+        raise VoltanaError(f"no such file of lengths: {name}")
+    return True
+
+
+@lru_cache(maxsize=4)
+def _file_lengths(name: str, changed_ns: int) -> tuple[IntArray, IntArray]:
+    return read_lengths(Path(name))
 
 
 def lmsys_lengths(count: int, rng: np.random.Generator) -> tuple[IntArray, IntArray]:

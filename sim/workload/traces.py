@@ -22,33 +22,47 @@ from sim.workload.workload import FloatArray, IntArray, Workload
 
 _MAX_TOKENS: Final = 2**31
 """No request is longer; above it a length is a damaged number."""
+DAY_S: Final = 86_400.0
+MOST_IDLE_S: Final = DAY_S
+"""A trace that starts later is taken for one in another unit, or counted from 1970; ours."""
+_UNITS_S: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
+_EPOCH: Final = {unit: (1e8 / factor, 1e10 / factor) for unit, factor in _UNITS_S.items()}
+"""Numbers that are times since 1970 in that unit, if they are: from 1973 to 2286."""
 Arrivals = Callable[[Any, Path, IntArray], FloatArray]
 _FIRST_LINE: Final = 2
 """Line of the first data row of a CSV; of JSON lines it is 1."""
 
 
-def open_trace(name_or_path: str) -> Workload:
+def open_trace(
+    name_or_path: str, *, unit: str | None = None, drop_failed: bool = False
+) -> Workload:
     """A trace file, or a published trace by name (`sim.workload.fetch` says which there are).
+
+    `unit` and `drop_failed` are those of `read_trace`.
 
     Raises:
         MissingTraceError: It is not there.
         VoltanaError: It cannot be read.
     """
     if name_or_path in named_traces():
-        return read_trace(named_trace(name_or_path))
+        return read_trace(named_trace(name_or_path), unit=unit, drop_failed=drop_failed)
     path = Path(name_or_path)
     if not path.is_file():
         hint = "" if path.suffix else nearest(name_or_path, named_traces())
         raise MissingTraceError(f"no such trace file: {name_or_path}{hint}")
-    return read_trace(path)
+    return read_trace(path, unit=unit, drop_failed=drop_failed)
 
 
-def read_trace(path: Path, fmt: str | None = None, *, drop_failed: bool = False) -> Workload:
+def read_trace(
+    path: Path, fmt: str | None = None, *, unit: str | None = None, drop_failed: bool = False
+) -> Workload:
     """Read a trace, telling its format by its columns unless it is named.
 
     Args:
         path: CSV (also .gz), JSON lines or parquet.
         fmt: `azure`, `burstgpt`, `mooncake` or `plain`; by default the one whose columns match.
+        unit: Of numbers in the arrival column: s, ms, us or ns, counted from the first request.
+            By default as the format says. Columns that hold dates or durations know their own.
         drop_failed: Leave out requests without output, which BurstGPT logs for failed calls;
             the workload's name says how many.
 
@@ -68,19 +82,21 @@ def read_trace(path: Path, fmt: str | None = None, *, drop_failed: bool = False)
         frame = kept
         if frame.empty:
             raise VoltanaError(f"{path}: holds no request with output")
-    first_line = 1 if format_name == "mooncake" else _FIRST_LINE
+    first_line = 1 if _is_json_lines(path) else _FIRST_LINE
     lines = frame.index.to_numpy() + first_line
-    arrival_s = arrivals(frame[columns[0]], path, lines)
+    arrival_s = _arrivals(frame[columns[0]], path, lines, arrivals, unit)
     _require_sorted(arrival_s, frame[columns[0]], path, lines)
     tokens = [_tokens(frame[column], path, lines) for column in columns[1:]]
     return Workload(arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=name)
 
 
 def _read_frame(path: Path) -> pd.DataFrame:
+    if path.suffix == ".json":
+        raise VoltanaError(f"{path}: must be JSON lines: write one object a line to a .jsonl")
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
-        elif ".jsonl" in path.suffixes[-2:]:
+        elif _is_json_lines(path):
             frame = pd.read_json(path, lines=True, dtype=False)
         else:
             with warnings.catch_warnings():
@@ -96,6 +112,85 @@ def _read_frame(path: Path) -> pd.DataFrame:
     if frame.empty:
         raise VoltanaError(f"{path}: holds no requests")
     return frame.reset_index(drop=True)
+
+
+def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
+    """Input and output tokens of a file's requests, in its order; arrivals are not looked at.
+
+    Args:
+        path: As `read_trace` takes, with the two length columns of one of its formats.
+
+    Returns:
+        Input and output tokens, each of shape (n,), all >= 1.
+
+    Raises:
+        VoltanaError: As `read_trace`.
+    """
+    frame = _read_frame(path)
+    for columns, _ in _FORMATS.values():
+        if set(columns[1:]) <= set(frame.columns):
+            lines = frame.index.to_numpy() + (1 if _is_json_lines(path) else _FIRST_LINE)
+            inputs, outputs = (_tokens(frame[column], path, lines) for column in columns[1:])
+            return inputs, outputs
+    known = "; ".join(", ".join(columns[1:]) for columns, _ in _FORMATS.values())
+    raise VoltanaError(
+        f"{path}:1: a workload's file must have columns of lengths ({known}), got "
+        f"{', '.join(map(str, frame.columns))}: name the columns so"
+    )
+
+
+def _is_json_lines(path: Path) -> bool:
+    return ".jsonl" in path.suffixes[-2:]
+
+
+def _arrivals(
+    column: pd.Series[Any], path: Path, lines: IntArray, of_format: Arrivals, unit: str | None
+) -> FloatArray:
+    """Seconds from the start of the run, by what the column holds, the unit or the format."""
+    if pd.api.types.is_datetime64_any_dtype(column):
+        _require_no_unit(column, unit, path)
+        return _timestamps(column, path, lines)
+    if pd.api.types.is_timedelta64_dtype(column):
+        _require_no_unit(column, unit, path)
+        _require(column.notna().to_numpy(), column, path, lines, "must be a duration")
+        return _from_first(column.dt.total_seconds(), path, lines)
+    if unit is not None:
+        if of_format is _timestamps:
+            raise VoltanaError(f"{column.name} of {path} holds dates: leave trace_unit out")
+        return _from_first(column, path, lines) * _UNITS_S[unit]
+    arrival_s = of_format(column, path, lines)
+    if of_format is not _timestamps:
+        _require_early(column, arrival_s, path, lines)
+    return arrival_s
+
+
+def _require_no_unit(column: pd.Series[Any], unit: str | None, path: Path) -> None:
+    if unit is not None:
+        raise VoltanaError(
+            f"{column.name} of {path} has type {column.dtype}, which knows its unit: leave "
+            "trace_unit out"
+        )
+
+
+def _require_early(
+    column: pd.Series[Any], arrival_s: FloatArray, path: Path, lines: IntArray
+) -> None:
+    """Refuse times since 1970 and times in another unit: the run would idle for days or years."""
+    first = float(pd.to_numeric(column.iloc[0]))
+    # a format that counts from its first request may count from 1970, but in its own unit only
+    if arrival_s[0] <= MOST_IDLE_S and first < _EPOCH["ms"][0]:
+        return
+    likely = next((unit for unit, (low, high) in _EPOCH.items() if low <= first < high), None)
+    if likely is None:
+        days = arrival_s[0] / DAY_S
+        seems = f"{days:,.0f} days after the start: set trace_unit to s, ms, us or ns"
+    else:
+        date = pd.Timestamp(first * _UNITS_S[likely], unit="s")
+        seems = f"which as {likely} since 1970 is {date:%Y-%m-%d}: set trace_unit={likely}"
+    raise VoltanaError(
+        f"{column.name} must start near 0, got {column.iloc[0]} ({path}:{lines[0]}), {seems}, "
+        "which counts from the first request"
+    )
 
 
 def _seconds(column: pd.Series[Any], path: Path, lines: IntArray) -> FloatArray:
@@ -136,6 +231,12 @@ def _detect(frame: pd.DataFrame, path: Path) -> str:
     for name, (columns, _) in _FORMATS.items():
         if set(columns) <= set(frame.columns):
             return name
+    lengths = next((c for c, _ in _FORMATS.values() if set(c[1:]) <= set(frame.columns)), None)
+    if lengths is not None:
+        raise VoltanaError(
+            f"{path}:1: holds lengths and no arrivals ({lengths[0]} is missing): give it as a "
+            "workload, whose arrivals are drawn at rate_rps"
+        )
     expected = "; ".join(f"{n}: {', '.join(c)}" for n, (c, _) in _FORMATS.items())
     found = ", ".join(str(c) for c in frame.columns)
     raise VoltanaError(f"{path}:1: columns {found} are of no known format ({expected})")
@@ -149,9 +250,14 @@ def _require_columns(frame: pd.DataFrame, columns: tuple[str, ...], path: Path) 
 
 def _tokens(column: pd.Series[Any], path: Path, lines: IntArray) -> IntArray:
     numbers = pd.to_numeric(column, errors="coerce").to_numpy(dtype=np.float64)
-    _require(np.isfinite(numbers), column, path, lines, "must be a whole number")
+    is_number = np.isfinite(numbers) & (not pd.api.types.is_bool_dtype(column))
+    _require(is_number, column, path, lines, "must be a whole number")
     _require(numbers == np.floor(numbers), column, path, lines, "must be a whole number")
-    remedy = " (drop_failed leaves out requests without output)" if (numbers == 0).any() else ""
+    remedy = (
+        " (trace_drop_failed=true leaves out requests without output)"
+        if (numbers == 0).any()
+        else ""
+    )
     _require(numbers >= 1, column, path, lines, f"must be >= 1{remedy}")
     _require(numbers <= _MAX_TOKENS, column, path, lines, f"must be <= {_MAX_TOKENS}")
     return numbers.astype(np.int64)

@@ -48,6 +48,25 @@ def test_simulate_prints_the_promised_json() -> None:
     assert summary["requests_completed"] == summary["requests_total"] == 100
 
 
+def test_what_a_trace_would_ignore_is_refused(tmp_path: Path) -> None:
+    trace = tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0.0,100,5\n0.5,200,9\n")
+    file = tmp_path / "run.toml"
+    file.write_text(f'trace = "{trace}"\nrate_rps = 30.0\n')
+    for options, words in (
+        (["--trace", str(trace), "--rate", "20"], "rate_rps=20.0"),
+        (["--trace", str(trace), "--workload", "lmsys"], "workload=lmsys"),
+        (["--config", str(file), "--set", "arrivals=diurnal"], "arrivals=diurnal"),
+    ):
+        with pytest.raises(VoltanaError, match=r"^[^\n]*$") as caught:
+            make_app()(["simulate", *options], standalone_mode=False)
+        assert f"a trace has its own, got {words} and trace={trace}" in str(caught.value)
+    # a file may keep both: what a run directory holds can be run again; and a trace can be left
+    for options in (["--config", str(file)], ["--config", str(file), "--set", "trace=none"]):
+        more = ["--duration", "1", "--json", "--rate", "10"] if len(options) > 2 else []
+        make_app()(["simulate", *options, *more], standalone_mode=False)
+
+
 def test_simulate_reads_a_trace_and_writes_a_run(tmp_path: Path) -> None:
     trace = tmp_path / "t.csv"
     trace.write_text("arrival_s,input_tokens,output_tokens\n0.0,100,5\n0.5,200,9\n")

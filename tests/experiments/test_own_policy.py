@@ -11,7 +11,9 @@ from experiments.sweep.identity import run_key
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
 from sim.metrics import clock_residency
-from sim.policies.registry import make_controller
+from sim.policies.base import RequestView
+from sim.policies.registry import make_controller, make_router
+from sim.records import COMPLETED
 from tests.sim.policies.doubles import decode_state, make_context
 
 # clocks 1000, 1200, 1400; low 32, high 192: wanted = 1000 + 400·(load - 32)/160, rounded up
@@ -34,6 +36,30 @@ def test_it_runs_in_the_simulator_by_its_module() -> None:
     shares = clock_residency(record)["decode"]
     assert set(shares) <= {"0", "1005", "1410"}
     assert shares["1410"] > 0.9
+
+
+def test_the_router_by_hand() -> None:
+    """Queued prompt tokens in prefill; in decode KV tokens times the weight, plus the queue."""
+    view = RequestView(0, 0.0, 100, None)
+    prefill = [decode_state(index=i) for i in range(2)]
+    prefill[0].waiting_tokens, prefill[1].waiting_tokens = 900, 100
+    prefill[0].open_requests, prefill[1].open_requests = 1, 5
+    decode = [decode_state(index=i, kv=kv) for i, kv in ((4, 1000), (5, 200))]
+    decode[1].waiting_tokens = 600  # 1000 to 800, at half weight 500 to 700
+    for weight, expected in (("1", (1, 1)), ("0.5", (1, 0))):
+        router = make_router(f"experiments.own_router:weight={weight}", make_context())
+        assert router.route(view, prefill, decode) == expected
+    decode[1].waiting_tokens = 800
+    decode[0].open_requests = 1
+    router = make_router("experiments.own_router", make_context())
+    assert router.route(view, prefill, decode) == (1, 1)  # as much work: the fewer requests
+
+
+def test_the_router_runs_in_the_simulator_by_its_module() -> None:
+    record = run(SimConfig(rate_rps=30, duration_s=10, router="experiments.own_router"))
+    for ids in (record.requests.prefill_id, record.requests.decode_id):
+        assert set(ids.tolist()) == {0, 1}
+    assert (record.requests.status == COMPLETED).all()
 
 
 def test_a_module_needs_no_dot_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

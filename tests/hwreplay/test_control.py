@@ -52,6 +52,12 @@ class Clock:
         self.is_closed = True
 
 
+CLOCKS = (210, 705, 800, *range(1000, 1020), 1200, 1410)
+FAILED = "the controller failed: "
+OWN: Any = object()
+"""Answer by the rule of `Script`."""
+
+
 class Script(Controller):
     """1000 MHz + batch size; remembers what it saw."""
 
@@ -59,8 +65,11 @@ class Script(Controller):
         self.seen: list[tuple[float, int, int, float, int]] = []
         self.plan = plan
         self.fails: Exception | None = None
+        self.answer: Any = OWN
 
     def decide(self, state: InstanceState) -> int:
+        if self.answer is not OWN:
+            return self.answer  # type: ignore[no-any-return]  # deliberately anything
         if self.fails is not None:
             raise self.fails
         self.seen.append(
@@ -94,6 +103,7 @@ def make(
         tracker,
         clock,
         predictor=TenMilliseconds(),
+        clocks_mhz=CLOCKS,
         limits=limits,
         decides_before=decides_before,
     )
@@ -232,12 +242,44 @@ def test_a_failing_controller_unlocks(error: Exception, capsys: pytest.CaptureFi
     assert not loop.on_record(decode(1, 1.01))
     assert not loop.on_record(decode(2, 1.02))
     assert clock.clock_mhz == 0
-    assert f"the controller failed: {type(error).__name__}: {error}" in loop.report.safe[0].reason
-    assert capsys.readouterr().err.count("Traceback") == 1
+    assert str(error) in loop.report.safe[0].reason
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.strip() == f"voltana: {loop.report.safe[0].reason.removeprefix(FAILED)}"
+    if not isinstance(error, VoltanaError):
+        assert "test_control.Script (decode 0): decide raised ZeroDivisionError" in said
+        assert "test_control.py:" in said
     assert loop.report.counts["controller_errors"] == 2
     controller.fails = None
     assert loop.on_record(decode(3, 1.03))
     assert clock.clock_mhz == 1002
+
+
+@pytest.mark.parametrize("answer", [999, -1, 1002.0, None, "1002", True])
+def test_a_decision_that_is_no_supported_clock_unlocks(answer: object) -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    assert clock.clock_mhz == 1002
+    controller.answer = answer
+    assert not loop.on_record(decode(1, 1.01))
+    assert clock.wishes[-1] == 0
+    assert is_safe(loop)
+    assert "decide must return a clock" in loop.report.safe[0].reason
+    assert repr(answer) in loop.report.safe[0].reason
+    controller.answer = OWN
+    assert loop.on_record(decode(2, 1.02))
+    assert clock.clock_mhz == 1002
+
+
+def test_an_idle_plan_of_an_unsupported_clock_unlocks() -> None:
+    loop, _, clock, tracker = make("decode", IdlePlan(after_s=0.1, clock_mhz=999))
+    with_requests(tracker, 1)
+    loop.on_record(decode(0, 1.0))
+    tracker.on_finished(0)
+    loop.settle(1.2)
+    assert clock.wishes[-1] == 0
+    assert "on_idle's plan must return a clock" in loop.report.safe[0].reason
 
 
 def test_a_refused_clock_unlocks_and_the_next_decision_is_tried() -> None:

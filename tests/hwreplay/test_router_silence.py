@@ -126,7 +126,9 @@ class Broken:
 
 
 @pytest.mark.parametrize("answer", [ZeroDivisionError(), (-1, 0), (0, 2), (0.0, 0), None, (0,)])
-def test_a_policy_that_fails_is_counted_and_requests_go_round_robin(answer: object) -> None:
+def test_a_policy_that_fails_is_counted_and_requests_go_round_robin(
+    answer: object, caplog: pytest.LogCaptureFixture
+) -> None:
     async def play() -> None:
         async with bench(2, 2) as b:
             b.service.fleet._router = Broken(answer)  # type: ignore[assignment]
@@ -138,3 +140,7 @@ def test_a_policy_that_fails_is_counted_and_requests_go_round_robin(answer: obje
             assert (await b.samples())[("voltana_routing_errors_total", "")] == 4
 
     asyncio.run(play())
+    (said,) = [r for r in caplog.records if "Broken: route" in r.getMessage()]
+    assert said.exc_info is None  # one line, with the policy's name and the value or the place
+    is_raised = isinstance(answer, Exception)
+    assert ("raised ZeroDivisionError (" if is_raised else repr(answer)) in said.getMessage()

@@ -67,7 +67,7 @@ BAD = {
     ),
     "burst failure": (
         "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n5,G,3,0,3,API log\n",
-        r"Response tokens must be >= 1 \(drop_failed leaves out.*got 0",
+        r"Response tokens must be >= 1 \(trace_drop_failed=true leaves out.*got 0",
     ),
 }
 

@@ -1,0 +1,257 @@
+"""What a policy answers, held to the interface of `sim.policies.base`.
+
+Both drivers, the simulator and the replay, take answers through here. One that breaks the
+interface, and any exception that a policy raises, becomes one line with the policy's name.
+"""
+
+from __future__ import annotations
+
+import math
+import operator
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Final, NoReturn
+
+import numpy as np
+
+from profiles.errors import VoltanaError
+from sim.policies.base import (
+    DECODE,
+    PREFILL,
+    UNLOCKED_MHZ,
+    Cluster,
+    Controller,
+    IdlePlan,
+    InstanceState,
+    Phase,
+    PolicyContext,
+    RequestView,
+    Router,
+    States,
+)
+from sim.policies.clocks import nearest_two_mhz
+
+MAX_CHARACTERS: Final = 300
+"""Of an exception's message or a wrong value's text; the rest is left out."""
+
+
+class ControllerAnswers:
+    """Asks one instance's controller and checks what it says.
+
+    The simulator's inner loop asks `decide` itself and comes here with a new answer only.
+    """
+
+    def __init__(self, controller: Controller, clocks_mhz: Sequence[int], where: str) -> None:
+        """`clocks_mhz` are the supported ones, ascending; `where` names the instance."""
+        self.controller = controller
+        self._clocks_mhz = clocks_mhz
+        self._allowed_mhz = frozenset((UNLOCKED_MHZ, *clocks_mhz))
+        self._where = where
+
+    def initial_clock_mhz(self) -> int:
+        """The clock before the first decision.
+
+        Raises:
+            VoltanaError: The controller raised, or answered no supported clock; so do the others.
+        """
+        try:
+            answer: object = self.controller.initial_clock_mhz()
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("initial_clock_mhz", error)
+        return self.clock_mhz(answer, "initial_clock_mhz")
+
+    def decide(self, state: InstanceState) -> int:
+        """The decision, checked."""
+        try:
+            answer: object = self.controller.decide(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("decide", error)
+        return self.clock_mhz(answer)
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
+        """The plan for an idle instance, checked."""
+        try:
+            plan: object = self.controller.on_idle(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("on_idle", error)
+        if plan is None:
+            return None
+        if not isinstance(plan, IdlePlan):
+            self._refuse("on_idle must return an IdlePlan, or None to keep the clock", plan)
+        after_s: object = plan.after_s
+        if not (isinstance(after_s, (int, float)) and 0 <= after_s < math.inf):
+            self._refuse("after_s of on_idle's plan must be a time >= 0 in s", after_s)
+        clock_mhz = self.clock_mhz(plan.clock_mhz, "on_idle's plan")
+        return IdlePlan(after_s=after_s, clock_mhz=clock_mhz)
+
+    def admit_up_to(self, state: InstanceState) -> int | None:
+        """The most requests that may run, checked."""
+        try:
+            answer: object = self.controller.admit_up_to(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("admit_up_to", error)
+        return None if answer is None else self._count(answer, "admit_up_to", ", or None")
+
+    def hold_s(self, state: InstanceState) -> float:
+        """How long the queue waits for more, checked."""
+        try:
+            answer: object = self.controller.hold_s(state)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.fail("hold_s", error)
+        if not (isinstance(answer, (int, float)) and 0 <= answer < math.inf):
+            self._refuse("hold_s must return a time >= 0 in s", answer)
+        return answer
+
+    def clock_mhz(self, answer: object, call: str = "decide") -> int:
+        """A clock that `call` returned, as a plain integer."""
+        try:
+            clock_mhz = operator.index(answer)  # type: ignore[arg-type]
+        except TypeError:
+            clock_mhz = -1
+        if clock_mhz not in self._allowed_mhz or isinstance(answer, bool):
+            close = " or ".join(map(str, nearest_two_mhz(self._clocks_mhz, clock_mhz)))
+            near = f" (nearest: {close})" if clock_mhz > 0 else ""
+            self._refuse(
+                f"{call} must return a clock of context.clocks_mhz in MHz{near}, "
+                f"or {UNLOCKED_MHZ} for no lock",
+                answer,
+            )
+        return clock_mhz
+
+    def steady_iterations(self, answer: object) -> int:
+        """A number that `steady_iterations` returned, as a plain integer."""
+        return self._count(answer, "steady_iterations")
+
+    def _count(self, answer: object, call: str, other: str = "") -> int:
+        try:
+            count = operator.index(answer)  # type: ignore[arg-type]
+        except TypeError:
+            count = -1
+        if count < 0:
+            self._refuse(f"{call} must return a whole number >= 0{other}", answer)
+        return count
+
+    def fail(self, call: str, error: Exception) -> NoReturn:
+        """The controller raised: say so in one line. Errors for users pass as they are."""
+        fail(self.controller, call, error, self._where)
+
+    def _refuse(self, rule: str, answer: object) -> NoReturn:
+        raise VoltanaError(
+            f"controller {name_of(self.controller)} ({self._where}): {rule}, got {_show(answer)}"
+        )
+
+
+def route(router: Router, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+    """Ask the router for a pair of positions, and check it.
+
+    Raises:
+        VoltanaError: The router raised, or did not answer a position in each of the sequences.
+    """
+    answer: object = None
+    try:
+        answer = router.route(request, prefill, decode)
+        first, second = answer
+        if 0 <= first < len(prefill) and 0 <= second < len(decode):
+            if type(first) is type(second) is int:
+                return first, second
+            return operator.index(first), operator.index(second)
+    except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+        if answer is None and _is_raised_below(error):
+            fail(router, "route", error)
+    raise VoltanaError(
+        f"router {name_of(router)}: route must return two positions, of prefill in 0 … "
+        f"{len(prefill) - 1} and of decode in 0 … {len(decode) - 1}, got {_show(answer)}: a "
+        "position is an index into the sequence that route is given, not an instance_id"
+    )
+
+
+def rehearse(make: Callable[[PolicyContext], Router], context: PolicyContext) -> None:
+    """Let another router of the same kind route once with one instance of each phase left.
+
+    In a simulation every instance is always there and `instance_id` is the position, so that a
+    router which returns the one in place of the other fails on hardware only, after a fault.
+
+    Raises:
+        VoltanaError: As `route`.
+    """
+    phases: tuple[tuple[Phase, int], ...] = (
+        (PREFILL, context.num_prefill), (DECODE, context.num_decode),
+    )  # fmt: skip
+    cluster = Cluster()
+    cluster.prefill, cluster.decode = (
+        [
+            InstanceState(instance_id=i, phase=phase, kv_capacity_tokens=context.kv_capacity_tokens)
+            for i in range(count)
+        ]
+        for phase, count in phases
+    )
+    alone = replace(
+        context,
+        cluster=None if context.cluster is None else cluster,
+        rng=np.random.default_rng(0),
+    )
+    view = RequestView(request_id=0, arrival_s=0.0, input_tokens=1, output_tokens=None)
+    try:
+        route(make(alone), view, cluster.prefill[-1:], cluster.decode[-1:])
+    except VoltanaError as error:
+        raise VoltanaError(
+            f"{error} (tried with one healthy instance of each phase, as after a fault)"
+        ) from error
+
+
+def fail(policy: object, call: str, error: Exception, where: str = "") -> NoReturn:
+    """A policy raised: one line with its name, the exception and its place.
+
+    Raises:
+        VoltanaError: Always; an error that is one already passes as it is.
+    """
+    if isinstance(error, VoltanaError):
+        raise error
+    kind = "controller" if isinstance(policy, Controller) else "router"
+    place = f" ({where})" if where else ""
+    file = getattr(sys.modules.get(type(policy).__module__), "__file__", None)
+    raise VoltanaError(
+        f"{kind} {name_of(policy)}{place}: {call} raised {describe(error, file)}"
+    ) from error
+
+
+def name_of(policy: object) -> str:
+    """Module and class: what a user names it by, and where it is."""
+    return f"{type(policy).__module__}.{type(policy).__qualname__}"
+
+
+def describe(error: Exception, file: str | None = None) -> str:
+    """An exception in one line: type, message, and the last place in `file`, or else of all.
+
+    Example:
+        >>> describe(KeyError("no"))
+        "KeyError: 'no'"
+    """
+    places = [
+        (frame.filename, frame.lineno)
+        for frame in traceback.extract_tb(error.__traceback__)
+        if not frame.filename.startswith("<")
+    ]
+    if isinstance(error, SyntaxError) and error.filename:
+        places, message = [(error.filename, error.lineno)], error.msg
+    else:
+        message = str(error)
+    own = [place for place in places if place[0] == file] or places
+    said = _shorten(f"{type(error).__name__}: {message}" if message else type(error).__name__)
+    return f"{said} ({own[-1][0]}:{own[-1][1]})" if own else said
+
+
+def _is_raised_below(error: Exception) -> bool:
+    """Whether it comes from what the catching function called, not from that function itself."""
+    return error.__traceback__ is not None and error.__traceback__.tb_next is not None
+
+
+def _show(value: object) -> str:
+    return _shorten(f"{value!r} of type {type(value).__name__}")
+
+
+def _shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MAX_CHARACTERS else f"{line[:MAX_CHARACTERS]} …"
