@@ -49,7 +49,7 @@ class DecodeInstance(Instance):
         """Joined with the running iteration and still waiting for a token from it."""
         self._max_running = max_running
         self._most = max_running
-        """Requests that may run at once, as of the last boundary at which somebody waited."""
+        """Requests that may run at once, as of the last boundary."""
         # at least what the next iteration writes
         self._reserve_tokens = max(config.kv_reserve_tokens, 1)
         self._freed_tokens = config.kv_retract_tokens
@@ -170,8 +170,6 @@ class DecodeInstance(Instance):
 
     def _admit(self, now_s: float) -> None:
         state = self.state
-        if not state.num_waiting:
-            return
         wanted = self.answers.admit_up_to(state)
         self._most = self._max_running if wanted is None else min(max(wanted, 1), self._max_running)
         while state.num_waiting and self._has_room(state.kv_tokens):

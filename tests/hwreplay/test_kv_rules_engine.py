@@ -16,6 +16,7 @@ from sim.engine.decode import DecodeInstance
 from sim.engine.log import ExactLog
 from sim.engine.request import SimRequest
 from sim.engine.track import GpuTrack
+from sim.policies.answers import ControllerAnswers
 from sim.policies.base import InstanceState
 from sim.policies.controllers.fixed import NoParameters
 from tests.hwreplay.conftest import ENGINE
@@ -35,7 +36,7 @@ def instance(
         make_config({"kv_reserve_tokens": reserve_tokens}),
         ExactLog(make_requests(*[(0.0, 1, 1)] * (len(running) + 1))),
         InstanceState(instance_id=0, phase="decode", kv_capacity_tokens=capacity_tokens),
-        Falling(NoParameters(), make_context()),
+        ControllerAnswers(Falling(NoParameters(), make_context()), profile.clocks_mhz, "decode 0"),
         GpuTrack(profile.truth(), "decode", clock_mhz=0, actuation_s=0.0),
         max_running=64,
     )
