@@ -48,6 +48,7 @@ class DecodeInstance(Instance):
         self._joiners: list[SimRequest] = []
         """Joined with the running iteration and still waiting for a token from it."""
         self._max_running = max_running
+        self._has_admission = answers.has_admission
         self._most = max_running
         """Requests that may run at once, as of the last boundary."""
         # at least what the next iteration writes
@@ -170,8 +171,10 @@ class DecodeInstance(Instance):
 
     def _admit(self, now_s: float) -> None:
         state = self.state
-        wanted = self.answers.admit_up_to(state)
-        self._most = self._max_running if wanted is None else min(max(wanted, 1), self._max_running)
+        if self._has_admission:
+            wanted = self.answers.admit_up_to(state)
+            most = self._max_running
+            self._most = most if wanted is None else min(max(wanted, 1), most)
         while state.num_waiting and self._has_room(state.kv_tokens):
             request = (self._retracted or self._waiting).popleft()
             context = request.input_tokens + request.generated_tokens

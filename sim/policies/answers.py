@@ -46,6 +46,9 @@ class ControllerAnswers:
     def __init__(self, controller: Controller, clocks_mhz: Sequence[int], where: str) -> None:
         """`clocks_mhz` are the supported ones, ascending; `where` names the instance."""
         self.controller = controller
+        self.has_admission = type(controller).admit_up_to is not Controller.admit_up_to
+        self.has_holding = type(controller).hold_s is not Controller.hold_s
+        """Whether the controller answers these at all: it need not be asked otherwise."""
         self._clocks_mhz = clocks_mhz
         self._allowed_mhz = frozenset((UNLOCKED_MHZ, *clocks_mhz))
         self._where = where
