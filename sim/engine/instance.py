@@ -39,6 +39,7 @@ class Instance(ABC):
         self.state = state
         self.log = log
         self.answers = answers
+        self._has_holding = answers.has_holding
         self.controller = answers.controller
         self.on_work: Callable[[Instance], None] = _no_driver
         """The driver's: step this instance now, after all else that happens at this instant."""
@@ -76,7 +77,9 @@ class Instance(ABC):
         state = self.state
         if state.is_busy:
             self._finish_iteration(now_s)
-            if not self._goes_on(now_s):
+            if not (state.num_running or state.num_waiting) or (
+                self._has_holding and self._holds(now_s)
+            ):
                 self.park(now_s)
                 return None
         else:
@@ -87,9 +90,9 @@ class Instance(ABC):
         self._start_s = now_s
         return self._begin(now_s)
 
-    def _goes_on(self, now_s: float) -> bool:
-        """Whether another iteration follows the one that has ended."""
-        return self.state.num_running > 0 or self.state.num_waiting > 0
+    def _holds(self, now_s: float) -> bool:
+        """Whether the instance rests although requests wait: prefill may."""
+        return False
 
     def sync(self, now_s: float) -> None:
         """Bring an idle instance's clock up to date before somebody looks at it."""

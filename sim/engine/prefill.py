@@ -45,7 +45,6 @@ class PrefillInstance(Instance):
         self._max_requests = config.max_prefill_requests
         self._sees_next_batch = config.prefill_metrics == "before"
         self._has_record = False
-        self._has_holding = answers.has_holding
         self._is_held = False
         """At rest with requests in the queue, because the controller waits for more."""
         self._num_holds = 0
@@ -60,11 +59,8 @@ class PrefillInstance(Instance):
         if self._is_parked and not (self._has_holding and self._holds(now_s)):
             self._wake()
 
-    def _goes_on(self, now_s: float) -> bool:
-        return self.state.num_waiting > 0 and not (self._has_holding and self._holds(now_s))
-
     def _holds(self, now_s: float) -> bool:
-        """Whether the queue waits for more; the first who says so sets the latest start."""
+        """Whether the queue waits for more; the first to say so sets the latest start."""
         self.state.now_s = now_s
         hold_s = self.answers.hold_s(self.state)
         was_held, self._is_held = self._is_held, hold_s > 0.0
