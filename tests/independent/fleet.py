@@ -222,10 +222,16 @@ class Decode(Server):
         super().__init__(fleet, controller, noise)
         self.running: list[Job] = []
         """In order of joining."""
-        self.put_back = 0
-        """How many at the head of the queue have been retracted: they resume before others join."""
+        self.retracted: list[Job] = []
+        """Put back for want of room; they come before the queue."""
         self.retractions = 0
+        self.capacity = fleet.limit("kv_capacity_tokens")
         self._ended = (0, 0)
+
+    @property
+    def waiting(self) -> int:
+        """Requests that are here and do not run."""
+        return len(self.retracted) + len(self.queue)
 
     @property
     def kv_tokens(self) -> int:
@@ -233,34 +239,41 @@ class Decode(Server):
         return sum(job.context for job in self.running)
 
     def next_iteration(self, now_s: float, *, is_first: bool) -> None:
-        capacity = self.fleet.limit("kv_capacity_tokens")
-        self._admit(now_s, capacity)
-        while len(self.running) > 1 and self.kv_tokens + len(self.running) > capacity:
-            by_rank = sorted(self.running, key=lambda job: (-job.steps, job.prompt))
-            self.running.remove(by_rank[-1])
-            self.queue.insert(self.put_back, by_rank[-1])
-            self.put_back += 1
-            self.retractions += 1
+        self._admit(now_s)
+        self._make_room()
         if not self.running:
             self.rest(now_s)
             return
         if not is_first:
-            self.card.ask(now_s, self.controller.decide(*self._ended, len(self.queue), 0.0))
+            self.card.ask(now_s, self.controller.decide(*self._ended, self.waiting, 0.0))
         tokens = self.kv_tokens
         self._ended = (len(self.running), tokens)
         self.fleet.at(self.run(now_s, len(self.running), tokens), DECODE, self._end)
 
-    def _admit(self, now_s: float, capacity: int) -> None:
-        reserve = int(self.fleet.settings["kv_reserve_tokens"])
-        while self.queue and len(self.running) < self.fleet.limit("max_running_requests"):
-            job, many = self.queue[0], len(self.running)
-            room = capacity - self.kv_tokens - job.context
-            if many and room < max(reserve, 1) * (many + 1):
+    def _admit(self, now_s: float) -> None:
+        """Retracted requests first; each needs its context and a reserve for all, itself too."""
+        reserve = max(int(self.fleet.settings["kv_reserve_tokens"]), 1)
+        while self.waiting and len(self.running) < self.fleet.limit("max_running_requests"):
+            line = self.retracted or self.queue
+            needed = self.kv_tokens + line[0].context + reserve * (len(self.running) + 1)
+            if self.running and needed > self.capacity:
                 return
-            self.running.append(self.queue.pop(0))
-            self.put_back = max(self.put_back - 1, 0)
+            job = line.pop(0)
+            self.running.append(job)
             if not job.token_s and self.fleet.prefill_makes_first:
                 job.token_s.append(now_s)
+
+    def _make_room(self) -> None:
+        """If the next tokens do not fit: out with the fewest outputs, of these the longest prompt,
+        of these the latest joiner, until so many tokens a request are free."""
+        if self.kv_tokens + len(self.running) <= self.capacity:
+            return
+        freed = int(self.fleet.settings["kv_retract_tokens"])
+        while len(self.running) > 1 and self.kv_tokens + freed * len(self.running) > self.capacity:
+            latest = range(len(self.running))
+            at = min(latest, key=lambda i: (self.running[i].steps, -self.running[i].prompt, -i))
+            self.retracted.append(self.running.pop(at))
+            self.retractions += 1
 
     def _end(self, now_s: float) -> None:
         for job in self.running:

@@ -101,7 +101,7 @@ class EcoRoute:
 
     def _tag(self, server: Decode, job: Job) -> int:
         n = server.open_jobs
-        load = server.kv_tokens + sum(j.context for j in server.queue)
+        load = server.kv_tokens + sum(j.context for j in (*server.retracted, *server.queue))
         present = self._lowest_mhz(n, load + 2 * n)
         raised = self._lowest_mhz(n + 1, load + job.prompt + 50 * n)
         return raised if raised > present or raised == REFERENCE_LEVELS_MHZ[-1] else -present

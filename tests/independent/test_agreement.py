@@ -49,6 +49,9 @@ CASES: dict[str, Settings] = {
     "two cards an instance": {"rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2"},
     "small KV cache": {"rate_rps": 30, **SMALL_KV},
     "small KV cache, no reserve": {"rate_rps": 40, **SMALL_KV, "kv_reserve_tokens": 0},
+    "small KV cache, 20 tokens freed a request": {
+        "rate_rps": 40, **SMALL_KV, "kv_reserve_tokens": 0, "kv_retract_tokens": 20,
+    },
     "small KV cache, much reserve": {"rate_rps": 30, "kv_capacity_tokens": 60_000},
     "some fit no cache": {"rate_rps": 20, "kv_capacity_tokens": 2_000, "kv_reserve_tokens": 20},
     "few running at once": {"rate_rps": 30, "max_running_requests": 40},

@@ -11,6 +11,12 @@ from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, Powe
 CLOCKS = (1000, 1200, 1400)
 
 
+def require_point(phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> None:
+    """Refuse what no profile answers, also where a double's answer does not depend on it."""
+    assert phase in ("prefill", "decode"), phase
+    assert min(frequency_mhz, batch_size, tokens) >= 0, (frequency_mhz, batch_size, tokens)
+
+
 class Formula:
     """A predictor that is the given function of (phase, clock, batch, tokens)."""
 
@@ -18,6 +24,7 @@ class Formula:
         self._function = function
 
     def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         return self._function(phase, frequency_mhz, batch_size, tokens)
 
 
@@ -37,6 +44,7 @@ class FlatPower:
     """100 W busy, 50 W idle."""
 
     def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         return 100.0
 
     def idle_power_w(self, frequency_mhz: int) -> float:
@@ -54,6 +62,7 @@ class Known:
         self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
         point = phase, frequency_mhz or CLOCKS[-1], round(batch_size), round(tokens)
+        require_point(*point)
         return self._predictor.predict_s(*point), self._power.power_w(*point)
 
     def idle_power_w(self, frequency_mhz: int) -> float:

@@ -142,6 +142,17 @@ def test_a_clock_that_fails_early_is_dropped() -> None:
     assert 1 <= tries <= 3
 
 
+def test_a_clock_that_is_only_a_little_worse_is_not_dropped_early() -> None:
+    """1000 MHz: 337.5 W·20 ms = 6.75 against 5.4, reward 2·(1 - 1.25) = -0.5 at each try: above
+    -1.2, also after three. Forty rounds, at which history speaks, are not over."""
+    power_w = {1000: 337.5, 1200: 150.0, 1400: 300.0}
+    bench = Bench(agft(explore_decay=0.0, explore_ratio=50.0), SAME, power_w)
+    bench.play(380)
+    assert bench.made.clocks_mhz == (1000, 1200, 1400)
+    assert bench.made._arms[0].tries >= 3
+    assert bench.made._round < 40
+
+
 @pytest.mark.parametrize(("power_w", "left"), [(170.0, (1000, 1400)), (151.0, (1000, 1200, 1400))])
 def test_history_prunes_what_is_surely_worse(power_w: float, left: tuple[int, ...]) -> None:
     """1000 MHz at 150 W ± 1 %, a spread of 1.5 W in EDP: 20 W more is surely worse, 1 W is not.
@@ -191,4 +202,11 @@ def test_a_prefill_window_s_delay_is_that_of_the_batches_that_ended() -> None:
         state.now_s, state.ended_batch_size = now_s, batch
         state.ended_queue_delay_s, state.last_duration_s = delay_s, duration_s
         window.add(state)
+        if now_s == 0.5:
+            assert window.measure(state, 1.0)[2] == pytest.approx(0.030)
     assert window.measure(state, 1.0)[2] == pytest.approx(0.040)
+    alone = _Window(0.0)
+    for now_s in (0.0, 0.5):
+        state.now_s = now_s
+        alone.add(state)
+    assert alone.measure(state, 1.0)[2] == pytest.approx(0.070)  # one batch of one request

@@ -25,7 +25,7 @@ from sim.policies.controllers.budget import (
     fleet_power_w,
 )
 from sim.policies.registry import make_controller
-from tests.sim.policies.doubles import make_cluster, make_context
+from tests.sim.policies.doubles import make_cluster, make_context, require_point
 
 CLOCKS = (700, 1100, 1275, 1305, 1410)
 
@@ -34,6 +34,7 @@ class Power:
     """Prefill 100, 200, 250, 300, 400 W by clock; decode half of it; idle 50 W."""
 
     def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         watts = dict(zip(CLOCKS, (100.0, 200.0, 250.0, 300.0, 400.0), strict=True))[frequency_mhz]
         return watts if phase == "prefill" else watts / 2
 
@@ -77,7 +78,8 @@ def test_polca_escalates_in_its_own_time() -> None:
     plan = polca(cluster, budget_w=1000.0)
     energy_j, seen = 0.0, []
     for second in range(200):
-        cluster.decode[1].energy_j = energy_j
+        for state, share in zip((*cluster.prefill, *cluster.decode), (0.5, 0.3, 0.2), strict=True):
+            state.energy_j = share * energy_j
         seen.append((plan.clock_mhz("decode", float(second)), plan.clock_mhz("prefill", second)))
         energy_j += 950.0 if second < 82 else 1050.0 if second < 88 else 500.0
     changes = [(t + 1, b) for t, (a, b) in enumerate(pairwise(seen)) if a != b]

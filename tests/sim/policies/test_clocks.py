@@ -9,15 +9,26 @@ import pytest
 
 from profiles.catalog import load_profile
 from sim.policies.base import InstanceState, Phase, PolicyContext
-from sim.policies.clocks import clocks_above_floor, first_clock_mhz, least_energy_clock_mhz
+from sim.policies.clocks import (
+    cheapest_clock_mhz,
+    clock_at_least_mhz,
+    clock_list,
+    clocks_above_floor,
+    fastest_within_mhz,
+    first_clock_mhz,
+    least_energy_clock_mhz,
+    nearest_clock_mhz,
+    spread_clocks_mhz,
+)
 from sim.policies.registry import make_controller
-from tests.sim.policies.doubles import Formula, decode_state, make_context
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
 
 class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
 
     def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
 
     def idle_power_w(self, frequency_mhz: int) -> float:
@@ -136,3 +147,46 @@ def test_first_clock_mhz_does_not_ask_about_the_last() -> None:
 
     assert first_clock_mhz((1000, 1200, 1400), fits) == 1400
     assert asked == [1000, 1200]
+
+
+FIVE = (700, 1000, 1200, 1300, 1400)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "nearest", "at_least"),
+    [
+        (0.0, 700, 700), (700.0, 700, 700), (849.0, 700, 1000), (851.0, 1000, 1000),
+        (1100.0, 1200, 1200),  # equally near: the faster
+        (1099.0, 1000, 1200), (1300.0, 1300, 1300), (1400.0, 1400, 1400), (9999.0, 1400, 1400),
+    ],
+)  # fmt: skip
+def test_a_wanted_clock_is_snapped(wanted: float, nearest: int, at_least: int) -> None:
+    assert nearest_clock_mhz(FIVE, wanted) == nearest
+    assert clock_at_least_mhz(FIVE, wanted) == at_least
+
+
+def test_levels_are_spread_from_the_lowest_wanted_to_the_top() -> None:
+    """Three from 700: 1400, 1050 and 700, snapped. Two that snap to one clock are one level."""
+    assert spread_clocks_mhz(FIVE, 700, 3) == (700, 1000, 1400)
+    assert spread_clocks_mhz(FIVE, 1000, 3) == (1000, 1200, 1400)
+    assert spread_clocks_mhz(FIVE, 700, 1) == (1400,)
+    assert spread_clocks_mhz(FIVE, 700, 99) == FIVE
+
+
+def test_a_list_of_clocks_is_the_user_s_in_order_and_once_each() -> None:
+    assert clock_list(FIVE, (1400, 700, 1400), (1000,), "p") == (700, 1400)
+    assert clock_list(FIVE, (), (1300, 1000), "p") == (1000, 1300)
+
+
+def test_the_cheapest_that_fits_and_the_first_of_equals() -> None:
+    cost = {700: 5.0, 1000: 2.0, 1200: 2.0, 1300: 1.0, 1400: 9.0}
+    assert cheapest_clock_mhz(FIVE, lambda f: True, cost.__getitem__) == 1300
+    assert cheapest_clock_mhz(FIVE, lambda f: f != 1300, cost.__getitem__) == 1000
+    assert cheapest_clock_mhz(FIVE, lambda f: f == 1400, cost.__getitem__) == 1400
+    assert cheapest_clock_mhz(FIVE, lambda f: False, cost.__getitem__) == 1400
+
+
+def test_a_cap_admits_the_fastest_within_it_and_the_slowest_at_least() -> None:
+    context = with_times("decode", (0.01, 0.01, 0.01))
+    caps = {99.0: 1000, 100.0: 1000, 149.0: 1000, 150.0: 1200, 299.0: 1200, 300.0: 1400}
+    assert {w: fastest_within_mhz(context, 1, 9, w) for w in caps} == caps

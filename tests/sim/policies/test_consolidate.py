@@ -59,11 +59,23 @@ def test_the_number_of_instances_is_the_one_of_least_power() -> None:
     assert send(router(), 1.0, decode(300, 0, 0, clock=0)) == 1  # unlocked, busy: at 1400
 
 
+def test_a_settled_batch_is_a_graph_size_of_the_engine() -> None:
+    """3,400 tokens/s at 1000 MHz: b >= 34 + 0.34·b holds from 51.5 on, so 56 of eights. At 8,000
+    tokens/s b = 400 settles, but 50 ms are more than 45; at 7,700 b = 336 takes 43.6 ms."""
+    made = router()
+    assert made._settled_batch(3400.0, 100.0, 1000) == 56
+    assert made._settled_batch(8000.0, 100.0, 1000) is None
+    assert made._settled_batch(7700.0, 100.0, 1000) == 336
+
+
 def test_a_batch_at_its_limit_opens_the_next_instance() -> None:
     """531 requests take 63.1/1.4 = 45.1 ms even at the top clock, against 50 ms less a tenth."""
     made = router()
     assert send(made, 0.1, decode(529, 0, clock=1000)) == 0  # too early for a plan
     assert send(made, 0.1, decode(530, 0, clock=1000)) == 1
+    made = router()
+    assert send(made, 0.1, decode(530, 0, 0, clock=1000)) == 1
+    assert send(made, 0.2, decode(530, 7, 0, clock=1000)) == 1  # one more, not two
 
 
 def test_one_fewer_is_used_only_after_the_dwell() -> None:
@@ -92,6 +104,11 @@ def test_prefill_is_packed_up_to_its_share_of_the_promise() -> None:
     for waiting, expected in ((2400, 1), (2500, 0)):
         prefill[1].num_waiting, prefill[1].waiting_tokens = 3, waiting
         assert made.route(view, prefill, decode(0, clock=1000))[0] == expected
+    # the fuller of two that keep their share, whichever comes first
+    prefill[0].num_waiting, prefill[0].waiting_tokens = 3, 2400
+    prefill[1].waiting_tokens = 100
+    assert made.route(view, prefill, decode(0, clock=1000))[0] == 0
+    prefill[0].num_waiting, prefill[0].waiting_tokens = 0, 0
     # the running batch counts as well: 0.2 s of it and 0.051 s
     prefill[1].num_running, prefill[1].kv_tokens, prefill[1].waiting_tokens = 1, 2000, 500
     assert made.route(view, prefill, decode(0, clock=1000))[0] == 0

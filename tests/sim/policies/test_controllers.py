@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from profiles.errors import VoltanaError
 from sim.policies.base import UNLOCKED_MHZ, IdlePlan, InstanceState
+from sim.policies.prediction import ScaledPredictor
 from sim.policies.registry import CONTROLLERS, make_controller
 from tests.sim.policies.doubles import CLOCKS, Formula, LineFormula, decode_state, make_context
 
@@ -120,3 +121,22 @@ def test_a_bad_spec_gets_one_clear_line(spec: str, words: str) -> None:
     with pytest.raises(VoltanaError, match=words) as caught:
         make_controller(spec, make_context())
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [n for n, e in CONTROLLERS.items() if "frequencies" in [i.key for i in e.parameter_infos]],
+)
+def test_an_unsupported_clock_is_refused_by_the_policy_s_own_name(name: str) -> None:
+    with pytest.raises(VoltanaError) as caught:
+        make_controller(f"{name}:frequencies=1000+1007", make_context())
+    assert str(caught.value).startswith(
+        f"{name}: frequencies must be a clock the profile supports, got 1007 MHz: nearest 1000"
+    )
+
+
+def test_a_predictor_scaled_by_one_is_the_predictor_itself() -> None:
+    """Policies use what a plain predictor offers beyond the protocol."""
+    predictor = Formula(lambda p, f, b, t: 0.5)
+    assert ScaledPredictor.wrap(predictor, 1.0) is predictor
+    assert ScaledPredictor.wrap(predictor, 1.25).predict_s("decode", 1000, 1, 1) == 0.625

@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import pairwise
 from typing import Any
 
+import numpy as np
 import pytest
 
 from experiments.runs import run
@@ -225,6 +226,22 @@ def test_a_wrong_prefill_model_is_found_out() -> None:
         made.decide(state)
     state.last_queue_delay_s = 0.29
     assert made.decide(state) == 1200
+
+
+@pytest.mark.parametrize("memory", [20, 1000])
+def test_the_memory_is_that_of_the_correction(memory: int) -> None:
+    """200 iterations as predicted, then 40 that take a fifth longer: least squares over weights
+    (1 - 1/memory)^age and a prior of 10 on both parameters, at x = 50 ms / 20 ms = 2.5, give
+    0.2·(1 + x²)·late / (10 + (1 + x²)·all): 16.3 % for 20, 3.6 % for 1,000."""
+    made = controller(f"ecomin:headroom=0.0,dwell=0.0,memory={memory}")
+    made.decide(busy(10, 10_000))
+    for step in range(240):
+        state = busy(10, 10_000, clock=1000)
+        state.now_s, state.last_duration_s = 0.02 * (step + 1), 0.020 * (1.2 if step >= 200 else 1)
+        made.decide(state)
+    weights = (1 - 1 / memory) ** np.arange(239)  # the first has changed its clock
+    expected = 1 + 0.2 * 7.25 * weights[:40].sum() / (10 + 7.25 * weights.sum())
+    assert made._correction.correct_s(0.02) / 0.02 == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:

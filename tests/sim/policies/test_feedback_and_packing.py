@@ -14,7 +14,7 @@ from sim.metrics import summarise
 from sim.policies.base import InstanceState, RequestView
 from sim.policies.controllers.feedback import LatencyWindow
 from sim.policies.registry import make_controller, make_router
-from tests.sim.policies.doubles import Formula, decode_state, make_context
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
 ALL = "frequencies=1000+1200+1400"
 """Every clock of the doubles: left to themselves these controllers keep above the floor."""
@@ -213,6 +213,7 @@ class LevelPower:
     """MHz / 10 in watts, and one watt for each of the first 16 requests."""
 
     def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         return frequency_mhz / 10 + min(batch_size, 16)
 
     def idle_power_w(self, frequency_mhz: int) -> float:

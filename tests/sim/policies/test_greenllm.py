@@ -8,7 +8,7 @@ import pytest
 
 from sim.policies.base import InstanceState, Phase, PolicyContext
 from sim.policies.registry import make_controller
-from tests.sim.policies.doubles import Formula, decode_state, make_context
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
 ALL = "frequencies=1000+1200+1400"
 
@@ -17,6 +17,7 @@ class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
 
     def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
 
     def idle_power_w(self, frequency_mhz: int) -> float:

@@ -65,6 +65,7 @@ def test_states_are_blended_between_nodes() -> None:
     assert GRID.blend(4, 800, 1400) == (7, 11, 0.375)
     assert GRID.blend(0, 0, 1000) == (0, 0, 0.0)
     assert GRID.blend(1, 100, 1000) == (4, 4, 0.0)
+    assert GRID.blend(1, 200, 1400) == (7, 7, 0.0)
     assert GRID.blend(500, 500, 1000) == (8, 8, 0.0)
 
 

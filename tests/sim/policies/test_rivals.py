@@ -10,13 +10,14 @@ from sim.policies.base import InstanceState, Phase, PolicyContext, RequestView, 
 from sim.policies.controllers.dualscale import DualScale, DualScaleParameters, ProjectedBatch
 from sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
 from sim.policies.spec import describe_parameters
-from tests.sim.policies.doubles import Formula, decode_state, make_context
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
 
 class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
 
     def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, frequency_mhz, batch_size, tokens)
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
 
     def idle_power_w(self, frequency_mhz: int) -> float:
@@ -67,6 +68,24 @@ def test_window_sees_the_u() -> None:
     assert made.decide(at(5.0, 10)) == 1200
 
 
+def test_window_takes_off_the_mean_delay_of_its_batches() -> None:
+    """0.5 s for prefill. Batches waited 0.4 and 0.2 s, 0.3 on average: 0.25 and 0.208 s at 1000 and
+    1200 MHz are too long, 0.179 at 1400 is not. Waits of 0.2 and 0.1 s leave 0.35: 1000 MHz."""
+    spec, times = "window:frequencies=1000+1200+1400", Formula(lambda p, f, b, t: 250.0 / f)
+    for waits_s, clock in (((0.4, 0.2), 1400), ((0.2, 0.1), 1000)):
+        made = make_controller(spec, cubic("prefill", times))
+        decided = [
+            made.decide(
+                InstanceState(
+                    instance_id=0, phase="prefill", now_s=now_s, last_batch_size=1, last_tokens=9,
+                    last_queue_delay_s=wait_s,
+                )
+            )
+            for now_s, wait_s in zip((1.0, 5.0), waits_s, strict=True)
+        ]  # fmt: skip
+        assert decided == [1400, clock]
+
+
 @pytest.mark.parametrize(
     ("spec", "clock"),
     [
@@ -84,6 +103,12 @@ def test_window_sees_the_u() -> None:
 def test_powercap_is_the_fastest_clock_under_the_cap(spec: str, clock: int) -> None:
     """Draw 100, 150, 300 W; the natural draw is 300 W, so draw=0.5 is a cap of 150 W."""
     assert make_controller(spec, cubic()).decide(at(0.0, 10)) == clock
+
+
+def test_powercap_knows_a_batch_of_one_and_no_batch() -> None:
+    """Before the first record there is nothing to cap."""
+    assert make_controller("powercap:cap=120", cubic()).decide(at(0.0, 1)) == 1000
+    assert make_controller("powercap:cap=120", cubic()).decide(at(0.0, 0)) == 1400
 
 
 def test_powercap_is_released_while_the_promise_is_missed() -> None:
@@ -123,6 +148,17 @@ def batch(tokens: int, waited_s: float) -> ProjectedBatch:
 )
 def test_dualscale_plans(batches: list[ProjectedBatch], plan: list[int]) -> None:
     assert dualscale().plan_mhz(batches) == plan
+
+
+def test_dualscale_plans_by_the_requests_of_a_batch_too() -> None:
+    """100 ms a request at 1000 MHz: four take 400 ms slow, which fits 500; six take 600 slow
+    and 429 fast."""
+    context = cubic("prefill", Formula(lambda p, f, b, t: 0.1 * b * 1000 / f))
+    made = DualScale(DualScaleParameters(frequencies_mhz=(1000, 1400)), context)
+    for count, clock in ((4, 1000), (6, 1400)):
+        assert made.plan_mhz([ProjectedBatch(num_requests=count, tokens=9, waited_s=0.0)]) == [
+            clock
+        ]
 
 
 def test_dualscale_packs_the_queue_and_looks_no_further_than_k_batches() -> None:

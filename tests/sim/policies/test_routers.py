@@ -160,3 +160,16 @@ def test_latency_headroom_has_nothing_to_explore_where_all_keep_the_promise() ->
     prefill = [InstanceState(instance_id=0, phase="prefill")]
     decode = [decode_state(opened=n) for n in (20, 10, 30)]
     assert router.route(RequestView(0, 0.0, 10, None), prefill, decode)[1] == 1
+
+
+def test_latency_headroom_counts_what_prefill_runs_and_what_waits_there() -> None:
+    """1 ms a token: 400 running and 100 waiting are 500 tokens, more than 450 waiting alone."""
+    formula = Formula(lambda p, f, b, t: 1e-3 * t)
+    router = make_router("latency-headroom", make_context(formula))
+    prefill = prefill_states()
+    prefill[0].kv_tokens, prefill[0].num_running = 400, 1
+    prefill[0].waiting_tokens, prefill[1].waiting_tokens = 100, 450
+    prefill[0].num_waiting = prefill[1].num_waiting = 1
+    assert router.route(RequestView(0, 0.0, 10, None), prefill, [decode_state()])[0] == 1
+    prefill[1].waiting_tokens = 550
+    assert router.route(RequestView(0, 0.0, 10, None), prefill, [decode_state()])[0] == 0

@@ -7,7 +7,9 @@ from dataclasses import dataclass
 import pytest
 
 from profiles.errors import VoltanaError
+from sim.policies.registry import make_controller, make_router
 from sim.policies.spec import bind_parameters, describe_parameters, parameter, parse_spec
+from tests.sim.policies.doubles import make_context
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -138,3 +140,19 @@ def test_parameters_as_they_are_listed() -> None:
     ]
     (needed,) = describe_parameters(Needed)
     assert (needed.key, needed.default, needed.meaning) == ("f", "required", "")
+
+
+def test_a_module_of_ones_own_that_holds_no_policy() -> None:
+    with pytest.raises(VoltanaError) as caught:
+        make_controller("tests.sim.policies.doubles", make_context())
+    message = str(caught.value)
+    assert message.startswith(
+        "module 'tests.sim.policies.doubles' holds no controller: it needs CONTROLLER = "
+        "Entry(make=…, parameters=…), or name a controller that there is: known are agft, boost"
+    )
+
+
+def test_a_name_that_is_no_module_is_unknown_and_no_more() -> None:
+    with pytest.raises(VoltanaError) as caught:
+        make_router("eco-root", make_context())
+    assert str(caught.value) == "unknown router 'eco-root': did you mean 'ecoroute'?"
