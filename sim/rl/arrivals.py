@@ -191,6 +191,7 @@ class CountingLog:
 
     def arrive(self, request: SimRequest) -> None:
         self.unresolved += 1
+        self._log.arrive(request)
 
     def assign(self, request: SimRequest) -> None:
         self._log.assign(request)

@@ -77,7 +77,8 @@ def test_the_command_writes_a_note_with_its_figure(tmp_path: Path) -> None:
     assert (out / "note.md").read_text() in done.output
     assert "| decode | iteration time | " in done.output
     assert {path.name for path in out.iterdir()} == {
-        "note.md", "comparison.png", "comparison.svg", "shape.csv", "points.csv"
+        "note.md", "comparison.png", "comparison.svg", "shape.csv", "points.csv",
+        "voltana.json",
     }  # fmt: skip
     shapes = pd.read_csv(out / "shape.csv").set_index(["phase", "quantity"])
     assert shapes.loc[("decode", "time_s"), "scale"] == pytest.approx(3.0, rel=1e-4)

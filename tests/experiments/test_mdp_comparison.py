@@ -57,7 +57,7 @@ def test_where_no_pair_keeps_it_the_nearest_to_it_is_shown(
 
 
 def test_the_points_are_every_policy_and_pair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """4 routers and 9 pairs, at each rate and seed; the policy is trained for the same fleet."""
+    """5 routers and 9 pairs, at each rate and seed; the policy is trained for the same fleet."""
     plans: list[TrainingPlan] = []
     points: list[object] = []
 
@@ -68,5 +68,5 @@ def test_the_points_are_every_policy_and_pair(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(mdp_comparison, "train", lambda plan, path: plans.append(plan))
     monkeypatch.setattr(mdp_comparison, "run_sweep", sweep)
     compare_setting(SETTING, Path("unused"))
-    assert len(points) == (4 + 9) * 3
+    assert len(points) == (5 + 9) * 3
     assert (plans[0].config.num_decode, plans[0].rates_rps) == (2, (10.0,))
