@@ -256,7 +256,7 @@ def _cell(value: Any, column: Column) -> str:  # noqa: ANN401 (a cell of a frame
             return '<td class="number" data-value="">–</td>'
         return f'<td class="number" data-value="{number!r}">{number:{column.form}}</td>'
     text = ("yes" if value else "no") if column.name == KEEPS else str(value)
-    shown = f"<code>{text[:8]}</code>" if column.name == ID else html.escape(text)
+    shown = f"<code>{html.escape(text[:8])}</code>" if column.name == ID else html.escape(text)
     return f'<td data-value="{html.escape(text)}">{shown}</td>'
 
 
