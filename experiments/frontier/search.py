@@ -191,25 +191,23 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
         settings = _fleet_settings(fleet, router, cap)
         return desk.attempt(settings, _fleet_label(fleet, most, cap), on_all=on_all)
 
-    def search(counts: tuple[tuple[int, ...], tuple[int, ...]]) -> Trial:
-        tried = [
-            desk.whole(
-                FleetSearch(
-                    partial(attempt, cap),
-                    clocks_mhz=desk.study.clocks_mhz,
-                    knots_mhz=desk.study.knots_mhz,
-                    counts=counts,
-                    target=desk.study.choice_target,
-                ).find()
-            )
-            for cap in (None, *desk.study.static_caps)
-        ]
-        return _best(tried, desk.study.choice_target)
+    def search(counts: tuple[Sequence[int], Sequence[int]], cap: int | None) -> Trial:
+        return desk.whole(
+            FleetSearch(
+                partial(attempt, cap),
+                clocks_mhz=desk.study.clocks_mhz,
+                knots_mhz=desk.study.knots_mhz,
+                counts=counts,
+                target=desk.study.choice_target,
+            ).find()
+        )
 
+    target = desk.study.choice_target
     highest = desk.whole(attempt(None, (Side(most[0], top), Side(most[1], top)), True))
-    pair = search(((most[0],), (most[1],)))
-    fleet = search((tuple(range(1, most[0] + 1)), tuple(range(1, most[1] + 1))))
-    fleet = _best([fleet, pair], desk.study.choice_target)  # a pair is a fleet, too
+    every = range(1, most[0] + 1), range(1, most[1] + 1)
+    pairs = [search(((most[0],), (most[1],)), cap) for cap in (None, *desk.study.static_caps)]
+    pair = _best(pairs, target)
+    fleet = _best([search(every, None), pair], target)  # a pair is a fleet, too
     found = []
     for name, tuned in ((STATIC_MAX, highest), (STATIC_PAIR, pair), (STATIC_FLEET, fleet)):
         judged = desk.judge(tuned.settings, tuned.label)
