@@ -2,12 +2,12 @@
 
 What is compared is chosen on the tuning repeats and judged on others. The rule of choice is one for
 all: the least mean energy among what, on each tuning repeat, misses no more than half of what the
-target allows; where nothing does, what misses least on its worst repeat. Where the static fleet so
-chosen falls below the target when it is judged, the best one of the judging repeats stands
-beside it, chosen in hindsight: the doubt is on the side of fixed clocks. A policy's knob is
-searched by `experiments.frontier.knob`, fixed clocks by `experiments.frontier.fixed`, and that
-under every router that takes part, so that a controller can be held against the best static fleet
-under its own router. Every policy is judged at its default knob as well.
+target allows; where nothing does, what misses least on its worst repeat. Where no static fleet
+could be chosen by that rule, or the chosen one falls below the target when it is judged, the best
+one of the judging repeats stands beside it, chosen in hindsight. A policy's knob is searched by
+`experiments.frontier.knob`, fixed clocks by `experiments.frontier.fixed`, and that under every
+router that takes part, so that a controller can be held against the best static fleet under its own
+router. Every policy is judged at its default knob as well.
 """
 
 from __future__ import annotations
@@ -219,10 +219,12 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
             Found(load=desk.load.name, router=router, controller=name, knob=tuned.label,
                   tuned=tuned, judged=judged)
         )  # fmt: skip
-    if pooled(found[-1].judged.rows, desk.study.attainment) < desk.study.target:
+    kept = pooled(found[-1].judged.rows, desk.study.attainment) >= desk.study.target
+    if not (kept and fleet.keeps(target)):
         _, known = _search_fleets(desk.study, attempt_judging, most, desk.study.target)
         judged = desk.judge(known.settings, known.label)
-        if pooled(judged.rows, desk.study.attainment) >= desk.study.target:
+        is_better = not kept or judged.energy_j < found[-1].judged.energy_j
+        if is_better and pooled(judged.rows, desk.study.attainment) >= desk.study.target:
             found.append(
                 Found(load=desk.load.name, router=router, controller=STATIC_FLEET,
                       knob=f"{known.label}, {HINDSIGHT}", tuned=None, judged=judged)

@@ -102,9 +102,9 @@ def _row(
         is_pair = found.controller in (STATIC_PAIR, STATIC_FLEET)
         of_pair = saving_pct(judged.energies_j, pair_j) if pair_j and not is_pair else none
         keys = _keys(judged.rows)
-        ratio = t_interval(
-            [j / bounds[k] for j, k in zip(judged.energies_j, keys, strict=True)]
-        ).mean
+        if all(bounds[key] > 0.0 for key in keys):  # noise may leave nothing of a tiny run's
+            pairs = zip(judged.energies_j, keys, strict=True)
+            ratio = t_interval([energy_j / bounds[key] for energy_j, key in pairs]).mean
     config = make_config({**study.base, **_settings(study, found.load)})
     values = (
         _workload(config), f"{config.num_prefill}P{config.num_decode}D", found.load, found.router,

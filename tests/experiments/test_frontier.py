@@ -364,7 +364,7 @@ def test_the_contest_leaves_out_what_it_has_no_data_for(tmp_path: Path, monkeypa
 def test_the_contest_has_its_loads_controllers_and_routers() -> None:
     """All shipped files: loads by name, the whole grid of routers for static pairs."""
     names = [name for path in contest_files() for name in load_names_of(path)]
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 19
     for path in contest_files():
         if "trace" in read_toml(path)["base"]:
             continue  # needs data
