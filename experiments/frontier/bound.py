@@ -147,13 +147,10 @@ def lower_bound(
     first_s = prefill.shortest_s * max(1.0 - noise["prefill"], 0.0)
     makespan_s = float((work.arrival_s + first_s + steps * surface.shortest_s).max())
     prefill_j = prefill.per_token_j * float(work.input_tokens.sum())
-    decode_j, lam = _decode_j(surface, work, floor_w, config.slo_itl_s)
-    whole_j = decode_j + lam * config.slo_itl_s * work.kept_steps
     return EnergyBound(
         idle_floor_j=instances * floor_w * makespan_s,
         prefill_j=prefill_j - noise["prefill"] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
-        decode_j=decode_j
-        - noise["decode"] * math.sqrt(surface.most_j(floor_w, lam) * max(whole_j, 0.0)),
+        decode_j=_decode_j(surface, work, floor_w, config.slo_itl_s, noise["decode"]),
         makespan_s=makespan_s,
         attainment=attainment,
     )
@@ -252,15 +249,15 @@ def _prefill_costs(
 
 
 def _decode_j(
-    surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float
-) -> tuple[float, float]:
-    """The largest bound that a coordinate search over (β, λ) finds, and its λ.
+    surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float, noise: float
+) -> float:
+    """The largest bound that a coordinate search over (β, λ) finds; every trial is a bound.
 
-    Every trial is a bound.
+    `noise` is the relative deviation of one iteration that is allowed for.
     """
     total, kept, contexts = float(work.steps.sum()), work.kept_steps, work.contexts
 
-    def bound_j(beta: float, lam: float) -> float:
+    def table_j(beta: float, lam: float) -> float:
         free_j = surface.least_per_request(floor_w, beta, 0.0)
         if lam == 0.0 or kept == 0.0:
             return free_j * total + beta * contexts
@@ -268,8 +265,15 @@ def _decode_j(
         # a promise that is not kept costs nothing less: then λ·(T - S) helps nobody
         return free_j * (total - kept) + max(kept_j, free_j) * kept + beta * contexts
 
+    def bound_j(beta: float, lam: float) -> float:
+        mean_j = table_j(beta, lam)
+        if noise == 0.0:
+            return mean_j
+        sum_j = max(mean_j + lam * slo_s * kept, 0.0)
+        return mean_j - noise * math.sqrt(surface.most_j(floor_w, lam) * sum_j)
+
     if total == 0.0:
-        return 0.0, 0.0
+        return 0.0
     scale = surface.mean_slope_j(floor_w)
     best, at = bound_j(0.0, 0.0), (0.0, 0.0)
     for factor in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
@@ -285,4 +289,4 @@ def _decode_j(
                 tried[i] = max(tried[i] + sign * step, 0.0)
                 best, at = max((best, at), (bound_j(*tried), (tried[0], tried[1])))
             steps[i] = 0.6 * step
-    return best, at[1]
+    return best

@@ -57,7 +57,8 @@ def run_contest(
     """
     claim(out, "frontier")
     chosen = contest_files() if files is None else files
-    check_names(only, [n for path in chosen for n in load_names_of(path)], "load", "the contest")
+    order = [name for path in chosen for name in load_names_of(path)]
+    check_names(only, order, "load", "the contest")
     left_out = []
     for path in chosen:
         names = [n for n in load_names_of(path) if not only or n in only]
@@ -70,21 +71,21 @@ def run_contest(
             continue
         for load, found in search_frontier(study, out, jobs=jobs):
             lines = frontier_table(study, found, out, jobs)
-            write_contest(lines, csv)
+            write_contest(lines, csv, order)
             say(text_table(lines, f"{lines['workload'].iloc[0]}, {load.name}"))
     for line in left_out:
         say(f"left out for want of data: {line}")
     return read_contest(csv)
 
 
-def write_contest(lines: pd.DataFrame, csv: Path) -> None:
-    """Put the lines of a load in the place of its lines of before, or at the end."""
+def write_contest(lines: pd.DataFrame, csv: Path, order: Sequence[str] = ()) -> None:
+    """Replace the lines of a load; loads come in that order, others after them as they were."""
     if csv.exists():
         before = read_contest(csv)
         is_same = before[KEY].apply(tuple, axis=1).isin([*lines[KEY].apply(tuple, axis=1)])
-        at = int(is_same.to_numpy().argmax()) if is_same.any() else len(before)
-        parts = [before[:at][~is_same[:at]], lines, before[at:][~is_same[at:]]]
-        lines = pd.concat([p for p in parts if len(p)], ignore_index=True)
+        lines = pd.concat([t for t in (before[~is_same], lines) if len(t)], ignore_index=True)
+    names = list(dict.fromkeys([*order, *lines["load"]]))
+    lines = lines.sort_values("load", key=lambda loads: loads.map(names.index), kind="stable")
     csv.parent.mkdir(parents=True, exist_ok=True)
     write_csv(lines, csv, float_format="%.4f")
 

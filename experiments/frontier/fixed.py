@@ -23,7 +23,7 @@ exhaustive grids.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Final
@@ -76,7 +76,7 @@ class FleetSearch:
         *,
         clocks_mhz: tuple[int, ...],
         knots_mhz: Iterable[int],
-        counts: tuple[tuple[int, ...], tuple[int, ...]],
+        counts: tuple[Sequence[int], Sequence[int]],
         target: float,
     ) -> None:
         self._attempt = attempt

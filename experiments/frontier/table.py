@@ -39,9 +39,9 @@ def frontier_table(
     """The lines of one load, with savings where, and only where, the target is kept.
 
     A saving stands where the policy keeps the target on the judging repeats and, if its knob was
-    chosen, on each tuning repeat. static-max is that of the study's first router. The best pair is
-    the best static fleet under the same router, a pair with all instances included; there is none
-    where no pair keeps the target on the tuning repeats.
+    chosen, on each tuning repeat. static-max is that of the study's first router, whatever it
+    keeps: a scale. The best pair is the best static fleet under the same router, a pair with all
+    instances included; where that falls, the one chosen in hindsight; none if there is none.
 
     Args:
         study: What was compared.
@@ -53,11 +53,15 @@ def frontier_table(
     shared = {**study.base, **_settings(study, found[0].load)}.get("max_running_requests")
     frames = [f.judged.rows.assign(max_running_requests=shared) for f in kept]
     bounds = _bounds(frames, directory, jobs)  # of any policy: a cap is the static pair's own
-    top = _energies(found, STATIC_MAX, study.routers[0], study.target)
+    top = _reference(found, STATIC_MAX, study.routers[0])
+    top_j = top.judged.energies_j if top is not None else ()
     rows = []
     for each in found:
-        pair = _energies(found, STATIC_FLEET, each.router, study.target)
-        rows.append(_row(study, each, top, pair, bounds))
+        pair = _reference(found, STATIC_FLEET, each.router)
+        is_kept = pair is not None and keeps(study, pair)
+        rows.append(
+            _row(study, each, top_j, pair.judged.energies_j if is_kept and pair else (), bounds)
+        )
     return pd.DataFrame(rows, columns=[*COLUMNS])
 
 
@@ -75,14 +79,10 @@ def _attainment(study: Study, found: Found) -> float:
     return math.nan if found.judged.error else pooled(found.judged.rows, study.attainment)
 
 
-def _energies(
-    found: Iterable[Found], controller: str, router: str, target: float
-) -> tuple[float, ...]:
-    """Of a reference on the judging repeats; none where it never kept the target."""
-    for each in found:
-        if (each.controller, each.router) == (controller, router):
-            return each.judged.energies_j if each.is_reached(target) else ()
-    return ()
+def _reference(found: Iterable[Found], controller: str, router: str) -> Found | None:
+    """The last of that name: a static fleet of hindsight comes after the one that fell."""
+    wanted = (controller, router)
+    return next((f for f in [*found][::-1] if (f.controller, f.router) == wanted), None)
 
 
 def _row(
@@ -102,9 +102,9 @@ def _row(
         is_pair = found.controller in (STATIC_PAIR, STATIC_FLEET)
         of_pair = saving_pct(judged.energies_j, pair_j) if pair_j and not is_pair else none
         keys = _keys(judged.rows)
-        ratio = t_interval(
-            [j / bounds[k] for j, k in zip(judged.energies_j, keys, strict=True)]
-        ).mean
+        if all(bounds[key] > 0.0 for key in keys):  # noise may leave nothing of a tiny run's
+            pairs = zip(judged.energies_j, keys, strict=True)
+            ratio = t_interval([energy_j / bounds[key] for energy_j, key in pairs]).mean
     config = make_config({**study.base, **_settings(study, found.load)})
     values = (
         _workload(config), f"{config.num_prefill}P{config.num_decode}D", found.load, found.router,

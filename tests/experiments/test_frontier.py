@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -310,7 +311,7 @@ def test_the_command_writes_table_and_figure(tmp_path: Path) -> None:
         make_app(), ["frontier", str(path), "--out", str(out), "--jobs", "1", "--target", "0.9"]
     )
     assert done.exit_code == 0, done.output
-    assert "boost + random" in done.output
+    assert re.search(r"random +boost +default", done.output)
     assert {p.name for p in out.glob("frontier.*")} == {
         "frontier.csv", "frontier.md", "frontier.png", "frontier.svg",
     }  # fmt: skip
@@ -329,10 +330,10 @@ def found_at(load: str) -> pd.DataFrame:
 
 def test_a_load_takes_the_place_of_its_lines_of_before(tmp_path: Path) -> None:
     csv = tmp_path / "contest.csv"
-    for load in ("a", "b", "c"):
-        write_contest(found_at(load), csv)
+    for load in ("c", "a", "b"):
+        write_contest(found_at(load), csv, ["a", "b", "c"])
     twice = pd.concat([found_at("b"), found_at("b")]).assign(energy_kj=7.0)
-    write_contest(twice, csv)
+    write_contest(twice, csv, ["a", "b", "c"])
     table = read_contest(csv)
     assert list(table["load"]) == ["a", "b", "b", "c"]
     assert list(table["energy_kj"]) == [1.0, 7.0, 7.0, 1.0]
@@ -363,17 +364,18 @@ def test_the_contest_leaves_out_what_it_has_no_data_for(tmp_path: Path, monkeypa
 def test_the_contest_has_its_loads_controllers_and_routers() -> None:
     """All shipped files: loads by name, the whole grid of routers for static pairs."""
     names = [name for path in contest_files() for name in load_names_of(path)]
-    assert len(names) == len(set(names)) == 17
+    assert len(names) == len(set(names)) == 19
     for path in contest_files():
         if "trace" in read_toml(path)["base"]:
             continue  # needs data
         chosen, question = read_study(path)
         assert "calibrated" in question
-        assert set(chosen.routers) == {"round-robin", "ecoroute", "consolidate"}
-        assert (len(chosen.tuning), len(chosen.judging)) == (3, 5)
+        assert set(chosen.routers) >= {"round-robin", "consolidate"}
+        assert len(chosen.tuning) >= 2
+        assert len(chosen.judging) == 5
         controllers = {c.controller for c in chosen.contenders if c.router == "consolidate"}
         assert controllers >= {
-            "ecofreq, 2 levels", "ecofreq, 8 levels", "ecomin, 2 levels", "ecomin, 8 levels", "pid",
+            "ecofreq, 2 levels", "ecofreq, 8 levels", "ecomin, 8 levels",
         }  # fmt: skip
 
 
