@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from experiments.promise import Overload
     from experiments.study.suite import Experiment
 
+STEP_RESPONSE = "step-response"
+
 experiment = typer.Typer(
     name="experiment",
     help="Run the shipped experiments: each asks one question, runs a grid and draws one figure.",
@@ -34,6 +36,7 @@ def list_all() -> None:
 
     for name, question in list_experiments().items():
         typer.echo(f"{name}: {question}")
+    typer.echo(f"{STEP_RESPONSE}: How does each controller answer a step, a ramp, a pulse?")
 
 
 @experiment.command("run")
@@ -59,20 +62,23 @@ def run(
     from profiles.errors import VoltanaError
     from profiles.files import write_bytes
 
-    names = list(list_experiments()) if name == "all" else [name]
+    names = [*list_experiments(), STEP_RESPONSE] if name == "all" else [name]
     failures: dict[str, str] = {}
     found: list[Overload] = []
     for each in names:
         try:
-            chosen = read_experiment(find_experiment(each), quick=quick)
-            picture, overloaded = _run_one(chosen, out, quick=quick, jobs=jobs)
+            if each == STEP_RESPONSE:
+                picture = _run_step_response(out, quick=quick)
+            else:
+                chosen = read_experiment(find_experiment(each), quick=quick)
+                picture, overloaded = _run_one(chosen, out, quick=quick, jobs=jobs)
+                found += overloaded
         except VoltanaError as error:
             if name != "all":
                 raise
             failures[each] = str(error)
             typer.echo(f"voltana: {each}: {error}", err=True)
             continue
-        found += overloaded
         if figures is not None:
             figures.mkdir(parents=True, exist_ok=True)
             write_bytes(picture.read_bytes(), figures / picture.name)
@@ -82,6 +88,25 @@ def run(
             "why above); the others are done"
         )
     end_with(found, require_slo=require_slo, says=False)
+
+
+def _run_step_response(out: Path, *, quick: bool) -> Path:
+    """Responses in time and not sums over runs, so that it is no file with a grid.
+
+    Its loads are disturbances that are meant to overload: nobody is warned of that.
+    """
+    from experiments.draw.plots import save
+    from experiments.draw.responses import draw_responses
+    from experiments.study.step_response import SEEDS, describe_plant, run_all
+
+    directory = out / (f"{STEP_RESPONSE}-quick" if quick else STEP_RESPONSE)
+    table, responses = run_all(SEEDS[:1] if quick else SEEDS)
+    typer.echo(describe_plant())
+    typer.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
+    paths = save(draw_responses(responses), directory, STEP_RESPONSE)
+    table.to_csv(directory / "results.csv", index=False)
+    typer.echo(" ".join(map(str, [*paths, directory / "results.csv"])))
+    return paths[0]
 
 
 def _run_one(
