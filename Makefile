@@ -40,6 +40,7 @@ figures: $(STAMP)
 	$(BIN)/voltana demo --out results/demo
 	cp results/demo/energy_vs_slo.png docs/energy_vs_slo.png
 	$(BIN)/voltana experiment run all --figures docs/figures
+	$(BIN)/voltana experiment run step-response --figures docs/figures
 	@[ -z "$(CONTEST)" ] || $(BIN)/voltana frontier --contest --out results/contest
 	$(BIN)/voltana frontier --contest --docs docs
 	@if [ -n "$(PANEL)" ]; then \

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from experiments.study.suite import Experiment
 
 STEP_RESPONSE = "step-response"
+"""Run by its name only: it is no file with a grid, which is what `all` goes through."""
 
 experiment = typer.Typer(
     name="experiment",
@@ -62,7 +63,7 @@ def run(
     from profiles.errors import VoltanaError
     from profiles.files import write_bytes
 
-    names = [*list_experiments(), STEP_RESPONSE] if name == "all" else [name]
+    names = list(list_experiments()) if name == "all" else [name]
     failures: dict[str, str] = {}
     found: list[Overload] = []
     for each in names:
