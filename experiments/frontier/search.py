@@ -238,7 +238,10 @@ def _search_fleets(
     most: tuple[int, int],
     target: float,
 ) -> tuple[Trial, Trial]:
-    """The best static pair, of all instances, and the best static fleet, of any number."""
+    """The best static pair, of all instances and without a cap, and the best static fleet of all.
+
+    A fleet is of any number of instances, and all of them may have a cap.
+    """
 
     def search(counts: tuple[Sequence[int], Sequence[int]], cap: int | None) -> Trial:
         return FleetSearch(
@@ -251,8 +254,7 @@ def _search_fleets(
 
     every = range(1, most[0] + 1), range(1, most[1] + 1)
     pairs = [search(((most[0],), (most[1],)), cap) for cap in (None, *study.static_caps)]
-    pair = _best(pairs, target)
-    return pair, _best([search(every, None), pair], target)  # a pair is a fleet, too
+    return pairs[0], _best([search(every, None), *pairs], target)
 
 
 def _best(tried: Sequence[Trial], target: float) -> Trial:

@@ -96,6 +96,8 @@ def read_study(
     check_settings(settings, tables(data, "load", where), of_repeats, where)
     base = _in_data({**table(data, "base", where), **settings})
     loads = _loads(tables(data, "load", where), load_names, where)
+    for trace in {str(v["trace"]) for v in (base, *(x.settings for x in loads)) if "trace" in v}:
+        open_trace(trace)  # before anything runs
     tuning, judging = _repeats(options, base, loads, where)
     routers = values(options, "routers", str, ROUTERS, where)
     study = make_study(
