@@ -195,9 +195,9 @@ def _pairs_text(table: pd.DataFrame) -> str:
             saved = 1.0 - ours["energy_kj"].iloc[0] / pair["energy_kj"].iloc[0]
             told.append(f"{ours['load'].iloc[0]}: {100 * saved:.1f}{_fell(pair.iloc[0])}")
     return (
-        "Against the static *pair* chosen under the same router, all instances in use and without a "
-        "limit of its batch, `ecomin` at its default saves, in % of the means (in brackets what the "
-        f"pair keeps where it fell): {'; '.join(told)}."
+        "Against the static *pair* chosen under the same router, all instances in use and without "
+        "a limit of its batch, `ecomin` at its default saves, in % of the means (in brackets what "
+        f"the pair keeps where it fell): {'; '.join(told)}."
     )
 
 
