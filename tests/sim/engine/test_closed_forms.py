@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from profiles.catalog import Profile
+from sim.engine import decode
 from sim.engine.decode import DecodeInstance
 from sim.engine.request import SimRequest
 from sim.policies.base import Controller, InstanceState, PolicyContext
@@ -218,6 +219,8 @@ def test_the_retracted_one_has_the_fewest_outputs(
     halves: Profile, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of a crowded run, each time; now and then that is not who joined last."""
+    if not (decode.__file__ or "").endswith(".py"):
+        pytest.skip("methods of compiled classes cannot be watched")
     odd = 0
     retract = DecodeInstance._retract
 
