@@ -346,8 +346,10 @@ def test_prefill_decides_on_the_plug_ins_word_with_the_routers_queue(
     tmp_path: Path,
     voice: EngineVoice,
     plugin: Any,  # noqa: ANN401, F811
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """EcoFreq in prefill: one request of 300 tokens fits at 1005 MHz; when another waits, 1410."""
+    monkeypatch.setattr(plugin, "speaks_for_all", lambda: True)  # SGLang is not in this process
     events = EventPublisher(f"ipc://{tmp_path}/events")
     config = config_of(
         tmp_path,

@@ -12,11 +12,18 @@ import pytest
 from hwreplay.agent.agent import read_agent_config
 from profiles.errors import VoltanaError
 from tests.hwreplay.test_agent import SETTINGS, config_of, running, voice, with_helper  # noqa: F401
+from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
+from tests.profiles.device.standin import Standin
 
 pytestmark = pytest.mark.slow
 
 
-def test_who_starts_an_agent_learns_why_it_ended(tmp_path: Path, voice: Any) -> None:  # noqa: ANN401, F811
+def test_who_starts_an_agent_learns_why_it_ended(
+    tmp_path: Path,
+    voice: Any,  # noqa: ANN401, F811
+    standin: Standin,  # noqa: F811
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     config = config_of(tmp_path, voice, settings=SETTINGS | {"controller": "ecofrek"})
     with (
         pytest.raises(VoltanaError, match=r"it ended with 2: voltana agent: .*'ecofreq'"),
@@ -39,6 +46,8 @@ def test_who_starts_an_agent_learns_why_it_ended(tmp_path: Path, voice: Any) -> 
         running(cardless, tmp_path),
     ):
         pass
+    for key, value in standin.env.items():
+        monkeypatch.setenv(key, value)  # there is a card, and no actuator
     lonely = with_helper(tmp_path, voice)
     with (
         pytest.raises(VoltanaError, match=r"the actuator must answer at .*/helper"),

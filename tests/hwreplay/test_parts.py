@@ -58,8 +58,7 @@ def test_a_run_whose_agent_died_is_incomplete_and_says_since_when(tmp_path: Path
     assert reason.endswith(" s, its clock was unlocked from then on")
     assert (record.requests.status == 1).all()  # the load went on
     decode = next(i for i in record.instances if i.phase == "decode")
-    assert decode.clock_busy_s[0] > 0  # unlocked
-    assert decode.clock_busy_s[1000] > 0
+    assert set(decode.clock_busy_s) == {0}  # a dry run sets none
 
 
 def test_a_recorder_that_fails_ends_the_run() -> None:
