@@ -50,7 +50,8 @@ class DecodeInstance(Instance):
         self._max_running = max_running
         self._has_admission = answers.has_admission
         self._most = max_running
-        """Requests that may run at once, as of the last boundary."""
+        """Requests that may run at once, as of the last boundary at which somebody waited. No fewer
+        than run since: who joins has waited."""
         # at least what the next iteration writes
         self._reserve_tokens = max(config.kv_reserve_tokens, 1)
         self._freed_tokens = config.kv_retract_tokens

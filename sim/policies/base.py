@@ -200,7 +200,7 @@ class Controller(ABC):
     def admit_up_to(self, state: InstanceState) -> int | None:
         """Decode: requests that may run at once; None leaves it to the engine.
 
-        Asked at the start of each iteration; one may always run. The answer
+        Asked at an iteration's start while requests wait to join; one may always run. The answer
         may change only where `decide` is asked anew (`steady_iterations`). A simulator obeys;
         SGLang fixes this number at its start (`--max-running-requests`).
         """

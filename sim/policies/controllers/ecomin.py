@@ -22,7 +22,12 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import least_energy_clock_mhz, levels_of, nearest_clock_mhz
+from sim.policies.clocks import (
+    first_clock_mhz,
+    least_energy_clock_mhz,
+    levels_of,
+    nearest_clock_mhz,
+)
 from sim.policies.correction import TimeCorrection
 from sim.policies.fullest import FullestBatch
 from sim.policies.spec import parameter
@@ -181,11 +186,11 @@ class EcoMin(Controller):
             floor_mhz = nearest_clock_mhz(self._levels_mhz, wanted_mhz)
         soon = max(min(here, most), batch)
         limit_s = self._limit_s(self._context.slo_itl_s)
-        for clock in self._levels_mhz:
-            fits = self._bound_s(clock, soon, tokens * soon // batch) <= limit_s
-            if clock >= floor_mhz and fits:
-                return clock
-        return self._top_mhz
+        soon_tokens = tokens * soon // batch
+        return first_clock_mhz(
+            self._levels_mhz,
+            lambda f: f >= floor_mhz and self._bound_s(f, soon, soon_tokens) <= limit_s,
+        )
 
     def _most(self, context_tokens: float) -> int:
         """The fullest batch, by times as they are observed."""
@@ -212,14 +217,13 @@ class EcoMin(Controller):
         batch, tokens = state.last_batch_size, state.last_tokens
         limit_s = self._limit_s(context.prefill_budget_s)
         queued = state.num_waiting
-        for clock in self._levels_mhz:
-            if clock < self._bottom_mhz:
-                continue
-            time_s = self._bound_s(clock, batch, tokens)
-            behind_s = self._bound_s(clock, queued, state.waiting_tokens) if queued else time_s
-            if max(state.last_queue_delay_s, behind_s) + time_s <= limit_s:
-                return clock
-        return self._top_mhz
+
+        def fits(clock_mhz: int) -> bool:
+            time_s = self._bound_s(clock_mhz, batch, tokens)
+            behind_s = self._bound_s(clock_mhz, queued, state.waiting_tokens) if queued else time_s
+            return max(state.last_queue_delay_s, behind_s) + time_s <= limit_s
+
+        return first_clock_mhz(self._levels_mhz, lambda f: f >= self._bottom_mhz and fits(f))
 
     def _bound_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
         context = self._context
