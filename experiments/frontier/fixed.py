@@ -108,7 +108,7 @@ class FleetSearch:
             return self._best
         anchor = self._attempt(self._anchor, True)
         missed = [t for t in (self._nearest, anchor) if t is not None]
-        return max(missed, key=_rank)
+        return max(missed, key=lambda t: t.rank)
 
     def _side_trial(self, phase: int, side: Side) -> Trial:
         fleet = (side, self._anchor[1]) if phase == 0 else (self._anchor[0], side)
@@ -120,7 +120,7 @@ class FleetSearch:
         least_j = float("inf")
         for active in self._counts[phase]:
             top = self._side_trial(phase, Side(active, self._clocks[-1]))
-            if not _may_keep(top, self._target - _HOPELESS):
+            if not top.keeps(self._target - _HOPELESS):
                 continue
             best = self._search_clocks(phase, active)
             if best is None:
@@ -140,7 +140,7 @@ class FleetSearch:
 
         for clock in reversed(self._knots[: middle + 1]):
             found[clock] = self._side_trial(phase, Side(active, clock))
-            if not _may_keep(found[clock], self._target - _HOPELESS):
+            if not found[clock].keeps(self._target - _HOPELESS):
                 break
         for clock in self._knots[middle + 1 :]:
             found[clock] = self._side_trial(phase, Side(active, clock))
@@ -163,7 +163,7 @@ class FleetSearch:
         options = [
             (a_trial.energy_j + b_trial.energy_j - self._origin_j, a, b)
             for (a, a_trial), (b, b_trial) in product(*(s.items() for s in self._sides))
-            if _may_keep(a_trial, self._target) and _may_keep(b_trial, self._target)
+            if a_trial.keeps(self._target) and b_trial.keeps(self._target)
         ]
         favour = 1.0
         for predicted_j, a, b in sorted(options):
@@ -212,7 +212,7 @@ class FleetSearch:
             return False
         trial = self._attempt(fleet, True)
         if not trial.keeps(self._target):
-            if self._nearest is None or _rank(trial) > _rank(self._nearest):
+            if self._nearest is None or trial.rank > self._nearest.rank:
                 self._nearest = trial
             return False
         if self._best is None or trial.energy_j < self._best.energy_j:
@@ -267,12 +267,3 @@ class FleetSearch:
             clocks, energies = zip(*points, strict=True)
             total_j += float(np.interp(side.clock_mhz, clocks, energies))
         return total_j
-
-
-def _may_keep(trial: Trial, target: float) -> bool:
-    return trial.worst_attainment >= target
-
-
-def _rank(trial: Trial) -> float:
-    worst = trial.worst_attainment
-    return -1.0 if worst != worst else worst

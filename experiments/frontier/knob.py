@@ -46,8 +46,8 @@ def search_knob(attempt: Try, target: float, *, has_knob: bool = True) -> Trial:
         if trial.keeps(target):
             return trial
         tried.append(trial)
-    safest = max(screened, key=lambda p: _rank(screened[p]))
-    return max([*tried, attempt(safest, True)], key=_rank)
+    safest = max(screened, key=lambda p: screened[p].rank)
+    return max([*tried, attempt(safest, True)], key=lambda t: t.rank)
 
 
 def _middles(screened: dict[float, Trial], target: float) -> list[float]:
@@ -57,12 +57,7 @@ def _middles(screened: dict[float, Trial], target: float) -> list[float]:
     if kept:
         best = min(kept, key=lambda p: screened[p].energy_j)
     else:
-        best = max(order, key=lambda p: _rank(screened[p]))
+        best = max(order, key=lambda p: screened[p].rank)
     at = order.index(best)
     sides = [i for i in (at - 1, at) if 0 <= i < len(order) - 1]
     return [0.5 * (order[i] + order[i + 1]) for i in sides]
-
-
-def _rank(trial: Trial) -> float:
-    worst = trial.worst_attainment
-    return -1.0 if worst != worst else worst

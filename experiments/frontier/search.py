@@ -262,7 +262,7 @@ def _best(tried: Sequence[Trial], target: float) -> Trial:
     kept = [t for t in tried if t.keeps(target)]
     if kept:
         return min(kept, key=lambda t: t.energy_j)
-    return max(tried, key=lambda t: -1.0 if t.error else t.worst_attainment)
+    return max(tried, key=lambda t: t.rank)
 
 
 def _fleet_settings(fleet: Fleet, router: str, cap: int | None) -> dict[str, Any]:

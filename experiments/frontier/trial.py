@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import pandas as pd
 
+from experiments.compare.policies import ATTAINMENTS as BOTH
 from experiments.sweep.executors import run_point
 from experiments.sweep.grid import Point
 from experiments.sweep.run import flat_summary
@@ -57,6 +58,12 @@ class Trial:
         if self.error or not self.energies_j:
             return math.nan
         return sum(self.energies_j) / len(self.energies_j)
+
+    @property
+    def rank(self) -> float:
+        """Orders misses: the worst attainment, below all others if a run failed."""
+        worst = self.worst_attainment
+        return -1.0 if math.isnan(worst) else worst
 
     def keeps(self, target: float) -> bool:
         """Whether every repeat attains the target."""
@@ -129,17 +136,18 @@ class Bench:
 
 def attained(row: Mapping[str, Any], attainment: str) -> float:
     """The attainment of one run that is held equal."""
-    both = ("ttft_attainment", "itl_attainment")
-    return min(float(row[name]) for name in (both if attainment == "worse" else (attainment,)))
+    return min(float(row[name]) for name in _columns(attainment))
 
 
 def pooled(rows: pd.DataFrame, attainment: str) -> float:
     """The same of all requests (ITL: gaps) of several runs together; NaN without one."""
     if rows.empty:
         return math.nan
-    both = ("ttft_attainment", "itl_attainment")
-    names = both if attainment == "worse" else (attainment,)
-    return min(_pooled(rows, name) for name in names)
+    return min(_pooled(rows, name) for name in _columns(attainment))
+
+
+def _columns(attainment: str) -> tuple[str, ...]:
+    return BOTH if attainment == "worse" else (attainment,)
 
 
 def _pooled(rows: pd.DataFrame, name: str) -> float:
