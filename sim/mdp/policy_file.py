@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from profiles.errors import VoltanaError
 from profiles.files import replacing
-from sim.policies.mdp.grid import StateGrid
-from sim.policies.mdp.observation import size
+from sim.mdp.grid import StateGrid
+from sim.mdp.observation import size
 
 Kind = Literal["table", "network"]
 KINDS: Final = ("table", "network")

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Final
 
 from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, Phase, PolicyContext
+from sim.policies.base import DECODE, PREFILL, Phase, PolicyContext
 
 _FULL_DECODE_REQUESTS: Final = 64
 _FULL_PREFILL: Final = (8, 8192)
@@ -24,6 +24,18 @@ def full_batch(context: PolicyContext, phase: Phase) -> tuple[int, int]:
         tokens = max(context.kv_capacity_tokens // 4, _FULL_DECODE_REQUESTS)
         return _FULL_DECODE_REQUESTS, tokens
     return _FULL_PREFILL
+
+
+def busy_power_w(context: PolicyContext, phase: Phase, clock_mhz: int) -> float:
+    """Modelled power of an instance with a full batch (`full_batch`)."""
+    return context.power.power_w(phase, clock_mhz, *full_batch(context, phase))
+
+
+def fleet_power_w(context: PolicyContext) -> float:
+    """Modelled power of the fleet, all of it busy at the top clock; 1 W at least."""
+    top_mhz = context.clocks_mhz[-1]
+    prefill_w = context.num_prefill * busy_power_w(context, PREFILL, top_mhz)
+    return max(1.0, prefill_w + context.num_decode * busy_power_w(context, DECODE, top_mhz))
 
 
 def first_clock_mhz(clocks_mhz: Sequence[int], fits: Callable[[int], bool]) -> int:

@@ -1,1 +1,1 @@
-"""Solving and learning the routing MDP: exact, factored, tabular, on the simulator itself."""
+"""Learning the routing MDP on the simulator: Q-learning, and a gymnasium environment for others."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
 from sim.policies.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
-from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.latency import LatencyWindow
 from sim.policies.spec import parameter
 
 

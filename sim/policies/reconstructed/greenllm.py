@@ -1,4 +1,7 @@
-"""GreenLLM: queue-aware least energy in prefill; a band by token rate and fine steps in decode."""
+"""GreenLLM: its controller and its split of the prefill queues. Bins, band and lengths are ours.
+
+Prefill takes the least energy that the queue allows, decode a band of clocks by token rate.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +10,16 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
+from sim.policies.base import (
+    DECODE,
+    Controller,
+    IdlePlan,
+    InstanceState,
+    PolicyContext,
+    RequestView,
+    Router,
+    States,
+)
 from sim.policies.clocks import (
     busy_energy_j,
     cheapest_clock_mhz,
@@ -15,7 +27,8 @@ from sim.policies.clocks import (
     clocks_above_floor,
     first_clock_mhz,
 )
-from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.latency import LatencyWindow
+from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
 
 
@@ -165,3 +178,41 @@ class GreenLlm(Controller):
             max(centre_mhz - p.band_mhz, clocks[0]),
             min(centre_mhz + p.band_mhz, clocks[-1]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthSplitParameters:
+    """Parameters of `length-split`."""
+
+    long_tokens: int = parameter(1024, "prompts of at least this length are long (ours)", low=1)
+    share_frac: float = parameter(
+        0.5, "part of the prefill instances kept for long prompts (ours)", low=0, high=1
+    )
+
+
+class LengthSplit(Router):
+    """Short and long prompts queue at different prefill instances, so that short ones never wait.
+
+    The last round(share·n) prefill instances, at least one and never all, take the long prompts,
+    the others the short ones; within a group the fewest queued tokens, then the fewest requests. A
+    lone prefill instance takes both. Decode: fewest open requests.
+
+    Source: GreenLLM, arXiv 2508.16449.
+    """
+
+    __slots__ = ("_parameters",)
+
+    def __init__(self, parameters: LengthSplitParameters, context: PolicyContext) -> None:
+        self._parameters = parameters
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+        num, first = len(prefill), 0
+        if num > 1:
+            num_long = min(max(round(self._parameters.share_frac * num), 1), num - 1)
+            if request.input_tokens >= self._parameters.long_tokens:
+                first = num - num_long
+            else:
+                num -= num_long
+        group = prefill[first:num]
+        at = least(group, lambda s: (s.waiting_tokens, s.open_requests))
+        return first + at, least(decode, lambda s: s.open_requests)

@@ -1,4 +1,4 @@
-"""Routers that keep some instances for some requests: KAIROS and the split by prompt length."""
+"""KAIROS's router: consolidate, then spread."""
 
 from __future__ import annotations
 
@@ -39,41 +39,3 @@ class KairosRouter(Router):
         if chosen is None:
             chosen = least(decode, lambda s: s.kv_load_tokens)
         return least(prefill, lambda s: s.open_requests), chosen
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LengthSplitParameters:
-    """Parameters of `length-split`."""
-
-    long_tokens: int = parameter(1024, "prompts of at least this length are long (ours)", low=1)
-    share_frac: float = parameter(
-        0.5, "part of the prefill instances kept for long prompts (ours)", low=0, high=1
-    )
-
-
-class LengthSplit(Router):
-    """Short and long prompts queue at different prefill instances, so that short ones never wait.
-
-    The last round(share·n) prefill instances, at least one and never all, take the long prompts,
-    the others the short ones; within a group the fewest queued tokens, then the fewest requests. A
-    lone prefill instance takes both. Decode: fewest open requests.
-
-    Source: GreenLLM, arXiv 2508.16449.
-    """
-
-    __slots__ = ("_parameters",)
-
-    def __init__(self, parameters: LengthSplitParameters, context: PolicyContext) -> None:
-        self._parameters = parameters
-
-    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
-        num, first = len(prefill), 0
-        if num > 1:
-            num_long = min(max(round(self._parameters.share_frac * num), 1), num - 1)
-            if request.input_tokens >= self._parameters.long_tokens:
-                first = num - num_long
-            else:
-                num -= num_long
-        group = prefill[first:num]
-        at = least(group, lambda s: (s.waiting_tokens, s.open_requests))
-        return first + at, least(decode, lambda s: s.open_requests)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sim.policies.mdp.grid import StateGrid
-from sim.rl.model import InstanceModel, ModelParameters, build_instance
+from sim.mdp.grid import StateGrid
+from sim.mdp.model import InstanceModel, ModelParameters, build_instance
 from tests.sim.policies.doubles import Formula, make_context
 
 IDLE_W, BUSY_W, PER_REQUEST_W = 40.0, 100.0, 10.0

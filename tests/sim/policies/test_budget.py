@@ -12,7 +12,8 @@ from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.metrics import summarise
 from sim.policies.base import Cluster, Phase, PolicyContext
-from sim.policies.controllers.budget import (
+from sim.policies.clocks import fleet_power_w
+from sim.policies.controllers.polca import (
     BRAKE,
     FREE,
     HARD,
@@ -20,10 +21,8 @@ from sim.policies.controllers.budget import (
     MILD,
     PolcaParameters,
     PolcaPlan,
-    RapidParameters,
-    RapidPlan,
-    fleet_power_w,
 )
+from sim.policies.reconstructed.rapid import RapidParameters, RapidPlan
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import make_cluster, make_context, require_point
 

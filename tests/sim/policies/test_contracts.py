@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from profiles.catalog import Profile
+from sim.mdp.grid import StateGrid
+from sim.mdp.policy_file import PolicyFile
 from sim.policies.base import (
     UNLOCKED_MHZ,
     InstanceState,
@@ -25,8 +27,6 @@ from sim.policies.base import (
     RunningRequest,
     WaitingRequest,
 )
-from sim.policies.mdp.grid import StateGrid
-from sim.policies.mdp.policy_file import PolicyFile
 from sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
 from sim.records import COMPLETED, RunRecord
 from tests.conftest import ROOT

@@ -12,7 +12,7 @@ from experiments.runs import run
 from sim.config import make_config
 from sim.metrics import summarise
 from sim.policies.base import InstanceState, RequestView
-from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.latency import LatencyWindow
 from sim.policies.registry import make_controller, make_router
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
