@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Final
@@ -53,19 +54,18 @@ def first_clock_mhz(clocks_mhz: Sequence[int], fits: Callable[[int], bool]) -> i
     return clocks_mhz[-1]
 
 
-def cheapest_clock_mhz(
-    clocks_mhz: Sequence[int], fits: Callable[[int], bool], cost: Callable[[int], float]
-) -> int:
-    """Of the clocks that fit the one of least cost, the first of equals; the last if none fits.
+def cheapest_clock_mhz(clocks_mhz: Sequence[int], cost: Callable[[int], float]) -> int:
+    """The clock of least cost, the first of equals. Infinite is what does not fit; else the last.
 
     Example:
-        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: f > 1005, lambda f: -f)
-        1410
-        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: False, float)
+        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: f if f > 1005 else math.inf)
+        1200
+        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: math.inf)
         1410
     """
-    fitting = [clock for clock in clocks_mhz if fits(clock)]
-    return min(fitting, key=cost) if fitting else clocks_mhz[-1]
+    costs = [cost(clock) for clock in clocks_mhz]
+    least = min(costs)
+    return clocks_mhz[costs.index(least)] if least < math.inf else clocks_mhz[-1]
 
 
 def busy_energy_j(context: PolicyContext, clock_mhz: int, batch_size: int, tokens: int) -> float:
