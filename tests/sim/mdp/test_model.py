@@ -29,8 +29,8 @@ TIED = dataclasses.replace(PARAMETERS, is_tied=True)
 class ClockPower(AffinePower):
     """A tenth of a watt a MHz busy, so that the clock that is chosen shows."""
 
-    def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return 0.1 * frequency_mhz
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 0.1 * clock_mhz
 
 
 PER_REQUEST_S = {1000: 0.1, 1200: 0.08, 1400: 0.06}

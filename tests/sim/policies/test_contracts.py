@@ -52,11 +52,11 @@ class Power:
     def __init__(self, function: Callable[[int], float]) -> None:
         self._function = function
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return self._function(frequency_mhz)
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return self._function(clock_mhz)
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return self._function(frequency_mhz) / 2
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return self._function(clock_mhz) / 2
 
 
 RISING = Power(lambda f: 50.0 + 250.0 * ((f or CLOCKS[-1]) / 1400) ** 3)
