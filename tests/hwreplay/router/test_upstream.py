@@ -17,7 +17,7 @@ from hwreplay.router.upstream import (
     Upstream,
     UpstreamError,
 )
-from tests.hwreplay.scripted_server import chunked, scripted
+from tests.hwreplay.router.scripted_server import chunked, scripted
 from tests.hwreplay.stub_worker import HOST
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
