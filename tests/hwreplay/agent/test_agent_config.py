@@ -11,7 +11,7 @@ import pytest
 
 from hwreplay.agent.agent import read_agent_config
 from profiles.errors import VoltanaError
-from tests.hwreplay.test_agent import SETTINGS, config_of, running, voice, with_helper  # noqa: F401
+from tests.hwreplay.agent.test_agent import SETTINGS, config_of, running, voice, with_helper  # noqa: F401
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 

@@ -21,7 +21,7 @@ import tomli_w
 from experiments.hardware.replay import run_replay
 from experiments.hardware.validate import run_validation
 from experiments.runs import run, workload_of
-from hwreplay.engines.launch import Engine
+from hwreplay.engines.plan import Installation
 from hwreplay.replay.assembly import Window, assemble
 from hwreplay.replay.config import ReplayConfig, read_replay_config
 from hwreplay.validate.validate import Thresholds
@@ -303,7 +303,7 @@ def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
 def test_gpus_are_given_by_instance() -> None:
     config = ReplayConfig(
         sim=make_config({"num_prefill": 1, "num_decode": 1}),
-        engine=Engine(python=Path("x"), model=Path("m")),
+        engine=Installation(python=Path("x"), model=Path("m")),
         gpus={"prefill": ((0, 1),), "decode": ((2,),)},
     )
     assert config.gpus_of("prefill", 0) == (0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwreplay import context
+from hwreplay.view import context
 from profiles.catalog import load_profile
 from sim.config import SimConfig, make_config
 from sim.engine import fleet

@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
+from hwreplay.engines import server
+from hwreplay.engines.launch import run_profiled
+from hwreplay.engines.plan import Installation
 from profiles.catalog import load_profile
 from profiles.device.constant import ConstantPowerGpu
-from profiles.engines import sglang_server
 from profiles.engines.llama_config import load_shape
 from profiles.engines.sglang import SglangEngine
-from profiles.engines.sglang_fleet import LaunchPlan, start_servers
 from profiles.measure.campaign import Plan
 from profiles.measure.progress import Quiet, Standing
 from profiles.measure.run import measure_profile
@@ -53,13 +54,13 @@ def test_a_single_server_is_profiled_and_started_again_when_it_dies(
         progress.started.append(whole(*args))  # type: ignore[arg-type]
         return progress.started[-1]
 
-    whole = sglang_server.spawn
-    monkeypatch.setattr("profiles.engines.sglang_fleet.spawn", spawn)
-    launch = LaunchPlan(
-        python=ENGINE / "venv/bin/python", model=str(ENGINE / "model"), logs=tmp_path / "logs",
-        is_cpu=True, is_pair=False,
-    )  # fmt: skip
-    engine = SglangEngine(lambda: start_servers(launch), load_shape(launch.model))
+    whole = server.spawn
+    monkeypatch.setattr("hwreplay.engines.launch.spawn", spawn)
+    installation = Installation.in_folder(ENGINE)
+    engine = SglangEngine(
+        lambda: run_profiled(installation, tmp_path / "logs", is_pair=False),
+        load_shape(str(installation.model)),
+    )
     plan = Plan(
         clocks_mhz=None, phases=("prefill", "decode"), budget_s=0.0, max_batch_size=2,
         max_tokens=256,

@@ -17,11 +17,11 @@ from hwreplay.router import fleet as fleet_module
 from hwreplay.router.config import RouterConfig, read_workers
 from hwreplay.router.errors import ClientGoneError
 from hwreplay.router.sink import ClientSink
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from sim.config import make_config
-from tests.hwreplay.scripted_server import Scripted, chunked, scripted
+from tests.hwreplay.router.scripted_server import Scripted, chunked, scripted
+from tests.hwreplay.router.test_router import Bench, bench, events, request_body, serving, until
 from tests.hwreplay.stub_worker import HOST, StubTimes
-from tests.hwreplay.test_router import Bench, bench, events, request_body, serving, until
 
 TOKEN = b'data: {"text":"a","meta_info":{"finish_reason":null}}\n\n'
 DONE = b"data: [DONE]\n\n"

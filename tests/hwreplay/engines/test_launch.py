@@ -14,13 +14,8 @@ import pytest
 import tomli_w
 
 from hwreplay.clock import RunClock
-from hwreplay.engines.launch import (
-    Engine,
-    Placement,
-    run_fleet,
-    server_arguments,
-    server_environment,
-)
+from hwreplay.engines.launch import run_fleet, run_profiled
+from hwreplay.engines.plan import Installation, ServerPlan
 from hwreplay.replay.config import ReplayConfig, read_replay_config
 from hwreplay.replay.parts import Run, router
 from profiles.errors import VoltanaError
@@ -28,25 +23,25 @@ from sim.config import make_config
 from sim.policies.base import Phase
 from tests.conftest import ROOT
 
-ENGINE = Engine(
+INSTALLED = Installation(
     python=Path("/opt/sglang/bin/python"),
     model=Path("models/llama"),
     arguments=("--load-format", "dummy", "--port", "7"),
 )
 
 
-def place(phase: Phase, gpus: tuple[int, ...] = ()) -> Placement:
+def plan(phase: Phase, gpus: tuple[int, ...] = ()) -> ServerPlan:
     bootstrap_port = 9000 if phase == "prefill" else None
-    return Placement(
-        phase=phase, instance_id=1, port=8000, bootstrap_port=bootstrap_port, gpus=gpus,
+    return ServerPlan(
+        role=phase, instance_id=1, port=8000, bootstrap_port=bootstrap_port, gpus=gpus,
         sockets=Path("/tmp/v"),
     )  # fmt: skip
 
 
 def test_a_gpu_server_by_hand() -> None:
     """Two cards are a tensor parallelism of two; nothing of the CPU's; the user's word is last."""
-    at = place("prefill", (2, 5))
-    assert " ".join(server_arguments(ENGINE, at)) == (
+    at = plan("prefill", (2, 5))
+    assert " ".join(at.command(INSTALLED)) == (
         "/opt/sglang/bin/python -m sglang.launch_server --model-path models/llama"
         " --host 127.0.0.1 --port 8000 --disaggregation-mode prefill"
         " --disaggregation-transfer-backend mooncake --incremental-streaming-output"
@@ -55,25 +50,25 @@ def test_a_gpu_server_by_hand() -> None:
         " --forward-pass-metrics-ipc-name ipc:///tmp/v/prefill-1"
         " --load-format dummy --port 7"
     )
-    assert server_environment(at) == {
+    assert at.environment() == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "2,5",
         "SGLANG_HOST_IP": "127.0.0.1",
         "VOLTANA_BATCH_SOCKET": "/tmp/v/prefill-1.batch",
     }
-    decode = server_arguments(ENGINE, place("decode", (0,)))
+    decode = plan("decode", (0,)).command(INSTALLED)
     assert "--disaggregation-bootstrap-port" not in decode
     assert "--disaggregation-decode-retraction-backup" not in decode
     assert decode[decode.index("--tp-size") + 1] == "1"
 
 
 def test_a_cpu_server_has_what_a_cpu_needs_and_no_cards() -> None:
-    at = place("decode")
-    command = " ".join(server_arguments(ENGINE, at))
+    at = plan("decode")
+    command = " ".join(at.command(INSTALLED))
     for words in ("--device cpu", "--max-total-tokens 8192", "--sleep-on-idle", "cpu_tensor"):
         assert words in command
     assert "--tp-size" not in command
-    found = server_environment(at)
+    found = at.environment()
     assert found["SGLANG_USE_CPU_ENGINE"] == "1"
     assert not any(key.startswith("CUDA") for key in found)
 
@@ -81,7 +76,12 @@ def test_a_cpu_server_has_what_a_cpu_needs_and_no_cards() -> None:
 def test_without_an_installation_the_remedy_is_named(tmp_path: Path) -> None:
     with (
         pytest.raises(VoltanaError, match=r"must name a Python with SGLang, .* `make engine`"),
-        run_fleet(Engine.in_folder(tmp_path), tmp_path),
+        run_fleet(Installation.in_folder(tmp_path), tmp_path),
+    ):
+        pass
+    with (
+        pytest.raises(VoltanaError, match=r"--server-python must name a Python .* `make engine`"),
+        run_profiled(Installation.in_folder(tmp_path), tmp_path / "logs", is_pair=True),
     ):
         pass
 
@@ -90,7 +90,7 @@ def test_the_fleet_table_names_what_to_start(tmp_path: Path) -> None:
     path = tmp_path / "replay.toml"
     fleet = {"engine": "e", "model": "m", "arguments": "--load-format dummy --dtype 'half'"}
     path.write_text(tomli_w.dumps({"fleet": fleet, "replay": {"power_w": 1.0}}))
-    assert read_replay_config(path).engine == Engine(
+    assert read_replay_config(path).engine == Installation(
         python=Path("e/venv/bin/python"),
         model=Path("m"),
         arguments=("--load-format", "dummy", "--dtype", "half"),
@@ -130,7 +130,7 @@ def test_the_router_is_told_what_the_model_has(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"vocab_size": 512}')
     config = ReplayConfig(
         sim=make_config({}),
-        engine=Engine(python=Path(sys.executable), model=tmp_path),
+        engine=Installation(python=Path(sys.executable), model=tmp_path),
         power_w=1.0,
     )
     run = Run(
@@ -168,8 +168,8 @@ def test_one_command_runs_the_loop_on_gpus() -> None:
 def test_servers_on_gpus_keep_to_this_machine() -> None:
     """SGLang binds the KV transfer's sockets where SGLANG_HOST_IP says, else to a LAN address."""
     for gpus in ((), (2, 3)):
-        at = Placement(phase="prefill", instance_id=0, port=1, bootstrap_port=2, gpus=gpus)
-        assert server_environment(at)["SGLANG_HOST_IP"] == "127.0.0.1"
+        at = ServerPlan(role="prefill", port=1, bootstrap_port=2, gpus=gpus)
+        assert at.environment()["SGLANG_HOST_IP"] == "127.0.0.1"
 
 
 def test_the_gpu_environment_is_checked_as_a_server_uses_it(tmp_path: Path) -> None:
@@ -231,5 +231,5 @@ def test_the_gpu_example_is_a_configuration() -> None:
     assert config.actuator is None  # no clock is touched
     assert config.power_w is None
     assert config.gpus_of("prefill", 0) == (0,)
-    engine = Engine(python=config.engine.python, model=ROOT / config.engine.model)
+    engine = Installation(python=config.engine.python, model=ROOT / config.engine.model)
     assert engine.vocab_size() == 128256

@@ -11,7 +11,7 @@ import zmq
 from hwreplay.clock import RunClock
 from hwreplay.messages.events import Event, EventFeed, EventPublisher, apply_event
 from hwreplay.messages.metrics_feed import MetricsFeed
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import (
     IterationMetrics,
     MetricsError,

@@ -10,7 +10,7 @@ from hwreplay.actuator.client import ActuatorLostError
 from hwreplay.agent.control import ControlLoop, StaleLimits
 from hwreplay.agent.loop_report import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
 from hwreplay.messages.batch_feed import BatchNotice, Kind
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import IterationMetrics
 from profiles.errors import VoltanaError
 from sim.policies.base import Controller, IdlePlan, InstanceState, Phase

@@ -19,7 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from profiles.engines.sglang_server import SHARED_MEMORY, find_shared_memory
+from hwreplay.engines.shared_memory import SHARED_MEMORY, find_shared_memory
 from profiles.errors import VoltanaError
 from profiles.owner import (
     HELLO_TIMEOUT_S,
@@ -44,7 +44,7 @@ class Reaper:
             VoltanaError: It did not come up.
         """
         self._files: dict[int, set[Path]] = {}
-        self._process = start_guard("profiles.engines.reaper")
+        self._process = start_guard("hwreplay.engines.reaper")
         if not has_said_hello(self._process):
             raise VoltanaError(
                 f"the servers' reaper must start within {HELLO_TIMEOUT_S:.0f} s, it did not: no "

@@ -22,14 +22,14 @@ import pytest
 
 from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
 from hwreplay.agent.control import StaleLimits
-from hwreplay.context import PolicySource
 from hwreplay.messages.events import Event, EventPublisher
 from hwreplay.messages.reports import ReportFeed
+from hwreplay.view.context import PolicySource
 from profiles.catalog import load_profile
 from sim.config import make_config
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.engine_voice import EngineVoice, repeating
-from tests.hwreplay.test_batch_feed import batch, plugin  # noqa: F401 (fixture)
+from tests.hwreplay.messages.test_batch_feed import batch, plugin  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 

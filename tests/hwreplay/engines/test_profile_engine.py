@@ -15,7 +15,7 @@ from profiles.catalog import load_profile
 from profiles.engines.base import Point
 from profiles.engines.llama_config import load_shape
 from profiles.engines.sglang import SglangEngine, full_runs
-from profiles.engines.sglang_fleet import attach
+from profiles.engines.sglang_attach import attach
 from sim.config import make_config
 from sim.engine.simulate import simulate
 from sim.metrics import summarise
@@ -29,9 +29,9 @@ def fleet_file(engine_fleet: EngineFleet, tmp_path: Path) -> Path:
     path = tmp_path / "fleet.toml"
     prefill, decode = engine_fleet.prefill, engine_fleet.decode[0]
     path.write_text(
-        f'[[fleet.prefill]]\nurl = "{prefill.url}"\nmetrics = "{prefill.metrics}"\n'
-        f"bootstrap_port = {prefill.bootstrap_port}\n"
-        f'[[fleet.decode]]\nurl = "{decode.url}"\nmetrics = "{decode.metrics}"\n'
+        f'[[fleet.prefill]]\nurl = "{prefill.plan.url}"\nmetrics = "{prefill.plan.metrics}"\n'
+        f"bootstrap_port = {prefill.plan.bootstrap_port}\n"
+        f'[[fleet.decode]]\nurl = "{decode.plan.url}"\nmetrics = "{decode.plan.metrics}"\n'
     )
     return path
 

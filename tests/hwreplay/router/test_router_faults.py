@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from hwreplay.router.body import PATHS, BadRequestError, parse_body
 from hwreplay.router.errors import engine_error
-from tests.hwreplay.scripted_server import scripted
+from tests.hwreplay.router.scripted_server import scripted
+from tests.hwreplay.router.test_router import Bench, bench, events, request_body, serving, until
 from tests.hwreplay.stub_worker import MODEL, VOCAB_SIZE, StubTimes, stub_fleet
-from tests.hwreplay.test_router import Bench, bench, events, request_body, serving, until
 
 SLOW = StubTimes(decode_base_s=0.01)
 

@@ -23,7 +23,7 @@ from profiles.errors import VoltanaError
 from sim.results import read_run
 from tests.hwreplay.actuator.conftest import eventually
 from tests.hwreplay.engine_voice import EngineVoice, repeating
-from tests.hwreplay.test_replay import await_rows, start_command, stub_process, write_config
+from tests.hwreplay.replay.test_replay import await_rows, start_command, stub_process, write_config
 
 POLCA = "polca:budget_w=300,period_s=0.2,lag_s=0.1,brake_lag_s=0.1"
 

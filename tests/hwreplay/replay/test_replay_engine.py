@@ -12,7 +12,7 @@ import tomli_w
 from experiments.hardware.replay import run_probe, run_replay
 from experiments.hardware.validate import run_validation
 from experiments.runs import run, workload_of
-from hwreplay.engines.launch import Server
+from hwreplay.engines.server import Server
 from hwreplay.replay.config import read_replay_config
 from hwreplay.validate.validate import Thresholds
 from sim.metrics import summarise
@@ -24,8 +24,10 @@ EXAMPLE = ROOT / "hwreplay/replay-cpu.toml"
 
 
 def entry(server: Server) -> dict[str, Any]:
-    found = {"url": server.url, "metrics": server.metrics}
-    return found | ({"bootstrap_port": server.bootstrap_port} if server.bootstrap_port else {})
+    found = {"url": server.plan.url, "metrics": server.plan.metrics}
+    return found | (
+        {"bootstrap_port": server.plan.bootstrap_port} if server.plan.bootstrap_port else {}
+    )
 
 
 def test_the_example_is_a_configuration() -> None:
@@ -46,7 +48,7 @@ def test_the_loop_on_the_real_engine(engine_fleet: EngineFleet, tmp_path: Path) 
         "prefill": [entry(engine_fleet.prefill)],
         "decode": [entry(engine_fleet.decode[0])],
     }
-    fleet["batch_sockets"] = {"prefill-0": str(engine_fleet.prefill.batch_socket)}
+    fleet["batch_sockets"] = {"prefill-0": str(engine_fleet.prefill.plan.batch_socket)}
     simulate = read_replay_config(EXAMPLE).sim.as_dict() | {"duration_s": 30.0}
     path = tmp_path / "replay.toml"
     path.write_text(

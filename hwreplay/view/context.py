@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig

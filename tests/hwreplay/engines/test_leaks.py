@@ -34,6 +34,14 @@ with open({started!r}, "a") as out:
 time.sleep(600)
 """
 
+PROFILED = """
+from pathlib import Path
+from hwreplay.engines.launch import run_profiled
+from hwreplay.engines.plan import Installation
+with run_profiled(Installation.in_folder(Path({engine!r})), Path({logs!r}), is_pair=False):
+    pass
+"""
+
 
 @pytest.fixture
 def started(tmp_path: Path) -> Iterator[Path]:
@@ -102,14 +110,45 @@ def test_no_server_outlives_a_replay(tmp_path: Path, started: Path, number: sign
     assert eventually(lambda: not any(memory_of(group).exists() for group in groups))
 
 
+def test_a_killed_profiler_leaves_no_server(tmp_path: Path, started: Path) -> None:
+    """kill -9 while the server starts: nobody but the reaper is there to end it."""
+    engine = fake_engine(tmp_path, started)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", PROFILED.format(engine=str(engine), logs=str(tmp_path))]
+    )
+    try:
+        assert eventually(lambda: len(groups_of(started)) == 1, 60)
+    finally:
+        owner.kill()
+        owner.wait()
+    assert eventually(lambda: not is_there(groups_of(started)[0]), 60)
+
+
+def test_a_server_does_not_run_before_the_reaper_knows_of_it(tmp_path: Path, started: Path) -> None:
+    """Its owner is killed between the two."""
+    log = str(tmp_path / "log")
+    code = (
+        "import os, sys\nfrom pathlib import Path\nfrom hwreplay.engines.server import spawn\n"
+        "class Dying:\n"
+        "    def guard(self, group):\n"
+        "        print(group, flush=True)\n        os.kill(os.getpid(), 9)\n"
+        f"spawn(['/bin/sh', '-c', 'echo $$ > {started}'], os.environ, Path({log!r}), Dying())\n"
+    )
+    owner = subprocess.run([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    assert owner.returncode == -signal.SIGKILL
+    assert eventually(lambda: not is_there(int(owner.stdout)))
+    assert not started.exists()
+
+
 @pytest.mark.engine
 def test_the_real_engine_is_ended_after_kill_9(tmp_path: Path) -> None:
     if not (ENGINE / ".installed").is_file():
         pytest.skip("SGLang is not installed: run `make engine`")
     code = (
         "import time\nfrom pathlib import Path\n"
-        "from hwreplay.engines.launch import Engine, run_fleet\n"
-        f"engine = Engine.in_folder(Path({str(ENGINE)!r}))\n"
+        "from hwreplay.engines.launch import run_fleet\n"
+        "from hwreplay.engines.plan import Installation\n"
+        f"engine = Installation.in_folder(Path({str(ENGINE)!r}))\n"
         f"with run_fleet(engine, Path({str(tmp_path)!r}), num_decode=0, start_s=400)"
         " as (server,):\n"
         "    print(server.process.pid, *server.shared_memory, flush=True)\n    time.sleep(600)\n"
@@ -131,7 +170,7 @@ def test_the_real_engine_is_ended_after_kill_9(tmp_path: Path) -> None:
 def test_a_server_that_has_ended_is_not_reaped(tmp_path: Path) -> None:
     """Its number may be another's by then: here that of a process which is released and lives."""
     code = (
-        "import os, signal, subprocess, sys\nfrom profiles.engines.reaper import Reaper\n"
+        "import os, signal, subprocess, sys\nfrom hwreplay.engines.reaper import Reaper\n"
         "reaper = Reaper()\n"
         "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         "kept, lost = (\n"

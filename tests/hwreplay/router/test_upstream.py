@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import socket
 
 import pytest
 
 from hwreplay.router import upstream as module
 from hwreplay.router.upstream import (
+    MAX_CHUNK_BYTES,
     PAUSE_BYTES,
     ConnectTimeoutError,
     RefusedError,
     Upstream,
     UpstreamError,
 )
-from tests.hwreplay.scripted_server import chunked, scripted
+from tests.hwreplay.router.scripted_server import chunked, scripted
 from tests.hwreplay.stub_worker import HOST
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
+CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"
 WHOLE = JSON + b"Content-Length: 5\r\n\r\nhello"
 
 
@@ -34,6 +37,7 @@ async def ask(upstream: Upstream) -> tuple[int, str, bytes]:
         JSON + b"\r\nhello",  # no length: its end is the connection's
         JSON + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
         JSON + b"transfer-encoding: chunked\r\n\r\n1;x=y\r\nh\r\n4\r\nello\r\n0\r\nA: b\r\n\r\n",
+        b"HTTP/1.1 100 Continue\r\n\r\nHTTP/1.1 103 Early Hints\r\nLink: x\r\n\r\n" + WHOLE,
     ],
 )
 def test_every_framing_however_it_is_cut(raw: bytes) -> None:
@@ -68,15 +72,33 @@ def test_the_request_is_written_as_it_should_be() -> None:
         (b"SSH-2.0-x\r\n\r\n", "no HTTP"),
         (b"HTTP/1.1\r\n\r\n", "no HTTP"),
         (b"HTTP/1.1 OK 200\r\n\r\n", "no HTTP"),
-        (JSON + b"Content-Length: -4\r\n\r\nhello", "a length of -4"),
+        (JSON + b"Content-Length: -4\r\n\r\nhello", "no HTTP"),
+        (JSON + b"Content-Length: 0x5\r\n\r\nhello", "no HTTP"),
+        (JSON + b"Content-Length: 0_5\r\n\r\nhello", "no HTTP"),
+        (JSON + b"Content-Length: +5\r\n\r\nhello", "no HTTP"),
+        (JSON + b"Content-Length: 5\r\nContent-Length: 5\r\n\r\nhello", "Duplicate"),
+        (JSON + b"Content-Length: 2\r\nContent-Length: 5\r\n\r\nhello", "Duplicate"),
+        (JSON + CHUNKED[:-2] + b"Content-Length: 5\r\n\r\nhello", "can't be present"),
+        (JSON + b"Content-Encoding: gzip\r\n\r\nhello", "a content encoding of b'gzip'"),
+        (
+            JSON + b"Transfer-Encoding: gzip, chunked\r\n\r\n5\r\nhello\r\n0\r\n\r\n",
+            "a transfer encoding of b'gzip, chunked'",
+        ),
+        (JSON + b"Transfer-Encoding: gzip\r\n\r\nhello", "a transfer encoding of b'gzip'"),
+        (b"HTTP/1.1 101 Switching Protocols\r\nUpgrade: x\r\n\r\n", "switches protocols"),
+        (b"HTTP/1.1 100 Continue\r\n\r\n" * 4000, "no end"),
         (JSON + b"Content-Length: 6\r\n\r\nhello", "connection lost"),
-        (JSON + b"Transfer-Encoding: chunked\r\n\r\nxyz\r\n", "no HTTP"),
-        (JSON + b"Transfer-Encoding: chunked\r\n\r\n-1\r\n\r\n", "a chunk of -1 bytes"),
-        (JSON + b"Transfer-Encoding: chunked\r\n\r\n3\r\nhello\r\n", "longer than it says"),
-        (JSON + b"Transfer-Encoding: chunked\r\n\r\n5\r\nhello\r\n", "connection lost"),
+        (JSON + CHUNKED + b"xyz\r\n", "no HTTP"),
+        (JSON + CHUNKED + b"-1\r\n\r\n", "no HTTP"),
+        (JSON + CHUNKED + b"0x5\r\nhello\r\n0\r\n\r\n", "no HTTP"),
+        (JSON + CHUNKED + b"0_5\r\nhello\r\n0\r\n\r\n", "no HTTP"),
+        (JSON + CHUNKED + b"3\r\nhello\r\n", "Expected LF after chunk data"),
+        (JSON + CHUNKED + b"5\r\nhello\r\n", "connection lost"),
+        (JSON + CHUNKED + b"0\r\nA: " + b"x" * (2 * MAX_CHUNK_BYTES), "its chunk has no end"),
         (b"HTTP/1.1 200 OK\r\nA: " + b"x" * 70_000, "no end"),
         (b"", "connection lost"),
     ],
+    ids=itertools.count(),
 )
 def test_what_is_no_answer_is_an_error_of_one_line(raw: bytes, message: str) -> None:
     async def play() -> None:

@@ -13,8 +13,8 @@ from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport, Row, rea
 from profiles.errors import VoltanaError
 from sim.records import CANCELLED, COMPLETED, FAILED, REJECTED
 from sim.workload.workload import Workload
+from tests.hwreplay.router.test_router import Bench, bench
 from tests.hwreplay.stub_worker import StubTimes
-from tests.hwreplay.test_router import Bench, bench
 
 
 def workload(arrival_s: list[float], inputs: list[int], outputs: list[int]) -> Workload:

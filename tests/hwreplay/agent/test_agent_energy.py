@@ -17,8 +17,8 @@ from hwreplay.agent.agent import AgentConfig, start_agent
 from hwreplay.messages.reports import Report, ReportFeed
 from profiles.catalog import load_profile
 from tests.hwreplay.actuator.conftest import eventually, helper_process
+from tests.hwreplay.agent.test_agent import SMALL, config_of, running, voice, with_helper  # noqa: F401 (fixture)
 from tests.hwreplay.engine_voice import repeating
-from tests.hwreplay.test_agent import SMALL, config_of, running, voice, with_helper  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
 

@@ -19,7 +19,9 @@ from typing import Any
 import pytest
 
 from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
-from hwreplay.engines.launch import HOST, Server, find_shared_memory
+from hwreplay.engines.plan import HOST
+from hwreplay.engines.server import Server
+from hwreplay.engines.shared_memory import find_shared_memory
 from tests.hwreplay.conftest import EngineFleet
 
 OUTPUT_TOKENS = 12
@@ -29,7 +31,7 @@ ROOMS = count(1)
 
 def generate(server: Server, body: dict[str, Any]) -> dict[str, Any]:
     request = urllib.request.Request(
-        f"{server.url}/generate",
+        f"{server.plan.url}/generate",
         data=json.dumps(body).encode(),
         headers={"Content-Type": "application/json"},
     )
@@ -48,7 +50,7 @@ def through(
             "temperature": 0.0, "max_new_tokens": output_tokens, "ignore_eos": True
         },
         "bootstrap_host": HOST,
-        "bootstrap_port": prefill.bootstrap_port,
+        "bootstrap_port": prefill.plan.bootstrap_port,
         "bootstrap_room": next(ROOMS),
     }  # fmt: skip
     with ThreadPoolExecutor(2) as pool:
@@ -70,15 +72,15 @@ def test_both_decode_servers_continue_what_prefill_began(engine_fleet: EngineFle
 
 
 def agent_config(server: Server, **values: Any) -> AgentConfig:  # noqa: ANN401
-    assert server.metrics is not None
-    assert server.batch_socket is not None
+    assert server.plan.metrics is not None
+    assert server.plan.batch_socket is not None
     defaults: dict[str, Any] = {
-        "phase": server.phase,
-        "instance_id": server.instance_id,
+        "phase": server.plan.phase,
+        "instance_id": server.plan.instance_id,
         "start_ns": time.monotonic_ns(),
         "settings": {"controller": "ecofreq", "router": "round-robin"},
-        "metrics_address": server.metrics,
-        "batch_socket": str(server.batch_socket),
+        "metrics_address": server.plan.metrics,
+        "batch_socket": str(server.plan.batch_socket),
     }
     return AgentConfig(**defaults | values)
 
