@@ -37,9 +37,7 @@ from hwreplay.messages.reports import Report, ReportSender
 from hwreplay.view.context import PolicySource, check_notices, decides_before
 from hwreplay.view.tracker import InstanceTracker
 from profiles.catalog import Profile, load_profile
-from profiles.device.cards import check_whole
-from profiles.device.constant import ConstantPowerGpu
-from profiles.device.nvml import NvmlGpu
+from profiles.device.cards import open_gpu, open_gpus
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from profiles.errors import VoltanaError
 from sim.config import make_config
@@ -306,13 +304,8 @@ def _make_loop(
 
 
 def _make_meter(config: AgentConfig) -> EnergyMeter | None:
-    if config.power_w is not None:
-        return EnergyMeter([ConstantPowerGpu(config.power_w)])
-    if not config.gpus:
-        return None
-    gpus = [NvmlGpu(index) for index in config.gpus]
-    check_whole(gpus)
-    return EnergyMeter(gpus)
+    gpus = open_gpus(config.gpus, config.power_w)
+    return EnergyMeter(gpus) if gpus else None
 
 
 def _helper(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
@@ -330,7 +323,7 @@ def _uuids(config: AgentConfig) -> list[str]:
     """Of the instance's cards: beyond a container's border the helper numbers them otherwise."""
     found = []
     for index in config.gpus:
-        with NvmlGpu(index) as gpu:
+        with open_gpu(index) as gpu:
             found.append(gpu.identity.uuid)
     return found
 
@@ -341,7 +334,7 @@ def _caps_w(config: AgentConfig, profile: Profile) -> dict[int, float]:
     highest_w = table.groupby("frequency_mhz")["power_w"].max() / len(config.gpus)
     clocks_mhz = profile.clocks_mhz
     power_w = np.interp(clocks_mhz, highest_w.index.to_numpy(), highest_w.to_numpy())
-    with NvmlGpu(config.gpus[0]) as gpu:
+    with open_gpu(config.gpus[0]) as gpu:
         lowest_w, _ = gpu.power_limit_range_w()
         range_w = (lowest_w, gpu.power_limit_w())
     return caps_from_power(dict(zip(clocks_mhz, power_w.tolist(), strict=True)), range_w=range_w)
