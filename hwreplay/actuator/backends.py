@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
-from hwreplay.actuator.protocol import Operation
+from hwreplay.messages.actuation import Operation
 from profiles.device.cards import open_gpu
 from profiles.device.gpu import (
     DeviceError,
