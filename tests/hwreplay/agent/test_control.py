@@ -86,7 +86,7 @@ class Script(Controller):
 
 
 class TenMilliseconds:
-    def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
         return 0.01
 
 

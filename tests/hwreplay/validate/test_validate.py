@@ -95,14 +95,14 @@ def run(*, ttft_s: float, gap_s: float, energy_j: float, clock_mhz: int = 1005) 
 class MillisecondAToken:
     """A model of 1 ms a token that knows up to 20 tokens."""
 
-    def predict_s(self, phase: str, frequency_mhz: int, batch_size: float, tokens: float) -> float:
+    def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
         if tokens > 20:
             raise VoltanaError("outside")
         return tokens * 1e-3
 
 
 class Beyond:
-    def predict_s(self, phase: str, frequency_mhz: int, batch_size: float, tokens: float) -> float:
+    def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
         return 0.2
 
 

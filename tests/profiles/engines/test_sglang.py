@@ -27,7 +27,7 @@ from profiles.engines.sglang import (
 from profiles.engines.sglang_attach import attach
 from profiles.engines.sglang_client import Client, Endpoint, Records, Servers
 from profiles.engines.sglang_metrics import IterationMetrics, is_whole
-from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
+from profiles.engines.sglang_serving import Passage, ServingDelays, fit_delays
 from profiles.errors import VoltanaError
 from tests.profiles.device.standin import Standin
 from tests.profiles.measure.test_measure import FACTS
@@ -114,12 +114,12 @@ def test_a_hand_over_that_does_not_grow_has_no_bandwidth() -> None:
     passages = [
         Passage(prompt_tokens=n, in_s=0.01, handover_s=0.02 - n * 1e-6) for n in (10, 100, 1000)
     ]
-    found = fit_overheads(passages, kv_bytes_per_token=256)
+    found = fit_delays(passages, kv_bytes_per_token=256)
     assert found.bytes_per_s is None
     assert found.handover_s == pytest.approx(0.0199)
-    assert isinstance(found, Overheads)
+    assert isinstance(found, ServingDelays)
     with pytest.raises(NotHeldError, match="2 ran alone"):
-        fit_overheads(passages[:2], kv_bytes_per_token=256)
+        fit_delays(passages[:2], kv_bytes_per_token=256)
 
 
 @pytest.mark.parametrize(

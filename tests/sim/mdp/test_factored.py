@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sim.rl.factored import (
+from sim.mdp.factored import (
     GroupPolicy,
     delta_of,
     lower_bound_w,
@@ -14,9 +14,9 @@ from sim.rl.factored import (
     solve_groups,
     splits,
 )
-from sim.rl.model import InstanceModel
-from sim.rl.solve import JointModel, evaluate, policy_iteration
-from tests.sim.rl.small import one_level
+from sim.mdp.model import InstanceModel
+from sim.mdp.solve import JointModel, evaluate, policy_iteration
+from tests.sim.mdp.small import one_level
 
 CASES = [
     (one_level(4, penalty_j=5.0), 2.0, 2, 1),

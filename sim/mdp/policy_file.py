@@ -22,11 +22,11 @@ import numpy.typing as npt
 
 from profiles.errors import VoltanaError
 from profiles.files import replacing
-from sim.policies.mdp.grid import StateGrid
-from sim.policies.mdp.observation import size
+from sim.mdp.grid import StateGrid
+from sim.mdp.observation import size
 
-Kind = Literal["table", "network"]
-KINDS: Final = ("table", "network")
+PolicyKind = Literal["table", "network"]
+POLICY_KINDS: Final = ("table", "network")
 FORMAT: Final = "voltana-mdp-policy"
 VERSION: Final = 1
 _KEYS: Final = (
@@ -39,7 +39,7 @@ _KEYS: Final = (
 class PolicyFile:
     """A policy and where it comes from."""
 
-    kind: Kind
+    kind: PolicyKind
     solver: str
     """vi, factored, q, or sb3."""
     profile: str
@@ -85,7 +85,7 @@ def load_policy(path: Path, *, profile_hash: str | None = None) -> PolicyFile:
             f"{path} is no routing policy of version {VERSION}: make one with voltana train mdp"
         )
     missing = [key for key in _KEYS if key not in meta]
-    if missing or meta["kind"] not in KINDS:
+    if missing or meta["kind"] not in POLICY_KINDS:
         raise VoltanaError(f"{path} lacks {(missing or ['kind'])[0]}: train the policy again")
     if profile_hash is not None and meta["profile_hash"] != profile_hash:
         raise VoltanaError(

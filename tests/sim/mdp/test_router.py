@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from profiles.errors import VoltanaError
+from sim.mdp.grid import StateGrid, batch_edges, kv_nodes
+from sim.mdp.observation import RateMeter, observe
+from sim.mdp.policy_file import PolicyFile, PolicyKind, load_policy
+from sim.mdp.router import nearest_rate
 from sim.policies.base import InstanceState, RequestView, Router
-from sim.policies.mdp.grid import StateGrid, batch_edges, kv_nodes
-from sim.policies.mdp.observation import RateMeter, observe
-from sim.policies.mdp.policy_file import Kind, PolicyFile, load_policy
 from sim.policies.registry import make_router
-from sim.policies.routers.mdp import nearest_rate
 from tests.sim.policies.doubles import decode_state, make_context
 
 GRID = StateGrid(
@@ -24,7 +24,7 @@ GRID = StateGrid(
 )
 
 
-def policy(kind: Kind, arrays: dict[str, Any], **changes: object) -> PolicyFile:
+def policy(kind: PolicyKind, arrays: dict[str, Any], **changes: object) -> PolicyFile:
     made = PolicyFile(
         kind=kind, solver="vi", profile="gpu/model", profile_hash="0", num_instances=2,
         rates_rps=(10.0,), grid=GRID, parameters={"penalty_j": 1.0}, seeds=(), provenance={},

@@ -14,10 +14,10 @@ import numpy.typing as npt
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
-from sim.policies.mdp.grid import StateGrid
-from sim.rl.arrivals import ArrivalSimulation
-from sim.rl.qlearn import Features
-from sim.rl.solve import JointModel
+from sim.mdp.grid import StateGrid
+from sim.mdp.learn.arrivals import ArrivalSimulation
+from sim.mdp.learn.qlearn import Features
+from sim.mdp.solve import JointModel
 from sim.workload.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]

@@ -34,8 +34,8 @@ import numpy.typing as npt
 from scipy.optimize import linprog
 
 from profiles.errors import VoltanaError
-from sim.rl.model import InstanceModel
-from sim.rl.solve import JointModel, Solution, evaluate, policy_iteration, value_iteration
+from sim.mdp.model import InstanceModel
+from sim.mdp.solve import JointModel, Solution, evaluate, policy_iteration, value_iteration
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -12,9 +12,9 @@ from profiles.catalog import Profile, load_profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config
 from sim.engine.simulate import simulate
+from sim.mdp.learn.arrivals import ArrivalSimulation, count_above
 from sim.metrics import summarise, ttft_s
 from sim.records import RunRecord
-from sim.rl.arrivals import ArrivalSimulation, count_above
 from sim.workload.generate import make_workload
 from sim.workload.workload import Workload
 from tests.sim.engine.fixtures import make_requests
@@ -22,7 +22,7 @@ from tests.sim.engine.test_coalescing import same_instances, same_requests
 
 gymnasium = pytest.importorskip("gymnasium")
 env_checker = pytest.importorskip("gymnasium.utils.env_checker")
-RoutingEnv = pytest.importorskip("sim.rl.env").RoutingEnv
+RoutingEnv = pytest.importorskip("sim.mdp.learn.env").RoutingEnv
 
 TIGHT = {"slo_ttft_s": 0.1, "slo_itl_s": 0.012, "router": "least-requests", "num_decode": 3}
 """Promises that many tokens break, so that penalties are there to be counted."""

@@ -1,4 +1,7 @@
-"""GreenLLM: queue-aware least energy in prefill; a band by token rate and fine steps in decode."""
+"""GreenLLM: its controller and its split of the prefill queues. Bins, band and lengths are ours.
+
+Prefill takes the least energy that the queue allows, decode a band of clocks by token rate.
+"""
 
 from __future__ import annotations
 
@@ -7,15 +10,25 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
+from sim.policies.base import (
+    DECODE,
+    Controller,
+    IdlePlan,
+    InstanceState,
+    PolicyContext,
+    RequestView,
+    Router,
+    States,
+)
 from sim.policies.clocks import (
     busy_energy_j,
     cheapest_clock_mhz,
     clock_at_least_mhz,
     clocks_above_floor,
-    first_clock_mhz,
 )
-from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.fitting import LowestFitting
+from sim.policies.latency import LatencyWindow
+from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
 
 
@@ -66,7 +79,7 @@ class GreenLlm(Controller):
 
     __slots__ = (
         "_arrived", "_band_mhz", "_bin", "_candidate", "_clocks", "_coarse_at_s", "_context",
-        "_fine_at_s", "_parameters", "_seen", "_tokens", "_wanted_mhz", "_window",
+        "_fine_at_s", "_fitting", "_parameters", "_seen", "_tokens", "_wanted_mhz", "_window",
     )  # fmt: skip
 
     def __init__(self, parameters: GreenLlmParameters, context: PolicyContext) -> None:
@@ -74,6 +87,7 @@ class GreenLlm(Controller):
         self._clocks = clocks
         self._parameters = parameters
         self._context = context
+        self._fitting = LowestFitting(context.predictor, DECODE, clocks, context.slo_itl_s)
         self._wanted_mhz = float(clocks[-1])
         self._band_mhz = (float(clocks[0]), float(clocks[-1]))
         self._bin = self._candidate = -1
@@ -98,17 +112,17 @@ class GreenLlm(Controller):
         c, batch, tokens = self._context, state.last_batch_size, max(state.last_tokens, 1)
         rate_per_s = self._token_rate_per_s(state)
 
-        def fits(clock: int) -> bool:
-            time_s = c.predictor.predict_s(c.phase, clock, batch, tokens)
+        def energy_j(clock_mhz: int) -> float:
+            time_s = c.predictor.predict_s(c.phase, clock_mhz, batch, tokens)
             load = rate_per_s * time_s / tokens
             if load >= 1.0:
-                return False
+                return math.inf
             wait_s = max(state.last_queue_delay_s, load * time_s / (2.0 * (1.0 - load)))
-            return wait_s + time_s <= c.prefill_budget_s
+            if wait_s + time_s > c.prefill_budget_s:
+                return math.inf
+            return busy_energy_j(c, clock_mhz, batch, tokens)
 
-        return cheapest_clock_mhz(
-            self._clocks, fits, lambda clock: busy_energy_j(c, clock, batch, tokens)
-        )
+        return cheapest_clock_mhz(self._clocks, energy_j)
 
     def _token_rate_per_s(self, state: InstanceState) -> float:
         """Prompt tokens a second over the last window, the queue counted as arrived.
@@ -157,11 +171,46 @@ class GreenLlm(Controller):
         tokens = min(
             batch * state.last_tokens // state.last_batch_size, max(context.kv_capacity_tokens, 1)
         )
-        predict_s, slo_s = context.predictor.predict_s, context.slo_itl_s
-        centre_mhz = first_clock_mhz(
-            clocks, lambda clock: predict_s(DECODE, clock, batch, tokens) <= slo_s
-        )
+        centre_mhz = self._fitting.clock_mhz(batch, tokens)
         self._band_mhz = (
             max(centre_mhz - p.band_mhz, clocks[0]),
             min(centre_mhz + p.band_mhz, clocks[-1]),
         )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LengthSplitParameters:
+    """Parameters of `length-split`."""
+
+    long_tokens: int = parameter(1024, "prompts of at least this length are long (ours)", low=1)
+    share_frac: float = parameter(
+        0.5, "part of the prefill instances kept for long prompts (ours)", low=0, high=1
+    )
+
+
+class LengthSplit(Router):
+    """Short and long prompts queue at different prefill instances, so that short ones never wait.
+
+    The last round(share·n) prefill instances, at least one and never all, take the long prompts,
+    the others the short ones; within a group the fewest queued tokens, then the fewest requests. A
+    lone prefill instance takes both. Decode: fewest open requests.
+
+    Source: GreenLLM, arXiv 2508.16449.
+    """
+
+    __slots__ = ("_parameters",)
+
+    def __init__(self, parameters: LengthSplitParameters, context: PolicyContext) -> None:
+        self._parameters = parameters
+
+    def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
+        num, first = len(prefill), 0
+        if num > 1:
+            num_long = min(max(round(self._parameters.share_frac * num), 1), num - 1)
+            if request.input_tokens >= self._parameters.long_tokens:
+                first = num - num_long
+            else:
+                num -= num_long
+        group = prefill[first:num]
+        at = least(group, lambda s: (s.waiting_tokens, s.open_requests))
+        return first + at, least(decode, lambda s: s.open_requests)

@@ -1,10 +1,10 @@
 """A `gymnasium` environment over the simulator: one step routes one request.
 
-observation: `sim.policies.mdp.observation`, without unit. Shape (4·decode instances + 2,).
+observation: `sim.mdp.observation`, without unit. Shape (4·decode instances + 2,).
 action: decode instance · number of levels + clock level of that instance, which holds from its
 next iteration until it is set again; without levels the configured controller keeps the clocks.
 reward: -(energy in J + penalty in J a late token · late tokens) since the arrival before, in J;
-see `sim.rl.arrivals`. Over an episode that drains the rewards add up to the run's cost.
+see `sim.mdp.learn.arrivals`. Over an episode that drains the rewards add up to the run's cost.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from gymnasium import spaces
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
-from sim.policies.mdp.observation import LIMIT, Float32Array, RateMeter, observe, size
-from sim.rl.arrivals import ArrivalSimulation
+from sim.mdp.learn.arrivals import ArrivalSimulation
+from sim.mdp.observation import LIMIT, Float32Array, RateMeter, observe, size
 from sim.workload.workload import Workload
 
 

@@ -7,9 +7,9 @@ import pytest
 from scipy.optimize import linprog
 
 from profiles.errors import VoltanaError
-from sim.rl.model import InstanceModel
-from sim.rl.solve import JointModel, evaluate, policy_iteration, value_iteration
-from tests.sim.rl.small import one_level
+from sim.mdp.model import InstanceModel
+from sim.mdp.solve import JointModel, evaluate, policy_iteration, value_iteration
+from tests.sim.mdp.small import one_level
 
 
 def test_two_single_servers_by_hand() -> None:

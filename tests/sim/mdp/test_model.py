@@ -11,14 +11,14 @@ from experiments.study.train import policy_context
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import make_config
+from sim.mdp.clock_rule import ControllerClock
+from sim.mdp.factored import solve_group
+from sim.mdp.grid import StateGrid, batch_edges
+from sim.mdp.model import InstanceModel, ModelParameters, build_instance
 from sim.policies.clocks import levels_of
-from sim.policies.mdp.grid import StateGrid, batch_edges
 from sim.policies.registry import make_controller
-from sim.rl.clock_rule import ControllerClock
-from sim.rl.factored import solve_group
-from sim.rl.model import InstanceModel, ModelParameters, build_instance
+from tests.sim.mdp.small import AffinePower
 from tests.sim.policies.doubles import Formula, decode_state, make_context
-from tests.sim.rl.small import AffinePower
 
 PARAMETERS = ModelParameters(
     slo_itl_s=0.15, input_tokens=5, output_tokens=10, context_tokens=15, penalty_j=2.0
@@ -29,8 +29,8 @@ TIED = dataclasses.replace(PARAMETERS, is_tied=True)
 class ClockPower(AffinePower):
     """A tenth of a watt a MHz busy, so that the clock that is chosen shows."""
 
-    def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return 0.1 * frequency_mhz
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 0.1 * clock_mhz
 
 
 PER_REQUEST_S = {1000: 0.1, 1200: 0.08, 1400: 0.06}
@@ -153,7 +153,7 @@ def test_the_clock_in_force_is_part_of_the_question() -> None:
     """A controller with hysteresis keeps its clock from 50 to 100 requests, wherever it is."""
     profile = load_profile("a100-80g-sxm/llama-3.1-8b")
     context = policy_context(make_config({"slo_itl_s": 0.045}), profile)
-    rule = ControllerClock("tests.sim.rl.sticky", context)
+    rule = ControllerClock("tests.sim.mdp.sticky", context)
     low_mhz, top_mhz = context.clocks_mhz[0], context.clocks_mhz[-1]
     for n, from_low, from_top in [
         (49, low_mhz, low_mhz), (50, low_mhz, top_mhz), (100, low_mhz, top_mhz),

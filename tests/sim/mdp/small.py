@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sim.policies.mdp.grid import StateGrid
-from sim.rl.model import InstanceModel, ModelParameters, build_instance
+from sim.mdp.grid import StateGrid
+from sim.mdp.model import InstanceModel, ModelParameters, build_instance
 from tests.sim.policies.doubles import Formula, make_context
 
 IDLE_W, BUSY_W, PER_REQUEST_W = 40.0, 100.0, 10.0
@@ -14,10 +14,10 @@ IDLE_W, BUSY_W, PER_REQUEST_W = 40.0, 100.0, 10.0
 class AffinePower:
     """40 W idle, 100 W + 10 W a request busy."""
 
-    def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
         return BUSY_W + PER_REQUEST_W * batch_size
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return IDLE_W
 
 

@@ -20,7 +20,7 @@ import scipy.sparse as sp
 from scipy.sparse.linalg import spsolve
 
 from profiles.errors import VoltanaError
-from sim.rl.model import InstanceModel
+from sim.mdp.model import InstanceModel
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

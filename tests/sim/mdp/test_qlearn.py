@@ -12,8 +12,8 @@ import pytest
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import make_config
-from sim.policies.mdp.grid import StateGrid
-from sim.rl.qlearn import (
+from sim.mdp.grid import StateGrid
+from sim.mdp.learn.qlearn import (
     Features,
     Learner,
     QSettings,
@@ -21,10 +21,10 @@ from sim.rl.qlearn import (
     q_learn,
     save_checkpoint,
 )
-from sim.rl.solve import JointModel, evaluate, value_iteration
-from sim.rl.tasks import ModelTask, SimulatorTask
+from sim.mdp.learn.tasks import ModelTask, SimulatorTask
+from sim.mdp.solve import JointModel, evaluate, value_iteration
 from sim.workload.generate import make_workload
-from tests.sim.rl.test_solve import CASES
+from tests.sim.mdp.test_solve import CASES
 
 QUICK = QSettings(episodes=4, exploration=0.5)
 

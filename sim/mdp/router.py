@@ -13,9 +13,9 @@ import numpy as np
 import numpy.typing as npt
 
 from profiles.errors import VoltanaError
+from sim.mdp.observation import RateMeter, observe
+from sim.mdp.policy_file import PolicyFile, group_members, load_policy
 from sim.policies.base import PolicyContext, RequestView, Router, States
-from sim.policies.mdp.observation import RateMeter, observe
-from sim.policies.mdp.policy_file import PolicyFile, group_members, load_policy
 from sim.policies.routers.simple import least
 from sim.policies.spec import parameter
 
@@ -109,7 +109,7 @@ class Table(Decider):
 
 
 class Network(Decider):
-    """A trained network's action of greatest value; see `sim.policies.mdp.observation`."""
+    """A trained network's action of greatest value; see `sim.mdp.observation`."""
 
     def __init__(self, policy: PolicyFile, context: PolicyContext) -> None:
         self._arrays = policy.arrays

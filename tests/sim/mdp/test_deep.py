@@ -10,12 +10,12 @@ import pytest
 from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import make_config
-from sim.policies.mdp.grid import StateGrid
-from sim.policies.mdp.observation import size
-from sim.policies.mdp.policy_file import PolicyFile, load_policy
-from sim.policies.routers.mdp import forward
-from sim.rl.deep import Algorithm, DeepSettings, export, fit
-from sim.rl.env import RoutingEnv
+from sim.mdp.grid import StateGrid
+from sim.mdp.learn.deep import Algorithm, DeepSettings, export, fit
+from sim.mdp.learn.env import RoutingEnv
+from sim.mdp.observation import size
+from sim.mdp.policy_file import PolicyFile, load_policy
+from sim.mdp.router import forward
 from sim.workload.generate import make_workload
 
 pytest.importorskip("stable_baselines3", exc_type=ImportError)

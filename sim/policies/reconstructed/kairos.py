@@ -1,4 +1,4 @@
-"""KAIROS: the clock follows how full the KV cache is."""
+"""KAIROS: the clock follows how full the KV cache is. The straight line is ours."""
 
 from __future__ import annotations
 
