@@ -69,7 +69,7 @@ class Profile:
     def iteration_time_s(
         self,
         phase: str,
-        frequency_mhz: ArrayLike,
+        clock_mhz: ArrayLike,
         batch_size: ArrayLike,
         tokens: ArrayLike,
         *,
@@ -79,7 +79,7 @@ class Profile:
 
         Args:
             phase: "prefill" or "decode".
-            frequency_mhz: Clock within the profiled range; 0 is unlocked (the top clock).
+            clock_mhz: Clock within the profiled range; 0 is unlocked (the top clock).
             batch_size: Requests of the batch (prefill: of equal length).
             tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
             extrapolate: Allow points outside the profiled grid.
@@ -89,12 +89,12 @@ class Profile:
         """
         model = self.truth(extrapolate=extrapolate)
         return _broadcast(lambda f, b, t: model.predict_s(phase, int(f), b, t),
-                          frequency_mhz, batch_size, tokens)  # fmt: skip
+                          clock_mhz, batch_size, tokens)  # fmt: skip
 
     def power_w(
         self,
         phase: str,
-        frequency_mhz: ArrayLike,
+        clock_mhz: ArrayLike,
         batch_size: ArrayLike,
         tokens: ArrayLike,
         *,
@@ -103,12 +103,12 @@ class Profile:
         """Power of the instance (all its GPUs) in watts; arguments as in `iteration_time_s`."""
         model = self.truth(extrapolate=extrapolate)
         return _broadcast(lambda f, b, t: model.power_w(phase, int(f), b, t),
-                          frequency_mhz, batch_size, tokens)  # fmt: skip
+                          clock_mhz, batch_size, tokens)  # fmt: skip
 
-    def idle_power_w(self, frequency_mhz: ArrayLike) -> FloatOrArray:
+    def idle_power_w(self, clock_mhz: ArrayLike) -> FloatOrArray:
         """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
         model = self.truth()
-        return _broadcast(lambda f: model.idle_power_w(int(f)), frequency_mhz)
+        return _broadcast(lambda f: model.idle_power_w(int(f)), clock_mhz)
 
 
 @lru_cache(maxsize=16)

@@ -14,7 +14,7 @@ from typing import Final, Literal
 from profiles.errors import VoltanaError
 from profiles.files import write_text
 
-Kind = Literal["run", "probe", "sweep", "frontier", "tuning", "comparison", "validation"]
+FolderKind = Literal["run", "probe", "sweep", "frontier", "tuning", "comparison", "validation"]
 MARKER: Final = "voltana.json"
 _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     ("profile.toml", "profile"),
@@ -30,7 +30,7 @@ _SIGNS: Final[tuple[tuple[str, str], ...]] = (
 """What tells the kind of a folder without a marker: of a profile, or of an earlier version."""
 
 
-def claim(directory: Path, kind: Kind) -> None:
+def claim(directory: Path, kind: FolderKind) -> None:
     """Make a folder, or go on in one of the same kind, and mark it.
 
     Raises:
@@ -40,7 +40,7 @@ def claim(directory: Path, kind: Kind) -> None:
     mark(directory, kind)
 
 
-def check(directory: Path, kind: Kind) -> None:
+def check(directory: Path, kind: FolderKind) -> None:
     """Refuse a folder that a command of this kind may not write into; touches nothing.
 
     Raises:
@@ -76,7 +76,7 @@ def held(directory: Path) -> str | None:
     return str(found["holds"])
 
 
-def mark(directory: Path, kind: Kind) -> None:
+def mark(directory: Path, kind: FolderKind) -> None:
     """Make the folder if it is not there and note what it holds."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MARKER

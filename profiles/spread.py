@@ -57,21 +57,21 @@ class IterationSpread:
         """The one spread of a phase at every clock and batch; None if a table says more."""
         return None if phase in self._rows else self._stated.get(phase, 0.0)
 
-    def relative(self, phase: str, frequency_mhz: int, batch_size: float) -> float:
+    def relative(self, phase: str, clock_mhz: int, batch_size: float) -> float:
         """Standard deviation over mean of the times of one iteration.
 
         Args:
             phase: "prefill" or "decode".
-            frequency_mhz: Clock; 0 is unlocked, at the top clock.
+            clock_mhz: Clock; 0 is unlocked, at the top clock.
             batch_size: Requests; of prefill the effective number of equal prompts.
         """
         rows = self._rows.get(phase)
         if rows is None:
             return self._stated.get(phase, 0.0)
-        key = (phase, frequency_mhz, int(batch_size))
+        key = (phase, clock_mhz, int(batch_size))
         kept = self._kept.get(key)
         if kept is None:
-            row = rows[_at_or_below(rows, frequency_mhz or self._top_mhz)]
+            row = rows[_at_or_below(rows, clock_mhz or self._top_mhz)]
             kept = self._kept[key] = row[_at_or_below(row, int(batch_size))]
         return kept
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Final
+from typing import Any, Final
 
 import numpy as np
 import numpy.typing as npt
 
 from sim.policies.base import Phase
+from sim.sketches import RunSketch
 
-if TYPE_CHECKING:
-    from sim.sketches import RunSketch
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 IN_FLIGHT: Final = 0
 COMPLETED: Final = 1
@@ -20,9 +21,6 @@ REJECTED: Final = 2
 FAILED: Final = 3
 CANCELLED: Final = 4
 STATUS_NAMES: Final = ("in_flight", "completed", "rejected", "failed", "cancelled")
-
-FloatArray = npt.NDArray[np.float64]
-IntArray = npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

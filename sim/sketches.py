@@ -11,9 +11,11 @@ import math
 from typing import Any, Final
 
 import numpy as np
+import numpy.typing as npt
 from ddsketch import DDSketch
 
-from sim.records import FloatArray, IntArray
+FloatArray = npt.NDArray[np.float64]
+IntArray = npt.NDArray[np.int64]
 
 RELATIVE_ERROR: Final = 0.002
 """Of a quantile: half from grouping values before they enter the sketch, half from the sketch."""

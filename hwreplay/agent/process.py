@@ -31,11 +31,11 @@ from hwreplay.agent.agent import AgentConfig, read_agent_config, ready_file
 from hwreplay.agent.control import ControlLoop
 from hwreplay.agent.energy_meter import EnergyMeter
 from hwreplay.clock import RunClock
-from hwreplay.context import PolicySource, check_notices, decides_before
 from hwreplay.messages.batch_feed import BatchFeed, BatchNotice
 from hwreplay.messages.events import Event, apply_event, topic_of
 from hwreplay.messages.reports import Report, ReportSender
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.context import PolicySource, check_notices, decides_before
+from hwreplay.view.tracker import InstanceTracker
 from profiles.catalog import Profile, load_profile
 from profiles.device.cards import check_whole
 from profiles.device.constant import ConstantPowerGpu

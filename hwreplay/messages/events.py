@@ -12,7 +12,7 @@ import msgspec
 import zmq
 
 from hwreplay.messages.inbox import Inbox
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
 from profiles.errors import VoltanaError
 from sim.policies.base import Phase

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from hwreplay.context import check_notices
-from hwreplay.engines.launch import Engine
+from hwreplay.engines.plan import Installation
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
+from hwreplay.view.context import check_notices
 from profiles.errors import VoltanaError, nearest
 from sim.config import SimConfig, make_config, read_toml
 from sim.policies.base import DECODE, PREFILL, Phase
@@ -29,7 +29,7 @@ class ReplayConfig:
     sim: SimConfig
     workers: tuple[WorkerConfig, ...] = ()
     """Servers that run already; empty when they are started here."""
-    engine: Engine | None = None
+    engine: Installation | None = None
     """Start its servers, as many as `sim` says: on the cards in `gpus`, else on the CPU."""
     batch_sockets: Mapping[str, Path] = field(default_factory=dict)
     """Where a running server's plug-in announces batches, e.g. {"prefill-0": /run/p0.batch}."""
@@ -174,7 +174,7 @@ def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], name: str, whe
             raise VoltanaError(f"unknown key {key!r} of {name} ({where}){nearest(key, known)}")
 
 
-def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
+def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:
     """The servers to start; None where running ones are named."""
     if not any(key in fleet for key in START_KEYS):
         return None
@@ -185,7 +185,7 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
         )
     python, model = _path(fleet, "python"), _path(fleet, "model")
     if (folder := _path(fleet, "engine")) is not None:
-        own = Engine.in_folder(folder)
+        own = Installation.in_folder(folder)
         python, model = python or own.python, model or own.model
     if python is None or model is None:
         raise VoltanaError(
@@ -198,7 +198,7 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
                 f"[fleet] arguments must not have {word} ({where}): only one rank of a server is "
                 "watched; start more servers instead"
             )
-    return Engine(python=python, model=model, arguments=words)
+    return Installation(python=python, model=model, arguments=words)
 
 
 def _path(table: Mapping[str, Any], key: str) -> Path | None:

@@ -15,10 +15,10 @@ import tomli_w
 
 from hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from hwreplay.clock import RunClock
-from hwreplay.context import PolicySource
 from hwreplay.replay.config import ReplayConfig
 from hwreplay.replay.recording import ITERATIONS, record_iterations
 from hwreplay.router.config import WorkerConfig
+from hwreplay.view.context import PolicySource
 from profiles.catalog import load_profile
 from profiles.device.constant import ConstantPowerGpu
 from profiles.device.gpu import Gpu

@@ -31,18 +31,14 @@ UNLOCKED_MHZ: Final = 0
 class Predictor(Protocol):
     """Predicts how long one iteration takes. Implemented by EcoPred and by the table itself."""
 
-    def predict_s(
-        self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int
-    ) -> float: ...
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float: ...
 
 
 @runtime_checkable
 class LinePredictor(Predictor, Protocol):
     """A predictor that is a line in tokens at a fixed clock and batch size."""
 
-    def predict_line(
-        self, phase: Phase, frequency_mhz: int, batch_size: int
-    ) -> tuple[float, float]:
+    def predict_line(self, phase: Phase, clock_mhz: int, batch_size: int) -> tuple[float, float]:
         """Constant in s and slope in s/token."""
         ...
 
@@ -50,21 +46,21 @@ class LinePredictor(Predictor, Protocol):
 class PowerModel(Protocol):
     """Board power of one instance (all its GPUs together) in one iteration, and at rest."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float: ...
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float: ...
 
-    def idle_power_w(self, frequency_mhz: int) -> float: ...
+    def idle_power_w(self, clock_mhz: int) -> float: ...
 
 
 class Truth(Protocol):
     """What the hardware really does, known to a simulation only: `profiles.step_model`."""
 
     def time_and_power(
-        self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
+        self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
         """Duration (s) and power (W) of one iteration."""
         ...
 
-    def idle_power_w(self, frequency_mhz: int) -> float: ...
+    def idle_power_w(self, clock_mhz: int) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

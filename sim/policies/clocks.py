@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, Phase, PolicyContext
+from sim.policies.base import DECODE, PREFILL, Phase, PolicyContext
 
 _FULL_DECODE_REQUESTS: Final = 64
 _FULL_PREFILL: Final = (8, 8192)
@@ -26,6 +27,18 @@ def full_batch(context: PolicyContext, phase: Phase) -> tuple[int, int]:
     return _FULL_PREFILL
 
 
+def busy_power_w(context: PolicyContext, phase: Phase, clock_mhz: int) -> float:
+    """Modelled power of an instance with a full batch (`full_batch`)."""
+    return context.power.power_w(phase, clock_mhz, *full_batch(context, phase))
+
+
+def fleet_power_w(context: PolicyContext) -> float:
+    """Modelled power of the fleet, all of it busy at the top clock; 1 W at least."""
+    top_mhz = context.clocks_mhz[-1]
+    prefill_w = context.num_prefill * busy_power_w(context, PREFILL, top_mhz)
+    return max(1.0, prefill_w + context.num_decode * busy_power_w(context, DECODE, top_mhz))
+
+
 def first_clock_mhz(clocks_mhz: Sequence[int], fits: Callable[[int], bool]) -> int:
     """The first clock that fits, else the last: ascending, it is the lowest within a limit.
 
@@ -41,19 +54,18 @@ def first_clock_mhz(clocks_mhz: Sequence[int], fits: Callable[[int], bool]) -> i
     return clocks_mhz[-1]
 
 
-def cheapest_clock_mhz(
-    clocks_mhz: Sequence[int], fits: Callable[[int], bool], cost: Callable[[int], float]
-) -> int:
-    """Of the clocks that fit the one of least cost, the first of equals; the last if none fits.
+def cheapest_clock_mhz(clocks_mhz: Sequence[int], cost: Callable[[int], float]) -> int:
+    """The clock of least cost, the first of equals. Infinite is what does not fit; else the last.
 
     Example:
-        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: f > 1005, lambda f: -f)
-        1410
-        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: False, float)
+        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: f if f > 1005 else math.inf)
+        1200
+        >>> cheapest_clock_mhz((1005, 1200, 1410), lambda f: math.inf)
         1410
     """
-    fitting = [clock for clock in clocks_mhz if fits(clock)]
-    return min(fitting, key=cost) if fitting else clocks_mhz[-1]
+    costs = [cost(clock) for clock in clocks_mhz]
+    least = min(costs)
+    return clocks_mhz[costs.index(least)] if least < math.inf else clocks_mhz[-1]
 
 
 def busy_energy_j(context: PolicyContext, clock_mhz: int, batch_size: int, tokens: int) -> float:

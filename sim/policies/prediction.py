@@ -21,8 +21,8 @@ class ScaledPredictor:
         """The predictor itself where there is nothing to scale."""
         return predictor if factor == 1.0 else cls(predictor, factor)
 
-    def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return self._factor * self._predictor.predict_s(phase, frequency_mhz, batch_size, tokens)
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return self._factor * self._predictor.predict_s(phase, clock_mhz, batch_size, tokens)
 
 
 class SkewedPower:
@@ -51,11 +51,11 @@ class SkewedPower:
             return power
         return cls(power, scale=scale, clock_error=clock_error, top_mhz=top_mhz)
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        idle_w = self._power.idle_power_w(frequency_mhz)
-        above_w = self._power.power_w(phase, frequency_mhz, batch_size, tokens) - idle_w
-        relative = (frequency_mhz or self._top_mhz) / self._top_mhz
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        idle_w = self._power.idle_power_w(clock_mhz)
+        above_w = self._power.power_w(phase, clock_mhz, batch_size, tokens) - idle_w
+        relative = (clock_mhz or self._top_mhz) / self._top_mhz
         return idle_w + above_w * self._scale * math.pow(relative, self._clock_error)
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return self._power.idle_power_w(frequency_mhz)
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return self._power.idle_power_w(clock_mhz)

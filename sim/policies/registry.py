@@ -14,23 +14,24 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar, cast
 
 from profiles.errors import VoltanaError, nearest
+from sim.mdp.router import MdpParameters, MdpRouter
 from sim.policies.answers import describe, rehearse
 from sim.policies.base import Controller, PolicyContext, Router
 from sim.policies.controllers import (
     agft,
-    budget,
     dualscale,
     ecofreq,
     ecomin,
-    feedback,
     fixed,
-    greenllm,
-    kairos,
     oracle,
+    pid,
+    polca,
     profiled,
     throttllm,
 )
-from sim.policies.routers import consolidate, ecoroute, mdp, packing, simple, split
+from sim.policies.reconstructed import greenllm, kairos, miad, rapid
+from sim.policies.routers import consolidate, ecoroute, packing, simple
+from sim.policies.routers.kairos import KairosRouter, KairosRouterParameters
 from sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -93,8 +94,8 @@ CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
         make=ecofreq.EcoFreq, parameters=ecofreq.EcoFreqParameters, constants="published"
     ),
     "ecomin": Entry(make=ecomin.EcoMin, parameters=ecomin.EcoMinParameters),
-    "pid": Entry(make=feedback.Pid, parameters=feedback.PidParameters),
-    "miad": Entry(make=feedback.Miad, parameters=feedback.MiadParameters, constants="invented"),
+    "pid": Entry(make=pid.Pid, parameters=pid.PidParameters),
+    "miad": Entry(make=miad.Miad, parameters=miad.MiadParameters, constants="invented"),
     "window": Entry(make=profiled.Window, parameters=profiled.WindowParameters, constants="partly"),
     "powercap": Entry(
         make=profiled.PowerCap, parameters=profiled.PowerCapParameters, constants="partly"
@@ -110,8 +111,8 @@ CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
         make=throttllm.Throttllm, parameters=throttllm.ThrottllmParameters, constants="partly"
     ),
     "agft": Entry(make=agft.Agft, parameters=agft.AgftParameters, constants="partly"),
-    "polca": Entry(make=budget.Polca, parameters=budget.PolcaParameters, constants="partly"),
-    "rapid": Entry(make=budget.Rapid, parameters=budget.RapidParameters, constants="invented"),
+    "polca": Entry(make=polca.Polca, parameters=polca.PolcaParameters, constants="partly"),
+    "rapid": Entry(make=rapid.Rapid, parameters=rapid.RapidParameters, constants="invented"),
     "oracle": Entry(make=oracle.Oracle, parameters=oracle.OracleParameters),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {
@@ -153,13 +154,11 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "least-added-power": Entry(
         make=packing.LeastAddedPower, parameters=packing.LeastAddedPowerParameters
     ),
-    "kairos": Entry(
-        make=split.KairosRouter, parameters=split.KairosRouterParameters, constants="published"
-    ),
+    "kairos": Entry(make=KairosRouter, parameters=KairosRouterParameters, constants="published"),
     "length-split": Entry(
-        make=split.LengthSplit, parameters=split.LengthSplitParameters, constants="invented"
+        make=greenllm.LengthSplit, parameters=greenllm.LengthSplitParameters, constants="invented"
     ),
-    "mdp": Entry(make=mdp.MdpRouter, parameters=mdp.MdpParameters),
+    "mdp": Entry(make=MdpRouter, parameters=MdpParameters),
 }
 
 
