@@ -9,10 +9,10 @@ from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from profiles.files import replacing
 from sim.config import SimConfig
+from sim.engine.agenda import Agenda, HeapAgenda
 from sim.engine.fleet import Fleet
 from sim.engine.log import ExactLog, RunLog
-from sim.engine.loop import CoalescedFleet
-from sim.engine.reference import SimpyFleet
+from sim.engine.simpy_agenda import SimpyAgenda
 from sim.engine.sketch_log import RowSpill, SketchLog
 from sim.memory import MOST_WAITING, max_requests, watch_backlog
 from sim.records import RunRecord
@@ -68,5 +68,5 @@ def _fleet(
     config: SimConfig, profile: Profile, workload: Workload | Iterable[Workload], log: RunLog
 ) -> Fleet:
     parts = (workload,) if isinstance(workload, Workload) else workload
-    driver = SimpyFleet if config.engine == "reference" else CoalescedFleet
-    return driver(config, profile, parts, log)
+    agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
+    return Fleet(config, profile, parts, log, agenda=agenda)
