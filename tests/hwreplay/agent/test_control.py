@@ -8,7 +8,6 @@ import pytest
 
 from hwreplay.actuator.client import ActuatorLostError
 from hwreplay.agent.control import ControlLoop, StaleLimits
-from hwreplay.agent.loop_report import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
 from hwreplay.messages.batch_feed import BatchNotice, Kind
 from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import IterationMetrics
@@ -110,10 +109,6 @@ def make(
     return loop, controller, clock, tracker
 
 
-def is_safe(loop: ControlLoop) -> bool:
-    return loop.is_safe
-
-
 def record(sequence: int, at_s: float, **values: Any) -> IterationMetrics:  # noqa: ANN401
     return IterationMetrics(sequence=sequence, received_s=at_s, wall_time_s=0.01, **values)
 
@@ -194,9 +189,9 @@ def test_stale_metrics_under_load_unlock_until_a_fresh_record() -> None:
     with_requests(tracker, 2)
     loop.on_record(decode(0, 1.0))
     loop.tick(1.059)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     loop.tick(1.061)
-    assert is_safe(loop)
+    assert loop.is_safe
     assert clock.clock_mhz == 0
     loop.tick(1.5)
     assert clock.wishes == [705, 1002, 0]
@@ -213,12 +208,12 @@ def test_an_idle_engine_is_not_stale_and_a_silent_one_is_dead() -> None:
     for second in range(10):
         loop.on_record(record(second, float(second)))
         loop.tick(second + 0.99)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     assert clock.wishes == [705]
     loop.tick(12.1)
-    assert is_safe(loop)
+    assert loop.is_safe
     loop.on_record(record(10, 15.0))
-    assert not is_safe(loop)
+    assert not loop.is_safe
 
 
 def test_lost_records_are_counted_and_many_are_stale() -> None:
@@ -264,7 +259,7 @@ def test_a_decision_that_is_no_supported_clock_unlocks(answer: object) -> None:
     controller.answer = answer
     assert not loop.on_record(decode(1, 1.01))
     assert clock.wishes[-1] == 0
-    assert is_safe(loop)
+    assert loop.is_safe
     assert "decide must return a clock" in loop.report.safe[0].reason
     assert repr(answer) in loop.report.safe[0].reason
     controller.answer = OWN
@@ -293,7 +288,7 @@ def test_a_refused_clock_unlocks_and_the_next_decision_is_tried() -> None:
     assert loop.report.safe[0].reason == "the actuator refused a clock: 1003 MHz: no"
     loop.on_record(decode(2, 1.02))
     assert clock.wishes == [705, 1002, 0, 1002]
-    assert not is_safe(loop)
+    assert not loop.is_safe
 
 
 def test_of_waiting_records_the_controller_sees_each_and_the_clock_follows_the_newest() -> None:
@@ -315,15 +310,15 @@ def test_silence_under_load_counts_from_the_load() -> None:
     tracker.on_assigned(1, 1.9, 50)
     for tenth in range(19, 100):
         loop.tick(0.1 * tenth)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     loop.on_notice(notice(10.0), 10.0)
     loop.tick(10.0)
     loop.tick(10.05)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     loop.tick(10.07)
-    assert is_safe(loop)
+    assert loop.is_safe
     loop.on_record(prefill(1, 10.1))
-    assert not is_safe(loop)
+    assert not loop.is_safe
 
 
 def test_without_the_plug_in_a_waiting_prefill_server_may_be_silent_as_one_at_rest() -> None:
@@ -332,9 +327,9 @@ def test_without_the_plug_in_a_waiting_prefill_server_may_be_silent_as_one_at_re
     tracker.on_assigned(1, 1.9, 50)
     loop.tick(1.9)
     loop.tick(3.9)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     loop.tick(5.0)
-    assert is_safe(loop)
+    assert loop.is_safe
 
 
 def test_a_decode_server_that_waits_for_a_long_prefill_is_not_dead() -> None:
@@ -344,13 +339,13 @@ def test_a_decode_server_that_waits_for_a_long_prefill_is_not_dead() -> None:
     tracker.on_assigned(1, 1.5, 5000)
     for tenth in range(15, 100):
         loop.tick(0.1 * tenth)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     assert clock.wishes == [705]
     tracker.on_finished(1)
     loop.tick(12.8)
-    assert not is_safe(loop)
+    assert not loop.is_safe
     loop.tick(13.0)
-    assert is_safe(loop)  # nothing is here any more since 9.9 s, and no heartbeat has come
+    assert loop.is_safe  # nothing is here any more since 9.9 s, and no heartbeat has come
 
 
 def test_records_that_were_lost_leave_no_batch_under_way() -> None:
@@ -358,7 +353,7 @@ def test_records_that_were_lost_leave_no_batch_under_way() -> None:
     loop.on_notice(notice(1.0), 1.0)
     loop.on_record(record(0, 1.05))  # at rest: the batch's record never came
     loop.tick(2.0)
-    assert not is_safe(loop)
+    assert not loop.is_safe
 
 
 def test_idle_plan_comes_due_and_work_cancels_it() -> None:
@@ -390,7 +385,7 @@ def test_a_lost_helper_is_safe_and_can_come_back() -> None:
     clock.is_lost = True
     loop.tick(1.01)
     assert clock.is_closed
-    assert is_safe(loop)
+    assert loop.is_safe
     assert loop.report.counts["actuator_lost"] == 1
     assert tracker.state.clock_mhz == 0
     assert loop.on_record(decode(1, 1.02))  # decisions go on, into nothing
@@ -398,41 +393,7 @@ def test_a_lost_helper_is_safe_and_can_come_back() -> None:
     loop.attach(again)
     loop.on_record(decode(2, 1.03, batch_size=3))
     assert again.wishes == [1003]
-    assert not is_safe(loop)
+    assert not loop.is_safe
     loop.close(1.5)
     assert again.is_closed
     assert loop.clock_changes[-1] == (1.5, 0)
-
-
-def test_histogram_counts_every_value() -> None:
-    latencies = Latencies()
-    assert latencies.as_dict() == {"num": 0}
-    for value_s in [0.0005] * 98 + [0.003, 9.0]:
-        latencies.add(value_s)
-    found = latencies.as_dict()
-    assert found["histogram"] == [[0.001, 98], [0.005, 1], [None, 1]]
-    assert found["max_s"] == 9.0
-
-
-def test_latencies_of_a_long_run_take_no_more_memory_and_keep_their_quantiles() -> None:
-    """1 to 3 N in a row, a third of them kept: the sample's quantiles lie within 5 standard errors
-    (q (1 - q) / N under the root, of the range)."""
-    latencies, total = Latencies(), 3 * MAX_KEPT
-    for number in range(total):
-        latencies.add(number / total)
-    found = latencies.as_dict()
-    assert (len(latencies), len(latencies._values_s)) == (total, MAX_KEPT)
-    assert found["num"] == sum(count for _, count in found["histogram"]) == total
-    assert found["max_s"] == (total - 1) / total
-    for q in (50, 90, 99):
-        error = (q / 100 * (1 - q / 100) / MAX_KEPT) ** 0.5
-        assert found[f"p{q}_s"] == pytest.approx(q / 100, abs=5 * error)
-
-
-def test_the_report_keeps_so_many_safe_states_and_counts_all() -> None:
-    report = LoopReport()
-    for i in range(MAX_SAFE_STATES + 5):
-        report.enter_safe(float(i), "again")
-    found = report.as_dict()
-    assert found["counts"] == {"safe_states": MAX_SAFE_STATES + 5}
-    assert len(found["safe_states"]) == MAX_SAFE_STATES
