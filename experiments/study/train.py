@@ -24,7 +24,7 @@ from sim.mdp.clock_rule import ControllerClock
 from sim.mdp.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
 from sim.mdp.grid import StateGrid, batch_edges, kv_nodes
 from sim.mdp.learn.qlearn import Learner, QSettings, load_checkpoint, q_learn, save_checkpoint
-from sim.mdp.learn.tasks import SimulatorTask
+from sim.mdp.learn.simulator_task import SimulatorTask
 from sim.mdp.model import FREE, InstanceModel, ModelParameters, bucket_loads, build_instance
 from sim.mdp.model import mean_context_tokens as mean_context
 from sim.mdp.policy_file import PolicyFile
