@@ -91,7 +91,7 @@ fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
 # Half an hour on an idle core for 400 mutants. KILLERS are the tests that may find them.
-MUTATE ?= sim/metrics.py sim/policies sim/engine sim/rl
+MUTATE ?= sim/metrics.py sim/policies sim/engine sim/mdp
 KILLERS ?= tests/sim
 MUTANTS ?= 400
 

@@ -1,4 +1,4 @@
-"""A profile: one GPU, model and engine, loaded, checked and ready to be asked."""
+"""A profile: the tables of one GPU, model and engine, loaded and checked."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Profile:
         return self.meta.clocks.supported_mhz
 
     def truth(self, *, extrapolate: bool = False) -> StepModel:
-        """The tables as a scalar function: what happens, in simulation."""
+        """The tables as a function of a point: what happens in simulation."""
         return _step_model(self, extrapolate)
 
     def spread(self) -> IterationSpread:
@@ -69,7 +69,7 @@ class Profile:
     def iteration_time_s(
         self,
         phase: str,
-        frequency_mhz: ArrayLike,
+        clock_mhz: ArrayLike,
         batch_size: ArrayLike,
         tokens: ArrayLike,
         *,
@@ -79,7 +79,7 @@ class Profile:
 
         Args:
             phase: "prefill" or "decode".
-            frequency_mhz: Clock within the profiled range; 0 is unlocked (the top clock).
+            clock_mhz: Clock within the profiled range; 0 is unlocked (the top clock).
             batch_size: Requests of the batch (prefill: of equal length).
             tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
             extrapolate: Allow points outside the profiled grid.
@@ -89,26 +89,34 @@ class Profile:
         """
         model = self.truth(extrapolate=extrapolate)
         return _broadcast(lambda f, b, t: model.predict_s(phase, int(f), b, t),
-                          frequency_mhz, batch_size, tokens)  # fmt: skip
+                          clock_mhz, batch_size, tokens)  # fmt: skip
 
     def power_w(
         self,
         phase: str,
-        frequency_mhz: ArrayLike,
+        clock_mhz: ArrayLike,
         batch_size: ArrayLike,
         tokens: ArrayLike,
         *,
         extrapolate: bool = False,
     ) -> FloatOrArray:
-        """Power of the instance (all its GPUs) in watts; arguments as in `iteration_time_s`."""
+        """Power of the instance (all its GPUs) in watts.
+
+        Args:
+            phase: As of `iteration_time_s`, and so are the others.
+            clock_mhz: Clock; 0 is unlocked.
+            batch_size: Requests.
+            tokens: Of the whole batch.
+            extrapolate: Allow points outside the profiled grid.
+        """
         model = self.truth(extrapolate=extrapolate)
         return _broadcast(lambda f, b, t: model.power_w(phase, int(f), b, t),
-                          frequency_mhz, batch_size, tokens)  # fmt: skip
+                          clock_mhz, batch_size, tokens)  # fmt: skip
 
-    def idle_power_w(self, frequency_mhz: ArrayLike) -> FloatOrArray:
+    def idle_power_w(self, clock_mhz: ArrayLike) -> FloatOrArray:
         """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
         model = self.truth()
-        return _broadcast(lambda f: model.idle_power_w(int(f)), frequency_mhz)
+        return _broadcast(lambda f: model.idle_power_w(int(f)), clock_mhz)
 
 
 @lru_cache(maxsize=16)
@@ -160,7 +168,17 @@ def write_profile(
     decode: pd.DataFrame,
     idle: pd.DataFrame,
 ) -> Profile:
-    """Fit EcoPred, write a complete profile directory and load it back; deterministic bytes."""
+    """Fit EcoPred, write a complete profile directory and load it back.
+
+    The same tables give the same bytes.
+
+    Args:
+        directory: Where to; made if it is not there.
+        meta: What `profile.toml` says.
+        prefill: Rows of prefill.csv.
+        decode: Rows of decode.csv.
+        idle: Rows of idle.csv.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     fitted = ecopred.fit(prefill, decode)
     frames = {"prefill": prefill, "decode": decode, "idle": idle, "ecopred": fitted}

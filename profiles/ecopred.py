@@ -107,33 +107,46 @@ class EcoPred:
         if not self._decode or not self._prefill:
             raise VoltanaError("ecopred.csv: needs rows of both phases")
 
-    def predict_s(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        """Predicted duration of one iteration in seconds, always > 0."""
-        line = self._lines[phase].get((frequency_mhz << 20) | batch_size)
+    def predict_s(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        """Predicted duration of one iteration in seconds, always > 0.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked, which runs at the top clock.
+            batch_size: Requests.
+            tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+        """
+        line = self._lines[phase].get((clock_mhz << 20) | batch_size)
         if line is None:
-            line = self.predict_line(phase, frequency_mhz, batch_size)
+            line = self.predict_line(phase, clock_mhz, batch_size)
         time_s = line[0] + line[1] * tokens
         return time_s if time_s > 0 else FALLBACK_S
 
-    def predict_line(self, phase: str, frequency_mhz: int, batch_size: int) -> tuple[float, float]:
-        """The prediction as (constant in s, slope in s/token) at a fixed batch size."""
-        c = self._coefficients(phase, frequency_mhz, batch_size)
+    def predict_line(self, phase: str, clock_mhz: int, batch_size: int) -> tuple[float, float]:
+        """The prediction as (constant in s, slope in s/token) at a fixed batch size.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked.
+            batch_size: Requests.
+        """
+        c = self._coefficients(phase, clock_mhz, batch_size)
         line = (c.per_request_s * batch_size + c.constant_s, c.per_token_s)
-        self._lines[phase][(frequency_mhz << 20) | batch_size] = line
+        self._lines[phase][(clock_mhz << 20) | batch_size] = line
         return line
 
-    def _coefficients(self, phase: str, frequency_mhz: int, batch_size: int) -> Coefficients:
-        ranges = self._by_clock.get((phase, frequency_mhz))
+    def _coefficients(self, phase: str, clock_mhz: int, batch_size: int) -> Coefficients:
+        ranges = self._by_clock.get((phase, clock_mhz))
         if ranges is None:
-            ranges = self._at_clock(phase, frequency_mhz)
+            ranges = self._at_clock(phase, clock_mhz)
         if len(ranges) == 1:
             return ranges[0]
         i = bisect_left(self._ends, batch_size)
         return ranges[i] if i < len(ranges) else ranges[-1]
 
-    def _at_clock(self, phase: str, frequency_mhz: int) -> list[Coefficients]:
+    def _at_clock(self, phase: str, clock_mhz: int) -> list[Coefficients]:
         fitted = self._decode if phase == "decode" else self._prefill
-        clock = frequency_mhz or self._top_mhz
+        clock = clock_mhz or self._top_mhz
         if clock in fitted or len(fitted) == 1:
             ranges = fitted.get(clock) or next(iter(fitted.values()))
         else:
@@ -142,7 +155,7 @@ class EcoPred:
             low, high = clocks[at], clocks[at + 1]
             weight = (clock - low) / (high - low)
             ranges = [_blend(a, b, weight) for a, b in zip(fitted[low], fitted[high], strict=True)]
-        self._by_clock[phase, frequency_mhz] = ranges
+        self._by_clock[phase, clock_mhz] = ranges
         return ranges
 
 

@@ -1,8 +1,8 @@
 """Output folders say what they hold, and nothing else is written into them.
 
-A folder that a command fills holds `voltana.json`, `{"holds": "sweep"}` say. A command goes on in a
-folder of its own kind, takes an empty one or makes it, and refuses any other. Files of the user,
-whose names it might take, are so never written over; hidden files do not count.
+A folder that a command fills has a file `voltana.json`, for example `{"holds": "sweep"}`. A command
+goes on in a folder of its own kind, uses an empty one or makes a new one, and refuses any other. So
+it never overwrites a user's file of the same name. Hidden files do not count.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Final, Literal
 from profiles.errors import VoltanaError
 from profiles.files import write_text
 
-Kind = Literal["run", "probe", "sweep", "frontier", "tuning", "comparison", "validation"]
+FolderKind = Literal["run", "probe", "sweep", "frontier", "tuning", "comparison", "validation"]
 MARKER: Final = "voltana.json"
 _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     ("profile.toml", "profile"),
@@ -27,10 +27,10 @@ _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     ("validation.json", "validation"),
     ("shape.csv", "comparison"),
 )
-"""What tells the kind of a folder without a marker: of a profile, or of an earlier version."""
+"""Files that tell the kind of a folder without a marker: a profile, or an older folder."""
 
 
-def claim(directory: Path, kind: Kind) -> None:
+def claim(directory: Path, kind: FolderKind) -> None:
     """Make a folder, or go on in one of the same kind, and mark it.
 
     Raises:
@@ -40,7 +40,7 @@ def claim(directory: Path, kind: Kind) -> None:
     mark(directory, kind)
 
 
-def check(directory: Path, kind: Kind) -> None:
+def check(directory: Path, kind: FolderKind) -> None:
     """Refuse a folder that a command of this kind may not write into; touches nothing.
 
     Raises:
@@ -62,7 +62,7 @@ def check(directory: Path, kind: Kind) -> None:
 
 
 def held(directory: Path) -> str | None:
-    """What a folder holds by its marker, or by the files of its kind; None if nothing tells."""
+    """What a folder holds, by its marker or else by its files; None if neither tells."""
     try:
         found = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -76,7 +76,7 @@ def held(directory: Path) -> str | None:
     return str(found["holds"])
 
 
-def mark(directory: Path, kind: Kind) -> None:
+def mark(directory: Path, kind: FolderKind) -> None:
     """Make the folder if it is not there and note what it holds."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / MARKER

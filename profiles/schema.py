@@ -56,7 +56,7 @@ class EngineMeta:
     max_prefill_tokens: int
     max_running_requests: int
     kv_capacity_tokens: int
-    """Of one decode instance."""
+    """KV-cache tokens of one decode instance."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +122,7 @@ class ProfileMeta:
     clocks: ClocksMeta
     provenance: Mapping[str, Provenance]
     spread: SpreadMeta | None = None
-    """None: the tables say it themselves, or nothing is known."""
+    """None if the tables have a spread of their own, or if it is not known."""
 
     def __post_init__(self) -> None:
         stated = (*QUANTITIES, "iteration_spread") if self.spread else QUANTITIES

@@ -26,9 +26,9 @@ class IterationSpread:
 
     Args:
         stated: One number a phase, for the phases without `rows`; a phase in neither has none.
-        rows: The measured ones. Between measured points the next lower clock and batch size
-            count: a spread is too rough an estimate to be interpolated.
-        top_mhz: What an unlocked card runs at.
+        rows: The measured spreads. Between measured points the next lower clock and batch size
+            are taken: a spread is too rough an estimate to be interpolated.
+        top_mhz: The clock at which an unlocked card runs.
     """
 
     __slots__ = ("_kept", "_rows", "_stated", "_top_mhz")
@@ -57,21 +57,21 @@ class IterationSpread:
         """The one spread of a phase at every clock and batch; None if a table says more."""
         return None if phase in self._rows else self._stated.get(phase, 0.0)
 
-    def relative(self, phase: str, frequency_mhz: int, batch_size: float) -> float:
+    def relative(self, phase: str, clock_mhz: int, batch_size: float) -> float:
         """Standard deviation over mean of the times of one iteration.
 
         Args:
             phase: "prefill" or "decode".
-            frequency_mhz: Clock; 0 is unlocked, at the top clock.
+            clock_mhz: Clock; 0 is unlocked, at the top clock.
             batch_size: Requests; of prefill the effective number of equal prompts.
         """
         rows = self._rows.get(phase)
         if rows is None:
             return self._stated.get(phase, 0.0)
-        key = (phase, frequency_mhz, int(batch_size))
+        key = (phase, clock_mhz, int(batch_size))
         kept = self._kept.get(key)
         if kept is None:
-            row = rows[_at_or_below(rows, frequency_mhz or self._top_mhz)]
+            row = rows[_at_or_below(rows, clock_mhz or self._top_mhz)]
             kept = self._kept[key] = row[_at_or_below(row, int(batch_size))]
         return kept
 

@@ -66,22 +66,22 @@ class StepModel:
         common = set.intersection(*(set(rows) for rows in prefill.values()))
         self._prefill_batches: list[float] = sorted(common)
 
-    def predict_s(self, phase: str, frequency_mhz: int, batch_size: float, tokens: float) -> float:
-        """Duration of one iteration in seconds. See `time_and_power`."""
-        return self.time_and_power(phase, frequency_mhz, batch_size, tokens)[0]
+    def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
+        """Duration of one iteration in seconds; arguments as of `time_and_power`."""
+        return self.time_and_power(phase, clock_mhz, batch_size, tokens)[0]
 
-    def power_w(self, phase: str, frequency_mhz: int, batch_size: float, tokens: float) -> float:
-        """Power of the instance in watts during one iteration. See `time_and_power`."""
-        return self.time_and_power(phase, frequency_mhz, batch_size, tokens)[1]
+    def power_w(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
+        """Power of the instance in watts in one iteration; arguments as of `time_and_power`."""
+        return self.time_and_power(phase, clock_mhz, batch_size, tokens)[1]
 
     def time_and_power(
-        self, phase: str, frequency_mhz: int, batch_size: float, tokens: float
+        self, phase: str, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
         """Duration (s) and power (W) of one iteration.
 
         Args:
             phase: "prefill" or "decode".
-            frequency_mhz: A clock within the profiled range; 0 is unlocked, at the top clock.
+            clock_mhz: A clock within the profiled range; 0 is unlocked, at the top clock.
             batch_size: Requests. In prefill any number > 0: the effective number of equal prompts.
             tokens: New tokens (prefill) or context tokens (decode) of the batch, in all.
 
@@ -89,28 +89,33 @@ class StepModel:
             VoltanaError: The point lies outside the profiled grid and `extrapolate` is off.
         """
         if phase == "prefill":
-            return self._prefill_point(frequency_mhz, batch_size, tokens)
-        row = self._decode_rows.get((frequency_mhz << 16) | int(batch_size))
+            return self._prefill_point(clock_mhz, batch_size, tokens)
+        row = self._decode_rows.get((clock_mhz << 16) | int(batch_size))
         if row is None or batch_size != int(batch_size):
-            row = self._make_decode_row(frequency_mhz, batch_size)
+            row = self._make_decode_row(clock_mhz, batch_size)
         knots = row[0]
         if tokens < knots[0] or tokens > knots[-1]:
-            self._refuse_outside(phase, frequency_mhz, batch_size, tokens, knots)
+            self._refuse_outside(phase, clock_mhz, batch_size, tokens, knots)
             return _beyond(row, tokens)
         i = bisect_right(knots, tokens) - 1
         ahead = tokens - knots[i]
         return row[1][i] + row[2][i] * ahead, row[3][i] + row[4][i] * ahead
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
-        power = self._idle_w.get(frequency_mhz)
+        power = self._idle_w.get(clock_mhz)
         if power is None:
-            power = self._interpolate_idle(frequency_mhz)
-            self._idle_w[frequency_mhz] = power
+            power = self._interpolate_idle(clock_mhz)
+            self._idle_w[clock_mhz] = power
         return power
 
-    def decode_line(self, frequency_mhz: int, batch_size: int, tokens: int) -> Line:
+    def decode_line(self, clock_mhz: int, batch_size: int, tokens: int) -> Line:
         """The linear piece of decode that holds `tokens`.
+
+        Args:
+            clock_mhz: A clock within the profiled range; 0 is unlocked.
+            batch_size: Requests.
+            tokens: Context tokens of the whole batch.
 
         Returns:
             Tokens up to which it holds (`tokens` itself outside the grid), time at `tokens` (s),
@@ -119,12 +124,12 @@ class StepModel:
         Raises:
             VoltanaError: As `time_and_power`.
         """
-        row = self._decode_rows.get((frequency_mhz << 16) | batch_size)
+        row = self._decode_rows.get((clock_mhz << 16) | batch_size)
         if row is None:
-            row = self._make_decode_row(frequency_mhz, batch_size)
+            row = self._make_decode_row(clock_mhz, batch_size)
         knots = row[0]
         if tokens < knots[0] or tokens >= knots[-1]:
-            time_s, power_w = self.time_and_power("decode", frequency_mhz, batch_size, tokens)
+            time_s, power_w = self.time_and_power("decode", clock_mhz, batch_size, tokens)
             return tokens, time_s, 0.0, power_w, 0.0
         i = bisect_right(knots, tokens) - 1
         ahead, time_slope, power_slope = tokens - knots[i], row[2][i], row[4][i]
@@ -136,19 +141,19 @@ class StepModel:
             power_slope,
         )
 
-    def decode_row(self, frequency_mhz: int, batch_size: int) -> Row:
+    def decode_row(self, clock_mhz: int, batch_size: int) -> Row:
         """Knots, times, time slopes, powers and power slopes at a clock and batch size."""
-        return self._make_decode_row(frequency_mhz, batch_size)
+        return self._make_decode_row(clock_mhz, batch_size)
 
-    def prefill_rows(self, frequency_mhz: int) -> dict[int, Row]:
-        """The same of prefill, by the batch sizes between which 1/batch is interpolated."""
+    def prefill_rows(self, clock_mhz: int) -> dict[int, Row]:
+        """`decode_row` for prefill, by the batch sizes between which 1/batch is interpolated."""
         return {
-            int(b): self._across_clocks(self._prefill, frequency_mhz, b, "prefill")
+            int(b): self._across_clocks(self._prefill, clock_mhz, b, "prefill")
             for b in self._prefill_batches
         }
 
     def _prefill_point(
-        self, frequency_mhz: int, batch_size: float, tokens: float
+        self, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
         batches = self._prefill_batches
         if batch_size > batches[-1]:
@@ -156,14 +161,14 @@ class StepModel:
             batch_size = batches[-1]
         at = bisect_right(batches, batch_size) - 1
         if at >= 0 and batches[at] == batch_size:
-            return self._at_prefill_row(frequency_mhz, int(batches[at]), tokens)
+            return self._at_prefill_row(clock_mhz, int(batches[at]), tokens)
         low = max(at, 0)
         if low + 1 >= len(batches):
-            return self._at_prefill_row(frequency_mhz, int(batches[low]), tokens)
+            return self._at_prefill_row(clock_mhz, int(batches[low]), tokens)
         first, second = batches[low], batches[low + 1]
         weight = (1.0 / batch_size - 1.0 / first) / (1.0 / second - 1.0 / first)
-        time_0, power_0 = self._at_prefill_row(frequency_mhz, int(first), tokens)
-        time_1, power_1 = self._at_prefill_row(frequency_mhz, int(second), tokens)
+        time_0, power_0 = self._at_prefill_row(clock_mhz, int(first), tokens)
+        time_1, power_1 = self._at_prefill_row(clock_mhz, int(second), tokens)
         clamped = min(max(weight, 0.0), 1.0)
         time_s = time_0 + weight * (time_1 - time_0)
         if weight < 0.0 and time_s < time_0:  # a longer prefix never saves time, noise may say so
@@ -171,28 +176,28 @@ class StepModel:
         return time_s, power_0 + clamped * (power_1 - power_0)
 
     def _at_prefill_row(
-        self, frequency_mhz: int, batch_size: int, tokens: float
+        self, clock_mhz: int, batch_size: int, tokens: float
     ) -> tuple[float, float]:
-        row = self._prefill_rows.get((frequency_mhz << 16) | batch_size)
+        row = self._prefill_rows.get((clock_mhz << 16) | batch_size)
         if row is None:
-            row = self._across_clocks(self._prefill, frequency_mhz, batch_size, "prefill")
-            self._prefill_rows[(frequency_mhz << 16) | batch_size] = row
+            row = self._across_clocks(self._prefill, clock_mhz, batch_size, "prefill")
+            self._prefill_rows[(clock_mhz << 16) | batch_size] = row
         knots = row[0]
         if tokens < knots[0] or tokens > knots[-1]:
-            self._refuse_outside("prefill", frequency_mhz, batch_size, tokens, knots)
+            self._refuse_outside("prefill", clock_mhz, batch_size, tokens, knots)
             return _beyond(row, tokens)
         i = bisect_right(knots, tokens) - 1
         ahead = tokens - knots[i]
         return row[1][i] + row[2][i] * ahead, row[3][i] + row[4][i] * ahead
 
-    def _make_decode_row(self, frequency_mhz: int, batch_size: float) -> Row:
-        row = self._across_clocks(self._decode, frequency_mhz, batch_size, "decode")
+    def _make_decode_row(self, clock_mhz: int, batch_size: float) -> Row:
+        row = self._across_clocks(self._decode, clock_mhz, batch_size, "decode")
         if batch_size == int(batch_size):
-            self._decode_rows[(frequency_mhz << 16) | int(batch_size)] = row
+            self._decode_rows[(clock_mhz << 16) | int(batch_size)] = row
         return row
 
-    def _across_clocks(self, grid: Grid, frequency_mhz: int, batch_size: float, phase: str) -> Row:
-        clock = frequency_mhz or self._top_mhz
+    def _across_clocks(self, grid: Grid, clock_mhz: int, batch_size: float, phase: str) -> Row:
+        clock = clock_mhz or self._top_mhz
         clocks = list(grid)
         if not clocks[0] <= clock <= clocks[-1]:
             raise VoltanaError(
@@ -241,13 +246,13 @@ class StepModel:
             ),
         )
 
-    def _interpolate_idle(self, frequency_mhz: int) -> float:
+    def _interpolate_idle(self, clock_mhz: int) -> float:
         clocks = sorted(c for c in self._idle_w if c > 0)
-        if not clocks or not clocks[0] <= frequency_mhz <= clocks[-1]:
-            raise VoltanaError(f"idle power was not profiled at {frequency_mhz} MHz")
-        at = bisect_right(clocks, frequency_mhz) - 1
+        if not clocks or not clocks[0] <= clock_mhz <= clocks[-1]:
+            raise VoltanaError(f"idle power was not profiled at {clock_mhz} MHz")
+        at = bisect_right(clocks, clock_mhz) - 1
         low, high = clocks[at], clocks[at + 1]
-        weight = (frequency_mhz - low) / (high - low)
+        weight = (clock_mhz - low) / (high - low)
         return self._idle_w[low] + weight * (self._idle_w[high] - self._idle_w[low])
 
     def _refuse_outside(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from experiments.extras import needs
 from profiles.errors import VoltanaError, nearest
 
 if TYPE_CHECKING:
@@ -134,8 +136,12 @@ def profile(
         if engine == "torch":
             chosen = _torch(model, device, dtype, len(cards))
         else:
-            launch = (server_python, pair, server_args, out / "logs", len(cards))
-            chosen = _sglang(model, device, attach, launch)
+            gpus = () if device == "cpu" else tuple(card.identity.index for card in cards)
+            chosen = (
+                _started(model, server_python, server_args, out / "logs", is_pair=pair, gpus=gpus)
+                if attach is None
+                else _attached(model, attach)
+            )
         made = measure_profile(
             cards,
             chosen,
@@ -202,38 +208,36 @@ def _restored_clock(clock_mhz: int | None, cards: Sequence[Gpu]) -> int | None:
     return clock_mhz
 
 
-def _sglang(
-    model: str, device: str, attach: Path | None, plan: tuple[Path, bool, str, Path, int]
-) -> Engine:
-    """Servers to attach to, or to start: (Python, a pair?, further arguments, logs, cards)."""
-    try:
-        from profiles.engines import sglang_fleet
+def _attached(model: str, fleet: Path) -> Engine:
+    """Servers that run already, from a TOML file."""
+    with needs("replay", "--engine sglang"):
         from profiles.engines.sglang import SglangEngine
-    except ModuleNotFoundError as error:
-        raise VoltanaError(
-            f"--engine sglang needs {error.name}: pip install 'voltana[replay]'"
-        ) from None
+        from profiles.engines.sglang_attach import attach
+    from profiles.engines.llama_config import load_shape
+
+    return SglangEngine(lambda: attach(fleet), load_shape(model), is_attached=True)
+
+
+def _started(
+    model: str, python: Path, arguments: str, logs: Path, *, is_pair: bool, gpus: tuple[int, ...]
+) -> Engine:
+    """Servers to start: one, or a pair, on the cards that are named or on the CPU."""
+    with needs("replay", "--engine sglang"):
+        from hwreplay.engines.launch import run_profiled
+        from hwreplay.engines.plan import Installation
+        from profiles.engines.sglang import SglangEngine
     from profiles.engines.llama_config import load_shape
 
     shape = load_shape(model)
-    if attach is not None:
-        return SglangEngine(lambda: sglang_fleet.attach(attach), shape, is_attached=True)
     if not Path(model).is_dir():
         raise VoltanaError(
             f"--model must be the folder of a model that SGLang can serve, got {model!r}: download "
             "it, or name servers that run already with --attach"
         )
-    python, is_pair, arguments, logs, num_gpus = plan
-    launch = sglang_fleet.LaunchPlan(
-        python=python,
-        model=model,
-        logs=logs,
-        is_cpu=device == "cpu",
-        is_pair=is_pair,
-        num_gpus=num_gpus,
-        arguments=arguments,
+    installation = Installation(
+        python=python, model=Path(model), arguments=tuple(shlex.split(arguments))
     )
-    return SglangEngine(lambda: sglang_fleet.start_servers(launch), shape)
+    return SglangEngine(lambda: run_profiled(installation, logs, is_pair=is_pair, gpus=gpus), shape)
 
 
 def _torch(model: str, device: str, dtype: str, num_gpus: int) -> Engine:

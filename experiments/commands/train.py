@@ -79,7 +79,7 @@ def train_mdp(
     """Train the `mdp` router for a fleet and a load; print its cost and bounds.
 
     Cost is energy of the decode instances plus penalty times tokens later than the ITL promise,
-    per second, on the model of sim/rl/model.py. The file says which profile it was made for and
+    per second, on the model of sim/mdp/model.py. The file says which profile it was made for and
     is refused with any other. q goes on from OUT.checkpoint if it was interrupted.
     Example: voltana train mdp --rate 30 --out mdp.npz --set slo_itl_s=0.045
     """

@@ -19,15 +19,15 @@ from experiments.runs import cached_profile, workload_of
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
+from sim.mdp.clock_rule import ControllerClock
+from sim.mdp.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
+from sim.mdp.grid import StateGrid, batch_edges, kv_nodes
+from sim.mdp.learn.qlearn import Learner, QSettings, load_checkpoint, q_learn, save_checkpoint
+from sim.mdp.learn.simulator_task import SimulatorTask
+from sim.mdp.model import FREE, InstanceModel, ModelParameters, bucket_loads, build_instance
+from sim.mdp.model import mean_context_tokens as mean_context
+from sim.mdp.policy_file import PolicyFile
 from sim.policies.base import DECODE, PolicyContext
-from sim.policies.mdp.grid import StateGrid, batch_edges, kv_nodes
-from sim.policies.mdp.policy_file import PolicyFile
-from sim.rl.clock_rule import ControllerClock
-from sim.rl.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
-from sim.rl.model import FREE, InstanceModel, ModelParameters, bucket_loads, build_instance
-from sim.rl.model import mean_context_tokens as mean_context
-from sim.rl.qlearn import Learner, QSettings, load_checkpoint, q_learn, save_checkpoint
-from sim.rl.tasks import SimulatorTask
 from sim.workload.lengths import draw_lengths
 
 Solver = Literal["vi", "pi", "factored", "q", "sb3"]
@@ -234,8 +234,8 @@ def _learn_q(
 
 def _learn_deep(plan: TrainingPlan, profile: Profile) -> tuple[Arrays, Result]:
     try:
-        from sim.rl.deep import DeepSettings, export, fit
-        from sim.rl.env import RoutingEnv
+        from sim.mdp.learn.deep import DeepSettings, export, fit
+        from sim.mdp.learn.env import RoutingEnv
     except ImportError as error:
         raise VoltanaError(
             f"the sb3 solver needs {error.name}: install the extra, pip install 'voltana[rl]'"

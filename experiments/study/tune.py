@@ -28,7 +28,7 @@ from experiments.sweep.grid import Point
 from experiments.sweep.run import run_sweep
 from profiles.errors import VoltanaError
 from sim.config import make_config
-from sim.policies.controllers.feedback import PidParameters
+from sim.policies.controllers.pid import PidParameters
 from sim.policies.registry import check_policies
 
 FloatArray = npt.NDArray[np.float64]

@@ -19,7 +19,7 @@ from experiments.sweep.grid import Point
 from experiments.sweep.store import ResultStore, open_store
 from profiles.errors import VoltanaError
 from profiles.files import write_csv, write_text
-from profiles.folders import Kind, claim
+from profiles.folders import FolderKind, claim
 from sim.config import SimConfig
 from sim.results import read_json, write_json
 
@@ -43,7 +43,7 @@ def run_sweep(
     jobs: int | None = None,
     engine: str = "processes",
     store: str | Path | None = None,
-    kind: Kind = "sweep",
+    kind: FolderKind = "sweep",
 ) -> pd.DataFrame:
     """Run every point that has no result yet and write the tidy table of all.
 

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from hwreplay.actuator.client import Actuator, ActuatorLostError
 from hwreplay.agent.loop_report import LoopReport, SafeState
 from hwreplay.messages.batch_feed import BatchNotice, Kind
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import IterationMetrics
 from profiles.errors import VoltanaError
 from sim.policies.answers import ControllerAnswers

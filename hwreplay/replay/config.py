@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from hwreplay.context import check_notices
-from hwreplay.engines.launch import Engine
+from hwreplay.engines.plan import Installation
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
+from hwreplay.view.context import check_notices
 from profiles.binding import EXAMPLE, bind, check_names, convert, table
 from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config, read_toml
@@ -29,7 +29,7 @@ class ReplayConfig:
     sim: SimConfig
     workers: tuple[WorkerConfig, ...] = ()
     """Servers that run already; empty when they are started here."""
-    engine: Engine | None = None
+    engine: Installation | None = None
     """Start its servers, as many as `sim` says: on the cards in `gpus`, else on the CPU."""
     batch_sockets: Mapping[str, Path] = field(default_factory=dict)
     """Where a running server's plug-in announces batches, e.g. {"prefill-0": /run/p0.batch}."""
@@ -167,7 +167,7 @@ def read_replay_config(path: Path) -> ReplayConfig:
     return bind(ReplayConfig, own, where, section=" of [replay]", fixed=fixed)
 
 
-def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
+def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:
     """The servers to start; None where running ones are named."""
     if not any(key in fleet for key in START_KEYS):
         return None
@@ -180,7 +180,7 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
         convert(fleet.get(key), Path | None, key, where) for key in ("python", "model", "engine")
     )
     if folder is not None:
-        own = Engine.in_folder(folder)
+        own = Installation.in_folder(folder)
         python, model = python or own.python, model or own.model
     if python is None or model is None:
         raise VoltanaError(
@@ -193,4 +193,4 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Engine | None:
                 f"[fleet] arguments must not have {word} ({where}): only one rank of a server is "
                 "watched; start more servers instead"
             )
-    return Engine(python=python, model=model, arguments=words)
+    return Installation(python=python, model=model, arguments=words)

@@ -144,18 +144,16 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
             )
             workers = tuple(
                 WorkerConfig(
-                    phase=server.phase,
-                    instance_id=server.instance_id,
-                    url=server.url,
-                    metrics=server.metrics,
-                    bootstrap_port=server.bootstrap_port or BOOTSTRAP_PORT,
+                    phase=server.plan.phase,
+                    instance_id=server.plan.instance_id,
+                    url=server.plan.url,
+                    metrics=server.plan.metrics,
+                    bootstrap_port=server.plan.bootstrap_port or BOOTSTRAP_PORT,
                 )
                 for server in servers
             )
             batches = {
-                w.name: s.batch_socket
-                for w, s in zip(workers, servers, strict=True)
-                if s.batch_socket is not None
+                s.plan.name: s.plan.batch_socket for s in servers if s.plan.batch_socket is not None
             }
         yield Run(
             config=config,

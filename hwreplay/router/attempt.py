@@ -7,7 +7,7 @@ from types import TracebackType
 
 from hwreplay.router.config import WorkerConfig
 from hwreplay.router.upstream import Upstream
-from hwreplay.tracker import InstanceTracker
+from hwreplay.view.tracker import InstanceTracker
 from profiles.errors import VoltanaError
 
 

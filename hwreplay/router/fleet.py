@@ -12,7 +12,6 @@ from typing import Final
 import aiohttp
 
 from hwreplay.clock import RunClock
-from hwreplay.context import PolicySource
 from hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
 from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.messages.reports import ReportFeed
@@ -22,6 +21,7 @@ from hwreplay.router.config import RouterConfig
 from hwreplay.router.prometheus import RouterMetrics
 from hwreplay.router.upstream import Upstream
 from hwreplay.router.vocabulary import ask_vocab_size
+from hwreplay.view.context import PolicySource
 from profiles.engines.sglang_metrics import MetricsError
 from profiles.errors import VoltanaError
 from sim.policies.answers import route

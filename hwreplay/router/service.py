@@ -15,7 +15,6 @@ import uvloop
 from aiohttp import web
 
 from hwreplay.clock import RunClock
-from hwreplay.context import PolicySource
 from hwreplay.router.admission import Admission, read_body
 from hwreplay.router.attempt import NoWorkerError
 from hwreplay.router.body import PATHS, BadRequestError, parse_body
@@ -37,6 +36,7 @@ from hwreplay.router.prometheus import (
 )
 from hwreplay.router.proxy import Call, Proxy
 from hwreplay.router.sink import ClientSink
+from hwreplay.view.context import PolicySource
 from profiles.catalog import Profile, load_profile
 from profiles.errors import VoltanaError
 

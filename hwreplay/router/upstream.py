@@ -1,7 +1,8 @@
 """HTTP/1.1 to an engine server: POSTs over kept connections, one request a connection at a time.
 
 aiohttp's client does far more than that, and two requests of it were the dearest part of routing
-one. What a server sends is not trusted to be HTTP: anything else ends as an `UpstreamError`.
+one. llhttp reads the answers, as strictly as it does by default: what is no HTTP ends as an
+`UpstreamError`.
 """
 
 from __future__ import annotations
@@ -11,8 +12,11 @@ import ssl
 from collections import deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import Final, cast
 from urllib.parse import urlsplit
+
+from httptools import HttpParserError, HttpResponseParser
 
 from profiles.errors import VoltanaError
 
@@ -22,7 +26,6 @@ MAX_HEAD_BYTES: Final = 2**16
 MAX_CHUNK_BYTES: Final = 2**24
 PAUSE_BYTES: Final = 2**18
 """So much of an answer may wait for a slow client; then the server has to."""
-END: Final = b"\r\n"
 
 
 class UpstreamError(VoltanaError):
@@ -38,7 +41,7 @@ class ConnectTimeoutError(UpstreamError):
 
 
 class Connection(asyncio.Protocol):
-    """One connection, and the answer that is coming on it."""
+    """One connection, and the answer that is coming on it. The parser calls `on_...`."""
 
     _transport: asyncio.Transport
 
@@ -47,13 +50,14 @@ class Connection(asyncio.Protocol):
         self.content_type = ""
         self.idle_since_s = 0.0
         self._loop = asyncio.get_running_loop()
+        self._parser = HttpResponseParser(self)
         self._waiter: asyncio.Future[None] | None = None
         self._error: UpstreamError | None = None
-        self._rest = b""
         self._pieces: list[bytes] = []
-        self._left: int | None = None
-        """Bytes of the body still to come, where its length is known."""
-        self._is_chunked = self._is_paused = False
+        self._chunk: list[bytes] = []
+        self._unread_bytes = 0
+        """What has come since the last head or piece of the body was whole."""
+        self._has_length = self._is_chunked = self._is_paused = False
         self._is_kept = self._is_over = True
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -62,8 +66,7 @@ class Connection(asyncio.Protocol):
 
     def send(self, request: bytes) -> None:
         """Start an exchange."""
-        self.status = 0
-        self._left = None
+        self.status = self._unread_bytes = 0
         self._is_over = False
         self._transport.write(request)
 
@@ -114,87 +117,87 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """Called by the loop."""
-        self._rest = self._rest + data if self._rest else data
-        try:
-            if not self._is_over and (self.status or self._take_head()):
-                (self._take_chunks if self._is_chunked else self._take_body)()
-        except ValueError as error:
-            self._error = UpstreamError(f"its answer is no HTTP: {error}")
-            self._transport.abort()
-        if self._is_over and self._rest:  # nobody has asked for it
+        if self._is_over:  # nobody has asked for it
             self._is_kept = False
-            self._rest = b""
+            return
+        self._unread_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except HttpParserError as error:
+            self._break(error.__context__ or error)
+        if self._unread_bytes > (MAX_CHUNK_BYTES if self.status else MAX_HEAD_BYTES):
+            self._break(f"its {'chunk' if self.status else 'head'} has no end")
         if not self._is_paused and sum(map(len, self._pieces)) > PAUSE_BYTES:
             self._is_paused = True
             self._transport.pause_reading()
         self._wake()
 
+    def _break(self, reason: object) -> None:
+        self._is_kept = False
+        if not self._is_over:
+            self._error = UpstreamError(f"its answer is no HTTP: {reason}")
+            self._transport.abort()
+
     def connection_lost(self, error: Exception | None) -> None:
         """Called by the loop. It ends an answer of unknown length, and breaks any other."""
-        has_no_length = bool(self.status) and not self._is_chunked and self._left is None
-        if has_no_length and error is None:
+        if self.status and not self._has_length and error is None:
             self._is_over = True
         elif not self._is_over and self._error is None:
             self._error = UpstreamError(f"connection lost{f': {error}' if error else ''}")
         self._is_kept = False
         self._wake()
 
-    def _take_head(self) -> bool:
-        end = self._rest.find(END + END)
-        if end < 0:
-            if len(self._rest) > MAX_HEAD_BYTES:
-                raise ValueError("its head has no end")
-            return False
-        first, *lines = self._rest[:end].split(END)
-        self._rest = self._rest[end + 4 :]
-        version, status = first.split(b" ", 2)[:2]
-        if not version.startswith(b"HTTP/1."):
-            raise ValueError(f"it begins with {first[:40]!r}")
-        pairs = (line.partition(b":") for line in lines)
-        headers = {name.lower(): value.strip().decode("latin-1") for name, _, value in pairs}
-        self.content_type = headers.get(b"content-type", "application/octet-stream")
-        self._is_kept = version == b"HTTP/1.1" and headers.get(b"connection", "") != "close"
-        self._is_chunked = headers.get(b"transfer-encoding", "").lower() == "chunked"
-        if b"content-length" in headers:
-            self._left = int(headers[b"content-length"])
-            if self._left < 0:
-                raise ValueError(f"a length of {self._left}")
-        self.status = int(status)
-        return True
+    def on_message_begin(self) -> None:
+        """A head begins."""
+        if self._is_over:  # nobody has asked for it
+            raise HttpParserError("a second answer")
+        self.content_type = "application/octet-stream"
+        self._has_length = self._is_chunked = False
 
-    def _take_body(self) -> None:
-        data, self._rest = self._rest, b""
-        if self._left is not None:
-            data, self._rest = data[: self._left], data[self._left :]
-            self._left -= len(data)
-            self._is_over = self._left == 0
-        if data:
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """A line of the head, or of the trailers."""
+        if self.status:
+            return
+        name = name.lower()
+        if name == b"content-type":
+            self.content_type = value.decode("latin-1")
+        elif name == b"content-length":
+            self._has_length = True
+        elif name == b"transfer-encoding":
+            self._has_length = self._is_chunked = True
+            if value.lower() != b"chunked":
+                raise HttpParserError(f"a transfer encoding of {value[:40]!r}")
+        elif name == b"content-encoding" and value.lower() != b"identity":
+            raise HttpParserError(f"a content encoding of {value[:40]!r}")
+
+    def on_headers_complete(self) -> None:
+        """The head is there."""
+        status = self._parser.get_status_code()
+        if status == HTTPStatus.SWITCHING_PROTOCOLS:
+            raise HttpParserError("it switches protocols")
+        if status >= HTTPStatus.OK:  # those below announce another answer
+            self.status = status
+            self._unread_bytes = 0
+            self._is_kept = self._parser.should_keep_alive()
+
+    def on_body(self, data: bytes) -> None:
+        """A piece of the body, or of a chunk of it."""
+        if self._is_chunked:
+            self._chunk.append(data)
+        else:
+            self._unread_bytes = 0
             self._pieces.append(data)
 
-    def _take_chunks(self) -> None:
-        """Whole chunks only: a server sends one an event."""
-        data, at = self._rest, 0
-        while (end := data.find(END, at)) >= 0:
-            size = int(data[at:end].partition(b";")[0], 16)
-            if not 0 <= size <= MAX_CHUNK_BYTES:
-                raise ValueError(f"a chunk of {size} bytes")
-            start = end + len(END)
-            if size == 0:
-                stop = data.find(END + END, end)  # behind trailers, if there are any
-                if stop >= 0:
-                    self._is_over = True
-                    at = stop + len(END + END)
-                break
-            stop = start + size
-            if len(data) < stop + len(END):
-                break
-            if data[stop : stop + len(END)] != END:
-                raise ValueError("a chunk longer than it says")
-            self._pieces.append(data[start:stop])
-            at = stop + len(END)
-        self._rest = data[at:]
-        if len(self._rest) > MAX_CHUNK_BYTES + MAX_HEAD_BYTES:
-            raise ValueError("a chunk without an end")
+    def on_chunk_complete(self) -> None:
+        """Only whole chunks are passed on: a server sends one an event."""
+        self._unread_bytes = 0
+        self._pieces += self._chunk
+        self._chunk.clear()
+
+    def on_message_complete(self) -> None:
+        """The answer is over, or the head that announced it."""
+        if self.status:
+            self._is_over = True
 
 
 class Upstream:

@@ -63,9 +63,7 @@ _OTHERS: Final = (
 class IterationModel(Protocol):
     """Predicts one iteration; the profile's step model does."""
 
-    def predict_s(
-        self, phase: str, frequency_mhz: int, batch_size: float, tokens: float
-    ) -> float: ...
+    def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float: ...
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -54,7 +54,13 @@ class Gemm:
         self._k = sorted({k for _, k in self._curves})
 
     def time_s(self, m: float, n: int, k: int) -> float:
-        """Seconds for one GEMM."""
+        """Seconds for one GEMM of m×k by k×n.
+
+        Args:
+            m: Tokens.
+            n: Columns of the weights.
+            k: Rows of the weights.
+        """
         total = 0.0
         for n_at, n_weight in _weights(self._n, n):
             for k_at, k_weight in _weights(self._k, k):
@@ -85,6 +91,12 @@ class Attention:
 
     Beyond the longest measured length it continues its last piece, beyond the largest batch it
     grows in proportion to the batch.
+
+    Args:
+        data: Folder of the sources.
+        phase: "prefill" or "decode".
+        heads: Query heads of one GPU.
+        kv_heads: Key and value heads of one GPU.
     """
 
     def __init__(self, data: Path, phase: str, heads: int, kv_heads: int) -> None:

@@ -83,7 +83,13 @@ all three, so the 14 layers of Ministral-3b agree with its capacity."""
 
 
 class Cost:
-    """Time, bytes read and arithmetic of one iteration at the top clock."""
+    """Time, bytes read and arithmetic of one iteration at the top clock.
+
+    Args:
+        data: Folder of the sources.
+        shape: The model.
+        attention_multiplier: Factor on both attention kernels; 1 is as measured.
+    """
 
     def __init__(self, data: Path, shape: Shape, *, attention_multiplier: float) -> None:
         self._shape = shape

@@ -41,7 +41,7 @@ from profiles.engines.sglang_client import (
     get_json,
 )
 from profiles.engines.sglang_metrics import IterationMetrics, is_whole
-from profiles.engines.sglang_serving import fit_overheads, measure_passages, serving_table
+from profiles.engines.sglang_serving import fit_delays, measure_passages, serving_table
 from profiles.errors import VoltanaError
 
 CONTEXT_MARGIN: Final = 8
@@ -125,8 +125,8 @@ class SglangEngine:
 
     def measure_serving(self) -> Mapping[str, Any]:
         passages = measure_passages(self.client, self.records(self.servers.prefill), self.facts)
-        overheads = fit_overheads(passages, self.facts.kv_bytes_per_token)
-        return serving_table(overheads, self.facts, self.kv_reserve_tokens)
+        delays = fit_delays(passages, self.facts.kv_bytes_per_token)
+        return serving_table(delays, self.facts, self.kv_reserve_tokens)
 
     @property
     def servers(self) -> Servers:

@@ -40,7 +40,7 @@ class Passage:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Overheads:
+class ServingDelays:
     """Of a request, beyond its iterations."""
 
     in_s: float
@@ -77,7 +77,7 @@ def measure_passages(
     return found
 
 
-def fit_overheads(passages: Sequence[Passage], kv_bytes_per_token: int) -> Overheads:
+def fit_delays(passages: Sequence[Passage], kv_bytes_per_token: int) -> ServingDelays:
     """A line through the medians of the hand-over by prompt length; a falling one has no slope.
 
     Raises:
@@ -88,14 +88,14 @@ def fit_overheads(passages: Sequence[Passage], kv_bytes_per_token: int) -> Overh
         ...     Passage(prompt_tokens=n, in_s=0.01, handover_s=0.02 + n * 1e-6)
         ...     for n in (100, 1000, 2000)
         ... ]
-        >>> found = fit_overheads(passages, kv_bytes_per_token=1000)
+        >>> found = fit_delays(passages, kv_bytes_per_token=1000)
         >>> round(found.fixed_s, 6), round(found.bytes_per_s)
         (0.03, 1000000000)
     """
     lengths = sorted({passage.prompt_tokens for passage in passages})
     if len(lengths) < MIN_LENGTHS:
         raise NotHeldError(
-            f"overheads need requests of >= {MIN_LENGTHS} prompt lengths, {len(lengths)} ran alone "
+            f"delays need requests of >= {MIN_LENGTHS} prompt lengths, {len(lengths)} ran alone "
             "in one pass: leave the servers to the profiler"
         )
     medians = [
@@ -106,7 +106,7 @@ def fit_overheads(passages: Sequence[Passage], kv_bytes_per_token: int) -> Overh
     if slope <= 0.0:
         slope, fixed_s = 0.0, statistics.median(medians)
     off_s = [abs(p.handover_s - fixed_s - slope * p.prompt_tokens) for p in passages]
-    return Overheads(
+    return ServingDelays(
         in_s=statistics.median(passage.in_s for passage in passages),
         handover_s=max(fixed_s, 0.0),
         bytes_per_s=kv_bytes_per_token / slope if slope else None,
@@ -115,26 +115,26 @@ def fit_overheads(passages: Sequence[Passage], kv_bytes_per_token: int) -> Overh
 
 
 def serving_table(
-    overheads: Overheads, facts: EngineFacts, kv_reserve_tokens: int | None
+    delays: ServingDelays, facts: EngineFacts, kv_reserve_tokens: int | None
 ) -> Mapping[str, Any]:
     """What `serving.toml` holds: the measurement, and the `voltana simulate` keys it amounts to."""
     simulate: dict[str, Any] = {
         "first_token": "prefill",
-        "kv_transfer_latency_s": round(overheads.fixed_s, 6),
+        "kv_transfer_latency_s": round(delays.fixed_s, 6),
         "max_prefill_tokens": facts.max_prefill_tokens,
         "max_running_requests": facts.max_running_requests,
         "kv_capacity_tokens": facts.kv_capacity_tokens,
     }
-    if overheads.bytes_per_s is not None:
-        simulate["kv_transfer_bytes_per_s"] = float(f"{overheads.bytes_per_s:.4g}")
+    if delays.bytes_per_s is not None:
+        simulate["kv_transfer_bytes_per_s"] = float(f"{delays.bytes_per_s:.4g}")
     if kv_reserve_tokens is not None:
         simulate["kv_reserve_tokens"] = kv_reserve_tokens
     measured = {
         "status": "measured",
         "source": f"single requests on idle servers, {facts.engine_name} {facts.engine_version}",
-        "in_s": round(overheads.in_s, 6),
-        "handover_s": round(overheads.handover_s, 6),
-        "handover_spread_s": round(overheads.handover_spread_s, 6),
+        "in_s": round(delays.in_s, 6),
+        "handover_s": round(delays.handover_s, 6),
+        "handover_spread_s": round(delays.handover_spread_s, 6),
         "limits": "those of the servers profiled; a fleet with other arguments has its own",
     }
     return {"schema_version": 1, "measured": measured, "simulate": simulate}

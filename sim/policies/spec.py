@@ -58,7 +58,15 @@ def parameter(
     high: float | None = None,
     choices: tuple[str, ...] = (),
 ) -> T:
-    """Declare a policy parameter: default, one line of meaning, inclusive range or choices."""
+    """Declare a policy parameter.
+
+    Args:
+        default: Its value if the user gives none.
+        meaning: One line for `voltana list`.
+        low: Smallest value allowed, in the parameter's unit.
+        high: Largest value allowed, in the parameter's unit.
+        choices: Words allowed, for a parameter that is a word.
+    """
     made: Any = field(
         default=default,
         metadata={"meaning": meaning, "low": low, "high": high, "choices": choices},
@@ -145,7 +153,7 @@ def bind_parameters(spec: PolicySpec, parameters: type[T]) -> T:
 
 
 def describe_parameters(parameters: type[object]) -> tuple[ParameterInfo, ...]:
-    """What a policy's parameter dataclass declares, in order."""
+    """The parameters that a policy's dataclass declares, in order."""
     hints = get_type_hints(parameters)
     return tuple(
         ParameterInfo(

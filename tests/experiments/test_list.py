@@ -9,8 +9,10 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import pandas as pd
 import pytest
 
+from sim.policies import reconstructed
 from sim.policies.registry import CONSTANTS, CONTROLLERS, ROUTERS, Entry
 from sim.policies.spec import describe_parameters
 from tests.conftest import ROOT
@@ -54,6 +56,24 @@ def test_a_policy_that_says_ours_is_marked_so(kind: str) -> None:
         assert (entry.constants == "ours") is is_own, name
         if entry.constants == "published" and name != "ecofreq":
             assert "are ours" not in entry.source, name
+
+
+@pytest.mark.parametrize("kind", sorted(KINDS))
+def test_invented_constants_have_a_room_that_names_its_policies(kind: str) -> None:
+    for name, entry in KINDS[kind].items():
+        is_there = entry.make.__module__.startswith(f"{reconstructed.__name__}.")
+        assert (entry.constants == "invented") is is_there, name
+        assert not is_there or f"- `{name}`: " in str(reconstructed.__doc__)
+
+
+def test_no_headline_table_holds_them() -> None:
+    invented = {n for kind in KINDS.values() for n, e in kind.items() if e.constants == "invented"}
+    invented -= {name for name, entry in ROUTERS.items() if entry.constants == "published"}
+    contest = pd.read_csv(ROOT / "results" / "contest.csv")
+    assert not invented & {*contest["controller"], *contest["router"]}
+    for path in (ROOT / "experiments" / "configs").glob("*.toml"):
+        named = re.findall(r'"([a-z-]+)[":]', path.read_text(encoding="utf-8"))
+        assert not invented & {*named}, path.name
 
 
 @pytest.mark.parametrize("columns", [80, 120])

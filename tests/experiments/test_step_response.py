@@ -23,12 +23,12 @@ class Affine:
     """T = (10 ms + 0.1 ms·b)·1000/f, and 4 ms more from 65 requests on."""
 
     def time_and_power(
-        self, phase: str, frequency_mhz: int, batch_size: float, tokens: float
+        self, phase: str, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
         stair = 4e-3 if batch_size > 64 else 0.0
-        return (10e-3 + 1e-4 * batch_size + stair) * 1000 / frequency_mhz, 100.0
+        return (10e-3 + 1e-4 * batch_size + stair) * 1000 / clock_mhz, 100.0
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 

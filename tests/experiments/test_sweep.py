@@ -263,11 +263,8 @@ def test_an_error_on_a_ray_cluster_is_the_point_s_own(
 ) -> None:
     monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
     good, bad = points(2), expand({"base": {"duration_s": 2.0, "controller": FAULTY}}, "test")
-    with pytest.raises(
-        VoltanaError,
-        match=r"1 of 3 points failed, the first with: .*"
-        r"Faulty \(prefill 1\): decide raised KeyError",
-    ):
+    said = r"1 of 3 points failed, the first with: .*Faulty \(prefill 1\): decide raised KeyError"
+    with pytest.raises(VoltanaError, match=said):
         run_sweep([*bad, *good], tmp_path, engine="ray")
     assert set(energies(pd.read_csv(tmp_path / "results.csv"))) == {p.key for p in good}
 

@@ -11,8 +11,8 @@ import pytest
 from experiments.study.train import TrainingPlan, train
 from profiles.errors import VoltanaError
 from sim.config import make_config
-from sim.policies.mdp.policy_file import load_policy
-from sim.rl.qlearn import Learner, QSettings, save_checkpoint
+from sim.mdp.learn.qlearn import Learner, QSettings, save_checkpoint
+from sim.mdp.policy_file import load_policy
 from tests.experiments.test_cli import voltana
 
 COARSE = ["--width", "32", "--max-requests", "160", "--set", "slo_itl_s=0.045"]

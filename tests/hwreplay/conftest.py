@@ -10,7 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.engines.launch import Engine, Server, run_fleet
+from hwreplay.engines.launch import run_fleet
+from hwreplay.engines.plan import Installation
+from hwreplay.engines.server import Server
 from tests.conftest import ROOT
 
 ENGINE = ROOT / ".engine"
@@ -47,7 +49,7 @@ def engine_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineFle
     logs = tmp_path_factory.mktemp("engine")
     try:
         with run_fleet(
-            Engine.in_folder(ENGINE), logs, num_decode=2, sockets=sockets, start_s=400
+            Installation.in_folder(ENGINE), logs, num_decode=2, sockets=sockets, start_s=400
         ) as servers:
             yield EngineFleet(servers=servers, sockets=sockets, logs=logs)
     finally:

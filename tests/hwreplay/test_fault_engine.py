@@ -28,15 +28,22 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hwreplay.agent.control import StaleLimits
 from hwreplay.clock import RunClock
-from hwreplay.engines.launch import Server, restart
+from hwreplay.engines.launch import restart
+from hwreplay.engines.server import Server
 from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
 from sim.workload.workload import Workload
 from tests.conftest import ROOT
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.conftest import EngineFleet
+from tests.hwreplay.engines.test_engine_pair import (
+    OUTPUT_TOKENS,
+    PROMPT,
+    agent_config,
+    agents,
+    through,
+)
 from tests.hwreplay.metrics_relay import MetricsRelay
-from tests.hwreplay.test_engine_pair import OUTPUT_TOKENS, PROMPT, agent_config, agents, through
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 
@@ -115,10 +122,10 @@ IN_FLIGHT = ("voltana_in_flight", "voltana_queued")
 def gate(fleet: EngineFleet, directory: Path, **limits: Any) -> Iterator[Gate]:  # noqa: ANN401
     tables: dict[str, list[dict[str, Any]]] = {"prefill": [], "decode": []}
     for server in fleet.servers:
-        table: dict[str, Any] = {"url": server.url, "metrics": server.metrics}
-        if server.bootstrap_port is not None:
-            table["bootstrap_port"] = server.bootstrap_port
-        tables[server.phase].append(table)
+        table: dict[str, Any] = {"url": server.plan.url, "metrics": server.plan.metrics}
+        if server.plan.bootstrap_port is not None:
+            table["bootstrap_port"] = server.plan.bootstrap_port
+        tables[server.plan.phase].append(table)
     whole = {
         "simulate": {
             "router": "round-robin", "kv_capacity_tokens": 8192, "max_running_requests": 16
@@ -236,7 +243,7 @@ def test_a_client_that_stops_reading_is_dropped_and_its_work_with_it(
 
 async def num_running(client: aiohttp.ClientSession, server: Server) -> int:
     """By the engine's own word."""
-    async with client.get(server.url + "/v1/loads?include=core") as answer:
+    async with client.get(server.plan.url + "/v1/loads?include=core") as answer:
         loads = (await answer.json())["loads"]
     return sum(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
 
@@ -277,10 +284,10 @@ def test_a_decode_server_that_waits_for_prefill_is_silent_and_stays_in(
 
     async def play(found: Gate) -> tuple[list[bool], dict[str, int], bytes]:
         clock = RunClock()
-        assert engine_fleet.decode[0].metrics is not None
+        assert engine_fleet.decode[0].plan.metrics is not None
         async with (
             aiohttp.ClientSession() as client,
-            MetricsFeed(engine_fleet.decode[0].metrics, clock) as feed,
+            MetricsFeed(engine_fleet.decode[0].plan.metrics, clock) as feed,
         ):
             for _ in range(2):  # both decode servers have run an iteration
                 async with client.post(found.url + "/generate", json=body(8, 4)) as answer:
@@ -404,8 +411,8 @@ def test_dropped_metrics_unlock_while_requests_go_on(
 ) -> None:
     """A relay between engine and agent lets nothing pass for a while."""
     server = engine_fleet.decode[0]
-    assert server.metrics is not None
-    with MetricsRelay(server.metrics, tmp_path / "relay") as relay:
+    assert server.plan.metrics is not None
+    with MetricsRelay(server.plan.metrics, tmp_path / "relay") as relay:
         config = agent_config(
             server,
             metrics_address=relay.address,

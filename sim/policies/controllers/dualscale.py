@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import first_clock_mhz, least_energy_clock_mhz, levels_of
+from sim.policies.clocks import least_energy_clock_mhz, levels_of
+from sim.policies.fitting import LowestFitting
 from sim.policies.spec import parameter
 
 
@@ -33,7 +34,7 @@ class ProjectedBatch:
     num_requests: int
     tokens: int
     waited_s: float
-    """How long its oldest request has waited by now."""
+    """How long its oldest request has waited until now."""
 
 
 class DualScale(Controller):
@@ -51,7 +52,7 @@ class DualScale(Controller):
     clock while requests wait in decode and that no level is below the clock of least energy.
     """
 
-    __slots__ = ("_context", "_decision_mhz", "_levels_mhz", "_parameters")
+    __slots__ = ("_context", "_decision_mhz", "_fitting", "_levels_mhz", "_parameters")
 
     def __init__(self, parameters: DualScaleParameters, context: PolicyContext) -> None:
         self._levels_mhz = levels_of(
@@ -60,6 +61,9 @@ class DualScale(Controller):
             parameters.num_levels,
             "dualscale-mpc",
             low_mhz=least_energy_clock_mhz(context),
+        )
+        self._fitting = LowestFitting(
+            context.predictor, DECODE, self._levels_mhz, context.slo_itl_s
         )
         self._parameters = parameters
         self._context = context
@@ -85,14 +89,7 @@ class DualScale(Controller):
         pressed = state.kv_tokens > self._parameters.kv_limit_frac * context.kv_capacity_tokens
         if state.num_waiting > 0 or pressed:
             return self._levels_mhz[-1]
-        predict_s, batch, tokens = (
-            context.predictor.predict_s,
-            state.last_batch_size,
-            state.last_tokens,
-        )
-        return first_clock_mhz(
-            self._levels_mhz, lambda f: predict_s(DECODE, f, batch, tokens) <= context.slo_itl_s
-        )
+        return self._fitting.clock_mhz(state.last_batch_size, state.last_tokens)
 
     def _project(self, state: InstanceState) -> list[ProjectedBatch]:
         batches = [

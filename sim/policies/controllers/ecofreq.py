@@ -88,23 +88,19 @@ class EcoFreq(Controller):
         elif self._phase == DECODE:
             clock_mhz = self._fitting.clock_mhz(batch_size, state.last_tokens)
         else:
-            clock_mhz = self._lowest_fitting_mhz(
-                batch_size, state.last_tokens, self._limit_s - state.last_queue_delay_s
+            limit_s, tokens = self._limit_s - state.last_queue_delay_s, state.last_tokens
+            clock_mhz = first_clock_mhz(
+                self._levels_mhz,
+                lambda f: self._predict_s(PREFILL, f, batch_size, tokens) <= limit_s,
             )
         self._decision_mhz = clock_mhz
         return clock_mhz
-
-    def _lowest_fitting_mhz(self, batch_size: int, tokens: int, limit_s: float) -> int:
-        predict_s = self._predict_s
-        return first_clock_mhz(
-            self._levels_mhz, lambda f: predict_s(PREFILL, f, batch_size, tokens) <= limit_s
-        )
 
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return self._idle
 
     def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
-        """A waiting queue asks for the top clock as long as it waits; else until tokens bind."""
+        """With a queue the top clock stays; else the clock stays until tokens exceed its limit."""
         if self._phase != DECODE:
             return 0
         if state.num_waiting > 0:

@@ -15,7 +15,7 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import clock_list
+from sim.policies.clocks import cheapest_clock_mhz, clock_list
 from sim.policies.spec import parameter
 
 _STEPS: Final = 10
@@ -95,12 +95,10 @@ class Oracle(Controller):
         now_s = self._truth.time_and_power(
             DECODE, state.clock_mhz, state.num_running, state.kv_tokens
         )[0]
-        best_mhz, best_w = self._top_mhz, math.inf
-        for clock in self._levels_mhz:
-            power_w = self._settled_power_w(clock, state.num_running, state.kv_tokens, now_s)
-            if power_w < best_w:
-                best_mhz, best_w = clock, power_w
-        return best_mhz
+        return cheapest_clock_mhz(
+            self._levels_mhz,
+            lambda f: self._settled_power_w(f, state.num_running, state.kv_tokens, now_s),
+        )
 
     def _settled_power_w(self, clock_mhz: int, batch: int, tokens: int, now_s: float) -> float:
         """Power once the batch has settled; infinite if some iteration until then is too long."""
@@ -125,12 +123,11 @@ class Oracle(Controller):
             oldest_s = max(state.now_s - r.arrival_s for r in state.list_waiting())
             # one prompt of all the tokens takes longer than any batch of them
             behind_s = oldest_s + at(phase, self._top_mhz, 1, max(state.waiting_tokens, 1))[0]
-        best_mhz, best_j = self._top_mhz, math.inf
-        for clock in self._levels_mhz:
-            time_s, power_w = at(phase, clock, batch, tokens)
-            wait_s = max(state.last_queue_delay_s, behind_s, time_s)
-            if wait_s + time_s <= self._ttft_s:
-                energy_j = (power_w - self._truth.idle_power_w(clock)) * time_s
-                if energy_j < best_j:
-                    best_mhz, best_j = clock, energy_j
-        return best_mhz
+
+        def energy_j(clock_mhz: int) -> float:
+            time_s, power_w = at(phase, clock_mhz, batch, tokens)
+            if max(state.last_queue_delay_s, behind_s, time_s) + time_s > self._ttft_s:
+                return math.inf
+            return (power_w - self._truth.idle_power_w(clock_mhz)) * time_s
+
+        return cheapest_clock_mhz(self._levels_mhz, energy_j)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
 from sim.policies.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
-from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.latency import LatencyWindow
 from sim.policies.spec import parameter
 
 
@@ -80,16 +80,12 @@ class Window(Controller):
         tokens = math.ceil(self._tokens / self._iterations)
         limit_s = self._budget_s - self._delay_s / self._iterations
 
-        def time_s(clock: int) -> float:
-            return context.predictor.predict_s(context.phase, clock, batch, tokens)
+        def energy_j(clock_mhz: int) -> float:
+            point = context.phase, clock_mhz, batch, tokens
+            time_s = context.predictor.predict_s(*point)
+            return context.power.power_w(*point) * time_s if time_s <= limit_s else math.inf
 
-        return cheapest_clock_mhz(
-            self._levels_mhz,
-            lambda clock: time_s(clock) <= limit_s,
-            lambda clock: (
-                context.power.power_w(context.phase, clock, batch, tokens) * time_s(clock)
-            ),
-        )
+        return cheapest_clock_mhz(self._levels_mhz, energy_j)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
@@ -116,19 +117,16 @@ class Throttllm(Controller):
         return not same or self._next_departure <= 0
 
     def _for_decode(self, state: InstanceState) -> int:
-        clocks = self._clocks
+        top_mhz = self._clocks[-1]
         segments = self.project(state.list_running(), state.kv_tokens)
         self._next_departure = segments[0].num_iterations if segments else 0
-        if state.num_waiting > 0 or not self._is_feasible(clocks[-1], segments, state.now_s):
-            return clocks[-1]
-        low, high = 0, len(clocks) - 1
-        while low < high:
-            middle = (low + high) // 2
-            if self._is_feasible(clocks[middle], segments, state.now_s):
-                high = middle
-            else:
-                low = middle + 1
-        return clocks[low]
+
+        def fits(clock: int) -> bool:
+            return self._is_feasible(clock, segments, state.now_s)
+
+        if state.num_waiting > 0 or not fits(top_mhz):
+            return top_mhz
+        return self._clocks[bisect_left(self._clocks[:-1], True, key=fits)]
 
     def project(self, running: Sequence[RunningRequest], kv_tokens: int) -> list[Segment]:
         """The scoreboard: the batch from now on as requests leave it, none joining."""

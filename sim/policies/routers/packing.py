@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router, States
-from sim.policies.clocks import clock_list, first_clock_mhz
+from sim.policies.clocks import clock_list
 from sim.policies.dice import Dice
 from sim.policies.fitting import LowestFitting
 from sim.policies.routers.ecoroute import reference_levels, slowest_emptiest
@@ -14,7 +14,16 @@ from sim.policies.spec import parameter
 
 
 def predicted_itl_s(context: PolicyContext, state: InstanceState, added_tokens: int) -> float:
-    """ITL at the top clock with one request of that many tokens more."""
+    """ITL at the top clock with one request more.
+
+    Args:
+        context: The predictor and the clocks.
+        state: A decode instance.
+        added_tokens: Context of the new request.
+
+    Returns:
+        Predicted time of an iteration, in s.
+    """
     return context.predictor.predict_s(
         DECODE,
         context.clocks_mhz[-1],
@@ -212,11 +221,14 @@ class LeastAddedPower(Router):
     compares watts.
     """
 
-    __slots__ = ("_context", "_limit_s")
+    __slots__ = ("_context", "_fitting", "_limit_s")
 
     def __init__(self, parameters: LeastAddedPowerParameters, context: PolicyContext) -> None:
         self._context = context
         self._limit_s = context.slo_itl_s - parameters.guard_s
+        self._fitting = LowestFitting(
+            context.predictor, DECODE, context.default_levels_mhz, self._limit_s
+        )
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
         def rise(state: InstanceState) -> tuple[float, float, float]:
@@ -230,13 +242,9 @@ class LeastAddedPower(Router):
     def _at(self, batch_size: int, tokens: int) -> tuple[float, float]:
         """Excess over the limit (0 if kept) and power at the lowest level that keeps it."""
         c = self._context
-        levels = c.default_levels_mhz
         if batch_size == 0:
-            return 0.0, c.power.idle_power_w(levels[0])
+            return 0.0, c.power.idle_power_w(c.default_levels_mhz[0])
         tokens = min(max(tokens, 1), c.kv_capacity_tokens)
-        predict_s = c.predictor.predict_s
-        clock = first_clock_mhz(
-            levels, lambda f: predict_s(DECODE, f, batch_size, tokens) <= self._limit_s
-        )
-        excess_s = predict_s(DECODE, clock, batch_size, tokens) - self._limit_s
-        return max(excess_s, 0.0), c.power.power_w(DECODE, clock, batch_size, tokens)
+        point = self._fitting.clock_mhz(batch_size, tokens), batch_size, tokens
+        excess_s = c.predictor.predict_s(DECODE, *point) - self._limit_s
+        return max(excess_s, 0.0), c.power.power_w(DECODE, *point)

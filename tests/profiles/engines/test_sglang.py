@@ -24,13 +24,11 @@ from profiles.engines.sglang import (
     full_runs,
     steps_s,
 )
+from profiles.engines.sglang_attach import attach
 from profiles.engines.sglang_client import Client, Endpoint, Records, Servers
-from profiles.engines.sglang_fleet import LaunchPlan, attach, start_servers
 from profiles.engines.sglang_metrics import IterationMetrics, is_whole
-from profiles.engines.sglang_serving import Overheads, Passage, fit_overheads
+from profiles.engines.sglang_serving import Passage, ServingDelays, fit_delays
 from profiles.errors import VoltanaError
-from tests.conftest import ROOT
-from tests.hwreplay.actuator.conftest import eventually
 from tests.profiles.device.standin import Standin
 from tests.profiles.measure.test_measure import FACTS
 
@@ -116,12 +114,12 @@ def test_a_hand_over_that_does_not_grow_has_no_bandwidth() -> None:
     passages = [
         Passage(prompt_tokens=n, in_s=0.01, handover_s=0.02 - n * 1e-6) for n in (10, 100, 1000)
     ]
-    found = fit_overheads(passages, kv_bytes_per_token=256)
+    found = fit_delays(passages, kv_bytes_per_token=256)
     assert found.bytes_per_s is None
     assert found.handover_s == pytest.approx(0.0199)
-    assert isinstance(found, Overheads)
+    assert isinstance(found, ServingDelays)
     with pytest.raises(NotHeldError, match="2 ran alone"):
-        fit_overheads(passages[:2], kv_bytes_per_token=256)
+        fit_delays(passages[:2], kv_bytes_per_token=256)
 
 
 @pytest.mark.parametrize(
@@ -153,14 +151,6 @@ def test_a_unified_server_is_both(tmp_path: Path) -> None:
         assert servers.decode.url == "http://h:1"
 
 
-def test_without_sglang_the_remedy_is_named(tmp_path: Path) -> None:
-    plan = LaunchPlan(
-        python=tmp_path / "python", model="m", logs=tmp_path / "logs", is_cpu=True, is_pair=True
-    )
-    with pytest.raises(VoltanaError, match="make engine"), start_servers(plan):
-        pass
-
-
 def fake_python(path: Path) -> Path:
     """In place of a Python with SGLang: logs the cards it sees and its arguments, and ends."""
     path.write_text('#!/bin/sh\necho "cards $CUDA_VISIBLE_DEVICES"\necho "$@"\nexit 3\n')
@@ -186,27 +176,6 @@ def test_a_server_on_cards_gets_them_alone_and_prefills_long_prompts_whole(
     assert cards == "cards 1,0"
     assert "--chunked-prefill-size 16384 --tp-size 2" in arguments
     assert arguments.endswith("--tp-size 4")  # what the user says comes last, and so counts
-
-
-def test_a_killed_profiler_leaves_no_server(tmp_path: Path) -> None:
-    """kill -9 while the server starts: nobody but the reaper is there to end it."""
-    python = tmp_path / "python"
-    python.write_text(f"#!/bin/sh\necho $$ > {tmp_path}/pid\nexec sleep 600\n")
-    python.chmod(0o755)
-    code = (
-        "from pathlib import Path\nfrom profiles.engines.sglang_fleet import *\n"
-        f"plan = LaunchPlan(python=Path('{python}'), model='m', logs=Path('{tmp_path}'),"
-        " is_cpu=True, is_pair=False)\nwith start_servers(plan):\n    pass\n"
-    )
-    owner = subprocess.Popen([sys.executable, "-c", code], cwd=ROOT)
-    try:
-        pid = tmp_path / "pid"
-        assert eventually(lambda: pid.exists() and pid.read_text() != "", 60.0)
-    finally:
-        owner.kill()
-        owner.wait()
-    server = int(pid.read_text())
-    assert eventually(lambda: not Path(f"/proc/{server}").exists(), 60.0)
 
 
 @pytest.mark.parametrize(

@@ -226,11 +226,11 @@ def test_a_sketched_run_sees_the_same_noise(steady: Profile) -> None:
 class Known:
     """200 W busy at every clock; idle 50 W unlocked, 30 W locked."""
 
-    def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
         return 200.0
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return 30.0 if frequency_mhz else 50.0
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return 30.0 if clock_mhz else 50.0
 
 
 def test_power_that_is_believed_wrongly() -> None:

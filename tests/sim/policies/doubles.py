@@ -11,10 +11,10 @@ from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, Powe
 CLOCKS = (1000, 1200, 1400)
 
 
-def require_point(phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> None:
+def require_point(phase: str, clock_mhz: int, batch_size: int, tokens: int) -> None:
     """Refuse what no profile answers, also where a double's answer does not depend on it."""
     assert phase in ("prefill", "decode"), phase
-    assert min(frequency_mhz, batch_size, tokens) >= 0, (frequency_mhz, batch_size, tokens)
+    assert min(clock_mhz, batch_size, tokens) >= 0, (clock_mhz, batch_size, tokens)
 
 
 class Formula:
@@ -23,9 +23,9 @@ class Formula:
     def __init__(self, function: Callable[[str, int, int, int], float]) -> None:
         self._function = function
 
-    def predict_s(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
-        return self._function(phase, frequency_mhz, batch_size, tokens)
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        return self._function(phase, clock_mhz, batch_size, tokens)
 
 
 class LineFormula(Formula):
@@ -34,20 +34,18 @@ class LineFormula(Formula):
     def __init__(self) -> None:
         super().__init__(lambda p, f, b, t: (1e-3 * b + 1e-6 * t) * 1000 / f)
 
-    def predict_line(
-        self, phase: Phase, frequency_mhz: int, batch_size: int
-    ) -> tuple[float, float]:
-        return 1e-3 * batch_size * 1000 / frequency_mhz, 1e-6 * 1000 / frequency_mhz
+    def predict_line(self, phase: Phase, clock_mhz: int, batch_size: int) -> tuple[float, float]:
+        return 1e-3 * batch_size * 1000 / clock_mhz, 1e-6 * 1000 / clock_mhz
 
 
 class FlatPower:
     """100 W busy, 50 W idle."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return 100.0
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 
@@ -59,14 +57,14 @@ class Known:
         self._power = power
 
     def time_and_power(
-        self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
+        self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
-        point = phase, frequency_mhz or CLOCKS[-1], round(batch_size), round(tokens)
+        point = phase, clock_mhz or CLOCKS[-1], round(batch_size), round(tokens)
         require_point(*point)
         return self._predictor.predict_s(*point), self._power.power_w(*point)
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return self._power.idle_power_w(frequency_mhz)
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return self._power.idle_power_w(clock_mhz)
 
 
 def make_cluster(num_prefill: int = 1, num_decode: int = 1) -> Cluster:

@@ -12,7 +12,8 @@ from profiles.errors import VoltanaError
 from sim.config import make_config
 from sim.metrics import summarise
 from sim.policies.base import Cluster, Phase, PolicyContext
-from sim.policies.controllers.budget import (
+from sim.policies.clocks import fleet_power_w
+from sim.policies.controllers.polca import (
     BRAKE,
     FREE,
     HARD,
@@ -20,10 +21,8 @@ from sim.policies.controllers.budget import (
     MILD,
     PolcaParameters,
     PolcaPlan,
-    RapidParameters,
-    RapidPlan,
-    fleet_power_w,
 )
+from sim.policies.reconstructed.rapid import RapidParameters, RapidPlan
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import make_cluster, make_context, require_point
 
@@ -33,12 +32,12 @@ CLOCKS = (700, 1100, 1275, 1305, 1410)
 class Power:
     """Prefill 100, 200, 250, 300, 400 W by clock; decode half of it; idle 50 W."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
-        watts = dict(zip(CLOCKS, (100.0, 200.0, 250.0, 300.0, 400.0), strict=True))[frequency_mhz]
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        watts = dict(zip(CLOCKS, (100.0, 200.0, 250.0, 300.0, 400.0), strict=True))[clock_mhz]
         return watts if phase == "prefill" else watts / 2
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -27,11 +28,11 @@ from tests.sim.policies.doubles import Formula, decode_state, make_context, requ
 class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
-        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 
@@ -180,10 +181,10 @@ def test_a_list_of_clocks_is_the_user_s_in_order_and_once_each() -> None:
 
 def test_the_cheapest_that_fits_and_the_first_of_equals() -> None:
     cost = {700: 5.0, 1000: 2.0, 1200: 2.0, 1300: 1.0, 1400: 9.0}
-    assert cheapest_clock_mhz(FIVE, lambda f: True, cost.__getitem__) == 1300
-    assert cheapest_clock_mhz(FIVE, lambda f: f != 1300, cost.__getitem__) == 1000
-    assert cheapest_clock_mhz(FIVE, lambda f: f == 1400, cost.__getitem__) == 1400
-    assert cheapest_clock_mhz(FIVE, lambda f: False, cost.__getitem__) == 1400
+    for left_out, cheapest in (((), 1300), ((1300,), 1000), ((700, 1000, 1200, 1300), 1400)):
+        costs = cost | dict.fromkeys(left_out, math.inf)
+        assert cheapest_clock_mhz(FIVE, costs.__getitem__) == cheapest
+    assert cheapest_clock_mhz(FIVE, lambda f: math.inf) == 1400
 
 
 def test_a_cap_admits_the_fastest_within_it_and_the_slowest_at_least() -> None:

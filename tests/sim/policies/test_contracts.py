@@ -16,6 +16,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from profiles.catalog import Profile
+from sim.mdp.grid import StateGrid
+from sim.mdp.policy_file import PolicyFile
 from sim.policies.base import (
     UNLOCKED_MHZ,
     InstanceState,
@@ -25,8 +27,6 @@ from sim.policies.base import (
     RunningRequest,
     WaitingRequest,
 )
-from sim.policies.mdp.grid import StateGrid
-from sim.policies.mdp.policy_file import PolicyFile
 from sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
 from sim.records import COMPLETED, RunRecord
 from tests.conftest import ROOT
@@ -52,11 +52,11 @@ class Power:
     def __init__(self, function: Callable[[int], float]) -> None:
         self._function = function
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return self._function(frequency_mhz)
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return self._function(clock_mhz)
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return self._function(frequency_mhz) / 2
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return self._function(clock_mhz) / 2
 
 
 RISING = Power(lambda f: 50.0 + 250.0 * ((f or CLOCKS[-1]) / 1400) ** 3)

@@ -24,20 +24,20 @@ EXACT = f"{PLAIN},reserve=3"
 class CubicPower:
     """50 W + 200 W·(f/1400)³ busy, f/20 W idle; unlocked as at 1400 MHz."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return 50.0 + 200.0 * (frequency_mhz / 1400) ** 3
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 50.0 + 200.0 * (clock_mhz / 1400) ** 3
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return (frequency_mhz or 1400) / 20
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return (clock_mhz or 1400) / 20
 
 
 class FlatterPower(CubicPower):
     """150 W + 20 W·f/1400, 50 W idle: power says slow, energy (P - 50 W)·T says fast."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        return 150.0 + 20.0 * frequency_mhz / 1400
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 150.0 + 20.0 * clock_mhz / 1400
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 

@@ -12,7 +12,7 @@ from experiments.runs import run
 from sim.config import make_config
 from sim.metrics import summarise
 from sim.policies.base import InstanceState, RequestView
-from sim.policies.controllers.feedback import LatencyWindow
+from sim.policies.latency import LatencyWindow
 from sim.policies.registry import make_controller, make_router
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
@@ -212,11 +212,11 @@ def test_packing(name: str, opened: tuple[int, ...], chosen: int) -> None:
 class LevelPower:
     """MHz / 10 in watts, and one watt for each of the first 16 requests."""
 
-    def power_w(self, phase: str, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
-        return frequency_mhz / 10 + min(batch_size, 16)
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        return clock_mhz / 10 + min(batch_size, 16)
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 40.0
 
 

@@ -16,11 +16,11 @@ ALL = "frequencies=1000+1200+1400"
 class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
-        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 
@@ -62,6 +62,14 @@ def test_prefill(delay_s: float, queued: int, clock: int) -> None:
         f"greenllm:window=1.0,{ALL}", prefill_context({1000: 0.30, 1200: 0.18, 1400: 0.15})
     )
     assert made.decide(prefill_state(delay_s=delay_s, queued=queued)) == clock
+
+
+def test_a_load_of_one_fits_no_clock() -> None:
+    """400 tokens/s in batches of 100 that take .25 s: rho = 1, the queue never ends. At 1200 MHz
+    rho = .72, W = .72·.18 / .56 = .231, and .18 more is within .5."""
+    context = prefill_context({1000: 0.25, 1200: 0.18, 1400: 0.15})
+    made = make_controller(f"greenllm:window=1.0,{ALL}", context)
+    assert made.decide(prefill_state(queued=300)) == 1200
 
 
 def test_prefill_respects_the_u() -> None:

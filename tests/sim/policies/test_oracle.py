@@ -20,16 +20,17 @@ class Hardware:
     batch 1) twice as long. Busy 100, 150 and 300 W; idle f/20 W, unlocked as at 1400 MHz."""
 
     def time_and_power(
-        self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
+        self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
-        clock = frequency_mhz or 1400
+        assert phase in ("prefill", "decode")
+        clock = clock_mhz or 1400
         work_s = 1e-3 * batch_size + 1e-6 * tokens
         if phase == "prefill":
             work_s = 1e-3 * tokens * (2.0 if batch_size == 1 else 1.0)
         return work_s * 1000 / clock, {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock]
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
-        return (frequency_mhz or 1400) / 20
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return (clock_mhz or 1400) / 20
 
 
 def context(phase: Phase = "decode") -> PolicyContext:
@@ -65,10 +66,10 @@ class FixedWork(Hardware):
     """Decode: 20 ms + 0.5 ms a request at 1000 MHz, in proportion to 1/f."""
 
     def time_and_power(
-        self, phase: Phase, frequency_mhz: int, batch_size: float, tokens: float
+        self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
-        watts = super().time_and_power(phase, frequency_mhz, batch_size, tokens)[1]
-        return (0.020 + 0.0005 * batch_size) * 1000 / (frequency_mhz or 1400), watts
+        watts = super().time_and_power(phase, clock_mhz, batch_size, tokens)[1]
+        return (0.020 + 0.0005 * batch_size) * 1000 / (clock_mhz or 1400), watts
 
 
 @pytest.mark.parametrize(

@@ -16,11 +16,11 @@ from tests.sim.policies.doubles import Formula, decode_state, make_context, requ
 class CubicPower:
     """50 W idle; busy 100, 150 and 300 W at 1000, 1200 and 1400 MHz."""
 
-    def power_w(self, phase: Phase, frequency_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, frequency_mhz, batch_size, tokens)
-        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[frequency_mhz]
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
-    def idle_power_w(self, frequency_mhz: int) -> float:
+    def idle_power_w(self, clock_mhz: int) -> float:
         return 50.0
 
 

@@ -1,0 +1,122 @@
+"""Policies for a real fleet: the objects of the simulator, made from the same configuration."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Final
+
+import numpy as np
+
+from hwreplay.view.tracker import InstanceTracker
+from profiles.catalog import Profile
+from profiles.errors import VoltanaError
+from sim.config import SimConfig
+from sim.policies.base import (
+    DECODE,
+    PREFILL,
+    Cluster,
+    Controller,
+    Phase,
+    PolicyContext,
+    Predictor,
+    Router,
+)
+from sim.policies.prediction import ScaledPredictor, SkewedPower
+from sim.policies.registry import make_controller, make_router
+
+STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
+"""Spawn keys of the policies' random streams, as in `sim.engine.fleet`."""
+
+
+def decides_before(config: SimConfig, phase: Phase) -> bool:
+    """Whether a phase's controllers see the batch about to run, and not the one that has ended."""
+    return (config.prefill_metrics if phase == PREFILL else config.decode_metrics) == "before"
+
+
+def check_notices(config: SimConfig, phase: Phase, name: str, *, has_socket: bool) -> None:
+    """Refuse decisions on a batch about to run where nobody announces it.
+
+    Raises:
+        VoltanaError: The configuration asks for them and there is no socket for the notices.
+    """
+    if decides_before(config, phase) and not has_socket:
+        raise VoltanaError(
+            f'{phase}_metrics = "before" needs an engine that announces its batches, {name} has no '
+            f'batch socket: name it in [fleet] batch_sockets, or set {phase}_metrics = "after" '
+            "for simulation and replay"
+        )
+
+
+@dataclass(slots=True, kw_only=True)
+class PolicySource:
+    """Makes a configuration's router, controllers and trackers; one object for one run."""
+
+    config: SimConfig
+    profile: Profile
+    cluster: Cluster = field(default_factory=Cluster)
+
+    @property
+    def kv_capacity_tokens(self) -> int:
+        """KV cache of one instance."""
+        return self.config.kv_capacity_tokens or self.profile.meta.engine.kv_capacity_tokens
+
+    def make_router(self, spec: str | None = None) -> Router:
+        """The fleet's router, or another one for the same fleet."""
+        return make_router(spec or self.config.router, self._context(DECODE, 0, "router"))
+
+    def make_controller(self, phase: Phase, instance_id: int) -> Controller:
+        """One instance's controller."""
+        config = self.config
+        spec = config.prefill_controller_spec if phase == PREFILL else config.decode_controller_spec
+        return make_controller(spec, self._context(phase, instance_id, phase))
+
+    def make_tracker(self, phase: Phase, instance_id: int) -> InstanceTracker:
+        """One instance's live state."""
+        config, engine = self.config, self.profile.meta.engine
+        return InstanceTracker(
+            phase,
+            instance_id,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            max_prefill_tokens=config.max_prefill_tokens or engine.max_prefill_tokens,
+            max_running_requests=config.max_running_requests or engine.max_running_requests,
+            kv_reserve_tokens=config.kv_reserve_tokens,
+            length_oracle=config.length_oracle,
+        )
+
+    def _context(self, phase: Phase, instance_id: int, stream: str) -> PolicyContext:
+        config = self.config
+        clocks = self.profile.meta.clocks
+        seeds = np.random.SeedSequence(config.seed, spawn_key=(STREAMS[stream], instance_id))
+        return PolicyContext(
+            predictor=self._predictor(),
+            power=SkewedPower.wrap(
+                self.profile.truth(extrapolate=True),
+                scale=config.predictor_power_scale,
+                clock_error=config.predictor_power_clock_error,
+                top_mhz=clocks.supported_mhz[-1],
+            ),
+            clocks_mhz=clocks.supported_mhz,
+            default_levels_mhz=clocks.default_levels_mhz,
+            slo_ttft_s=config.aimed_ttft_s,
+            slo_itl_s=config.aimed_itl_s,
+            first_token=config.first_token,
+            profile_hash=self.profile.content_hash,
+            kv_capacity_tokens=self.kv_capacity_tokens,
+            rng=np.random.default_rng(seeds),
+            instance_id=instance_id,
+            phase=phase,
+            actuation_s=config.actuation_latency_s,
+            num_prefill=config.num_prefill,
+            num_decode=config.num_decode,
+            cluster=self.cluster,
+        )
+
+    def _predictor(self) -> Predictor:
+        profile, config = self.profile, self.config
+        # a policy may wonder about batches that never run: its tables must not refuse them
+        base = (
+            profile.predictor()
+            if config.predictor == "ecopred"
+            else profile.truth(extrapolate=True)
+        )
+        return ScaledPredictor.wrap(base, config.predictor_scale)

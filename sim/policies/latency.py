@@ -1,0 +1,44 @@
+"""Measured latency over the last seconds: what controllers without a model look at."""
+
+from __future__ import annotations
+
+from collections import deque
+
+from sim.policies.base import DECODE, InstanceState
+
+
+class LatencyWindow:
+    """A quantile of the latency of the last seconds, each iteration weighted by its requests.
+
+    Args:
+        window_s: How far back it looks.
+        quantile: Which quantile, within (0, 1].
+    """
+
+    __slots__ = ("_quantile", "_samples", "_window_s")
+
+    def __init__(self, window_s: float, quantile: float) -> None:
+        self._window_s = window_s
+        self._quantile = quantile
+        self._samples: deque[tuple[float, float, int]] = deque()
+
+    def add(self, state: InstanceState, phase: str) -> None:
+        """Add the iteration that has ended: its duration, in prefill with its queueing delay."""
+        if state.last_duration_s <= 0:
+            return
+        latency_s = state.last_duration_s + (0 if phase == DECODE else state.ended_queue_delay_s)
+        self._samples.append((state.now_s, latency_s, max(state.ended_batch_size, 1)))
+        while self._samples[0][0] < state.now_s - self._window_s:
+            self._samples.popleft()
+
+    def quantile_s(self) -> float | None:
+        """By nearest rank; None before the first sample."""
+        if not self._samples:
+            return None
+        ordered = sorted((latency, weight) for _, latency, weight in self._samples)
+        rest = self._quantile * sum(weight for _, weight in ordered)
+        for latency_s, weight in ordered:
+            rest -= weight
+            if rest <= 1e-9:
+                return latency_s
+        return ordered[-1][0]

@@ -1,0 +1,438 @@
+"""The loop by itself: when it asks, what it writes, and when it gives the clock back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hwreplay.actuator.client import ActuatorLostError
+from hwreplay.agent.control import ControlLoop, StaleLimits
+from hwreplay.agent.loop_report import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
+from hwreplay.messages.batch_feed import BatchNotice, Kind
+from hwreplay.view.tracker import InstanceTracker
+from profiles.engines.sglang_metrics import IterationMetrics
+from profiles.errors import VoltanaError
+from sim.policies.base import Controller, IdlePlan, InstanceState, Phase
+
+
+class Clock:
+    """An actuator that does at once what it is told."""
+
+    def __init__(self) -> None:
+        self.clock_mhz = 0
+        self.wishes: list[int] = []
+        self.is_lost = False
+        self.is_closed = False
+        self.num_refused = 0
+        self.last_refusal = ""
+        self.refuses: set[int] = set()
+
+    def set_clock(self, clock_mhz: int) -> None:
+        if self.is_lost:
+            raise ActuatorLostError("gone")
+        if clock_mhz in self.refuses:
+            self.num_refused += 1
+            self.last_refusal = f"{clock_mhz} MHz: no"
+            return
+        self.clock_mhz = clock_mhz
+        self.wishes.append(clock_mhz)
+
+    def collect(self) -> None:
+        self.beat()
+
+    def fileno(self) -> int | None:
+        return None
+
+    def beat(self) -> None:
+        if self.is_lost:
+            raise ActuatorLostError("gone")
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+CLOCKS = (210, 705, 800, *range(1000, 1020), 1200, 1410)
+FAILED = "the controller failed: "
+OWN: Any = object()
+"""Answer by the rule of `Script`."""
+
+
+class Script(Controller):
+    """1000 MHz + batch size; remembers what it saw."""
+
+    def __init__(self, plan: IdlePlan | None = None) -> None:
+        self.seen: list[tuple[float, int, int, float, int]] = []
+        self.plan = plan
+        self.fails: Exception | None = None
+        self.answer: Any = OWN
+
+    def decide(self, state: InstanceState) -> int:
+        if self.answer is not OWN:
+            return self.answer  # type: ignore[no-any-return]  # deliberately anything
+        if self.fails is not None:
+            raise self.fails
+        self.seen.append(
+            (state.now_s, state.last_batch_size, state.last_tokens, state.last_queue_delay_s,
+             state.clock_mhz)
+        )  # fmt: skip
+        return 1000 + state.last_batch_size
+
+    def initial_clock_mhz(self) -> int:
+        return 705
+
+    def on_idle(self, state: InstanceState) -> IdlePlan | None:
+        return self.plan
+
+
+class TenMilliseconds:
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 0.01
+
+
+def make(
+    phase: Phase, plan: IdlePlan | None = None, *, decides_before: bool = False
+) -> tuple[ControlLoop, Script, Clock, InstanceTracker]:
+    tracker = InstanceTracker(
+        phase, 0, kv_capacity_tokens=10_000, max_prefill_tokens=4096, max_running_requests=16
+    )
+    controller, clock = Script(plan), Clock()
+    limits = StaleLimits(least_s=0.05)
+    loop = ControlLoop(
+        controller,
+        tracker,
+        clock,
+        predictor=TenMilliseconds(),
+        clocks_mhz=CLOCKS,
+        limits=limits,
+        decides_before=decides_before,
+    )
+    return loop, controller, clock, tracker
+
+
+def is_safe(loop: ControlLoop) -> bool:
+    return loop.is_safe
+
+
+def record(sequence: int, at_s: float, **values: Any) -> IterationMetrics:  # noqa: ANN401
+    return IterationMetrics(sequence=sequence, received_s=at_s, wall_time_s=0.01, **values)
+
+
+def decode(sequence: int, at_s: float, batch_size: int = 2) -> IterationMetrics:
+    return record(sequence, at_s, num_decode_requests=batch_size, sum_decode_kv_tokens=100)
+
+
+def prefill(sequence: int, at_s: float) -> IterationMetrics:
+    return record(sequence, at_s, num_prefill_requests=1, sum_prefill_tokens=50)
+
+
+def notice(at_s: float, tokens: int = 50) -> BatchNotice:
+    return BatchNotice(kind=Kind.PREFILL, num_requests=1, tokens=tokens, num_waiting=0, sent_ns=0)
+
+
+def with_requests(tracker: InstanceTracker, count: int) -> None:
+    for request_id in range(count):
+        tracker.on_assigned(request_id, 0.0, 50)
+        if tracker.state.phase == "decode":
+            tracker.on_prefilled(request_id)
+            tracker.on_first_token(request_id, 0.1)
+
+
+def test_decode_decides_on_each_record_and_sees_the_clock_in_force() -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 3)
+    assert loop.on_record(decode(0, 1.0))
+    assert loop.on_record(decode(1, 1.01, batch_size=3))
+    assert controller.seen == [(1.0, 2, 100, 0.0, 705), (1.01, 3, 100, 0.0, 1002)]
+    assert clock.wishes == [705, 1002, 1003]
+    assert list(loop.clock_changes) == [(0.0, 705), (1.0, 1002), (1.01, 1003)]
+
+
+def test_prefill_decides_before_its_batch_with_the_plug_in() -> None:
+    loop, controller, _, tracker = make("prefill", decides_before=True)
+    tracker.on_assigned(1, 0.9, 50)
+    assert loop.on_notice(notice(1.0), 1.0)
+    assert not loop.on_record(prefill(0, 1.02))
+    (seen,) = controller.seen
+    assert seen[:3] == (1.0, 1, 50)
+    assert seen[3] == pytest.approx(0.1)
+
+
+def test_a_plug_in_that_is_silent_is_counted() -> None:
+    """The engine only logs an error when it cannot load the plug-in: the decision comes late."""
+    loop, controller, _, tracker = make("prefill", decides_before=True)
+    tracker.on_assigned(1, 0.9, 50)
+    assert loop.on_record(prefill(0, 1.02))
+    assert controller.seen[0][:3] == (1.02, 1, 50)
+    assert loop.report.counts["decided_late"] == 1
+
+
+def test_prefill_after_decides_on_the_batch_that_has_ended() -> None:
+    """Though the plug-in has announced the next one, of 80 tokens, before the record came."""
+    loop, controller, _, tracker = make("prefill")
+    for request_id, tokens in ((1, 50), (2, 80)):
+        tracker.on_assigned(request_id, 0.9, tokens)
+    assert not loop.on_notice(notice(1.0), 1.0)
+    assert not loop.on_notice(notice(1.01, tokens=80), 1.01)
+    assert loop.on_record(prefill(0, 1.02))
+    assert [seen[:3] for seen in controller.seen] == [(1.02, 1, 50)]
+    assert "decided_late" not in loop.report.counts
+
+
+def test_decode_before_needs_the_notice() -> None:
+    loop, controller, _, tracker = make("decode", decides_before=True)
+    with_requests(tracker, 4)
+    told = BatchNotice(kind=Kind.DECODE, num_requests=4, tokens=90, num_waiting=0, sent_ns=0)
+    assert loop.on_notice(told, 2.0)
+    assert not loop.on_record(decode(0, 2.01))
+    assert controller.seen == [(2.0, 4, 90, 0.0, 705)]
+
+
+def test_stale_metrics_under_load_unlock_until_a_fresh_record() -> None:
+    """Expected 10 ms, five more are 50: 60 ms of silence pass, 61 do not."""
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    loop.tick(1.059)
+    assert not is_safe(loop)
+    loop.tick(1.061)
+    assert is_safe(loop)
+    assert clock.clock_mhz == 0
+    loop.tick(1.5)
+    assert clock.wishes == [705, 1002, 0]
+    assert loop.on_record(decode(1, 2.0))
+    assert clock.clock_mhz == 1002
+    (safe,) = loop.report.as_dict()["safe_states"]
+    assert (safe["at_s"], safe["until_s"]) == (1.061, 2.0)
+    assert "no metrics for 0.06 s" in safe["reason"]
+    assert len(controller.seen) == 2
+
+
+def test_an_idle_engine_is_not_stale_and_a_silent_one_is_dead() -> None:
+    loop, _, clock, _ = make("decode")
+    for second in range(10):
+        loop.on_record(record(second, float(second)))
+        loop.tick(second + 0.99)
+    assert not is_safe(loop)
+    assert clock.wishes == [705]
+    loop.tick(12.1)
+    assert is_safe(loop)
+    loop.on_record(record(10, 15.0))
+    assert not is_safe(loop)
+
+
+def test_lost_records_are_counted_and_many_are_stale() -> None:
+    loop, _, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    assert loop.on_record(decode(6, 1.06))  # five lost
+    assert not loop.on_record(decode(13, 1.13))  # six lost
+    assert clock.clock_mhz == 0
+    assert loop.on_record(decode(14, 1.14))
+    assert loop.on_record(decode(0, 9.0))  # a restarted engine
+    assert loop.report.counts["lost_records"] == 11
+
+
+@pytest.mark.parametrize("error", [VoltanaError("no such point"), ZeroDivisionError("by zero")])
+def test_a_failing_controller_unlocks(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    controller.fails = error
+    assert not loop.on_record(decode(1, 1.01))
+    assert not loop.on_record(decode(2, 1.02))
+    assert clock.clock_mhz == 0
+    assert str(error) in loop.report.safe[0].reason
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert said.strip() == f"voltana: {loop.report.safe[0].reason.removeprefix(FAILED)}"
+    if not isinstance(error, VoltanaError):
+        assert "test_control.Script (decode 0): decide raised ZeroDivisionError" in said
+        assert "test_control.py:" in said
+    assert loop.report.counts["controller_errors"] == 2
+    controller.fails = None
+    assert loop.on_record(decode(3, 1.03))
+    assert clock.clock_mhz == 1002
+
+
+@pytest.mark.parametrize("answer", [999, -1, 1002.0, None, "1002", True])
+def test_a_decision_that_is_no_supported_clock_unlocks(answer: object) -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    assert clock.clock_mhz == 1002
+    controller.answer = answer
+    assert not loop.on_record(decode(1, 1.01))
+    assert clock.wishes[-1] == 0
+    assert is_safe(loop)
+    assert "decide must return a clock" in loop.report.safe[0].reason
+    assert repr(answer) in loop.report.safe[0].reason
+    controller.answer = OWN
+    assert loop.on_record(decode(2, 1.02))
+    assert clock.clock_mhz == 1002
+
+
+def test_an_idle_plan_of_an_unsupported_clock_unlocks() -> None:
+    loop, _, clock, tracker = make("decode", IdlePlan(after_s=0.1, clock_mhz=999))
+    with_requests(tracker, 1)
+    loop.on_record(decode(0, 1.0))
+    tracker.on_finished(0)
+    loop.settle(1.2)
+    assert clock.wishes[-1] == 0
+    assert "on_idle's plan must return a clock" in loop.report.safe[0].reason
+
+
+def test_a_refused_clock_unlocks_and_the_next_decision_is_tried() -> None:
+    """Whatever lock is in force then may be too low for what the controller wanted."""
+    loop, _, clock, tracker = make("decode")
+    with_requests(tracker, 3)
+    clock.refuses = {1003}
+    loop.on_record(decode(0, 1.0))
+    loop.on_record(decode(1, 1.01, batch_size=3))
+    assert clock.clock_mhz == 0
+    assert loop.report.safe[0].reason == "the actuator refused a clock: 1003 MHz: no"
+    loop.on_record(decode(2, 1.02))
+    assert clock.wishes == [705, 1002, 0, 1002]
+    assert not is_safe(loop)
+
+
+def test_of_waiting_records_the_controller_sees_each_and_the_clock_follows_the_newest() -> None:
+    loop, controller, clock, tracker = make("decode")
+    with_requests(tracker, 4)
+    for sequence in range(3):
+        loop.on_record(decode(sequence, 1.0, batch_size=sequence + 1), is_newest=sequence == 2)
+    assert [seen[1] for seen in controller.seen] == [1, 2, 3]
+    assert clock.wishes == [705, 1003]
+
+
+def test_silence_under_load_counts_from_the_load() -> None:
+    """A prefill server has a request that waits for its pair: its silence says nothing, for 8 s.
+    When its batch is announced it has the predictor's 10 ms and 50 more."""
+    loop, _, _, tracker = make("prefill")
+    hello = BatchNotice(kind=Kind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
+    loop.on_notice(hello, 0.5)
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.9, 50)
+    for tenth in range(19, 100):
+        loop.tick(0.1 * tenth)
+    assert not is_safe(loop)
+    loop.on_notice(notice(10.0), 10.0)
+    loop.tick(10.0)
+    loop.tick(10.05)
+    assert not is_safe(loop)
+    loop.tick(10.07)
+    assert is_safe(loop)
+    loop.on_record(prefill(1, 10.1))
+    assert not is_safe(loop)
+
+
+def test_without_the_plug_in_a_waiting_prefill_server_may_be_silent_as_one_at_rest() -> None:
+    loop, _, _, tracker = make("prefill")
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.9, 50)
+    loop.tick(1.9)
+    loop.tick(3.9)
+    assert not is_safe(loop)
+    loop.tick(5.0)
+    assert is_safe(loop)
+
+
+def test_a_decode_server_that_waits_for_a_long_prefill_is_not_dead() -> None:
+    """It has a request and no heartbeat for 8 s, as SGLang's queue of KV to come is no rest."""
+    loop, _, clock, tracker = make("decode")
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.5, 5000)
+    for tenth in range(15, 100):
+        loop.tick(0.1 * tenth)
+    assert not is_safe(loop)
+    assert clock.wishes == [705]
+    tracker.on_finished(1)
+    loop.tick(12.8)
+    assert not is_safe(loop)
+    loop.tick(13.0)
+    assert is_safe(loop)  # nothing is here any more since 9.9 s, and no heartbeat has come
+
+
+def test_records_that_were_lost_leave_no_batch_under_way() -> None:
+    loop, _, _, _ = make("prefill")
+    loop.on_notice(notice(1.0), 1.0)
+    loop.on_record(record(0, 1.05))  # at rest: the batch's record never came
+    loop.tick(2.0)
+    assert not is_safe(loop)
+
+
+def test_idle_plan_comes_due_and_work_cancels_it() -> None:
+    loop, _, clock, tracker = make("decode", IdlePlan(after_s=0.5, clock_mhz=210))
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    for request_id in range(2):
+        tracker.on_finished(request_id)
+    loop.settle(1.1)
+    loop.tick(1.59)
+    assert clock.clock_mhz == 1002
+    loop.tick(1.61)
+    assert clock.clock_mhz == 210
+    with_requests(tracker, 2)
+    loop.on_record(decode(1, 2.0))
+    for request_id in range(2):
+        tracker.on_finished(request_id)
+    loop.settle(2.1)
+    with_requests(tracker, 1)
+    loop.on_record(decode(2, 2.2, batch_size=1))
+    loop.tick(2.25)
+    assert clock.wishes[-1] == 1001
+
+
+def test_a_lost_helper_is_safe_and_can_come_back() -> None:
+    loop, _, clock, tracker = make("decode")
+    with_requests(tracker, 2)
+    loop.on_record(decode(0, 1.0))
+    clock.is_lost = True
+    loop.tick(1.01)
+    assert clock.is_closed
+    assert is_safe(loop)
+    assert loop.report.counts["actuator_lost"] == 1
+    assert tracker.state.clock_mhz == 0
+    assert loop.on_record(decode(1, 1.02))  # decisions go on, into nothing
+    again = Clock()
+    loop.attach(again)
+    loop.on_record(decode(2, 1.03, batch_size=3))
+    assert again.wishes == [1003]
+    assert not is_safe(loop)
+    loop.close(1.5)
+    assert again.is_closed
+    assert loop.clock_changes[-1] == (1.5, 0)
+
+
+def test_histogram_counts_every_value() -> None:
+    latencies = Latencies()
+    assert latencies.as_dict() == {"num": 0}
+    for value_s in [0.0005] * 98 + [0.003, 9.0]:
+        latencies.add(value_s)
+    found = latencies.as_dict()
+    assert found["histogram"] == [[0.001, 98], [0.005, 1], [None, 1]]
+    assert found["max_s"] == 9.0
+
+
+def test_latencies_of_a_long_run_take_no_more_memory_and_keep_their_quantiles() -> None:
+    """1 to 3 N in a row, a third of them kept: the sample's quantiles lie within 5 standard errors
+    (q (1 - q) / N under the root, of the range)."""
+    latencies, total = Latencies(), 3 * MAX_KEPT
+    for number in range(total):
+        latencies.add(number / total)
+    found = latencies.as_dict()
+    assert (len(latencies), len(latencies._values_s)) == (total, MAX_KEPT)
+    assert found["num"] == sum(count for _, count in found["histogram"]) == total
+    assert found["max_s"] == (total - 1) / total
+    for q in (50, 90, 99):
+        error = (q / 100 * (1 - q / 100) / MAX_KEPT) ** 0.5
+        assert found[f"p{q}_s"] == pytest.approx(q / 100, abs=5 * error)
+
+
+def test_the_report_keeps_so_many_safe_states_and_counts_all() -> None:
+    report = LoopReport()
+    for i in range(MAX_SAFE_STATES + 5):
+        report.enter_safe(float(i), "again")
+    found = report.as_dict()
+    assert found["counts"] == {"safe_states": MAX_SAFE_STATES + 5}
+    assert len(found["safe_states"]) == MAX_SAFE_STATES

@@ -1,0 +1,310 @@
+"""The whole replay on stub servers whose iteration times are known: the simulator's other half."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tomli_w
+
+from experiments.hardware.replay import run_replay
+from experiments.hardware.validate import run_validation
+from experiments.runs import run, workload_of
+from hwreplay.engines.plan import Installation
+from hwreplay.replay.assembly import Window, assemble
+from hwreplay.replay.config import ReplayConfig, read_replay_config
+from hwreplay.validate.validate import Thresholds
+from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.metrics import summarise
+from sim.records import COMPLETED, IN_FLIGHT
+from sim.results import read_run, write_run
+from sim.workload.workload import Workload
+from tests.profiles.synthetic import write_synthetic_profile
+
+POWER_W = 100.0
+CLOCK_MHZ = 1000
+PREFILL_BASE_S, PREFILL_TOKEN_S = 0.01, 5e-5
+DECODE_BASE_S, DECODE_REQUEST_S = 0.01, 0.001
+
+
+def stub_time_s(phase: str, clock: int, batch: int, tokens: float) -> float:
+    """What the stub servers take, as a profile says it."""
+    if phase == "prefill":
+        return PREFILL_BASE_S + PREFILL_TOKEN_S * tokens
+    return DECODE_BASE_S + DECODE_REQUEST_S * batch
+
+
+@contextmanager
+def stub_process() -> Iterator[dict[str, Any]]:
+    """A pair in a process of its own, with metrics; gives its `[fleet]` table."""
+    with tempfile.TemporaryDirectory(prefix="v-") as folder:
+        arguments = {
+            "--prefill-s": PREFILL_BASE_S, "--prefill-token-s": PREFILL_TOKEN_S,
+            "--decode-s": DECODE_BASE_S, "--decode-request-s": DECODE_REQUEST_S,
+            "--metrics": f"ipc://{folder}/{{phase}}-{{index}}",
+        }  # fmt: skip
+        flat = [str(part) for pair in arguments.items() for part in pair]
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.hwreplay.stub_worker", *flat],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert process.stdout is not None
+        try:
+            yield json.loads(process.stdout.readline())
+        finally:
+            process.kill()
+            process.wait()
+            process.stdout.close()
+
+
+def write_config(folder: Path, fleet: dict[str, Any], seconds: float, outputs: int) -> Path:
+    """A profile of the stub, a trace of 8 requests a second, and a replay of both."""
+    write_synthetic_profile(
+        folder / "profile",
+        time_s=stub_time_s,
+        power_w=lambda *_: POWER_W,
+        idle_w=lambda _: POWER_W,
+        clocks_mhz=(CLOCK_MHZ,),
+    )
+    rng = np.random.default_rng(5)
+    count = int(8 * seconds)
+    Workload(
+        arrival_s=np.cumsum(rng.exponential(1 / 8, count)),
+        input_tokens=rng.integers(20, 200, count),
+        output_tokens=rng.integers(max(outputs // 2, 1), outputs, count),
+    ).write(folder / "trace.csv")
+    simulate = {
+        "profile": str(folder / "profile"), "trace": str(folder / "trace.csv"),
+        "controller": "static", "router": "round-robin", "prefill_metrics": "after",
+    }  # fmt: skip
+    path = folder / "replay.toml"
+    whole = {"simulate": simulate, "fleet": fleet, "replay": {"power_w": POWER_W, "rest_s": 1.2}}
+    path.write_text(tomli_w.dumps(whole))
+    return path
+
+
+@pytest.mark.slow
+def test_a_replay_leaves_what_a_simulation_leaves(tmp_path: Path) -> None:
+    """Servers with stated times: nothing can be faster than the simulation of those times."""
+    with stub_process() as fleet:
+        config_path = write_config(tmp_path, fleet, seconds=6, outputs=20)
+        config, summary = run_replay(config_path, tmp_path / "real")
+    workload = workload_of(config.sim)
+    observed = read_run(tmp_path / "real")
+    assert summary["requests_completed"] == summary["requests_total"] == len(workload)
+    assert np.array_equal(observed.requests.input_tokens, workload.input_tokens)
+    assert (observed.requests.prefill_id == 0).all()
+    assert (observed.requests.status == COMPLETED).all()
+    assert len(observed.itl_s) == (workload.output_tokens - 1).sum()
+
+    # constant power: both definitions of energy are time times power, to the time that a thread
+    # may wait between looking at the clock and at the counter (0.1 s between two readings)
+    ends = {i.phase: i for i in observed.instances}
+    assert summary["energy_j"] == pytest.approx(2 * POWER_W * summary["makespan_s"], rel=1e-3)
+    for instance in ends.values():
+        assert instance.busy_energy_j == pytest.approx(POWER_W * instance.busy_s, rel=1e-3)
+        assert instance.clock_busy_s == {0: pytest.approx(instance.busy_s)}  # a dry run sets none
+    iterations = observed.iterations
+    assert iterations is not None
+    decode = iterations.phase == "decode"
+    window_s = (iterations.start_s + iterations.duration_s)[decode].max() - iterations.start_s[
+        decode
+    ].min()
+    assert ends["decode"].busy_window_energy_j == pytest.approx(POWER_W * window_s, rel=1e-3)
+
+    # every token is of one iteration, every prompt of one prefill batch
+    assert iterations.batch_size[decode].sum() == workload.output_tokens.sum()
+    assert iterations.tokens[~decode].sum() == workload.input_tokens.sum()
+    stated_s = DECODE_BASE_S + DECODE_REQUEST_S * iterations.batch_size[decode]
+    assert np.median(iterations.duration_s[decode] / stated_s) > 0.9
+
+    simulated = run(config.sim)
+    write_run(simulated, tmp_path / "simulated")
+    ours = summarise(simulated)
+    for name in ("ttft_s", "itl_s"):
+        assert 0.9 * ours[name]["p50"] < summary[name]["p50"] < 4 * ours[name]["p50"]
+    limits = Thresholds(energy_frac=1.0, p50_frac=4.0, p99_frac=None)
+    _, text, _ = run_validation(
+        tmp_path / "simulated", tmp_path / "real", tmp_path / "v", thresholds=limits
+    )
+    assert "differs" not in text.replace("setting", "")
+    state = json.loads((tmp_path / "real/replay.json").read_text())
+    assert state["load"]["counts"] == {"completed": len(workload)}
+    assert state["load"]["lateness_s"]["max"] >= 0
+    assert state["agents"]["decode-0"]["counts"]["records"] > 0
+    assert observed.settings["is_power_measured"] is False
+    assert observed.settings["is_complete"] is True
+
+
+def start_command(config: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "experiments.cli", "replay", "--config", str(config),
+         "--out", str(out), *more],
+        stderr=subprocess.PIPE,
+    )  # fmt: skip
+
+
+def await_rows(process: subprocess.Popen[bytes], path: Path, count: int) -> None:
+    deadline_s = time.monotonic() + 120
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline_s
+        time.sleep(0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_replay_that_is_cut_off_keeps_what_it_has(tmp_path: Path, number: int) -> None:
+    with stub_process() as fleet:
+        config = write_config(tmp_path, fleet, seconds=60, outputs=10)
+        process = start_command(config, tmp_path / "real")
+        await_rows(process, tmp_path / "real/requests.jsonl", 5)
+        os.kill(process.pid, number)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == (-number if number == signal.SIGKILL else 1), said
+        if number == signal.SIGKILL:
+            again = start_command(config, tmp_path / "real", "--finish")
+            _, said = again.communicate(timeout=60)
+            assert again.returncode == 0, said
+    record = read_run(tmp_path / "real")
+    counts = np.bincount(record.requests.status, minlength=5)
+    assert counts[COMPLETED] >= 5
+    assert counts[IN_FLIGHT] > 300
+    assert counts.sum() == len(record.requests)
+    assert summarise(record)["energy_j"] > 0
+    assert record.settings["is_complete"] is False
+    assert record.settings["incomplete_reason"] == "it was interrupted"
+    process = start_command(config, tmp_path / "real")
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 2
+    assert b"already holds a run" in said
+
+
+ATTACHED = {
+    "prefill": [{"url": "http://h:1", "metrics": "ipc:///tmp/p.0"}],
+    "decode": [{"url": "http://h:2", "metrics": "ipc:///tmp/d.0"}],
+}
+
+
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({}, "prefill must be a list of URLs"),
+        ({"fleet": {"engine": "e"}}, "either gpus"),
+        ({"fleet": {"engine": "e"}, "replay": {"power_w": -1}}, "power_w must be > 0"),
+        ({"fleet": {"engine": "e"}, "replay": {"power_W": 1}}, "did you mean 'power_w'"),
+        ({"fleet": {"engine": "e"}, "replays": {}}, "did you mean 'replay'"),
+        (
+            {"fleet": {"engine": "e"}, "replay": {"power_w": 1, "vocabulary": [5, 2]}},
+            "vocabulary must be two rising token ids",
+        ),
+        (
+            {
+                "fleet": {"prefill": ["http://h:1"], "decode": ["http://h:2"]},
+                "replay": {"power_w": 1},
+            },
+            "prefill-0 must publish forward-pass metrics",
+        ),
+        (
+            {"fleet": ATTACHED, "replay": {"power_w": 1}},
+            'prefill_metrics = "before" needs an engine that announces its batches, prefill-0 has',
+        ),
+        (
+            {
+                "simulate": {"prefill_metrics": "after", "decode_metrics": "before"},
+                "fleet": ATTACHED,
+                "replay": {"power_w": 1},
+            },
+            'decode_metrics = "before" needs an engine that announces its batches, decode-0 has no',
+        ),
+        (
+            {"fleet": {"engine": "e"}, "replay": {"gpus": {"prefill": [[0]], "decode": [[1]]}}},
+            "gpus.prefill must list the cards of 2 instances",
+        ),
+        (
+            {
+                "simulate": {"num_prefill": 1, "num_decode": 1},
+                "fleet": {"engine": "e"},
+                "replay": {"gpus": {"prefill": [[0]], "decode": [[]]}},
+            },
+            "gpus.decode must list the cards of 1 instances, at least one each",
+        ),
+        (
+            {"fleet": {"engine": "e"}, "replay": {"power_w": 50.0, "actuator": "/run/v.sock"}},
+            "actuator must have gpus to set, got /run/v.sock with power_w: name the cards",
+        ),
+    ],
+)
+def test_a_wrong_configuration_is_one_clear_line(
+    tmp_path: Path, tables: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "replay.toml"
+    path.write_text(tomli_w.dumps(tables))
+    with pytest.raises(VoltanaError, match=message) as found:
+        read_replay_config(path)
+    assert "\n" not in str(found.value)
+
+
+def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
+    """Hand-worked: an idle second, 2 s of work at 300 W in all, and a clock change in the middle.
+
+    The counter reads 0, 100, 400, 700 and 750 J at 10, 11, 12, 13 and 14 s; the run's time 0 is at
+    10 s. One prefill batch runs from 1 to 2 s, another from 2 to 3 s; the last token is at 3.5 s.
+    """
+    counter = [(10, 0.0), (11, 100.0), (12, 400.0), (13, 700.0), (14, 750.0)]
+    lines = [json.dumps(["prefill", 0, at_s, j]) for at_s, j in counter]
+    lines += [json.dumps(["decode", 0, at_s, 0.0]) for at_s, _ in counter]
+    (tmp_path / "energy.jsonl").write_text("\n".join(lines) + "\n")
+    batches = [["prefill", 0, 11.0, 1.0, 1.0, 1, 50], ["prefill", 0, 12.0, 1.0, 0.9, 2, 80]]
+    batches.insert(0, ["prefill", 0, 5.0, 1.0, 1.0, 1, 9])  # warming up: not counted
+    text = "".join(json.dumps(row) + "\n" for row in batches)
+    (tmp_path / "iterations.jsonl").write_text(text)
+    clocks = [(4.0, 1000), (12.0, 700), (13.5, 1000)]
+    text = "".join(json.dumps({"at_s": at_s, "clock_mhz": mhz}) + "\n" for at_s, mhz in clocks)
+    (tmp_path / "agent-prefill-0.clocks.jsonl").write_text(text)
+    row: dict[str, Any] = {
+        "request_id": 0,
+        "status": COMPLETED,
+        "sent_s": 0.0,
+        "first_token_s": 3.25,
+    }
+    row |= {"finish_s": 3.5, "tokens": 2, "gaps_s": [0.25], "prefill_id": 0, "decode_id": 0}
+    (tmp_path / "requests.jsonl").write_text(json.dumps(row) + "\n")
+    work = Workload(arrival_s=np.zeros(2), input_tokens=np.full(2, 50), output_tokens=np.full(2, 2))
+    config = make_config({"num_prefill": 1, "num_decode": 1})
+    window = Window(start_s=10.0, is_complete=True, wall_s=1.0)
+    record = assemble(tmp_path, work, config, window, {})
+    prefill, decode = record.instances
+    assert record.makespan_s == 3.5
+    assert (prefill.busy_energy_j, prefill.idle_energy_j) == (600.0, 125.0)
+    assert prefill.busy_window_energy_j == 600.0
+    assert (prefill.busy_s, prefill.idle_s) == (2.0, 1.5)
+    assert prefill.clock_busy_s == {1000: 1.0, 700: 1.0}
+    assert prefill.clock_idle_s == {1000: 1.0, 700: 0.5}
+    assert prefill.num_clock_changes == 2
+    assert (decode.num_iterations, decode.busy_window_energy_j) == (0, 0.0)
+    assert record.requests.status.tolist() == [COMPLETED, IN_FLIGHT]
+    assert record.itl_s.tolist() == [0.25]
+
+
+def test_gpus_are_given_by_instance() -> None:
+    config = ReplayConfig(
+        sim=make_config({"num_prefill": 1, "num_decode": 1}),
+        engine=Installation(python=Path("x"), model=Path("m")),
+        gpus={"prefill": ((0, 1),), "decode": ((2,),)},
+    )
+    assert config.gpus_of("prefill", 0) == (0, 1)
+    assert config.gpus_of("decode", 0) == (2,)

@@ -1,0 +1,112 @@
+"""The index: between the split it improves on and the optimum, and exact where it must be."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from sim.mdp.factored import (
+    GroupPolicy,
+    delta_of,
+    lower_bound_w,
+    solve_group,
+    solve_groups,
+    splits,
+)
+from sim.mdp.model import InstanceModel
+from sim.mdp.solve import JointModel, evaluate, policy_iteration, sum_over_axes
+from tests.sim.mdp.small import one_level
+
+CASES = [
+    (one_level(4, penalty_j=5.0), 2.0, 2, 1),
+    (one_level(5, penalty_j=2.0, slo_itl_s=0.125, slope_s=0.01), 3.0, 2, 1),
+    (one_level(3, penalty_j=20.0), 3.0, 3, 1),
+    (one_level(3, penalty_j=20.0), 3.0, 3, 2),
+    (one_level(2, penalty_j=2.0, slo_itl_s=0.115, slope_s=0.01), 4.0, 4, 2),
+]
+
+
+def cost_of(policy: GroupPolicy, model: JointModel) -> float:
+    """The exact cost of a group policy, each joint state's instance looked up by plain loops."""
+    routing = np.zeros(model.shape, dtype=np.int64)
+    for state in np.ndindex(model.shape):
+        costs: list[float] = []
+        for delta_j in policy.delta_j:
+            members = delta_j.shape[-1]
+            costs += delta_j[state[len(costs) : len(costs) + members]].tolist()
+        routing[state] = int(np.argmin(np.round(costs, 9)))
+    return evaluate(model, routing).cost_w
+
+
+@pytest.mark.parametrize(("instance", "rate_rps", "count", "size"), CASES)
+def test_between_optimum_and_split(
+    instance: InstanceModel, rate_rps: float, count: int, size: int
+) -> None:
+    """One step of policy improvement is never worse than its start, and at best optimal; here it
+    makes good more than half of what the split loses. The relaxed problem lies below all."""
+    policy = solve_groups(instance, rate_rps, count, group_size=size, tolerance=1e-9)
+    model = JointModel(instance, rate_rps, count)
+    cost_w, best_w = cost_of(policy, model), policy_iteration(model).cost_w
+    assert lower_bound_w(instance, rate_rps, count) <= best_w + 1e-6
+    assert best_w - 1e-6 <= cost_w <= policy.split_cost_w + 1e-6
+    assert cost_w - best_w <= 0.5 * (policy.split_cost_w - best_w) + 1e-6
+
+
+@pytest.mark.parametrize(("instance", "rate_rps", "count", "size"), CASES[:3])
+def test_one_group_of_all_is_the_optimum(
+    instance: InstanceModel, rate_rps: float, count: int, size: int
+) -> None:
+    policy = solve_groups(instance, rate_rps, count, group_size=count, tolerance=1e-9)
+    model = JointModel(instance, rate_rps, count)
+    best_w = policy_iteration(model).cost_w
+    assert policy.split_cost_w == pytest.approx(best_w, rel=1e-6)
+    assert cost_of(policy, model) == pytest.approx(best_w, rel=1e-6)
+
+
+def test_pairs_are_no_worse_than_singles() -> None:
+    """Not a theorem; on this case both against the optimum of three instances."""
+    instance, rate_rps, count, _ = CASES[2]
+    model = JointModel(instance, rate_rps, count)
+    singles, pairs = (
+        cost_of(solve_groups(instance, rate_rps, count, group_size=k), model) for k in (1, 2)
+    )
+    assert pairs <= singles
+    assert pairs <= 1.05 * policy_iteration(model).cost_w
+
+
+def test_the_bound_is_reached_where_one_instance_does_it_all() -> None:
+    """Two places, no penalty, hardly any load: the relaxed instances share it as they like, and so
+    does the real fleet, that only ever wakes one: 2·40 W + 70 W·busy + 10 W a request more."""
+    instance, rate_rps = one_level(2), 1e-3
+    assert lower_bound_w(instance, rate_rps, 2) == pytest.approx(
+        policy_iteration(JointModel(instance, rate_rps, 2)).cost_w, rel=1e-5
+    )
+
+
+def test_the_greedy_step_over_the_separable_values_is_the_index() -> None:
+    instance, rate_rps, count, _ = CASES[0]
+    one = solve_group(instance, rate_rps / 2, 1)
+    model = JointModel(instance, rate_rps, count)
+    actions = model.action_values_j(sum_over_axes([one.values_j] * 2))
+    delta_j = delta_of(instance, one.values_j)[:, 0]
+    expected = delta_j[:, None] - delta_j[None, :]
+    np.testing.assert_allclose(actions[0] - actions[1], expected, atol=1e-9)
+
+
+def test_one_instance_by_hand() -> None:
+    """One place, arrivals a = 0.5/s, service 1/s: busy a third of the time. Average cost
+    40 + 70/3 W (nothing is charged for a loss). From busy, 70 J - but g's excess of 70/3 W runs
+    for a second: h(1) - h(0) = 70·(1 - 1/3) = 46.67 J = the index of the empty state; a busy one
+    turns the request away free of charge: 0."""
+    solution = solve_group(one_level(1), 0.5, 1)
+    assert solution.cost_w == pytest.approx(40 + 70 / 3, rel=1e-12)
+    delta_j = delta_of(one_level(1), solution.values_j)[:, 0]
+    np.testing.assert_allclose(delta_j, [140 / 3, 0.0], atol=1e-9)
+
+
+def test_splits_share_the_whole_stream() -> None:
+    for sizes in ((1, 1, 1, 1), (2, 2, 1)):
+        for shares in splits(24.0, sizes):
+            assert len(shares) == len(sizes)
+            assert sum(shares) == pytest.approx(24.0)
+        assert len(set(splits(24.0, sizes))) == len(splits(24.0, sizes))

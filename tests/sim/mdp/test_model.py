@@ -1,0 +1,180 @@
+"""The instance's chain: clocks tied to the state or moving, and the price of a full instance."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from experiments.study.train import policy_context
+from profiles.catalog import load_profile
+from profiles.errors import VoltanaError
+from sim.config import make_config
+from sim.mdp.clock_rule import ControllerClock
+from sim.mdp.factored import solve_group
+from sim.mdp.grid import StateGrid, batch_edges
+from sim.mdp.model import InstanceModel, ModelParameters, build_instance
+from sim.policies.clocks import levels_of
+from sim.policies.registry import make_controller
+from tests.sim.mdp.small import AffinePower
+from tests.sim.policies.doubles import Formula, decode_state, make_context
+
+PARAMETERS = ModelParameters(
+    slo_itl_s=0.15, input_tokens=5, output_tokens=10, context_tokens=15, penalty_j=2.0
+)
+TIED = dataclasses.replace(PARAMETERS, is_tied=True)
+
+
+class ClockPower(AffinePower):
+    """A tenth of a watt a MHz busy, so that the clock that is chosen shows."""
+
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 0.1 * clock_mhz
+
+
+PER_REQUEST_S = {1000: 0.1, 1200: 0.08, 1400: 0.06}
+CONTEXT = dataclasses.replace(
+    make_context(Formula(lambda p, f, b, t: PER_REQUEST_S[f] * b), slo_itl_s=0.15),
+    power=ClockPower(),
+)
+
+
+def build(
+    parameters: ModelParameters,
+    levels_mhz: tuple[int, ...],
+    kv_nodes_tokens: tuple[float, ...] = (15.0,),
+) -> InstanceModel:
+    """0.1 s a request at 1000 MHz, 0.06 s at 1400 MHz; up to 3 requests."""
+    grid = StateGrid(
+        batch_edges_requests=(0, 1, 2, 3, 4), kv_nodes_tokens=kv_nodes_tokens, levels_mhz=levels_mhz
+    )
+    return build_instance(grid, parameters, CONTEXT)
+
+
+def test_tied_clocks_follow_the_rule_at_once() -> None:
+    """EcoFreq at 150 ms: one request fits at 1000 MHz (100 ms, 100 W), two need 1400 MHz (120 ms,
+    140 W), three are late there too (180 ms): 3 / 0.18 s late tokens of 2 J on top of 140 W."""
+    model = build(TIED, (1400,))
+    assert model.cost_w.tolist() == pytest.approx([40.0, 100.0, 140.0, 140.0 + 2.0 * 3 / 0.18])
+    assert model.energy_w.tolist() == pytest.approx([40.0, 100.0, 140.0, 140.0])
+    rates = model.generator.toarray()
+    assert rates[1, 0] == pytest.approx(1 / (10 * 0.1))
+    assert rates[2, 1] == pytest.approx(2 / (10 * 0.12))
+    np.testing.assert_allclose(rates.sum(axis=1), 0.0, atol=1e-12)
+
+
+def test_a_full_instance_has_its_price() -> None:
+    """10 tokens of 2 J unless another price is given."""
+    assert build(TIED, (1400,)).blocked_j.tolist() == [0.0, 0.0, 0.0, 20.0]
+    dear = dataclasses.replace(TIED, turned_away_j=500.0)
+    assert build(dear, (1400,)).blocked_j.tolist() == [0.0, 0.0, 0.0, 500.0]
+
+
+def test_tied_clocks_cost_nearly_what_moving_ones_do() -> None:
+    """On the A100 a change of clock takes one iteration of a request's 325: within 1 %."""
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    levels = profile.meta.clocks.default_levels_mhz
+    context = policy_context(make_config({"slo_itl_s": 0.035}), profile)
+    parameters = ModelParameters(
+        slo_itl_s=0.035, input_tokens=200, output_tokens=325, context_tokens=470, penalty_j=0.1
+    )
+    costs = []
+    for grid_levels, tied in ((levels, False), (levels[-1:], True)):
+        grid = StateGrid(
+            batch_edges_requests=batch_edges(300, 8),
+            kv_nodes_tokens=(470.0,),
+            levels_mhz=grid_levels,
+        )
+        model = build_instance(grid, dataclasses.replace(parameters, is_tied=tied), context)
+        costs.append([solve_group(model, rate_rps, 1).cost_w for rate_rps in (3.0, 10.0, 18.0)])
+    np.testing.assert_allclose(costs[1], costs[0], rtol=0.01)
+    assert costs[0][2] > 1.2 * costs[0][0]
+
+
+def test_context_grows_with_tokens_and_falls_with_prompts() -> None:
+    """KV nodes 10 and 20 tokens a request, prompts of 5, outputs of 10, mean context 15.
+
+    A running request gains (15 - 5) / 10 = 1 token an iteration, so that ten iterations of the
+    batch carry it to the next node. An arrival makes the mean (n·k + 5) / (n + 1): a batch of one
+    at 20 falls to 12.5, three quarters of the way to 10, a batch of two to 15.
+    """
+    model = build(TIED, (1400,), kv_nodes_tokens=(10.0, 20.0))
+    rates = model.generator.toarray()
+    at = {(n, kv): 2 * n + kv for n in range(4) for kv in range(2)}
+    for n, time_s in ((1, 0.1), (2, 0.12), (3, 0.18)):
+        assert rates[at[n, 0], at[n, 1]] == pytest.approx(1 / time_s / 10)
+        assert rates[at[n, 1], at[n, 0]] == 0.0
+    assert rates[at[0, 0], at[0, 1]] == 0.0
+    arrival = model.arrival.toarray()
+    for n in (1, 2):
+        after = {k: arrival[at[n, 1], at[n + 1, k]] for k in (0, 1)}
+        mean_tokens = 10.0 * after[0] + 20.0 * after[1]
+        assert mean_tokens == pytest.approx((n * 20.0 + 5.0) / (n + 1))
+        assert arrival[at[n, 0], at[n + 1, 0]] == 1.0  # there is no lower node
+    assert arrival[at[0, 0], at[1, 0]] == 1.0
+
+
+def test_half_the_growth_of_context_where_it_is_half_as_long() -> None:
+    """Mean context 10: (10 - 5) / 10 tokens an iteration, whatever the mean prompt and output."""
+    short = dataclasses.replace(TIED, context_tokens=10)
+    rates = build(short, (1400,), kv_nodes_tokens=(10.0, 20.0)).generator.toarray()
+    assert rates[2, 3] == pytest.approx(0.5 / 0.1 / 10)
+
+
+@pytest.mark.parametrize("spec", ["ecofreq", "ecomin:headroom=0.0,reserve=0.01", "static:f=1200"])
+def test_clocks_are_the_controllers_own(spec: str) -> None:
+    """Watts are a tenth of the clock here, so that a tied model's power tells which clock it is.
+
+    In each state that must be what a controller of that name, made for it, answers at that clock.
+    """
+    model = build(dataclasses.replace(TIED, clock_rule=spec), (1400,))
+    for n in (1, 2, 3):
+        clock = round(10.0 * model.energy_w[n])
+        made = make_controller(spec, CONTEXT)
+        state = decode_state(batch=n, tokens=15 * n, kv=15 * n, opened=n, clock=clock)
+        state.now_s, state.num_running = 100.0, n
+        assert made.decide(state) == clock, n
+
+
+def test_ecomin_has_more_than_two_clocks() -> None:
+    """On the A100 it moves among eight, whatever the profile's two default levels."""
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    context = policy_context(make_config({"slo_itl_s": 0.045}), profile)
+    loads = [(n, 500 * n) for n in range(8, 321, 24)]
+    clocks = ControllerClock("ecomin", context).reachable_mhz(loads)
+    eight = levels_of(context, (), 8, "")
+    assert set(clocks) <= set(eight)
+    assert len(clocks) > 2
+    assert ControllerClock("ecofreq", context).reachable_mhz(loads) == (1005, 1410)
+
+
+def test_the_clock_in_force_is_part_of_the_question() -> None:
+    """A controller with hysteresis keeps its clock from 50 to 100 requests, wherever it is."""
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    context = policy_context(make_config({"slo_itl_s": 0.045}), profile)
+    rule = ControllerClock("tests.sim.mdp.sticky", context)
+    low_mhz, top_mhz = context.clocks_mhz[0], context.clocks_mhz[-1]
+    for n, from_low, from_top in [
+        (49, low_mhz, low_mhz), (50, low_mhz, top_mhz), (100, low_mhz, top_mhz),
+        (101, top_mhz, top_mhz),
+    ]:  # fmt: skip
+        assert rule.next_mhz(n, 500 * n, low_mhz) == from_low
+        assert rule.next_mhz(n, 500 * n, top_mhz) == from_top
+
+
+def test_moving_clocks_go_where_the_controller_says() -> None:
+    """EcoFreq at 150 ms: one request wants 1000 MHz, two want 1400, an empty instance 1000 after
+    5 s; the change takes an iteration and the 3 ms of actuation."""
+    rates = build(PARAMETERS, (1000, 1400)).generator.toarray()
+    assert rates[3, 2] == pytest.approx(1 / (0.060 + 0.003))
+    assert rates[4, 5] == pytest.approx(1 / (0.200 + 0.003))
+    assert rates[1, 0] == pytest.approx(1 / 5.0)
+    assert rates[2, 3] == rates[5, 4] == rates[0, 1] == 0.0
+
+
+def test_contradictions_are_refused() -> None:
+    with pytest.raises(VoltanaError, match="cannot be free"):
+        dataclasses.replace(TIED, clock_rule="free")
+    with pytest.raises(VoltanaError, match="a grid of one level"):
+        build(TIED, (1000, 1400))
