@@ -27,11 +27,6 @@ DEVICES = ("cuda", "cpu")
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("profile")(profile)
-
-
 def profile(
     model: Annotated[str, typer.Option(help="Built-in shape (llama-3.1-8b, toy) or a config.json")],
     out: Annotated[Path, typer.Option(help="Profile directory; the same one resumes a run")],
@@ -114,7 +109,7 @@ def profile(
     from profiles.measure.trial import Protocol
 
     _check(engine, device, is_pair=pair, is_attached=attach is not None)
-    _check_out(out)
+    check_out(out)
     protocol = Protocol(
         window_s=window,
         min_iterations=iterations,
@@ -186,7 +181,7 @@ def _check(engine: str, device: str, *, is_pair: bool, is_attached: bool) -> Non
         )
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuse a place inside the installed package: its journals and logs would ship with it."""
     import profiles
 
