@@ -25,7 +25,7 @@ BASE: Final = {
 CONSTANT: Final = {"duration_s": 120}
 SWING: Final = 0.6
 DAY: Final = {"duration_s": 900, "arrivals": f"diurnal:swing={SWING}"}
-POLICIES: Final = {"static-max": {"controller": "static"}, "ecomin": {"controller": "ecomin"}}
+POLICIES: Final = {"ecomin": {"controller": "ecomin"}, "static-max": {"controller": "static"}}
 TARGET: Final = 0.99
 SHARE: Final = 0.95
 STEP_RPS: Final = 0.5
