@@ -11,7 +11,7 @@ import http.client
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -112,6 +112,10 @@ class Engine:
     """Folder with the model, or with its config.json alone for `--load-format dummy`."""
     arguments: tuple[str, ...] = ()
     """Further arguments of every server; the last word where one is given twice."""
+    environment_of: Callable[[Placement], Mapping[str, str]] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """What a server's environment has besides, e.g. the emulated card that it stands on."""
 
     @classmethod
     def in_folder(cls, directory: Path) -> Self:
@@ -270,6 +274,8 @@ def _place(
 def _start(engine: Engine, at: Placement, logs: Path, reaper: Reaper) -> Server:
     command = server_arguments(engine, at)
     environment = os.environ | server_environment(at)
+    if engine.environment_of is not None:
+        environment |= engine.environment_of(at)
     log = logs / f"{at.name}.log"
     server = Server(
         phase=at.phase,
