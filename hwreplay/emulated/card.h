@@ -75,7 +75,7 @@ typedef struct {
     uint32_t temperature_c;  /* 0: follows power */
     uint32_t stuck_mhz;      /* > 0: the clock that is read, whatever is in force */
     uint32_t processes[MAX_PROCESSES]; /* on the card; those that have ended are left out */
-    uint32_t unseen;         /* 1: a process that NVML numbers 0 */
+    uint32_t foreign_pid;    /* > 0: one more, as it is; all ones: one that NVML numbers 0 */
     uint32_t num_energy_reads;
 } Faults;
 

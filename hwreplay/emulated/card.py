@@ -103,7 +103,7 @@ class Faults(ctypes.Structure):
     throttle_bits: int
     temperature_c: int
     stuck_mhz: int
-    unseen: int
+    foreign_pid: int
     num_energy_reads: int
 
     _fields_ = (
@@ -111,7 +111,7 @@ class Faults(ctypes.Structure):
         *((name, ctypes.c_uint32) for name in ("lock_error", "energy_mode", "mig_mode")),
         *((name, ctypes.c_uint32) for name in ("throttle_bits", "temperature_c", "stuck_mhz")),
         ("processes", ctypes.c_uint32 * MAX_PROCESSES),
-        ("unseen", ctypes.c_uint32),
+        ("foreign_pid", ctypes.c_uint32),
         ("num_energy_reads", ctypes.c_uint32),
     )
 
@@ -236,6 +236,10 @@ class Card:
                 return
         raise CardError(f"a card takes {MAX_PROCESSES} processes, {self.uuid} has as many")
 
+    def set_power_limit(self, limit_w: float) -> None:
+        """As NVML's call does."""
+        self._library.voltana_limit(self._address, round(limit_w * 1e3))
+
     def sag(self, clock_mhz: int, duration_s: float) -> None:
         """For so long the clock is `clock_mhz` at most, as under a power limit; 0 ends it."""
         self._library.voltana_sag(self._address, clock_mhz, duration_s)
@@ -343,6 +347,7 @@ def load_library(library: str = LIBRARY) -> ctypes.CDLL:
         ("voltana_sag", None, (pointer, number, double)),
         ("voltana_set_lost", None, (pointer, number)),
         ("voltana_lock", ctypes.c_int, (pointer, number)),
+        ("voltana_limit", ctypes.c_int, (pointer, number)),
         ("voltana_reading_w", double, (pointer,)),
         ("voltana_counter_j", double, (pointer,)),
     ):

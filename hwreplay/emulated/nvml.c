@@ -105,7 +105,8 @@ int nvmlDeviceGetComputeRunningProcesses_v3(void *handle, unsigned *n, Process *
         unsigned pid = r->faults.processes[i];
         if (pid && (kill((int)pid, 0) == 0 || errno == EPERM)) pids[found++] = pid;
     }
-    if (r->faults.unseen) pids[found++] = 0;
+    unsigned foreign = r->faults.foreign_pid;
+    if (foreign) pids[found++] = foreign == ~0u ? 0 : foreign;
     if (*n < found || (found && !out)) { *n = found; return INSUFFICIENT_SIZE; }
     if (found) memset(out, 0, found * sizeof *out);
     for (unsigned i = 0; i < found; i++) out[i].pid = pids[i];
