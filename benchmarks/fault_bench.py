@@ -43,7 +43,7 @@ SETTINGS = {
 }
 PLACES: tuple[tuple[Phase, int], ...] = ((PREFILL, 0), (PREFILL, 1), (DECODE, 0), (DECODE, 1))
 POLL_S = 0.005
-START_S = 60.0
+START_S = 180.0
 LOST_S = 30.0
 """A request that has no end after so long is lost."""
 PERIOD_S = 0.1

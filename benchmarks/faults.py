@@ -214,15 +214,14 @@ async def play(bench: Bench, fault: str, act: Try, tries: int, row: Row) -> None
     rng = np.random.default_rng([SEED, len(fault), tries])
     before = bench.traffic.outcomes.copy(), bench.traffic.sent
     async with bench.traffic.flowing():
-        for number in range(tries):
-            try:
+        try:
+            for number in range(tries):
                 took_s = await act(bench, rng, number)
-            except NotInTimeError as error:
-                row.wrong.append(str(error))
-                break
-            row.tries += 1
-            row.unlock_s += [] if took_s is None else [took_s]
-        await bench.up()
+                row.tries += 1
+                row.unlock_s += [] if took_s is None else [took_s]
+            await bench.up()
+        except NotInTimeError as error:
+            row.wrong.append(str(error))
     row.outcomes = bench.traffic.outcomes - before[0]
     row.sent = bench.traffic.sent - before[1]
     if sum(row.outcomes.values()) != row.sent:

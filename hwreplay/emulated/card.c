@@ -5,6 +5,7 @@
 #include <fcntl.h>
 #include <math.h>
 #include <stdio.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
@@ -36,6 +37,11 @@ static int is_sane(const Record *r) {
     return isfinite(l->at_s) && isfinite(l->energy_j) && l->num_pending <= MAX_PENDING;
 }
 
+static const char *dilation_here(void) {
+    const char *text = getenv("VOLTANA_DILATION");
+    return text ? text : "";
+}
+
 static const char *fault_of(const Header *h, size_t size) {
     static _Thread_local char text[128];
     if (size < sizeof *h || h->magic != CARD_MAGIC) return "is not a file of emulated cards";
@@ -52,6 +58,8 @@ static const char *fault_of(const Header *h, size_t size) {
             snprintf(text, sizeof text, "is damaged: card %u does not add up", i);
             return text;
         }
+        if (strcmp(r->fixed.dilation, dilation_here()))
+            return "was made in a time of another dilation";
     }
     return NULL;
 }
@@ -101,6 +109,7 @@ int voltana_format(const char *path) {
     clock_gettime(CLOCK_MONOTONIC, &now);
     for (unsigned i = 0; i < h->num_cards; i++) {
         Record *r = voltana_record(h, i);
+        snprintf(r->fixed.dilation, sizeof r->fixed.dilation, "%s", dilation_here());
         r->fixed.epoch_ns = now.tv_sec * 1000000000LL + now.tv_nsec;
         r->checksum = checksum_of(r);
         pthread_mutex_init(&r->mutex, &how);
@@ -118,8 +127,7 @@ static double now_s(const Record *r) {
     struct timespec now;
     if (r->faults.frozen_s >= 0) return r->faults.frozen_s;
     clock_gettime(CLOCK_MONOTONIC, &now);
-    int64_t ns = now.tv_sec * 1000000000LL + now.tv_nsec - r->fixed.epoch_ns;
-    return ns * 1e-9 / r->fixed.dilation;
+    return (now.tv_sec * 1000000000LL + now.tv_nsec - r->fixed.epoch_ns) * 1e-9;
 }
 
 static unsigned top_mhz(const Record *r) { return r->fixed.clocks_mhz[r->fixed.num_clocks - 1]; }
@@ -256,9 +264,8 @@ void voltana_set_lost(Record *r, unsigned lost) {
 
 /* --- what NVML does --------------------------------------------------------------------------- */
 
-static void sleep_emulated(const Record *r, double seconds) {
-    double left = seconds * r->fixed.dilation;
-    struct timespec time = {(time_t)left, (long)((left - (time_t)left) * 1e9)};
+static void sleep_for(double seconds) {
+    struct timespec time = {(time_t)seconds, (long)((seconds - (time_t)seconds) * 1e9)};
     while (seconds > 0 && nanosleep(&time, &time) && errno == EINTR) {}
 }
 
@@ -285,7 +292,7 @@ int voltana_lock(Record *r, unsigned clock_mhz) {
         take_effect(&l);
         give(r, &l);
     }
-    sleep_emulated(r, r->faults.lock_call_s);
+    sleep_for(r->faults.lock_call_s);
     return error;
 }
 

@@ -1,6 +1,8 @@
 /* The mapped file of the emulated cards: one header page, then one record a card.
  *
- * Time in a record is emulated seconds since the file was made: monotonic seconds / dilation.
+ * Time in a record is seconds of CLOCK_MONOTONIC since the file was made. Where time is dilated
+ * (dilate.c) that clock is the slowed one, for every process that opens the file: one whose
+ * VOLTANA_DILATION is not the maker's is refused.
  * Everything that moves lies in a ledger of which there are two: a writer, holding the record's
  * robust mutex, fills the one that is not in use and then turns `active` over, so that a process
  * killed anywhere leaves the old state or the new one. card.py mirrors this. */
@@ -28,9 +30,9 @@ typedef struct {
 typedef struct {
     char name[96], uuid[96];
     uint64_t memory_bytes;
-    double dilation;        /* monotonic seconds in one emulated second */
-    int64_t epoch_ns;       /* CLOCK_MONOTONIC of emulated second 0 */
-    double grid_s;          /* readings stand on this grid of emulated time */
+    char dilation[96];      /* VOLTANA_DILATION of who made the file; empty: none */
+    int64_t epoch_ns;       /* CLOCK_MONOTONIC of second 0 */
+    double grid_s;          /* readings stand on this grid of time */
     uint32_t period_grids;  /* the power reading is renewed so often */
     uint32_t window_grids;  /* and is the mean over so long before that */
     uint32_t counter_grids; /* the energy counter moves so often */
@@ -65,7 +67,7 @@ typedef struct {
 
 /* Set from outside at any time, each word for itself. */
 typedef struct {
-    double lock_call_s;      /* a lock or unlock call lasts so long (emulated seconds) */
+    double lock_call_s;      /* a lock or unlock call lasts so long */
     double lock_lag_s;       /* and takes effect so long after it was made */
     double frozen_s;         /* >= 0: the record's time stands here (tests) */
     uint32_t lock_error;     /* NVML code that lock, unlock and limit answer; 0: they work */

@@ -3,10 +3,10 @@
 This file needs the standard library alone and imports nothing of voltana, so that it can be used
 inside the engine's own environment.
 
-Time is emulated seconds since the file was made: monotonic seconds / dilation. Watts and joules
-are emulated ones too: a pass of 200 W that is to last 0.1 s at dilation 4 is under way for 0.4 s
-of a wall clock and takes 20 J. NVML's energy counter and power answer in the same joules and watts;
-their averaging period is in emulated time.
+Time is seconds of CLOCK_MONOTONIC since the file was made, as this process has them. Under time
+dilation (`dilation.py`) they are emulated seconds for every process of the run alike, and so are
+joules and averaging periods: a pass of 200 W that lasts 0.1 s at dilation 4 is under way for 0.4 s
+of a wall clock and takes 20 J. A file made under another dilation is refused.
 
 The library books exactly: at every moment a card draws the power of the pass under way, otherwise
 the idle power of the clock in force. A lock takes effect after its lag, also in the middle of a
@@ -54,7 +54,7 @@ class _Static(ctypes.Structure):
         ("name", ctypes.c_char * 96),
         ("uuid", ctypes.c_char * 96),
         ("memory_bytes", ctypes.c_uint64),
-        ("dilation", ctypes.c_double),
+        ("dilation", ctypes.c_char * 96),
         ("epoch_ns", ctypes.c_int64),
         ("grid_s", ctypes.c_double),
         ("period_grids", ctypes.c_uint32),
@@ -147,7 +147,7 @@ class Look:
     """A card at one instant."""
 
     now_s: float
-    """Emulated seconds since the file was made."""
+    """Seconds since the file was made."""
     energy_j: float
     """Exact up to now; NVML's counter shows the same at its last tick."""
     busy_s: float
@@ -187,11 +187,6 @@ class Card:
         return str(self.record.fixed.uuid.decode())
 
     @property
-    def dilation(self) -> float:
-        """Monotonic seconds in one emulated second."""
-        return float(self.record.fixed.dilation)
-
-    @property
     def faults(self) -> Faults:
         """To be set: `card.faults.lock_error = 4`."""
         return self.record.faults  # type: ignore[no-any-return]
@@ -214,7 +209,7 @@ class Card:
         )
 
     def begin_pass(self, power_w: float, duration_s: float) -> None:
-        """From now on the card draws `power_w`, for `duration_s` emulated seconds at most.
+        """From now on the card draws `power_w`, for `duration_s` at most.
 
         Called within a pass it replaces power and end from now on: for a clock that has changed.
         """

@@ -39,14 +39,12 @@ LOWEST_LIMIT: Final = 0.25
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Behaviour:
-    """How the cards behave besides their tables, in emulated seconds.
+    """How the cards behave besides their tables.
 
     The readings of power default to an A100's: renewed every 100 ms, each the mean over the last
     25 ms (arXiv:2312.02741). The energy counter's tick is ours, as seen on data-centre cards.
     """
 
-    dilation: float = 1.0
-    """Monotonic seconds in one emulated second, >= 1."""
     lock_call_s: float = 0.0
     """How long a lock or unlock call lasts."""
     lock_lag_s: float = 0.0
@@ -58,8 +56,6 @@ class Behaviour:
     """The three periods are multiples of it."""
 
     def __post_init__(self) -> None:
-        if not 1.0 <= self.dilation <= 1000.0:
-            raise VoltanaError(f"dilation must be in 1..1000, got {self.dilation:g}")
         if min(self.lock_call_s, self.lock_lag_s) < 0:
             raise VoltanaError(
                 f"lock_call_s and lock_lag_s must be >= 0, got {self.lock_call_s:g}, "
@@ -148,7 +144,7 @@ def _record(profile: Profile, index: int, behaviour: Behaviour) -> bytes:
     fixed = record.fixed
     fixed.name, fixed.uuid = meta.gpu.name.encode()[:95], uuid_of(index).encode()
     fixed.memory_bytes = int(meta.gpu.memory_gib * 2**30)
-    fixed.dilation, fixed.grid_s = behaviour.dilation, behaviour.grid_s
+    fixed.grid_s = behaviour.grid_s
     fixed.period_grids, fixed.window_grids, fixed.counter_grids = behaviour.grids
     limit_mw = round(meta.gpu.power_limit_w * 1e3)
     fixed.limit_mw = fixed.limit_high_mw = limit_mw

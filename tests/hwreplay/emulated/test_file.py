@@ -71,6 +71,16 @@ def test_no_file_and_no_library_say_so(make_bench: MakeBench, tmp_path: Path) ->
         open_cards(bench.path, tmp_path)
 
 
+def test_a_process_in_another_time_is_refused(
+    make_bench: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two clocks would book one card's energy."""
+    bench = make_bench()
+    monkeypatch.setenv("VOLTANA_DILATION", "4.0 1 2")
+    with pytest.raises(VoltanaError, match="was made in a time of another dilation"):
+        open_cards(bench.path, bench.library)
+
+
 WRITER = (
     "import sys\nfrom hwreplay.emulated.card import Cards\ncard = Cards()[0]\nprint(flush=True)\n"
     "while True:\n"
