@@ -15,7 +15,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,9 @@ from hwreplay.agent.agent import AgentConfig, start_agent
 from hwreplay.agent.agent import ready_file as ready_file_of
 from hwreplay.agent.control import StaleLimits
 from hwreplay.emulated.card import Card
+from hwreplay.replay.load import COUNT
 from sim.config import make_config
-from sim.policies.base import DECODE, PREFILL, Phase
+from sim.policies.base import DECODE, PREFILL
 
 ROOT = Path(__file__).parents[1]
 PROFILE = "a100-80g-sxm/llama-3.1-8b"
@@ -37,11 +38,9 @@ SETTINGS = {
     "profile": PROFILE,
     "controller": "ecofreq",
     "router": "round-robin",
-    "num_prefill": 2,
-    "num_decode": 2,
     "prefill_metrics": "after",  # stubs announce no batches
 }
-PLACES: tuple[tuple[Phase, int], ...] = ((PREFILL, 0), (PREFILL, 1), (DECODE, 0), (DECODE, 1))
+PAIRS = ("prefill-0", "decode-0", "prefill-1", "decode-1")
 POLL_S = 0.005
 START_S = 180.0
 LOST_S = 30.0
@@ -124,7 +123,8 @@ def _outcome(status: int, data: bytes, num_tokens: int) -> str:
         return f"refused ({status})"
     if b'"error"' in data:
         return "failed, with the reason"
-    is_whole = data.endswith(b"data: [DONE]\n\n") and data.count(b"completion_tokens") == num_tokens
+    counts = [int(count) for count in COUNT.findall(data)]
+    is_whole = data.endswith(b"data: [DONE]\n\n") and counts[-1:] == [num_tokens]
     return "completed" if is_whole else "lost"
 
 
@@ -136,11 +136,16 @@ def free_port() -> int:
 
 
 class Bench:
-    """Four instances on four cards; `kill` and `start` any part by its name."""
+    """Instances on a card each; `kill` and `start` any part by its name."""
 
-    def __init__(self, directory: Path, cards: list[Card], seed: int) -> None:
+    is_silent_at_rest = True
+    """Servers send no heartbeat: without requests their agents unlock."""
+
+    def __init__(self, directory: Path, cards: Mapping[str, Card], seed: int) -> None:
         self.directory = directory
-        self.cards = dict(zip((f"{p}-{i}" for p, i in PLACES), cards, strict=True))
+        self.cards = cards
+        num_each = sum(name.startswith(PREFILL) for name in cards)
+        self._settings = SETTINGS | {"num_prefill": num_each, "num_decode": num_each}
         self.traffic = Traffic(np.random.default_rng(seed))
         self._ports = {name: free_port() for name in self.cards}
         self._processes: dict[str, subprocess.Popen[bytes]] = {}
@@ -262,19 +267,22 @@ class Bench:
         )
         await self._says(f"server {name}", log, "http://")
 
+    def _server_table(self, name: str) -> dict[str, Any]:
+        """As the router's configuration names it."""
+        return {"url": f"http://127.0.0.1:{self._ports[name]}", "metrics": self._metrics(name)}
+
     def _metrics(self, name: str) -> str:
         return f"ipc://{self.directory}/{name}.metrics"
 
     async def _start_router(self) -> None:
         fleet: dict[str, list[dict[str, Any]]] = {PREFILL: [], DECODE: []}
-        for name in self.places:
-            url = f"http://127.0.0.1:{self._ports[name]}"
-            fleet[name.partition("-")[0]].append({"url": url, "metrics": self._metrics(name)})
+        for name in sorted(self.places):
+            fleet[name.partition("-")[0]].append(self._server_table(name))
         limits = {
             "port": 0, "events": self._ipc("events"), "reports": self._ipc("reports"),
             "health_period_s": 0.25, "start_ns": time.monotonic_ns(),
         }  # fmt: skip
-        whole = {"simulate": make_config(SETTINGS).as_dict()}
+        whole = {"simulate": make_config(self._settings).as_dict()}
         path = self.directory / "router.toml"
         path.write_text(tomli_w.dumps(whole | {"fleet": fleet, "router": limits}))
         log = self.directory / f"router-{self._num_starts}.log"
@@ -291,7 +299,7 @@ class Bench:
             phase=PREFILL if phase == PREFILL else DECODE,
             instance_id=int(index),
             start_ns=time.monotonic_ns(),
-            settings=make_config(SETTINGS).as_dict(),
+            settings=make_config(self._settings).as_dict(),
             metrics_address=self._metrics(name),
             event_address=self._ipc("events"),
             report_address=self._ipc("reports"),

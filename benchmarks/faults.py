@@ -21,7 +21,7 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmarks.fault_bench import PROFILE, Bench, NotInTimeError, no_watchdog_left, until
+from benchmarks.fault_bench import PAIRS, PROFILE, Bench, NotInTimeError, no_watchdog_left, until
 from hwreplay.emulated.build import build_library, show_here
 from hwreplay.emulated.card import Card
 from hwreplay.emulated.state import create_cards, open_cards
@@ -33,7 +33,6 @@ a busy machine is no fault."""
 UNKNOWN = 999
 NO_PERMISSION = 4
 LAG_S = 0.2
-CARDS_A_BENCH = 4
 
 
 @dataclass(slots=True)
@@ -110,11 +109,12 @@ async def kill_server(bench: Bench, rng: np.random.Generator, number: int) -> fl
     return took_s
 
 
-async def kill_router(bench: Bench, rng: np.random.Generator, number: int) -> float:
-    """Without it the servers come to rest, and their agents hear nothing any more."""
+async def kill_router(bench: Bench, rng: np.random.Generator, number: int) -> float | None:
+    """Without it servers come to rest; agents that hear nothing then unlock."""
     await bench.all_locked()
     await asyncio.sleep(rng.uniform(0.0, 0.2))
-    took_s = await unlocked(bench, bench.places, bench.kill("router"))
+    killed_s = bench.kill("router")
+    took_s = await unlocked(bench, bench.places, killed_s) if bench.is_silent_at_rest else None
     await bench.start("router")
     return took_s
 
@@ -197,8 +197,8 @@ async def disappear(bench: Bench, rng: np.random.Generator, number: int) -> floa
 KILLS: dict[str, Try] = {
     "actuator": kill_actuator,
     "agent": kill_agent,
-    "router": kill_router,
     "server": kill_server,
+    "router": kill_router,  # last: a new one has counted nothing
 }
 CARD_FAULTS: dict[str, Try] = {
     "refuses locks": refuse_locks,
@@ -271,10 +271,25 @@ async def run(directory: Path, tries: int, card_tries: int, only: str) -> list[R
                     continue
                 home = directory / str(place)
                 home.mkdir()
-                first = place * CARDS_A_BENCH
-                bench = Bench(home, all_cards[first : first + CARDS_A_BENCH], SEED + place)
+                first = place * len(PAIRS)
+                bench = Bench(home, dict(zip(PAIRS, all_cards[first:], strict=False)), SEED + place)
                 group.create_task(campaign(bench, wanted, found[place]))
     return [row for rows in found for row in rows]
+
+
+async def run_on_engine(directory: Path, engine: Path, tries: int, only: str) -> list[Row]:
+    """The kills on real servers, whose forward passes alone are emulated."""
+    from benchmarks.fault_engine import engine_bench
+
+    rows: list[Row] = []
+    kills = {f"kill -9 {name}": (act, tries) for name, act in KILLS.items()}
+    with (
+        open_cards(directory / "cards", directory) as cards,
+        engine_bench(directory, engine, cards) as bench,
+    ):
+        wanted = {name: how for name, how in kills.items() if only in name}
+        await campaign(bench, wanted, rows)
+    return rows
 
 
 def main() -> int:
@@ -283,17 +298,20 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=100, help="kills of each part")
     parser.add_argument("--card-tries", type=int, default=10, help="of each fault of a card")
     parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--engine", type=Path, help="folder of a real SGLang: 1P1D of it")
     arguments = parser.parse_args()
     start_s = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="vf-") as scratch:
         directory = Path(scratch)
         build_library(directory)
-        show_here(directory, create_cards(directory / "cards", PROFILE, 8, directory))
+        show_here(directory, create_cards(directory / "cards", PROFILE, 2 * len(PAIRS), directory))
         print(HEAD, flush=True)
         with no_watchdog_left():
-            rows = asyncio.run(
-                run(directory, arguments.tries, arguments.card_tries, arguments.only)
-            )
+            if arguments.engine is None:
+                plan = run(directory, arguments.tries, arguments.card_tries, arguments.only)
+            else:
+                plan = run_on_engine(directory, arguments.engine, arguments.tries, arguments.only)
+            rows = asyncio.run(plan)
     is_well = not any(row.wrong or row.outcomes["lost"] for row in rows)
     verdict = "every clock given back, every request accounted for" if is_well else "FAILED"
     print(f"{verdict} ({time.monotonic() - start_s:.0f} s)")
