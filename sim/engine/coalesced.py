@@ -65,10 +65,19 @@ class CoalescedDecode(DecodeInstance):
     def submit(self, request: SimRequest, now_s: float) -> None:
         super().submit(request, now_s)
         if self._left > 1:
-            further = self._ended_before(now_s)
-            if further + 1 < self._left:
-                self._left = further + 1
-                self.on_cut(self, self._start_s + self._elapsed_s(self._left))
+            self._cut(now_s)
+
+    def at_boundary(self, action: Callable[[float], None], now_s: float) -> None:
+        super().at_boundary(action, now_s)
+        if self._left > 1:
+            self._cut(now_s)
+
+    def _cut(self, now_s: float) -> None:
+        """End the run with the iteration that runs now."""
+        further = self._ended_before(now_s)
+        if further + 1 < self._left:
+            self._left = further + 1
+            self.on_cut(self, self._start_s + self._elapsed_s(self._left))
 
     def sync(self, now_s: float) -> None:
         if self._left > 1:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 
 from sim.config import SimConfig
 from sim.engine.instance import Instance
@@ -47,6 +48,8 @@ class DecodeInstance(Instance):
         """Running requests, latest joiner last; those that have finished are skipped lazily."""
         self._joiners: list[SimRequest] = []
         """Joined with the running iteration and still waiting for a token from it."""
+        self._visitors: list[Callable[[float], None]] = []
+        """Called with the time at the end of the running iteration."""
         self._max_running = max_running
         self._has_admission = answers.has_admission
         self._most = max_running
@@ -70,6 +73,23 @@ class DecodeInstance(Instance):
         if self._is_parked:
             self._wake()
 
+    def at_boundary(self, action: Callable[[float], None], now_s: float) -> None:
+        """Call `action` with the time when the running iteration ends; at once if none runs."""
+        if self._is_parked:
+            action(now_s)
+        else:
+            self._visitors.append(action)
+
+    def park(self, now_s: float) -> None:
+        super().park(now_s)
+        if self._visitors:
+            self._let_in(now_s)
+
+    def _let_in(self, now_s: float) -> None:
+        visitors, self._visitors = self._visitors, []
+        for action in visitors:
+            action(now_s)
+
     def _forget_last_iteration(self) -> None:
         self._has_record = False
 
@@ -80,6 +100,8 @@ class DecodeInstance(Instance):
     def _form_batch(self, now_s: float) -> None:
         """Admit, retract and ask the controller, in the engine's order."""
         state = self.state
+        if self._visitors:
+            self._let_in(now_s)
         if state.num_waiting:
             self._admit(now_s)
         if state.kv_tokens + state.num_running > state.kv_capacity_tokens:

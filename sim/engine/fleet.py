@@ -107,6 +107,9 @@ class Fleet(ABC):
         self._is_transfer_instant = (
             config.kv_transfer_latency_s == 0 and config.kv_transfer_bytes_per_s is None
         )
+        self._starts_at_arrival = (
+            config.prefill_starts == "arrival" and config.serving_latency_s == 0
+        )
         self._finishes_in_prefill = config.first_token == "prefill"
         self._now_s = 0.0
         """When the request that is being routed arrived."""
@@ -178,7 +181,22 @@ class Fleet(ABC):
         self._log.assign(request)
         self._prefill_states[prefill_id].open_requests += 1
         self._decode_states[decode_id].open_requests += 1
-        self.prefill[prefill_id].submit(request, now_s)
+        if self._starts_at_arrival:
+            self.prefill[prefill_id].submit(request, now_s)
+        else:
+            self._expect(request, now_s)
+
+    def _expect(self, request: SimRequest, now_s: float) -> None:
+        """The request is on its way, or waits for its decode instance to end an iteration."""
+        prefill, config = self.prefill[request.prefill_id], self._config
+        prefill.expect(request)
+        start: Callable[[float], None] = partial(prefill.admit, request)
+        if config.prefill_starts == "decode_boundary":
+            start = partial(self.decode[request.decode_id].at_boundary, start)
+        if config.serving_latency_s > 0:
+            self._later(now_s + config.serving_latency_s, start)
+        else:
+            start(now_s)
 
     def can_hold(self, request: SimRequest) -> bool:
         """Whether the request fits an empty decode instance; it is rejected if not."""

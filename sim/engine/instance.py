@@ -54,6 +54,8 @@ class Instance(ABC):
         """When the running iteration began."""
         self._decision_mhz = self.track.clock_mhz
         self._is_parked = True
+        self._num_expected = 0
+        """Of those that wait, how many have yet to be let in: no work for now."""
         self.idle_change_s = math.inf
         """Idle: when its clock changes next; nobody has been told of that. Infinity if busy."""
         self.tie_rank = 0
@@ -77,7 +79,7 @@ class Instance(ABC):
         state = self.state
         if state.is_busy:
             self._finish_iteration(now_s)
-            if not (state.num_running or state.num_waiting) or (
+            if not (state.num_running or state.num_waiting > self._num_expected) or (
                 self._has_holding and self._holds(now_s)
             ):
                 self.park(now_s)
