@@ -246,7 +246,8 @@ class ControlLoop:
         self._write(UNLOCKED_MHZ, now_s)
 
     def close(self, now_s: float) -> None:
-        """Give the clock back."""
+        """Give the clock back, and write down what the controller has learnt."""
+        self.report.learnt = self._controller.controller.learnt()
         if self._actuator is not None:
             self._actuator.close()
             self._actuator = None

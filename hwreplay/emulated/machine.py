@@ -21,7 +21,6 @@ from sim.policies.base import DECODE, PREFILL, Phase
 
 HELPER_S: Final = 20.0
 POLL_S: Final = 0.02
-MAX_REQUESTS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +34,8 @@ class Machine:
     """Takes the cards' file and the engine's passes; its path short, for sockets."""
     library: Path
     """Folder of the compiled library."""
+    max_requests: int = 1024
+    """Largest batch."""
     seed: int = 13
     noise_scale: float = 0.0
 
@@ -54,9 +55,10 @@ class Machine:
 
     def gpus(self) -> dict[Phase, tuple[tuple[int, ...], ...]]:
         """Cards of each instance, as `[replay] gpus` has them."""
+        counts: dict[Phase, int] = {PREFILL: self.num_prefill, DECODE: self.num_decode}
         return {
             phase: tuple(self.cards_of(phase, index) for index in range(count))
-            for phase, count in ((PREFILL, self.num_prefill), (DECODE, self.num_decode))
+            for phase, count in counts.items()
         }
 
     def cards_of(self, phase: Phase, instance_id: int) -> tuple[int, ...]:
@@ -77,11 +79,11 @@ class Machine:
             cards=self.cards_of(at.phase, at.instance_id),
             state=str(self.state),
             passes=str(self.passes_of(at.phase, at.instance_id)),
-            max_requests=MAX_REQUESTS,
+            max_requests=self.max_requests,
             seed=self.seed,
             noise_scale=self.noise_scale,
         )
-        return plan.environment()
+        return plan.environment() | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 
 
 @contextmanager

@@ -35,6 +35,7 @@ class Plan:
     profile: str
     """Name or folder."""
     phase: str
+    """Of the server; of one that does both, whose noise it has."""
     instance_id: int
     cards: tuple[int, ...]
     """Records of its cards, one a rank."""
@@ -64,7 +65,7 @@ def open_silicon(plan: Mapping[str, Any], rank: int) -> Silicon:
     mine = [cards[index] for index in plan["cards"]]
     mine[rank].add_process()
     model = profile.truth(extrapolate=True)
-    return Silicon(model, plan["phase"], mine, rank=rank, noise=noise)
+    return Silicon(model, mine, rank=rank, noise=noise)
 
 
 class Passes:

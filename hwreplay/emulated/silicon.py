@@ -116,7 +116,6 @@ class Silicon:
     def __init__(
         self,
         model: StepModel,
-        phase: str,
         cards: Sequence[Card],
         *,
         rank: int = 0,
@@ -126,13 +125,11 @@ class Silicon:
 
         Args:
             model: Time and power of the instance, all its cards together.
-            phase: "prefill" or "decode".
             cards: The instance's, by rank; a pass lasts as long as on the slowest of them.
             rank: Whose energy is booked here.
             noise: Of iteration times; none: exactly the table's.
         """
         self._model = model
-        self._phase = phase
         self._cards = cards
         self._own = cards[rank]
         self._noise = noise
@@ -142,17 +139,18 @@ class Silicon:
         """The engine has nothing to compute: the next pass begins when it begins."""
         self._ended_s = None
 
-    def run(self, batch_size: float, tokens: int) -> Pass:
+    def run(self, phase: str, batch_size: float, tokens: int) -> Pass:
         """Let one pass go by.
 
         Args:
+            phase: "prefill" or "decode".
             batch_size: Requests; in prefill the number of equal prompts with the same work.
             tokens: New tokens (prefill) or context (decode) of the batch.
         """
         now_s = time.monotonic()
         begin_s = now_s if self._ended_s is None else self._ended_s
         clock, change_s = self._clock()
-        time_s, power_w = self._model.time_and_power(self._phase, clock, batch_size, tokens)
+        time_s, power_w = self._model.time_and_power(phase, clock, batch_size, tokens)
         factor = 1.0 if self._noise is None else self._noise.next(clock, batch_size)
         end_s = begin_s + time_s * factor
         self._draw(power_w, end_s - now_s, gap_s=now_s - begin_s)
@@ -162,7 +160,7 @@ class Silicon:
             if found != clock and now_s < end_s:
                 left = (end_s - now_s) / (time_s * factor)
                 clock = found
-                time_s, power_w = self._model.time_and_power(self._phase, clock, batch_size, tokens)
+                time_s, power_w = self._model.time_and_power(phase, clock, batch_size, tokens)
                 end_s = now_s + left * time_s * factor
                 self._draw(power_w, end_s - now_s)
         self._ended_s = now_s

@@ -11,6 +11,7 @@ from typing import Any, Final
 from hwreplay.context import check_notices
 from hwreplay.engines.launch import Engine
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
+from profiles.catalog import load_profile
 from profiles.errors import VoltanaError, nearest
 from sim.config import SimConfig, make_config, read_toml
 from sim.policies.base import DECODE, PREFILL, Phase
@@ -19,7 +20,11 @@ START_KEYS: Final = ("engine", "python", "model", "arguments")
 """Of [fleet], for servers that are started here."""
 FLEET_KEYS: Final = (*START_KEYS, "prefill", "decode", "batch_sockets")
 PARALLEL_DATA: Final = ("--dp-size", "--data-parallel-size", "--dp")
-REPLAY_KEYS: Final = ("actuator", "gpus", "power_w", "vocabulary", "drain_s", "rest_s")
+REPLAY_KEYS: Final = (
+    *("actuator", "gpus", "power_w", "vocabulary", "drain_s", "rest_s"),
+    *("emulate", "dilation"),
+)
+NUMBERS: Final = ("power_w", "drain_s", "rest_s", "dilation")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -40,6 +45,11 @@ class ReplayConfig:
     """Cards of each instance, e.g. {"prefill": ((0,),), "decode": ((1,),)}."""
     power_w: float | None = None
     """Stated power of each instance, on a machine without cards that count."""
+    emulate: str | None = None
+    """Profile of the emulated cards in `gpus`: energy is modelled by it and never called measured.
+    Where the servers are started here, so are the cards, and a helper that sets their clocks."""
+    dilation: float = 1.0
+    """How many times slower all clocks of an emulated run go."""
     vocabulary: tuple[int, int] = (3, 512)
     drain_s: float = 60.0
     rest_s: float = 1.5
@@ -58,6 +68,11 @@ class ReplayConfig:
             )
         if self.power_w is not None and not self.power_w > 0:
             raise VoltanaError(f"power_w must be > 0, got {self.power_w}")
+        if self.dilation != 1 and self.emulate is None:
+            raise VoltanaError(
+                f"[replay] dilation must be 1 on real cards, got {self.dilation:g}: name the"
+                " profile to emulate, or leave it out"
+            )
         if self.actuator is not None and not self.gpus:
             raise VoltanaError(
                 f"[replay] actuator must have gpus to set, got {self.actuator} with power_w: name "
@@ -67,6 +82,13 @@ class ReplayConfig:
             self._check_worker(worker)
         if self.gpus:
             self._check_gpus()
+
+    @property
+    def power_kind(self) -> str:
+        """Where energy comes from: measured, emulated or stated."""
+        if self.emulate is not None:
+            return "emulated"
+        return "measured" if self.power_w is None else "stated"
 
     def _check_worker(self, worker: WorkerConfig) -> None:
         if worker.metrics is None:
@@ -155,17 +177,36 @@ def read_replay_config(path: Path) -> ReplayConfig:
         workers = read_workers(fleet, where)
         simulate["num_prefill"] = sum(w.phase == PREFILL for w in workers)
         simulate["num_decode"] = sum(w.phase == DECODE for w in workers)
+    sim = make_config(simulate, where=where)
+    gpus = _gpus(own.get("gpus", {}), where)
+    emulate = own.get("emulate")
+    if emulate is not None and not gpus and "power_w" not in own:
+        gpus = emulated_gpus(str(emulate), sim)
     return ReplayConfig(
-        sim=make_config(simulate, where=where),
+        sim=sim,
         workers=workers,
         engine=engine,
         batch_sockets={k: Path(v) for k, v in fleet.get("batch_sockets", {}).items()},
         router_limits=read_limits(data.get("router", {}), where),
         actuator=_path(own, "actuator"),
-        gpus=_gpus(own.get("gpus", {}), where),
+        gpus=gpus,
+        emulate=None if emulate is None else str(emulate),
         vocabulary=_vocabulary(own.get("vocabulary", (3, 512)), where),
-        **{k: _number(own, k, where) for k in ("power_w", "drain_s", "rest_s") if k in own},
+        **{k: _number(own, k, where) for k in NUMBERS if k in own},
     )
+
+
+def emulated_gpus(profile: str, sim: SimConfig) -> dict[Phase, tuple[tuple[int, ...], ...]]:
+    """The emulated cards of each instance: in a row, prefill first, as many as the profile's."""
+    width = load_profile(profile).meta.model.tensor_parallel
+    firsts: dict[Phase, range] = {
+        PREFILL: range(sim.num_prefill),
+        DECODE: range(sim.num_prefill, sim.num_prefill + sim.num_decode),
+    }
+    return {
+        phase: tuple(tuple(range(i * width, (i + 1) * width)) for i in places)
+        for phase, places in firsts.items()
+    }
 
 
 def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], name: str, where: str) -> None:

@@ -41,8 +41,7 @@ class EmulatedModel:
     def forward(self, input_ids, positions, forward_batch, **_options):  # noqa: ANN001, ANN202
         mode = forward_batch.forward_mode
         if not mode.is_idle():
-            batch, tokens = self._work(forward_batch, mode)
-            ended = self._silicon.run(batch, tokens)
+            ended = self._silicon.run(*self._work(forward_batch, mode))
             if self._passes is not None:
                 self._passes.keep(ended)
         return self._answer(next_token_logits=self._logits[: forward_batch.batch_size])
@@ -55,9 +54,10 @@ class EmulatedModel:
         from hwreplay.emulated.silicon import effective_batch
 
         if mode.is_decode():
-            return forward_batch.batch_size, int(forward_batch.seq_lens_sum)
+            return "decode", forward_batch.batch_size, int(forward_batch.seq_lens_sum)
         chunks = list(forward_batch.extend_seq_lens_cpu)
-        return effective_batch(chunks, list(forward_batch.extend_prefix_lens_cpu)), sum(chunks)
+        equal = effective_batch(chunks, list(forward_batch.extend_prefix_lens_cpu))
+        return "prefill", equal, sum(chunks)
 
 
 def register() -> None:
