@@ -47,7 +47,7 @@ LOST_S = 30.0
 """A request that has no end after so long is lost."""
 PERIOD_S = 0.1
 """Between two requests."""
-STALE = StaleLimits(dead_s=0.5)
+STALE = StaleLimits(dead_s=0.5, router_s=2.0)
 """Stub servers send no heartbeat at rest: so soon an agent whose server rests unlocks."""
 
 
