@@ -25,6 +25,7 @@ from typing import Any, Final
 import numpy as np
 
 from experiments.hardware import loop_profile, loop_report
+from experiments.hardware.loop_report import BASELINE
 from experiments.runs import cached_profile, workload_of
 from hwreplay.emulated import dilation
 from hwreplay.emulated.fleet import AGENT_S, LIBRARY, emulated_arguments
@@ -45,10 +46,12 @@ from sim.workload.generate import make_workload
 from sim.workload.workload import Workload
 
 PROFILE: Final = "a100-80g-sxm/llama-3.1-8b"
-DILATION: Final = 3.0
+DILATION: Final = 2.5
+PROFILE_DILATION: Final = 1.5
+"""One small server is easier to keep up with."""
 REST_S: Final = 0.7
 START_S: Final = 900.0
-SINGLE: Final = 60
+SINGLE: Final = 56
 STREAM_STEP_S: Final = 0.0112
 """A decode step of one or two requests, a little short: the stream outlives the single ones."""
 POLICIES: Final[Mapping[str, Mapping[str, str]]] = {
@@ -88,12 +91,14 @@ class Field:
     trace: Path
     slo_ttft_s: float
     slo_itl_s: float
+    prompt_tokens: tuple[int, int]
+    """Shortest and longest of most prompts."""
 
 
 def fields(out: Path, *, is_short: bool) -> list[Field]:
     """1P1D on ShareGPT-like requests, and unless it is a short loop 2P2D on a slice of Azure."""
     path = out / "sharegpt.csv"
-    made = make_workload("sharegpt", rate_rps=10.0, duration_s=16.0, seed=13)
+    made = make_workload("sharegpt", rate_rps=10.0, duration_s=14.0, seed=13)
     replace(made, output_tokens=np.minimum(made.output_tokens, LONGEST_TOKENS)).write(path)
     small = Field(
         name="1P1D, ShareGPT",
@@ -102,8 +107,16 @@ def fields(out: Path, *, is_short: bool) -> list[Field]:
         trace=path,
         slo_ttft_s=0.3,
         slo_itl_s=0.03,
+        prompt_tokens=(8, 500),
     )
-    large = replace(small, name="2P2D, Azure", num_prefill=2, num_decode=2, trace=AZURE)
+    large = replace(
+        small,
+        name="2P2D, Azure",
+        num_prefill=2,
+        num_decode=2,
+        trace=AZURE,
+        prompt_tokens=(250, 2000),
+    )
     return [small] if is_short else [small, large]
 
 
@@ -204,26 +217,29 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def measure_serving_s(fleet: Fleet, out: Path) -> float:
-    """What HTTP, the router and the hand-over add to a first token beside a running stream.
+def measure_serving_s(fleet: Fleet, field: Field, out: Path) -> float:
+    """What HTTP, the router and the hand-over add to a first token beside running streams.
 
-    The mean of the middle half of the differences to the same requests simulated without it:
-    single requests whose prefill meets decode's iterations anywhere.
+    The mean of the middle half of the differences to the same requests simulated without it: one
+    stream an instance, and single requests whose prefill meets decode's iterations anywhere. Their
+    prompts are as long as the field's; nothing else of it is looked at.
     """
     rng = np.random.default_rng(7)
-    at_s = 1.0 + np.cumsum(rng.uniform(0.09, 0.16, SINGLE))
-    prompts = rng.integers(32, 512, SINGLE)
+    count = field.num_decode
+    at_s = 0.7 + np.cumsum(rng.uniform(0.10, 0.16, SINGLE))
+    low, high = np.log(field.prompt_tokens)
+    prompts = np.exp(rng.uniform(low, high, SINGLE)).astype(np.int64)
+    steps = int(at_s[-1] / STREAM_STEP_S)
     work = Workload(
-        arrival_s=np.concatenate([[0.0], at_s]),
-        input_tokens=np.concatenate([[64], prompts]),
-        output_tokens=np.concatenate([[int(at_s[-1] / STREAM_STEP_S)], np.full(SINGLE, 2)]),
-        name="single requests beside a stream",
+        arrival_s=np.concatenate([np.zeros(count), at_s]),
+        input_tokens=np.concatenate([np.full(count, 64), prompts]),
+        output_tokens=np.concatenate([np.full(count, steps), np.full(SINGLE, 2)]),
+        name="single requests beside streams",
     )
-    sim = make_config(MEASURED | {"profile": PROFILE, "num_prefill": 1, "num_decode": 1}
-                      | dict(POLICIES["static-max"]))  # fmt: skip
+    sim = config_of(field, BASELINE, 0.0)
     simulated = simulate(sim, cached_profile(PROFILE), work).requests
     observed = replay(fleet.config(sim), work, out, _silent).requests
-    left_s = np.sort((observed.first_token_s - simulated.first_token_s)[1:])
+    left_s = np.sort((observed.first_token_s - simulated.first_token_s)[count:])
     if np.isnan(left_s).any():
         raise VoltanaError(f"{SINGLE} single requests must be served: see {out}")
     return max(float(left_s[SINGLE // 4 : -SINGLE // 4].mean()), 0.0)
@@ -265,13 +281,16 @@ def _cards(fleet: Fleet, config: SimConfig) -> list[dict[str, Any]]:
 def play_all(engine: Path, out: Path, *, is_short: bool, only: Sequence[str]) -> None:
     """The second and third circle, in a process whose time is dilated; leaves `cells.json`."""
     size = 1 if is_short else 2
+    serving_s: dict[str, float] = {}
     with open_fleet(engine, out, num_prefill=size, num_decode=size) as fleet:
-        serving_s = measure_serving_s(fleet, out / "single")
-        cells = [
-            play(fleet, field, policy, serving_s, out)
-            for field in fields(out, is_short=is_short)
-            for policy in (only or POLICIES)
-        ]
+        cells = []
+        for field in fields(out, is_short=is_short):
+            name = loop_report.slug(f"{field.name} serving")
+            serving_s[field.name] = measure_serving_s(fleet, field, out / name)
+            cells += [
+                play(fleet, field, policy, serving_s[field.name], out)
+                for policy in (only or POLICIES)
+            ]
     found = {"cells": cells, "serving_latency_s": serving_s, "dilation": dilation.present()}
     write_json(found, out / "cells.json")
 
@@ -309,8 +328,9 @@ def _outside(told: argparse.Namespace, engine: Path) -> int:
     refuse_existing(told.out)
     Engine.in_folder(engine).check()
     told.out.mkdir(parents=True, exist_ok=True)
-    for step in ("cells",) if told.short else ("profile", "cells"):
-        variables = dilation.environment(told.dilation, dilation.build(engine / LIBRARY))
+    for step in ("cells",) if told.short else ("cells", "profile"):
+        factor = told.dilation if step == "cells" else PROFILE_DILATION
+        variables = dilation.environment(factor, dilation.build(engine / LIBRARY))
         command = [sys.executable, "-m", "experiments.hardware.loop", *sys.argv[1:]]
         done = subprocess.run([*command, "--inside", step], env=os.environ | variables, check=False)
         if done.returncode:

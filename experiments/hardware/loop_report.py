@@ -135,6 +135,9 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
         and not order
         and all(t["passes"] for t in tables)
     )
+    serving = " and ".join(
+        f"{value * 1e3:.1f} ms ({name})" for name, value in found["serving_latency_s"].items()
+    )
     lines = [
         "# The loop on emulated cards",
         "",
@@ -143,7 +146,7 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
         (
             "Emulated, not measured: real SGLang, router, agents, helper and meters on cards that"
             f" run from a profile, in time {found['dilation']:g} times slower, without noise."
-            f" Serving adds {found['serving_latency_s'] * 1e3:.1f} ms to a first token."
+            f" Serving adds {serving} to a first token."
         ),
         "",
         *_profile_lines(tables),

@@ -18,6 +18,7 @@ from profiles.catalog import load_profile
 from sim.config import SimConfig
 
 if TYPE_CHECKING:
+    from hwreplay.engines.launch import Engine
     from hwreplay.replay.config import ReplayConfig
     from hwreplay.replay.parts import Run
 
@@ -27,6 +28,11 @@ AGENT_S: Final = 0.001
 """From the engine's record to the clock's call, agent and helper together; the rest of the
 simulated latency is the card's own."""
 CONTEXT: Final = ("--context-length", "131072")
+
+
+def library_of(engine: Engine) -> Path:
+    """Where the compiled libraries of an engine's folder lie."""
+    return engine.python.absolute().parent.parent.parent / LIBRARY
 
 
 def emulated_arguments(sim: SimConfig, profile: str) -> tuple[str, ...]:
@@ -61,7 +67,7 @@ def emulated(config: ReplayConfig, directory: Path) -> Iterator[ReplayConfig]:
         num_prefill=config.sim.num_prefill,
         num_decode=config.sim.num_decode,
         directory=directory,
-        library=config.engine.python.parent.parent.parent / LIBRARY,
+        library=library_of(config.engine),
         seed=config.sim.seed,
         noise_scale=config.sim.noise_scale,
         max_requests=config.sim.max_running_requests

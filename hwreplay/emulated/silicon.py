@@ -1,9 +1,9 @@
 """How long one forward pass lasts on an emulated card, and what it draws: the profile's word.
 
-Runs inside the engine, in place of the model. A pass lasts from boundary to boundary, as profiles
-count it: where one follows another at once, what the scheduler did in between is part of it, as on
-a GPU whose host works ahead. A clock that changes meanwhile splits the pass as it does in the
-simulator: the rest of the work goes on at the new clock.
+Runs inside the engine, in place of the model. A pass lasts as profiles count it: in prefill by
+itself; in decode from boundary to boundary, so that what the scheduler did between two passes that
+follow one another is part of the second. A clock that changes meanwhile splits the pass as it does
+in the simulator: the rest of the work goes on at the new clock.
 """
 
 from __future__ import annotations
@@ -134,6 +134,7 @@ class Silicon:
         self._own = cards[rank]
         self._noise = noise
         self._ended_s: float | None = None
+        self._ended_phase = ""
 
     def rest(self) -> None:
         """The engine has nothing to compute: the next pass begins when it begins."""
@@ -148,7 +149,8 @@ class Silicon:
             tokens: New tokens (prefill) or context (decode) of the batch.
         """
         now_s = time.monotonic()
-        begin_s = now_s if self._ended_s is None else self._ended_s
+        ended_s = self._ended_s if phase == "decode" == self._ended_phase else None
+        begin_s = now_s if ended_s is None else ended_s
         clock, change_s = self._clock()
         time_s, power_w = self._model.time_and_power(phase, clock, batch_size, tokens)
         factor = 1.0 if self._noise is None else self._noise.next(clock, batch_size)
@@ -163,7 +165,7 @@ class Silicon:
                 time_s, power_w = self._model.time_and_power(phase, clock, batch_size, tokens)
                 end_s = now_s + left * time_s * factor
                 self._draw(power_w, end_s - now_s)
-        self._ended_s = now_s
+        self._ended_s, self._ended_phase = now_s, phase
         return Pass(
             begin_s=begin_s,
             due_s=end_s,
