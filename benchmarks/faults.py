@@ -272,7 +272,9 @@ async def run(directory: Path, tries: int, card_tries: int, only: str) -> list[R
                 home = directory / str(place)
                 home.mkdir()
                 first = place * len(PAIRS)
-                bench = Bench(home, dict(zip(PAIRS, all_cards[first:], strict=False)), SEED + place)
+                bench = Bench(
+                    home, dict(zip(PAIRS, list(all_cards)[first:], strict=False)), SEED + place
+                )
                 group.create_task(campaign(bench, wanted, found[place]))
     return [row for rows in found for row in rows]
 

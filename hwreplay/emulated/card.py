@@ -18,10 +18,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 CARDS: Final = "VOLTANA_EMULATED_CARDS"
 """Environment variable: the mapped file."""
@@ -255,7 +255,7 @@ _PLAIN: Final = (
 )
 
 
-class Cards(Sequence[Card]):
+class Cards:
     """All cards of a file. Close it, or use it in a with statement."""
 
     def __init__(self, path: str | None = None, library: str = LIBRARY) -> None:
@@ -287,8 +287,11 @@ class Cards(Sequence[Card]):
     def __len__(self) -> int:
         return len(self._cards)
 
-    def __getitem__(self, index: Any) -> Any:  # noqa: ANN401 (a card or a list, as a sequence has it)
+    def __getitem__(self, index: int) -> Card:
         return self._cards[index]
+
+    def __iter__(self) -> Iterator[Card]:
+        return iter(self._cards)
 
     def by_uuid(self, uuid: str) -> Card:
         """The card of that name. Raises CardError."""
