@@ -112,6 +112,9 @@ class SimConfig:
         "when a request may join a prefill batch: at its arrival, or once its decode instance has"
         " ended the iteration that runs then, as SGLang's reserves the KV cache at its boundaries",
     )
+    handshake_latency_s: float = _key(
+        0.0, "from that boundary to the prefill queue; only with prefill_starts=decode_boundary"
+    )
     prefill_metrics: Literal["before", "after"] = _key(
         "before", "controllers see the prefill batch about to run, or the last one that ended"
     )
@@ -207,7 +210,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
-    "clock_stall_s", "noise_scale", "serving_latency_s", "sag_depth",
+    "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
 )  # fmt: skip
 _CHOICES = {
     "metrics": ("exact", "sketch"),

@@ -18,13 +18,14 @@ import sys
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 import numpy as np
 
-from experiments.hardware import loop_profile, loop_report
+from experiments.hardware import loop_probe, loop_profile, loop_report
+from experiments.hardware.loop_probe import HostTimes
 from experiments.hardware.loop_report import BASELINE
 from experiments.runs import cached_profile, workload_of
 from hwreplay.emulated import dilation
@@ -43,17 +44,15 @@ from sim.engine.simulate import simulate
 from sim.policies.base import DECODE, PREFILL, Phase
 from sim.results import refuse_existing, write_json, write_run
 from sim.workload.generate import make_workload
+from sim.workload.traces import read_trace
 from sim.workload.workload import Workload
 
 PROFILE: Final = "a100-80g-sxm/llama-3.1-8b"
-DILATION: Final = 2.5
+DILATION: Final = 4.0
 PROFILE_DILATION: Final = 1.5
 """One small server is easier to keep up with."""
 REST_S: Final = 0.7
 START_S: Final = 900.0
-SINGLE: Final = 56
-STREAM_STEP_S: Final = 0.0112
-"""A decode step of one or two requests, a little short: the stream outlives the single ones."""
 POLICIES: Final[Mapping[str, Mapping[str, str]]] = {
     "static-max": {"controller": "static", "router": "round-robin"},
     "static-1005": {"controller": "static:f=1005", "router": "round-robin"},
@@ -65,8 +64,8 @@ POLICIES: Final[Mapping[str, Mapping[str, str]]] = {
 engine does not know either, lies far above these loads."""
 AZURE: Final = Path(__file__).with_name("azure-conv-2023.csv")
 """Seconds of Azure's conversation trace of 2023 (CC-BY-4.0, Patel et al., Splitwise, ISCA 2024)."""
-LONGEST_TOKENS: Final = 256
-"""Answers of the generated workload are cut there: a long one keeps a run open for nothing."""
+LONGEST_TOKENS: Final = 96
+"""Answers are cut there: so a short run holds many requests, and none keeps it open for nothing."""
 MEASURED: Final = {
     "first_token": "prefill",
     "prefill_starts": "decode_boundary",
@@ -98,8 +97,10 @@ class Field:
 def fields(out: Path, *, is_short: bool) -> list[Field]:
     """1P1D on ShareGPT-like requests, and unless it is a short loop 2P2D on a slice of Azure."""
     path = out / "sharegpt.csv"
-    made = make_workload("sharegpt", rate_rps=10.0, duration_s=14.0, seed=13)
-    replace(made, output_tokens=np.minimum(made.output_tokens, LONGEST_TOKENS)).write(path)
+    made = make_workload("sharegpt", rate_rps=16.0, duration_s=12.0, seed=13)
+    _cut(made).write(path)
+    azure = out / "azure.csv"
+    _cut(read_trace(AZURE)).write(azure)
     small = Field(
         name="1P1D, ShareGPT",
         num_prefill=1,
@@ -114,15 +115,20 @@ def fields(out: Path, *, is_short: bool) -> list[Field]:
         name="2P2D, Azure",
         num_prefill=2,
         num_decode=2,
-        trace=AZURE,
+        trace=azure,
+        slo_ttft_s=1.0,
         prompt_tokens=(250, 2000),
     )
     return [small] if is_short else [small, large]
 
 
-def config_of(field: Field, policy: str, serving_s: float) -> SimConfig:
+def _cut(work: Workload) -> Workload:
+    return replace(work, output_tokens=np.minimum(work.output_tokens, LONGEST_TOKENS))
+
+
+def config_of(field: Field, policy: str, host: HostTimes) -> SimConfig:
     """One cell's configuration, simulated and replayed."""
-    return make_config(
+    made = make_config(
         MEASURED
         | dict(POLICIES[policy])
         | {
@@ -132,9 +138,9 @@ def config_of(field: Field, policy: str, serving_s: float) -> SimConfig:
             "num_decode": field.num_decode,
             "slo_ttft_s": field.slo_ttft_s,
             "slo_itl_s": field.slo_itl_s,
-            "serving_latency_s": round(serving_s, 5),
         }
     )
+    return host.on(made)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -217,37 +223,20 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
         shutil.rmtree(directory, ignore_errors=True)
 
 
-def measure_serving_s(fleet: Fleet, field: Field, out: Path) -> float:
-    """What HTTP, the router and the hand-over add to a first token beside running streams.
-
-    The mean of the middle half of the differences to the same requests simulated without it: one
-    stream an instance, and single requests whose prefill meets decode's iterations anywhere. Their
-    prompts are as long as the field's; nothing else of it is looked at.
-    """
-    rng = np.random.default_rng(7)
-    count = field.num_decode
-    at_s = 0.7 + np.cumsum(rng.uniform(0.10, 0.16, SINGLE))
-    low, high = np.log(field.prompt_tokens)
-    prompts = np.exp(rng.uniform(low, high, SINGLE)).astype(np.int64)
-    steps = int(at_s[-1] / STREAM_STEP_S)
-    work = Workload(
-        arrival_s=np.concatenate([np.zeros(count), at_s]),
-        input_tokens=np.concatenate([np.full(count, 64), prompts]),
-        output_tokens=np.concatenate([np.full(count, steps), np.full(SINGLE, 2)]),
-        name="single requests beside streams",
+def measure_host(fleet: Fleet, field: Field, out: Path) -> HostTimes:
+    """What the host adds on a field's fleet, see `experiments.hardware.loop_probe`."""
+    config = config_of(field, BASELINE, HostTimes())
+    folder = out / loop_report.slug(f"{field.name} probe")
+    return loop_probe.measure(
+        config,
+        lambda work: replay(fleet.config(config), work, folder, _silent),
+        loop_probe.plan(field.num_decode, field.prompt_tokens),
     )
-    sim = config_of(field, BASELINE, 0.0)
-    simulated = simulate(sim, cached_profile(PROFILE), work).requests
-    observed = replay(fleet.config(sim), work, out, _silent).requests
-    left_s = np.sort((observed.first_token_s - simulated.first_token_s)[count:])
-    if np.isnan(left_s).any():
-        raise VoltanaError(f"{SINGLE} single requests must be served: see {out}")
-    return max(float(left_s[SINGLE // 4 : -SINGLE // 4].mean()), 0.0)
 
 
-def play(fleet: Fleet, field: Field, policy: str, serving_s: float, out: Path) -> dict[str, Any]:
+def play(fleet: Fleet, field: Field, policy: str, host: HostTimes, out: Path) -> dict[str, Any]:
     """Simulate and replay one cell, keep both runs, and return how they compare."""
-    config = config_of(field, policy, serving_s)
+    config = config_of(field, policy, host)
     work = workload_of(config)
     simulated = simulate(config, cached_profile(PROFILE), work)
     folder = out / loop_report.slug(f"{field.name} {policy}")
@@ -281,17 +270,14 @@ def _cards(fleet: Fleet, config: SimConfig) -> list[dict[str, Any]]:
 def play_all(engine: Path, out: Path, *, is_short: bool, only: Sequence[str]) -> None:
     """The second and third circle, in a process whose time is dilated; leaves `cells.json`."""
     size = 1 if is_short else 2
-    serving_s: dict[str, float] = {}
+    times: dict[str, dict[str, float]] = {}
     with open_fleet(engine, out, num_prefill=size, num_decode=size) as fleet:
         cells = []
         for field in fields(out, is_short=is_short):
-            name = loop_report.slug(f"{field.name} serving")
-            serving_s[field.name] = measure_serving_s(fleet, field, out / name)
-            cells += [
-                play(fleet, field, policy, serving_s[field.name], out)
-                for policy in (only or POLICIES)
-            ]
-    found = {"cells": cells, "serving_latency_s": serving_s, "dilation": dilation.present()}
+            host = measure_host(fleet, field, out)
+            times[field.name] = asdict(host)
+            cells += [play(fleet, field, policy, host, out) for policy in (only or POLICIES)]
+    found = {"cells": cells, "host_times": times, "dilation": dilation.present()}
     write_json(found, out / "cells.json")
 
 

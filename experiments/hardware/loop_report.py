@@ -135,8 +135,10 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
         and not order
         and all(t["passes"] for t in tables)
     )
-    serving = " and ".join(
-        f"{value * 1e3:.1f} ms ({name})" for name, value in found["serving_latency_s"].items()
+    host = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{k.removesuffix('_latency_s')} {v * 1e3:.1f} ms" for k, v in times.items())
+        for name, times in found["host_times"].items()
     )
     lines = [
         "# The loop on emulated cards",
@@ -146,7 +148,7 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
         (
             "Emulated, not measured: real SGLang, router, agents, helper and meters on cards that"
             f" run from a profile, in time {found['dilation']:g} times slower, without noise."
-            f" Serving adds {serving} to a first token."
+            f" The host adds to a first token ({host})."
         ),
         "",
         *_profile_lines(tables),

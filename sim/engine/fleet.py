@@ -186,12 +186,17 @@ class Fleet(ABC):
         else:
             self._expect(request, now_s)
 
+    def _later_by(self, wait_s: float, action: Callable[[float], None], now_s: float) -> None:
+        self._later(now_s + wait_s, action)
+
     def _expect(self, request: SimRequest, now_s: float) -> None:
         """The request is on its way, or waits for its decode instance to end an iteration."""
         prefill, config = self.prefill[request.prefill_id], self._config
         prefill.expect(request)
         start: Callable[[float], None] = partial(prefill.admit, request)
         if config.prefill_starts == "decode_boundary":
+            if config.handshake_latency_s > 0:
+                start = partial(self._later_by, config.handshake_latency_s, start)
             start = partial(self.decode[request.decode_id].at_boundary, start)
         if config.serving_latency_s > 0:
             self._later(now_s + config.serving_latency_s, start)

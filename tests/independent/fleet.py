@@ -374,8 +374,18 @@ class Fleet:
     def _reach(self, job: Job, server: Prefill, now_s: float) -> None:
         """The request has come to its servers; decode may have to end an iteration first."""
         decode = self.decode[job.decode]
-        if self.settings["prefill_starts"] == "decode_boundary" and decode.is_busy:
-            decode.visitors.append(lambda at_s: server.let_in(job, at_s))
+        if self.settings["prefill_starts"] == "arrival":
+            server.let_in(job, now_s)
+        elif decode.is_busy:
+            decode.visitors.append(lambda at_s: self._shake_hands(job, server, at_s))
+        else:
+            self._shake_hands(job, server, now_s)
+
+    def _shake_hands(self, job: Job, server: Prefill, now_s: float) -> None:
+        """Decode has reserved room and tells prefill."""
+        delay_s = float(self.settings["handshake_latency_s"])
+        if delay_s > 0:
+            self.at(now_s + delay_s, HANDOVER, lambda at_s: server.let_in(job, at_s))
         else:
             server.let_in(job, now_s)
 

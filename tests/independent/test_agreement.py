@@ -65,7 +65,8 @@ CASES: dict[str, Settings] = {
     "prefill waits for decode's boundary": {"rate_rps": 40, "prefill_starts": "decode_boundary"},
     "the same, EcoFreq and latency of serving": {
         **VARYING, "controller": "ecofreq", "prefill_starts": "decode_boundary",
-        "serving_latency_s": 0.007, "num_decode": 1, "num_prefill": 1, "rate_rps": 10,
+        "serving_latency_s": 0.007, "handshake_latency_s": 0.003, "num_decode": 1,
+        "num_prefill": 1, "rate_rps": 10,
     },
     "small prefill batches": {"rate_rps": 25, "max_prefill_tokens": 1_024},
     "few prompts a batch": {"rate_rps": 30, "max_prefill_requests": 3},

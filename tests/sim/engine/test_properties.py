@@ -58,6 +58,7 @@ POLICY = st.fixed_dictionaries(
         "decode_metrics": st.sampled_from(["before", "after"]),
         "kv_transfer_latency_s": st.sampled_from([0.0, 0.01]),
         "prefill_starts": st.sampled_from(["arrival", "decode_boundary"]),
+        "handshake_latency_s": st.sampled_from([0.0, 0.003]),
         "serving_latency_s": st.sampled_from([0.0, 0.0, 0.004]),
         "noise_scale": st.sampled_from([0.0, 1.0, 4.0]),
         "sag_depth": st.sampled_from([0.0, 0.5]),
