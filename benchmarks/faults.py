@@ -40,6 +40,8 @@ class Row:
     """One fault's line in the table."""
 
     fault: str
+    asked: int
+    """Tries that were to be made; `tries` are fewer where time was up."""
     tries: int = 0
     unlock_s: list[float] = field(default_factory=list)
     wrong: list[str] = field(default_factory=list)
@@ -209,13 +211,15 @@ CARD_FAULTS: dict[str, Try] = {
 }
 
 
-async def play(bench: Bench, fault: str, act: Try, tries: int, row: Row) -> None:
-    """One fault again and again under load."""
-    rng = np.random.default_rng([SEED, len(fault), tries])
+async def play(bench: Bench, act: Try, row: Row, until_s: float) -> None:
+    """One fault again and again under load, until time is up."""
+    rng = np.random.default_rng([SEED, len(row.fault), row.asked])
     before = bench.traffic.outcomes.copy(), bench.traffic.sent
     async with bench.traffic.flowing():
         try:
-            for number in range(tries):
+            for number in range(row.asked):
+                if time.monotonic() > until_s:
+                    break
                 took_s = await act(bench, rng, number)
                 row.tries += 1
                 row.unlock_s += [] if took_s is None else [took_s]
@@ -235,13 +239,24 @@ async def check_books(bench: Bench, row: Row) -> None:
         row.wrong.append(f"the router counts {counts}, {bench.traffic.sent} were sent")
 
 
-async def campaign(bench: Bench, faults: dict[str, tuple[Try, int]], rows: list[Row]) -> None:
-    """One bench's share: faults in turn; at the end everything is killed and nothing locked."""
+async def campaign(
+    bench: Bench, faults: dict[str, tuple[Try, int]], rows: list[Row], until_s: float
+) -> None:
+    """One bench's share: faults in turn; at the end everything is killed and nothing locked.
+
+    Args:
+        bench: Not running yet.
+        faults: What to do, and how often.
+        rows: Takes one row a fault.
+        until_s: When time is up, monotonic clock; what is left is shared by what is to come.
+    """
     async with bench.running():
-        for fault, (act, tries) in faults.items():
-            row = Row(fault)
+        for number, (fault, (act, tries)) in enumerate(faults.items()):
+            row = Row(fault, tries)
             rows.append(row)
-            await play(bench, fault, act, tries, row)
+            now_s = time.monotonic()
+            weights = [most for _, most in list(faults.values())[number:]]
+            await play(bench, act, row, now_s + (until_s - now_s) * tries / sum(weights))
             if act is not kill_router and "kill -9 router" not in [r.fault for r in rows]:
                 await check_books(bench, row)
             print(row.text, flush=True)
@@ -251,7 +266,7 @@ async def campaign(bench: Bench, faults: dict[str, tuple[Try, int]], rows: list[
     await until(lambda: not bench.locked(), "everything killed: no clock may be locked", UNLOCK_S)
 
 
-async def run(directory: Path, tries: int, card_tries: int, only: str) -> list[Row]:
+async def run(directory: Path, tries: int, card_tries: int, only: str, until_s: float) -> list[Row]:
     """Two benches side by side, each with four cards."""
     kills = {f"kill -9 {name}": (act, tries) for name, act in KILLS.items()}
     cards = {f"card {name}": (act, card_tries) for name, act in CARD_FAULTS.items()}
@@ -275,11 +290,13 @@ async def run(directory: Path, tries: int, card_tries: int, only: str) -> list[R
                 bench = Bench(
                     home, dict(zip(PAIRS, list(all_cards)[first:], strict=False)), SEED + place
                 )
-                group.create_task(campaign(bench, wanted, found[place]))
+                group.create_task(campaign(bench, wanted, found[place], until_s))
     return [row for rows in found for row in rows]
 
 
-async def run_on_engine(directory: Path, engine: Path, tries: int, only: str) -> list[Row]:
+async def run_on_engine(
+    directory: Path, engine: Path, tries: int, only: str, until_s: float
+) -> list[Row]:
     """The kills on real servers, whose forward passes alone are emulated."""
     from benchmarks.fault_engine import engine_bench
 
@@ -290,7 +307,7 @@ async def run_on_engine(directory: Path, engine: Path, tries: int, only: str) ->
         engine_bench(directory, engine, cards) as bench,
     ):
         wanted = {name: how for name, how in kills.items() if only in name}
-        await campaign(bench, wanted, rows)
+        await campaign(bench, wanted, rows, until_s)
     return rows
 
 
@@ -300,9 +317,11 @@ def main() -> int:
     parser.add_argument("--tries", type=int, default=100, help="kills of each part")
     parser.add_argument("--card-tries", type=int, default=10, help="of each fault of a card")
     parser.add_argument("--only", default="", help="faults whose name holds this")
+    parser.add_argument("--minutes", type=float, default=10.0, help="no new try after so long")
     parser.add_argument("--engine", type=Path, help="folder of a real SGLang: 1P1D of it")
     arguments = parser.parse_args()
     start_s = time.monotonic()
+    until_s = start_s + 60.0 * arguments.minutes
     with tempfile.TemporaryDirectory(prefix="vf-") as scratch:
         directory = Path(scratch)
         build_library(directory)
@@ -310,12 +329,19 @@ def main() -> int:
         print(HEAD, flush=True)
         with no_watchdog_left():
             if arguments.engine is None:
-                plan = run(directory, arguments.tries, arguments.card_tries, arguments.only)
+                plan = run(
+                    directory, arguments.tries, arguments.card_tries, arguments.only, until_s
+                )
             else:
-                plan = run_on_engine(directory, arguments.engine, arguments.tries, arguments.only)
+                plan = run_on_engine(
+                    directory, arguments.engine, arguments.tries, arguments.only, until_s
+                )
             rows = asyncio.run(plan)
     is_well = not any(row.wrong or row.outcomes["lost"] for row in rows)
     verdict = "every clock given back, every request accounted for" if is_well else "FAILED"
+    missed = sum(row.asked - row.tries for row in rows)
+    if missed and is_well:
+        verdict += f"; time was up for {missed} tries: --minutes gives more"
     print(f"{verdict} ({time.monotonic() - start_s:.0f} s)")
     return 0 if is_well else 1
 

@@ -30,7 +30,7 @@ async def both_at_once(bench, rng, number):
 
 faults.KILLS["actuator"] = both_at_once
 faults.UNLOCK_S = 2.0
-sys.argv = ["faults", "--tries", "1", "--only", "kill -9 actuator"]
+sys.argv = ["faults", "--tries", "1", "--only", "kill -9 actuator", "--minutes", "60"]
 sys.exit(faults.main())
 """
 
@@ -43,7 +43,9 @@ def campaign(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_every_fault_gives_its_clocks_back_and_accounts_for_each_request() -> None:
-    done = campaign("-m", "benchmarks.faults", "--tries", "2", "--card-tries", "1")
+    done = campaign(
+        "-m", "benchmarks.faults", "--tries", "2", "--card-tries", "1", "--minutes", "60"
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     assert "every clock given back, every request accounted for" in done.stdout
     for fault, tries in [(f"kill -9 {k}", 2) for k in KILLS] + [(f"card {c}", 1) for c in CARDS]:
