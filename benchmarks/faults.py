@@ -25,6 +25,7 @@ from benchmarks.fault_bench import PAIRS, PROFILE, Bench, NotInTimeError, no_wat
 from hwreplay.emulated.build import build_library, show_here
 from hwreplay.emulated.card import Card
 from hwreplay.emulated.state import create_cards, open_cards
+from profiles.signals import stops_as_interrupts
 
 SEED = 7
 UNLOCK_S = 20.0
@@ -327,7 +328,7 @@ def main() -> int:
         build_library(directory)
         show_here(directory, create_cards(directory / "cards", PROFILE, 2 * len(PAIRS), directory))
         print(HEAD, flush=True)
-        with no_watchdog_left():
+        with no_watchdog_left(), stops_as_interrupts():
             if arguments.engine is None:
                 plan = run(
                     directory, arguments.tries, arguments.card_tries, arguments.only, until_s
