@@ -338,7 +338,9 @@ def main() -> int:
                     directory, arguments.engine, arguments.tries, arguments.only, until_s
                 )
             rows = asyncio.run(plan)
-    is_well = not any(row.wrong or row.outcomes["lost"] for row in rows)
+    is_well = bool(rows) and all(
+        row.tries and not row.wrong and not row.outcomes["lost"] for row in rows
+    )
     verdict = "every clock given back, every request accounted for" if is_well else "FAILED"
     missed = sum(row.asked - row.tries for row in rows)
     if missed and is_well:
