@@ -24,8 +24,9 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
         pytest.skip("SGLang is not installed: run `make engine`")
     out = tmp_path_factory.mktemp("loop") / "out"
     command = [sys.executable, "-m", "experiments.hardware.loop", "--short", "--out", str(out)]
+    options = ["--dilation", "3", "--engine", str(ENGINE), "--only", *POLICIES]
     done = subprocess.run(
-        [*command, "--only", *POLICIES], cwd=ROOT, capture_output=True, text=True, check=False
+        [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False
     )
     # 1 is a verdict on latencies, which a busy machine may well miss; here they are not judged
     assert done.returncode in (0, 1), done.stderr[-2000:]
