@@ -7,7 +7,7 @@ FAST_STAMP := $(FAST)/.installed
 SOURCES := $(shell find sim profiles hwreplay experiments -name '*.py')
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo figures notebooks test lint types contracts unit bench fast fast-test fast-bench mutants engine profile-gpu replay-gpu clean
+.PHONY: help demo figures notebooks test lint types contracts unit bench fast fast-test fast-bench mutants engine loop faults profile-gpu replay-gpu clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
@@ -18,7 +18,9 @@ help:
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
 	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=)"
-	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB)"
+	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB), and the emulated card's NVML"
+	@echo "make faults  kill actuator, agents, router, servers on emulated cards (TRIES=100 each; needs gcc)"
+	@echo "make loop   real SGLang on emulated cards against simulator and profile (15 minutes, after make engine)"
 	@echo "make profile-gpu  measure this machine's GPU into results/profiles/CARD, clocks left alone, and compare it"
 	@echo "make replay-gpu   probe, simulate, replay and validate on SGLang with this machine's GPUs ($(REPLAY))"
 	@echo "make clean  remove the environment and every generated file"
@@ -99,8 +101,22 @@ mutants: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mutmut==3.8.1"
 	nice -n 10 $(BIN)/python benchmarks/mutants.py $(MUTATE) --tests $(KILLERS) --sample $(MUTANTS)
 
-engine:
+engine: $(STAMP)
 	sh hwreplay/engines/sglang/install.sh .engine
+	$(BIN)/python -m hwreplay.emulated.build .engine/emulated
+
+# Kills and card faults on emulated cards under load: 100 kills of each part, the exit status is the
+# verdict. TRIES=10 is a tenth of it.
+TRIES ?= 100
+
+faults: $(STAMP)
+	$(BIN)/python -m benchmarks.faults --tries $(TRIES)
+
+# The exit status is the verdict; $(LOOPED)/report.md has the tables. Nothing else may run beside it.
+LOOPED ?= results/loop
+
+loop: $(STAMP)
+	$(BIN)/python -m experiments.hardware.loop --out $(LOOPED)
 
 # No privilege is needed and no clock is touched. Finished points are kept: run it again to go on.
 # A torch without CUDA would be taken for good by pip, so it goes first. PROFILE is where to write.

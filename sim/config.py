@@ -104,6 +104,17 @@ class SimConfig:
         "who makes the first token: decode (TTFT ends with the first decode step, as the"
         " reference counts it) or prefill (TTFT ends when decode takes the request up)",
     )
+    serving_latency_s: float = _key(
+        0.0, "from a request's arrival to the instances: HTTP and the router, both ways"
+    )
+    prefill_starts: Literal["arrival", "decode_boundary"] = _key(
+        "arrival",
+        "when a request may join a prefill batch: at its arrival, or once its decode instance has"
+        " ended the iteration that runs then, as SGLang's reserves the KV cache at its boundaries",
+    )
+    handshake_latency_s: float = _key(
+        0.0, "from that boundary to the prefill queue; only with prefill_starts=decode_boundary"
+    )
     prefill_metrics: Literal["before", "after"] = _key(
         "before", "controllers see the prefill batch about to run, or the last one that ended"
     )
@@ -199,7 +210,7 @@ _POSITIVE = (
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
-    "clock_stall_s", "noise_scale", "sag_depth",
+    "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))

@@ -47,15 +47,18 @@ def replay(
     the clocks are left alone and decisions are recorded. Ctrl-C, SIGTERM and SIGHUP keep what has
     ended and exit with 1; servers that were started here end with this command, however it ends.
 
+    With [replay] emulate the cards are emulated from a profile, and dilation slows all clocks.
+
     A simulation knows iterations only: `--probe` first measures what HTTP, routing and the
     hand-over add, and writes a configuration that has it.
 
     Example: voltana replay --config replay.toml --out results/replayed
     """
     with needs("replay", "voltana replay"):
-        from experiments.hardware.replay import run_probe, run_replay
+        from experiments.hardware.replay import enter_time, run_probe, run_replay
     from experiments.show import summary_json, summary_table
 
+    enter_time(config)
     if probe:
         overhead, adjusted = run_probe(config, out, fits_profile=fit)
         typer.echo(

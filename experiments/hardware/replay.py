@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -10,6 +11,8 @@ import tomli_w
 
 from experiments.progress import progress_bar
 from experiments.runs import cached_profile, workload_of
+from hwreplay.emulated import dilation
+from hwreplay.emulated.fleet import library_of
 from hwreplay.replay.assembly import REQUESTS, read_iterations
 from hwreplay.replay.config import ReplayConfig, read_replay_config
 from hwreplay.replay.fit import fit_surface, steps_of, write_fitted_profile
@@ -28,6 +31,25 @@ OVERHEAD: Final = "overhead.json"
 KEYS: Final = "simulate.toml"
 AGAIN: Final = "replay.toml"
 PHASES: Final[tuple[Phase, Phase]] = (PREFILL, DECODE)
+
+
+def enter_time(path: Path) -> None:
+    """Begin this command again in slower time, if its file asks for that and it is not yet in it.
+
+    Raises:
+        VoltanaError: A wrong configuration, or running servers that live in another time.
+    """
+    config = read_replay_config(path)
+    if config.dilation == dilation.present():
+        return
+    if config.engine is None:
+        raise VoltanaError(
+            f"[replay] dilation must be that of the running servers, {dilation.present():g} here,"
+            f" got {config.dilation:g}: start them with this command ([fleet] engine)"
+        )
+    dilation.enter(
+        config.dilation, library_of(config.engine), ["-m", "experiments.cli", *sys.argv[1:]]
+    )
 
 
 def run_replay(

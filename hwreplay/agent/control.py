@@ -7,6 +7,7 @@ driver boosts: the promise is kept at the cost of energy) until a fresh record c
 
 from __future__ import annotations
 
+import math
 import sys
 from collections import deque
 from collections.abc import Sequence
@@ -34,6 +35,8 @@ class StaleLimits:
     """Nor longer."""
     dead_s: float = 3.0
     """At rest: an idle engine repeats a heartbeat every second."""
+    router_s: float = 3.0
+    """The router repeats every second which requests are here; its word holds for so long."""
 
     def allowed_s(self, expected_s: float, *, is_busy: bool) -> float:
         """Longest silence that is believed.
@@ -99,6 +102,8 @@ class ControlLoop:
         self._loaded_s: float | None = None
         self._waited_s = now_s
         """When the engine last had requests and nothing to compute."""
+        self._router_s = -math.inf
+        """When the router was last heard."""
         self._sequence: int | None = None
         self._plan_s: float | None = None
         self._plan: IdlePlan | None = None
@@ -188,6 +193,10 @@ class ControlLoop:
         state.last_queue_delay_s = state.ended_queue_delay_s
         return self._decide(now_s, writes=writes)
 
+    def hear_router(self, now_s: float) -> None:
+        """It has sent an event of this instance."""
+        self._router_s = now_s
+
     def settle(self, now_s: float) -> None:
         """Ask for an idle plan when the instance has run out of work; call after each event."""
         state = self._tracker.state
@@ -204,7 +213,7 @@ class ControlLoop:
         self._tracker.observe(now_s)
         self._note_load(now_s)
         is_loaded = self._loaded_s is not None
-        if not is_loaded and self._waits_by_right():
+        if not is_loaded and self._waits_by_right(now_s):
             self._waited_s = now_s
         silent_s = now_s - max(self._heard_s, self._waited_s, self._loaded_s or 0.0)
         if silent_s > self._limits.allowed_s(self._expected_s(), is_busy=is_loaded):
@@ -246,7 +255,8 @@ class ControlLoop:
         self._write(UNLOCKED_MHZ, now_s)
 
     def close(self, now_s: float) -> None:
-        """Give the clock back."""
+        """Give the clock back, and write down what the controller has learnt."""
+        self.report.learnt = self._controller.controller.learnt()
         if self._actuator is not None:
             self._actuator.close()
             self._actuator = None
@@ -339,13 +349,18 @@ class ControlLoop:
         elif self._loaded_s is None:
             self._loaded_s = now_s
 
-    def _waits_by_right(self) -> bool:
+    def _waits_by_right(self, now_s: float) -> bool:
         """Whether requests are here and none can be computed: SGLang says nothing meanwhile.
+
+        By the word of a router that lives: one that was killed takes its requests with it, and
+        nobody would say that they have ended.
 
         Its heartbeats come only when no queue holds anything. Without the plug-in nobody tells
         whether a prefill server computes: its silence is believed as long as that of one at rest.
         """
         state = self._tracker.state
+        if now_s - self._router_s > self._limits.router_s:
+            return False
         return state.open_requests > 0 and (state.phase != PREFILL or self._has_plugin)
 
     def _expected_s(self) -> float:

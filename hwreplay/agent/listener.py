@@ -113,6 +113,7 @@ class Agent:
         while (frames := _receive(self._events)) is not None:
             try:
                 self._tracker.on_event(self._decode_event(frames[-1]))
+                self._loop.hear_router(self._clock.now_s())
             except msgspec.DecodeError as error:
                 self._loop.report.counts["wrong_messages"] += 1
                 self._loop.go_safe(self._clock.now_s(), f"a wrong event: {error}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -88,6 +89,8 @@ class LoopReport:
     notice: Latencies = field(default_factory=Latencies)
     """From the plug-in's sending, inside the engine, to the decision handed to the kernel."""
     safe: list[SafeState] = field(default_factory=list)
+    learnt: Mapping[str, float] = field(default_factory=dict)
+    """What the controller had found out at the end."""
 
     def enter_safe(self, at_s: float, reason: str) -> SafeState:
         """Begin a safe state."""
@@ -104,5 +107,6 @@ class LoopReport:
             "loop_latency": self.latency.as_dict(),
             "loop_latency_written": self.written.as_dict(),
             "notice_latency": self.notice.as_dict(),
+            "learnt": dict(self.learnt),
             "safe_states": [state.as_dict() for state in self.safe],
         }

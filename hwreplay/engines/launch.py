@@ -56,6 +56,8 @@ def run_servers(
 def _start(installation: Installation, plan: ServerPlan, logs: Path, reaper: Reaper) -> Server:
     command = plan.command(installation)
     environment = os.environ | plan.environment()
+    if installation.environment_of is not None:
+        environment |= installation.environment_of(plan)
     log = logs / f"{plan.name}.log"
     return Server(
         plan=plan,

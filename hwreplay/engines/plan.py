@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import shutil
 import socket
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Self
 
@@ -47,6 +47,10 @@ class Installation:
     """Folder with the model, or with its config.json alone for `--load-format dummy`."""
     arguments: tuple[str, ...] = ()
     """Further arguments of every server; the last word where one is given twice."""
+    environment_of: Callable[[ServerPlan], Mapping[str, str]] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """What a server's environment has besides, e.g. the emulated card that it stands on."""
 
     @classmethod
     def in_folder(cls, directory: Path) -> Self:

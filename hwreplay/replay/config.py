@@ -12,6 +12,7 @@ from hwreplay.engines.plan import Installation
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
 from hwreplay.view.context import check_notices
 from profiles.binding import EXAMPLE, bind, check_names, convert, table
+from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config, read_toml
 from sim.policies.base import DECODE, PREFILL, Phase
@@ -42,6 +43,11 @@ class ReplayConfig:
     """Cards of each instance, e.g. {"prefill": ((0,),), "decode": ((1,),)}."""
     power_w: float | None = None
     """Stated power of each instance, on a machine without cards that count."""
+    emulate: str | None = None
+    """Profile of the emulated cards in `gpus`: energy is modelled by it and never called measured.
+    Where the servers are started here, so are the cards, and a helper that sets their clocks."""
+    dilation: float = 1.0
+    """How many times slower all clocks of an emulated run go."""
     vocabulary: tuple[int, int] = field(
         default=(3, 512), metadata={EXAMPLE: "two rising token ids"}
     )
@@ -65,6 +71,11 @@ class ReplayConfig:
             raise VoltanaError(f"vocabulary must be two rising token ids, got {ids} ([replay])")
         if self.power_w is not None and not self.power_w > 0:
             raise VoltanaError(f"power_w must be > 0, got {self.power_w}")
+        if self.dilation != 1 and self.emulate is None:
+            raise VoltanaError(
+                f"[replay] dilation must be 1 on real cards, got {self.dilation:g}: name the"
+                " profile to emulate, or leave it out"
+            )
         if self.actuator is not None and not self.gpus:
             raise VoltanaError(
                 f"[replay] actuator must have gpus to set, got {self.actuator} with power_w: name "
@@ -74,6 +85,13 @@ class ReplayConfig:
             self._check_worker(worker)
         if self.gpus:
             self._check_gpus()
+
+    @property
+    def power_kind(self) -> str:
+        """Where energy comes from: measured, emulated or stated."""
+        if self.emulate is not None:
+            return "emulated"
+        return "measured" if self.power_w is None else "stated"
 
     def _check_worker(self, worker: WorkerConfig) -> None:
         if worker.metrics is None:
@@ -157,14 +175,30 @@ def read_replay_config(path: Path) -> ReplayConfig:
         simulate["num_prefill"] = sum(w.phase == PREFILL for w in workers)
         simulate["num_decode"] = sum(w.phase == DECODE for w in workers)
     sockets = table(fleet, "batch_sockets", where)
+    sim = make_config(simulate, where=where)
+    if "emulate" in own and not {"gpus", "power_w"} & own.keys():
+        own = {**own, "gpus": emulated_gpus(convert(own["emulate"], str, "emulate", where), sim)}
     fixed = {
-        "sim": make_config(simulate, where=where),
+        "sim": sim,
         "workers": workers,
         "engine": engine,
         "batch_sockets": {k: convert(v, Path, k, where) for k, v in sockets.items()},
         "router_limits": read_limits(table(data, "router", where), where),
     }
     return bind(ReplayConfig, own, where, section=" of [replay]", fixed=fixed)
+
+
+def emulated_gpus(profile: str, sim: SimConfig) -> dict[Phase, tuple[tuple[int, ...], ...]]:
+    """The emulated cards of each instance: in a row, prefill first, as many as the profile's."""
+    width = load_profile(profile).meta.model.tensor_parallel
+    firsts: dict[Phase, range] = {
+        PREFILL: range(sim.num_prefill),
+        DECODE: range(sim.num_prefill, sim.num_prefill + sim.num_decode),
+    }
+    return {
+        phase: tuple(tuple(range(i * width, (i + 1) * width)) for i in places)
+        for phase, places in firsts.items()
+    }
 
 
 def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:

@@ -26,6 +26,7 @@ import tomli_w
 import uvloop
 
 from hwreplay.clock import RunClock
+from hwreplay.emulated.fleet import emulated, note_overruns
 from hwreplay.engines.launch import run_fleet
 from hwreplay.replay.assembly import REQUESTS, Window, assemble
 from hwreplay.replay.config import ReplayConfig
@@ -114,6 +115,8 @@ def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunReco
     )
     extra = {
         "is_power_measured": state["is_power_measured"],
+        "power": state["power"],
+        "dilation": config.dilation,
         "is_complete": window.is_complete and not faults,
     }
     if not extra["is_complete"]:
@@ -130,6 +133,8 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
         sockets = Path(tempfile.mkdtemp(prefix="voltana-"))
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
         workers, batches = config.workers, dict(config.batch_sockets)
+        if config.engine is not None and config.emulate is not None:
+            config = stack.enter_context(emulated(config, sockets))
         if config.engine is not None:
             progress("starting the servers", 0)
             servers = stack.enter_context(
@@ -138,7 +143,7 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
                     directory,
                     num_prefill=config.sim.num_prefill,
                     num_decode=config.sim.num_decode,
-                    gpus=config.gpus,
+                    gpus=None if config.emulate is not None else config.gpus,
                     sockets=sockets,
                 )
             )
@@ -169,6 +174,7 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
 
 async def _play(run: Run, workload: Workload, progress: Progress) -> None:
     """Start router and agents, warm up, send the workload, and write down how it went."""
+    config_kind = run.config.power_kind
     state: dict[str, Any] = {
         "workload": workload.name,
         "workload_hash": workload.content_hash,
@@ -183,7 +189,8 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
         recorders = await stack.enter_async_context(iterations(run))
         energy = EnergyRecorder(gpus_of(run), run.clock, run.directory / ENERGY)
         stack.callback(energy.close)
-        state["is_power_measured"] = energy.is_measured
+        state["is_power_measured"] = energy.is_measured and config_kind != "emulated"
+        state["power"] = config_kind
         progress("warming up", 0)
         await _warm_up(run, url)
         check_recorders(recorders)
@@ -204,6 +211,8 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
             await _send(generator, recorders, lambda: progress("replaying", 1))
             await asyncio.sleep(run.config.rest_s)  # the last records and readings are on their way
         finally:
+            if run.config.emulate is not None:
+                state["overruns"] = note_overruns(run, start_ns)
             ended = {"load": generator.report.as_dict(), "faults": run.faults}
             write_json(state | ended, run.directory / STATE)
 

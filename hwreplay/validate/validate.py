@@ -44,6 +44,10 @@ _ENERGY: Final = (
 _JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j"})
 _LATENCIES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _LEVELS: Final[Mapping[str, Kind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
+POWER_EMULATED: Final = (
+    "the observed run's cards were emulated from a profile: iteration times, power and energy are"
+    " modelled, not measured"
+)
 POWER_STATED: Final = "energy, as power was stated and not measured"
 _NOT_ENDED: Final = (IN_FLIGHT, FAILED, CANCELLED)
 """A request that a limit of the model rejects has ended; one that broke off has not."""
@@ -166,7 +170,10 @@ def validate(
     """
     ours, theirs = summarise(simulated), summarise(observed)
     notes = _notes(simulated, observed)
-    is_power_stated = observed.settings.get("is_power_measured") is False
+    is_emulated = observed.settings.get("power") == "emulated"
+    is_power_stated = observed.settings.get("is_power_measured") is False and not is_emulated
+    if is_emulated:
+        notes.append(POWER_EMULATED)
     points = None
     if observed.iterations is None or not len(observed.iterations.duration_s):
         notes.append("the observed run kept no iterations: no error per iteration")

@@ -82,6 +82,8 @@ class DecodeInstance(Instance):
         """Joined with the run and still waiting for a token from its first iteration."""
         self._num_joiners = 0
         """How many of them there were when the run began."""
+        self._visitors: list[Callable[[float], None]] = []
+        """Called with the time at the end of the running iteration."""
         self._max_running = max_running
         self._has_admission = answers.has_admission
         self._most = max_running
@@ -122,6 +124,25 @@ class DecodeInstance(Instance):
         if self.state.is_busy:
             self._report_gaps(self._shown)
 
+    def at_boundary(self, action: Callable[[float], None], now_s: float) -> None:
+        """Call `action` with the time when the running iteration ends; at once if none runs."""
+        if self._is_parked:
+            action(now_s)
+        else:
+            self._visitors.append(action)
+            if self.run.count > 1 and self.state.is_busy:
+                self._cut(now_s)
+
+    def park(self, now_s: float) -> None:
+        super().park(now_s)
+        if self._visitors:
+            self._let_in(now_s)
+
+    def _let_in(self, now_s: float) -> None:
+        visitors, self._visitors = self._visitors, []
+        for action in visitors:
+            action(now_s)
+
     def _forget_last_iteration(self) -> None:
         self._has_record = False
 
@@ -146,6 +167,8 @@ class DecodeInstance(Instance):
     def _form_batch(self, now_s: float) -> None:
         """Admit, retract and ask the controller, in the engine's order."""
         state = self.state
+        if self._visitors:
+            self._let_in(now_s)
         if state.num_waiting:
             self._admit(now_s)
         if state.kv_tokens + state.num_running > state.kv_capacity_tokens:

@@ -119,6 +119,9 @@ class Fleet:
         self._is_transfer_instant = (
             config.kv_transfer_latency_s == 0 and config.kv_transfer_bytes_per_s is None
         )
+        self._starts_at_arrival = (
+            config.prefill_starts == "arrival" and config.serving_latency_s == 0
+        )
         self._finishes_in_prefill = config.first_token == "prefill"
         self._limit_s = math.inf if config.run_limit_s is None else config.run_limit_s
         self._timeline = Timeline.make(config, self.instances)
@@ -212,7 +215,27 @@ class Fleet:
         self._log.assign(request)
         self._prefill_states[prefill_id].open_requests += 1
         self._decode_states[decode_id].open_requests += 1
-        self.prefill[prefill_id].submit(request, now_s)
+        if self._starts_at_arrival:
+            self.prefill[prefill_id].submit(request, now_s)
+        else:
+            self._expect(request, now_s)
+
+    def _later_by(self, wait_s: float, action: Callable[[float], None], now_s: float) -> None:
+        self.agenda.call_at(now_s + wait_s, action)
+
+    def _expect(self, request: SimRequest, now_s: float) -> None:
+        """The request is on its way, or waits for its decode instance to end an iteration."""
+        prefill, config = self.prefill[request.prefill_id], self._config
+        prefill.expect(request)
+        start: Callable[[float], None] = partial(prefill.admit, request)
+        if config.prefill_starts == "decode_boundary":
+            if config.handshake_latency_s > 0:
+                start = partial(self._later_by, config.handshake_latency_s, start)
+            start = partial(self.decode[request.decode_id].at_boundary, start)
+        if config.serving_latency_s > 0:
+            self.agenda.call_at(now_s + config.serving_latency_s, start)
+        else:
+            start(now_s)
 
     def can_hold(self, request: SimRequest) -> bool:
         """Whether the request fits an empty decode instance; it is rejected if not."""

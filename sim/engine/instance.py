@@ -70,6 +70,8 @@ class Instance(ABC):
         """Of the run's first iteration."""
         self._decision_mhz = self.track.clock_mhz
         self._is_parked = True
+        self._num_expected = 0
+        """Of those that wait, how many have yet to be let in: no work for now."""
         state.clock_mhz = self.track.clock_mhz
 
     def park(self, now_s: float) -> None:
@@ -94,7 +96,7 @@ class Instance(ABC):
             state.energy_j = track.energy_j
             state.clock_mhz = track.clock_mhz
             self._end(now_s)
-            if not (state.num_running or state.num_waiting) or (
+            if not (state.num_running or state.num_waiting > self._num_expected) or (
                 self._has_holding and self._holds(now_s)
             ):
                 self.park(now_s)

@@ -46,6 +46,8 @@ class PrefillInstance(Instance):
         """
         super().__init__(config, log, state, answers, track)
         self._queue: deque[SimRequest] = deque()
+        self._expected: dict[int, SimRequest] = {}
+        """They count as waiting and may not start yet."""
         self._batch: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""
         self._oldest_s = 0.0
@@ -62,9 +64,25 @@ class PrefillInstance(Instance):
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """A request has arrived."""
-        self._queue.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens
+        self._enqueue(request, now_s)
+
+    def expect(self, request: SimRequest) -> None:
+        """A request has arrived that may not start before `admit`."""
+        self.state.num_waiting += 1
+        self.state.waiting_tokens += request.input_tokens
+        self._expected[request.request_id] = request
+        self._num_expected += 1
+
+    def admit(self, request: SimRequest, now_s: float) -> None:
+        """It may start now."""
+        del self._expected[request.request_id]
+        self._num_expected -= 1
+        self._enqueue(request, now_s)
+
+    def _enqueue(self, request: SimRequest, now_s: float) -> None:
+        self._queue.append(request)
         if self._is_parked and not (self._has_holding and self._holds(now_s)):
             self._wake(now_s)
 
@@ -151,5 +169,5 @@ class PrefillInstance(Instance):
                 arrival_s=r.arrival_s,
                 input_tokens=r.input_tokens - r.prefilled_tokens,
             )
-            for r in self._queue
+            for r in (*self._queue, *self._expected.values())
         ]

@@ -10,7 +10,7 @@ instance for one run.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Final, Literal, Protocol, TypeVar, cast, runtime_checkable
 
@@ -256,6 +256,10 @@ class Controller(ABC):
             tokens: Context tokens of the batch at the last decision.
         """
         return 0
+
+    def learnt(self) -> Mapping[str, float]:
+        """What it has found out about its instance, for the report of a run."""
+        return {}
 
 
 @dataclass(slots=True)

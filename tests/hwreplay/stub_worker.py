@@ -2,7 +2,8 @@
 
 They have a real scheduler loop whose iteration times are stated, so that what a client sees can be
 worked out by hand. A pair hands the "KV" over by its room, as SGLang does: decode answers nothing
-before prefill has done that room's prompt. By hand: `python -m tests.hwreplay.stub_worker`.
+before prefill has done that room's prompt. By hand: `python -m tests.hwreplay.stub_worker`; servers
+in processes of their own meet in a folder (`--rooms`).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -55,6 +57,33 @@ class Room(asyncio.Event):
 
     asked_ns = 0
     """When the later of both servers was asked."""
+
+
+class FileRoom(Room):
+    """The same for servers in two processes: a file that prefill makes."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path = path
+
+    def set(self) -> None:
+        self._path.touch()
+
+    def is_set(self) -> bool:
+        return self._path.exists()
+
+
+class FileRooms(dict[int, Room]):
+    """Rooms in a folder."""
+
+    def __init__(self, directory: Path) -> None:
+        super().__init__()
+        self._directory = directory
+
+    def setdefault(self, key: int, default: Room | None = None) -> Room:
+        if key not in self:
+            self[key] = FileRoom(self._directory / str(key))
+        return self[key]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -105,7 +134,7 @@ class StubWorker:
             self._feed = self._zmq.socket(zmq.PUB)
             self._feed.bind(metrics)
 
-    async def start(self) -> None:
+    async def start(self, port: int = 0) -> None:
         app = web.Application(client_max_size=2**26)
         for path in (GENERATE, COMPLETIONS, CHAT):
             app.router.add_post(path, self._serve)
@@ -113,7 +142,7 @@ class StubWorker:
         app.router.add_get("/model_info", self._model_info)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, HOST, 0, backlog=1024)
+        site = web.TCPSite(self._runner, HOST, port, backlog=1024)
         await site.start()
         self.port = int(self._runner.addresses[0][1])
         self.url = f"http://{HOST}:{self.port}"
@@ -311,9 +340,15 @@ async def stub_fleet(
     num_decode: int = 1,
     times: StubTimes | None = None,
     metrics: str | None = None,
+    *,
+    rooms: dict[int, Room] | None = None,
+    port: int = 0,
 ) -> AsyncIterator[StubFleet]:
-    """Run a fleet; `metrics` is a template such as ipc:///tmp/x-{phase}-{index}."""
-    rooms: dict[int, Room] = {}
+    """Run a fleet; `metrics` is a template such as ipc:///tmp/x-{phase}-{index}.
+
+    `rooms` are shared with other processes; `port` is for a fleet of one server.
+    """
+    rooms = {} if rooms is None else rooms
 
     def make(phase: Phase, index: int) -> StubWorker:
         address = None if metrics is None else metrics.format(phase=phase, index=index)
@@ -324,7 +359,7 @@ async def stub_fleet(
         decode=[make(DECODE, i) for i in range(num_decode)],
     )
     for worker in fleet.workers:
-        await worker.start()
+        await worker.start(port)
     try:
         yield fleet
     finally:
@@ -339,7 +374,15 @@ async def _serve(arguments: argparse.Namespace) -> None:
         decode_base_s=arguments.decode_s,
         decode_request_s=arguments.decode_request_s,
     )
-    async with stub_fleet(arguments.prefill, arguments.decode, times, arguments.metrics) as fleet:
+    rooms = None if arguments.rooms is None else FileRooms(arguments.rooms)
+    async with stub_fleet(
+        arguments.prefill,
+        arguments.decode,
+        times,
+        arguments.metrics,
+        rooms=rooms,
+        port=arguments.port,
+    ) as fleet:
         sys.stdout.write(json.dumps(fleet.table(arguments.metrics)) + "\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
@@ -354,6 +397,8 @@ def main() -> None:
     parser.add_argument("--decode-s", type=float, default=0.002)
     parser.add_argument("--decode-request-s", type=float, default=0.0)
     parser.add_argument("--metrics")
+    parser.add_argument("--rooms", type=Path)
+    parser.add_argument("--port", type=int, default=0)
     with (
         contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

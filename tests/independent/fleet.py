@@ -182,6 +182,16 @@ class Prefill(Server):
 
     phase = "prefill"
 
+    def __init__(self, fleet: Fleet, controller: Controller, noise: Noise) -> None:
+        super().__init__(fleet, controller, noise)
+        self.coming = 0
+        """Requests that count as waiting and may not start yet."""
+
+    def let_in(self, job: Job, now_s: float) -> None:
+        self.coming -= 1
+        self.queue.append(job)
+        self.wake(now_s)
+
     def next_iteration(self, now_s: float, *, is_first: bool) -> None:
         if not self.queue:
             self.rest(now_s)
@@ -201,7 +211,7 @@ class Prefill(Server):
         ready = [job for job, _ in taken if job.done_prompt == job.prompt]
         del self.queue[: len(ready)]
         delay_s = now_s - min(job.arrival_s for job, _ in taken)
-        clock = self.controller.decide(len(taken), tokens, len(self.queue), delay_s)
+        clock = self.controller.decide(len(taken), tokens, len(self.queue) + self.coming, delay_s)
         self.card.ask(now_s, clock)
         end_s = self.run(now_s, equal, tokens)
         self.fleet.at(end_s, HANDOVER, lambda at_s: self._end(at_s, ready))
@@ -227,6 +237,8 @@ class Decode(Server):
         self.retractions = 0
         self.capacity = fleet.limit("kv_capacity_tokens")
         self._ended = (0, 0)
+        self.visitors: list[Callable[[float], None]] = []
+        """What happens at the end of the running iteration besides."""
 
     @property
     def waiting(self) -> int:
@@ -282,6 +294,9 @@ class Decode(Server):
         finished = [job for job in self.running if len(job.token_s) == job.wanted]
         self.running = [job for job in self.running if len(job.token_s) < job.wanted]
         self.open_jobs -= len(finished)
+        visitors, self.visitors = self.visitors, []
+        for visit in visitors:
+            visit(now_s)
         self.go_on(now_s)
 
 
@@ -349,8 +364,30 @@ class Fleet:
         self.decode[job.decode].open_jobs += 1
         server = self.prefill[prefill]
         server.open_jobs += 1
-        server.queue.append(job)
-        server.wake(now_s)
+        server.coming += 1
+        delay_s = float(self.settings["serving_latency_s"])
+        if delay_s > 0:
+            self.at(now_s + delay_s, HANDOVER, lambda at_s: self._reach(job, server, at_s))
+        else:
+            self._reach(job, server, now_s)
+
+    def _reach(self, job: Job, server: Prefill, now_s: float) -> None:
+        """The request has come to its servers; decode may have to end an iteration first."""
+        decode = self.decode[job.decode]
+        if self.settings["prefill_starts"] == "arrival":
+            server.let_in(job, now_s)
+        elif decode.is_busy:
+            decode.visitors.append(lambda at_s: self._shake_hands(job, server, at_s))
+        else:
+            self._shake_hands(job, server, now_s)
+
+    def _shake_hands(self, job: Job, server: Prefill, now_s: float) -> None:
+        """Decode has reserved room and tells prefill."""
+        delay_s = float(self.settings["handshake_latency_s"])
+        if delay_s > 0:
+            self.at(now_s + delay_s, HANDOVER, lambda at_s: server.let_in(job, at_s))
+        else:
+            server.let_in(job, now_s)
 
     def hand_over(self, job: Job, now_s: float) -> None:
         """Prefill is done: the KV cache moves, then decode may take the request up."""

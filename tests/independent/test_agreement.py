@@ -62,6 +62,12 @@ CASES: dict[str, Settings] = {
     "KV over a link": {
         "rate_rps": 30, "kv_transfer_bytes_per_s": 2e9, "kv_transfer_latency_s": 0.004,
     },
+    "prefill waits for decode's boundary": {"rate_rps": 40, "prefill_starts": "decode_boundary"},
+    "the same, EcoFreq and latency of serving": {
+        **VARYING, "controller": "ecofreq", "prefill_starts": "decode_boundary",
+        "serving_latency_s": 0.007, "handshake_latency_s": 0.003, "num_decode": 1,
+        "num_prefill": 1, "rate_rps": 10,
+    },
     "small prefill batches": {"rate_rps": 25, "max_prefill_tokens": 1_024},
     "few prompts a batch": {"rate_rps": 30, "max_prefill_requests": 3},
     "code completion": {"rate_rps": 12, "workload": "azure-code"},

@@ -1,4 +1,4 @@
-"""Fixture `standin`: a fake card behind the real pynvml, one a test."""
+"""Fixture `standin`: an emulated card behind the real pynvml, one a test."""
 
 from __future__ import annotations
 
@@ -7,16 +7,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.profiles.device.standin import Standin, compile_standin
+from hwreplay.emulated.build import build_library
+from tests.profiles.device.standin import Standin
 
 
 @pytest.fixture(scope="session")
 def library_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if shutil.which("gcc") is None:
-        pytest.skip("gcc is needed to compile the NVML stand-in")
-    return compile_standin(tmp_path_factory.mktemp("nvml"))
+        pytest.skip("gcc is needed to compile the emulated card")
+    return build_library(tmp_path_factory.mktemp("nvml"))
 
 
 @pytest.fixture
 def standin(library_dir: Path, tmp_path: Path) -> Standin:
-    return Standin(library_dir, tmp_path / "card.state")
+    return Standin(library_dir, tmp_path / "cards")

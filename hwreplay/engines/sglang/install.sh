@@ -8,7 +8,8 @@ PYTHON=${2:-python3.11}
 STAMP=$DIR/.installed
 WANT=$(cat "$HERE/install.sh" "$HERE/constraints.txt" "$HERE/make_model.py" "$HERE"/cpu-shim/*.py \
     "$HERE"/cpu-shim/sgl_kernel/*.py "$HERE"/cpu-shim/*.toml "$HERE"/tiny-llama.json \
-    "$HERE"/observer/*.py "$HERE"/observer/*.toml | cksum)
+    "$HERE"/observer/*.py "$HERE"/observer/*.toml \
+    "$HERE"/emulator/*.py "$HERE"/emulator/*.toml | cksum)
 if [ -f "$STAMP" ] && [ "$(cat "$STAMP")" = "$WANT" ]; then exit 0; fi
 
 # Mooncake, the KV transfer, links against these even when it uses TCP only.
@@ -39,6 +40,8 @@ pip -c "$HERE/constraints.txt" transformers tokenizers fastapi uvicorn uvloop or
     pybase64 partial_json_parser pillow einops xxhash ipython tqdm watchfiles regex zstandard \
     python-dateutil interegular numba scipy sentencepiece tiktoken openai compressed-tensors \
     jsonschema soundfile
-pip --no-deps "$HERE/cpu-shim" "$HERE/observer"
+# What reading a profile needs, for the plug-in that emulates its card.
+pip -c "$HERE/constraints.txt" pandas tomli-w
+pip --no-deps --force-reinstall "$HERE/cpu-shim" "$HERE/observer" "$HERE/emulator"
 "$DIR/venv/bin/python" "$HERE/make_model.py" "$HERE/tiny-llama.json" "$DIR/model"
 printf '%s\n' "$WANT" >"$STAMP"

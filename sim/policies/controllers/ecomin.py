@@ -11,6 +11,7 @@ and a small batch costs more a token than a large one.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -160,6 +161,14 @@ class EcoMin(Controller):
             return 0.0
         oldest_s = min(request.arrival_s for request in state.list_waiting())
         return max(oldest_s + budget_s - run_s - state.now_s, 0.0)
+
+    def learnt(self) -> Mapping[str, float]:
+        """Corrected over predicted time of an iteration as long as promised, and the error left."""
+        slo_s = self._context.slo_s
+        return {
+            "correction": self._correction.correct_s(slo_s) / slo_s,
+            "error_quantile": self._correction.ratio,
+        }
 
     def _learn(self, state: InstanceState) -> None:
         if state.clock_mhz != self._predicted_at_mhz or state.ended_batch_size == 0:

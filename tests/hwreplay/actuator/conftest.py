@@ -1,4 +1,4 @@
-"""Helpers in this process (a recording backend) and in their own (the NVML stand-in)."""
+"""Helpers in this process (a recording backend) and in their own (the emulated card)."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def recorder() -> Recorder:
 
 @contextmanager
 def helper_process(standin: Standin, path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:  # noqa: F811
-    """The real command in its own process, on the stand-in's card; ready when entered."""
+    """The real command in its own process, on the emulated card; ready when entered."""
     process = subprocess.Popen(
         [sys.executable, "-m", "experiments.cli", "actuator", str(path), "--gpu", "0", *options],
         env=standin.env,

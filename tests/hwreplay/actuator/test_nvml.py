@@ -1,4 +1,4 @@
-"""The real command on the compiled NVML stand-in: locks, caps, and every way to die."""
+"""The real command on the emulated card: locks, caps, and every way to die."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import beating, eventually, helper_process
 from tests.profiles.device.standin import Standin
 
+UNKNOWN = 999
+"""NVML's word for what passes."""
 CLIENT = (
     "import sys, time\nfrom pathlib import Path\n"
     "from hwreplay.actuator.client import HelperActuator\n"
@@ -120,10 +122,10 @@ def test_restoring_is_tried_until_it_works(standin: Standin, tmp_path: Path) -> 
     with helper_process(standin, tmp_path / "s"):
         client = HelperActuator(tmp_path / "s", [0])
         locked(standin, client, 1005)
-        standin["lost"] = 1
+        standin["lock_error"] = UNKNOWN
         client.close()
         assert not eventually(lambda: standin["locked_mhz"] == 0, limit_s=0.3)
-        standin["lost"] = 0
+        standin["lock_error"] = 0
         assert eventually(lambda: standin["locked_mhz"] == 0)
 
 

@@ -1,4 +1,4 @@
-"""The agent's process on real sockets, the real helper and the NVML stand-in: what it does to a
+"""The agent's process on real sockets, the real helper and the emulated card: what it does to a
 card while all is well, and what the card is left with when something is not.
 """
 
@@ -86,7 +86,7 @@ def card(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Standin]:
-    """The stand-in's card with a helper on tmp_path/helper; agents see the same card."""
+    """The emulated card with a helper on tmp_path/helper; agents see the same card."""
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
     with helper_process(standin, tmp_path / "helper", "--silence-s", "0.6"):

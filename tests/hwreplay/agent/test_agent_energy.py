@@ -1,4 +1,4 @@
-"""What an agent reports of its cards' energy, and the limits it asks for, on the NVML stand-in."""
+"""What an agent reports of its cards' energy, and the limits it asks for, on the emulated card."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def card(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> Standin:  # noqa: F811
-    """The stand-in's card, which agents see; there is no helper."""
+    """The emulated card, which agents see; there is no helper."""
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
     return standin
@@ -97,7 +97,7 @@ def test_the_router_is_told_of_clock_decisions_and_energy(
     tmp_path: Path,
     voice: Any,  # noqa: ANN401, F811
 ) -> None:
-    """The stand-in's card draws 250 W: so many joules between two reports."""
+    """The emulated card draws 250 W: so many joules between two reports."""
     address = f"ipc://{tmp_path}/reports"
     config = with_helper(tmp_path, voice, report_address=address)
     assert card["power_mw"] == 250_000

@@ -310,6 +310,7 @@ def test_silence_under_load_counts_from_the_load() -> None:
     loop.on_record(record(0, 1.0))
     tracker.on_assigned(1, 1.9, 50)
     for tenth in range(19, 100):
+        loop.hear_router(0.1 * tenth)
         loop.tick(0.1 * tenth)
     assert not is_safe(loop)
     loop.on_notice(notice(10.0), 10.0)
@@ -339,6 +340,7 @@ def test_a_decode_server_that_waits_for_a_long_prefill_is_not_dead() -> None:
     loop.on_record(record(0, 1.0))
     tracker.on_assigned(1, 1.5, 5000)
     for tenth in range(15, 100):
+        loop.hear_router(0.1 * tenth)
         loop.tick(0.1 * tenth)
     assert not is_safe(loop)
     assert clock.wishes == [705]
@@ -347,6 +349,24 @@ def test_a_decode_server_that_waits_for_a_long_prefill_is_not_dead() -> None:
     assert not is_safe(loop)
     loop.tick(13.0)
     assert is_safe(loop)  # nothing is here any more since 9.9 s, and no heartbeat has come
+
+
+@pytest.mark.parametrize("phase", ["prefill", "decode"])
+def test_requests_of_a_router_that_was_killed_are_no_reason_to_wait(phase: Phase) -> None:
+    """It was last heard at 2 s, with a request here that nobody will end: its word holds to 5 s,
+    and at 8 s the engine has been silent for as long as one at rest may be."""
+    loop, _, clock, tracker = make(phase)
+    hello = BatchNotice(kind=Kind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
+    loop.on_notice(hello, 0.5)
+    loop.on_record(record(0, 1.0))
+    tracker.on_assigned(1, 1.5, 5000)
+    loop.hear_router(2.0)
+    for tenth in range(20, 79):
+        loop.tick(0.1 * tenth)
+    assert not is_safe(loop)
+    loop.tick(8.2)
+    assert is_safe(loop)
+    assert clock.clock_mhz == 0
 
 
 def test_records_that_were_lost_leave_no_batch_under_way() -> None:

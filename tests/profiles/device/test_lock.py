@@ -194,12 +194,10 @@ def test_a_process_of_another_pid_namespace_is_foreign_and_said_to_be_elsewhere(
 
 def test_own_children_do_not_count_as_foreign(standin: Standin) -> None:
     out = standin.run(
-        OPEN + "import os, struct, subprocess, sys\n"
-        "from tests.profiles.device.standin import FIELDS\n"
+        OPEN + "import subprocess, sys\n"
+        "from tests.profiles.device.standin import put\n"
         "child = subprocess.Popen([sys.executable, '-c', 'input()'], stdin=subprocess.PIPE)\n"
-        "f = open(os.environ['VOLTANA_NVML_STATE'], 'r+b')\n"
-        "f.seek(4 * FIELDS.index('foreign_pid'))\n"
-        "f.write(struct.pack('<I', child.pid))\nf.flush()\n"
+        "put(foreign_pid=child.pid)\n"
         "with ClockSession([gpu]):\n    print(gpu.process_ids() == {child.pid})\n"
         "child.communicate(b'x')"
     )
@@ -209,17 +207,14 @@ def test_own_children_do_not_count_as_foreign(standin: Standin) -> None:
 def test_own_processes_are_told_by_descent_or_by_being_there_first(standin: Standin) -> None:
     """Numbered alike, nothing is unknown; else (host pids in a container) all on the card are."""
     out = standin.run(
-        OPEN + "import os, struct\n"
-        "from tests.profiles.device.standin import FIELDS\n"
-        "def put(pid):\n"
-        "    with open(os.environ['VOLTANA_NVML_STATE'], 'r+b') as f:\n"
-        "        f.seek(4 * FIELDS.index('foreign_pid'))\n"
-        "        f.write(struct.pack('<I', pid))\n"
+        OPEN + "import os\n"
+        "from tests.profiles.device.standin import put\n"
         "with ClockSession([gpu]) as clocks:\n"
-        "    put(os.getpid())\n    print(sorted(clocks.unknown_pids()))\n    clocks.check_free()\n"
-        "    put(2**31 - 1)\n    known = clocks.unknown_pids()\n    print(sorted(known))\n"
+        "    put(foreign_pid=os.getpid())\n    print(sorted(clocks.unknown_pids()))\n"
+        "    clocks.check_free()\n    put(foreign_pid=2**31 - 1)\n"
+        "    known = clocks.unknown_pids()\n    print(sorted(known))\n"
         "    clocks.check_free(known)\n"
-        "    put(2**31 - 2)\n"
+        "    put(foreign_pid=2**31 - 2)\n"
         "    try:\n        clocks.check_free(known)\n"
         "    except g.GpuBusyError as e:\n        print('busy')\n"
         "with ClockSession([gpu], allow_shared=True) as clocks:\n    clocks.check_free()"

@@ -16,18 +16,18 @@ def test_readings_arrive_in_si_units(standin: Standin) -> None:
         "c = gpu.supported_clocks_mhz(); print(c[0], c[-1], len(c), gpu.temperature_c())"
     )
     first, second = out.splitlines()
-    assert first == f"NVIDIA Standin 80GB 400.0 {80 * 2**30} 250.0 1410"
-    assert second == "210 1410 81 40.0"
+    assert first == f"NVIDIA A100-SXM4-80GB 400.0 {80 * 2**30} 250.0 1410"
+    assert second == "705 1410 48 40.0"
 
 
 def test_energy_counter_is_in_joules(standin: Standin) -> None:
-    """250 W for the seconds between the reads, up to the counter's millijoule."""
+    """250 W for the seconds between the reads, up to a tick of 0.1 s at either end."""
     out = standin.run(
-        OPEN + "import time\na, e = time.monotonic(), gpu.energy_j()\ntime.sleep(0.2)\n"
+        OPEN + "import time\na, e = time.monotonic(), gpu.energy_j()\ntime.sleep(0.5)\n"
         "f, b = gpu.energy_j(), time.monotonic()\nprint(f - e, b - a)"
     )
     energy_j, elapsed_s = map(float, out.split())
-    assert 250.0 * 0.2 - 0.002 <= energy_j <= 250.0 * elapsed_s + 0.002
+    assert 250.0 * (0.5 - 0.1) - 0.002 <= energy_j <= 250.0 * (elapsed_s + 0.1) + 0.002
 
 
 @pytest.mark.parametrize(
@@ -51,11 +51,9 @@ def test_codes_become_typed_errors_with_a_remedy(
     standin: Standin, field: str, value: int, call: str, error: str, words: str
 ) -> None:
     out = standin.run(
-        OPEN + "import ctypes, mmap, os, struct\n"
-        "from profiles.device import gpu as g\n"
-        "from tests.profiles.device.standin import FIELDS\n"
-        "f = open(os.environ['VOLTANA_NVML_STATE'], 'r+b')\n"
-        f"f.seek(4 * FIELDS.index({field!r})); f.write(struct.pack('<I', {value})); f.flush()\n"
+        OPEN + "from profiles.device import gpu as g\n"
+        "from tests.profiles.device.standin import put\n"
+        f"put({field}={value})\n"
         f"try:\n    {call}\nexcept g.{error} as e:\n    print(e)"
     )
     assert words in out

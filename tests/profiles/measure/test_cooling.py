@@ -9,18 +9,12 @@ from tests.profiles.device.standin import Standin
 THERMAL_BIT = 0x20
 POWER_BIT = 0x4
 SETUP = """
-import json, os, struct, threading, time
+import json, threading, time
 from contextlib import contextmanager
 from profiles.device.nvml import NvmlGpu
 from profiles.engines.base import Point, Window
 from profiles.measure.trial import Protocol, measure_point
-from tests.profiles.device.standin import FIELDS
-
-def put(**values):
-    with open(os.environ["VOLTANA_NVML_STATE"], "r+b") as file:
-        for name, value in values.items():
-            file.seek(4 * FIELDS.index(name))
-            file.write(struct.pack("<I", value))
+from tests.profiles.device.standin import put
 
 class Busy:
     num_runs = 0

@@ -1,4 +1,4 @@
-"""`voltana profile` end to end: torch on the CPU, the card a constant or the NVML stand-in."""
+"""`voltana profile` end to end: torch on the CPU, the card a constant or the emulated card."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_clocks_are_locked_in_turn_and_given_back(standin: Standin, tmp_path: Pa
 
 def test_current_touches_no_clock_even_without_permission(standin: Standin, tmp_path: Path) -> None:
     standin["deny_lock"] = 1
-    standin["default_mhz"] = 1305
+    standin["stuck_mhz"] = 1305
     env = standin.env | {"OMP_NUM_THREADS": "1"}
     done = run(tmp_path / "p", env, "--frequencies", "current")
     assert done.returncode == 0, done.stderr

@@ -1,0 +1,155 @@
+"""The profiler's own circle: on an emulated card it must find the tables behind the card."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+
+from hwreplay.emulated.fleet import LIBRARY, emulated_arguments
+from hwreplay.emulated.machine import Machine, run_machine
+from hwreplay.emulated.plan import Plan
+from hwreplay.emulated.state import open_cards
+from hwreplay.engines.plan import Installation
+from profiles.catalog import Profile, load_profile
+from profiles.errors import VoltanaError
+from sim.config import make_config
+
+CLOCKS_MHZ: Final = (1005, 1410)
+LIMITS: Final = {"time": 0.02, "power": 0.03, "idle": 0.03}
+MAX_BATCH, MAX_TOKENS = 4, 2048
+BUDGET: Final = "40s"
+"""Emulated seconds of points, half of them at each clock."""
+
+
+def measure(engine: Path, name: str, out: Path) -> list[dict[str, Any]]:
+    """Profile one emulated card with the real profiler and engine; a row a table and clock.
+
+    Args:
+        engine: What `make engine` fills.
+        name: The card's profile.
+        out: Takes the measured one.
+
+    Raises:
+        VoltanaError: The profiler failed, or left the clock locked.
+    """
+    directory = Path(tempfile.mkdtemp(prefix="voltana-"))
+    machine = Machine(
+        profile=name,
+        num_prefill=1,
+        num_decode=0,
+        directory=directory,
+        library=engine / LIBRARY,
+    )
+    try:
+        with run_machine(machine):
+            _run_profiler(machine, engine, out)
+            with open_cards(machine.state, machine.library) as cards:
+                look = cards[0].look()
+        if look.locked_mhz or look.wanted_mhz or not look.num_locks:
+            raise VoltanaError(
+                f"the profiler must lock clocks and give them back: {look.num_locks} locks, "
+                f"{look.num_resets} resets, {look.locked_mhz} MHz at its end"
+            )
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+    return compare_tables(load_profile(out), load_profile(name))
+
+
+def _run_profiler(machine: Machine, engine: Path, out: Path) -> None:
+    made = Installation.in_folder(engine)
+    sim = make_config({"profile": machine.profile, "max_running_requests": MAX_BATCH})
+    plan = Plan(
+        profile=machine.profile,
+        phase="decode",
+        instance_id=0,
+        cards=(0,),
+        state=str(machine.state),
+        passes=str(machine.directory / "unified.passes"),
+        max_requests=64,
+    )
+    arguments = emulated_arguments(sim, machine.profile)
+    options = {
+        "engine": "sglang",
+        "device": "cpu",
+        "gpu": "0",
+        "model": str(made.model),
+        "server-python": str(made.python),
+        "server-args": " ".join((*arguments, "--max-total-tokens", "65536")),
+        "frequencies": ",".join(map(str, CLOCKS_MHZ)),
+        "budget": BUDGET,
+        "window": "1.25",
+        "iterations": "4",
+        "warm-up": "0.2",
+        "settle": "1",
+        "trials": "1",
+        "max-batch": str(MAX_BATCH),
+        "max-tokens": str(MAX_TOKENS),
+        "out": str(out),
+    }
+    words = [word for key, value in options.items() for word in (f"--{key}", value)]
+    log = out.with_suffix(".log")
+    with log.open("wb") as taken:
+        done = subprocess.run(
+            [sys.executable, "-m", "experiments.cli", "profile", *words, "--allow-shared"],
+            env=os.environ | plan.environment() | LONG,
+            stdout=taken,
+            stderr=subprocess.STDOUT,
+            check=False,
+        )
+    if done.returncode:
+        said = log.read_text(errors="replace").strip().splitlines()
+        raise VoltanaError(f"the profiler must succeed: {said[-1] if said else done.returncode}")
+
+
+LONG: Final = {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+
+
+def compare_tables(found: Profile, truth: Profile) -> list[dict[str, Any]]:
+    """Errors of a measured profile at its own points: time and power of each phase, idle power.
+
+    Left out is what the profiler itself calls not measured: the value that a row is held at to its
+    end, and power of windows that were too short for the counter.
+    """
+    model = truth.truth(extrapolate=True)
+    rows = []
+    for phase in ("prefill", "decode"):
+        table = found.prefill if phase == "prefill" else found.decode
+        flags = table["flags"].fillna("").astype(str)
+        for place, (what, doubt) in enumerate(
+            (("time", "held-from"), ("power", "held-from|power"))
+        ):
+            kept = table[~flags.str.contains(doubt)]
+            for clock, points in kept.groupby("frequency_mhz"):
+                mhz = int(str(clock))
+                known = np.array([
+                    model.time_and_power(phase, mhz, b, t)[place]
+                    for b, t in zip(points["batch_size"], points["tokens"], strict=True)
+                ])  # fmt: skip
+                column = points["time_s" if what == "time" else "power_w"]
+                rows.append(_errors(f"{phase} {what}", what, mhz, column / known - 1))
+    for clock, points in found.idle.groupby("frequency_mhz"):
+        mhz = int(str(clock))
+        errors = points["power_w"] / model.idle_power_w(mhz) - 1
+        rows.append(_errors("idle power", "idle", mhz, errors))
+    return rows
+
+
+def _errors(table: str, what: str, clock_mhz: int, errors: pd.Series[float]) -> dict[str, Any]:
+    median = float(errors.median())
+    return {
+        "table": table,
+        "clock_mhz": clock_mhz,
+        "points": len(errors),
+        "median": median,
+        "worst": float(errors.iloc[int(errors.abs().argmax())]),
+        "limit": LIMITS[what],
+        "passes": abs(median) <= LIMITS[what],
+    }

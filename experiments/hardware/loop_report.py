@@ -1,0 +1,222 @@
+"""Verdicts of the loop: simulated against replayed, and savings against static-max."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Final
+
+from experiments.runs import cached_profile
+from hwreplay.validate.validate import Thresholds, validate
+from sim.records import RunRecord
+
+LIMITS: Final = Thresholds(energy_frac=0.05, p50_frac=0.05, p90_frac=None, p99_frac=0.10)
+ITERATION_FRAC: Final = 0.03
+"""Of the sum of all iterations of a phase, and of the median one."""
+ATTAINMENT: Final = 0.01
+SAVING: Final = 0.02
+SAME: Final = 0.02
+"""Savings closer than this have no order: it is what either side may be off by."""
+BASELINE: Final = "static-max"
+SHOWN: Final = {
+    "energy_j": "energy",
+    "ttft_s.p50": "TTFT p50",
+    "ttft_s.p99": "p99",
+    "itl_s.p50": "ITL p50",
+    "itl_s.p99": "p99",
+    "tpot_s.p50": "TPOT p50",
+    "tpot_s.p99": "p99",
+}
+
+
+def slug(name: str) -> str:
+    """A folder's name.
+
+    Example:
+        >>> slug("1P1D, ShareGPT ecofreq + ecoroute")
+        '1p1d-sharegpt-ecofreq-ecoroute'
+    """
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def compare(
+    field: str, policy: str, simulated: RunRecord, observed: RunRecord, folder: Path
+) -> dict[str, Any]:
+    """One cell: every error, every limit that is broken, and what the run says of itself.
+
+    Args:
+        field: Name of fleet and workload.
+        policy: Name of the policy.
+        simulated: The prediction.
+        observed: The replay.
+        folder: The replay's, with its `replay.json`.
+    """
+    profile = cached_profile(str(simulated.settings["profile"]))
+    found = validate(
+        simulated,
+        observed,
+        thresholds=LIMITS,
+        model=profile.truth(),
+        beyond=profile.truth(extrapolate=True),
+    )
+    by_name = {c.metric: c for c in found.comparisons}
+    attained = by_name["attainment"]
+    failed = [*found.faults, *(c.metric for c in found.comparisons if not c.passes)]
+    if abs(attained.simulated - attained.observed) > ATTAINMENT:
+        failed.append("attainment")
+    for phase, errors in found.iteration_errors.items():
+        worst = max(abs(errors["total_error_frac"]), abs(errors["median_error_frac"]))
+        if worst > ITERATION_FRAC:
+            failed.append(f"{phase} iterations")
+    state = json.loads((folder / "replay.json").read_text())
+    return {
+        "field": field,
+        "policy": policy,
+        "failed": failed,
+        "errors": {name: by_name[name].error_frac for name in SHOWN},
+        "energy_j": [by_name["energy_j"].simulated, by_name["energy_j"].observed],
+        "attainment": [attained.simulated, attained.observed],
+        "iterations": found.iteration_errors,
+        "residency": found.residency,
+        "overruns": state["overruns"],
+        "agents": {name: agent["counts"] for name, agent in state["agents"].items()},
+        "learnt": {name: agent["learnt"] for name, agent in state["agents"].items()},
+    }
+
+
+def line(cell: Mapping[str, Any]) -> str:
+    """One cell in one line."""
+    errors = ", ".join(f"{SHOWN[name]} {_percent(value)}" for name, value in cell["errors"].items())
+    verdict = "passes" if not cell["failed"] else f"FAILS ({', '.join(cell['failed'])})"
+    return f"{cell['field']}, {cell['policy']}: {errors}: {verdict}"
+
+
+def savings(cells: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Savings of each policy against static-max of its field, [simulated, replayed]."""
+    found = []
+    for cell in cells:
+        base = next(
+            (c for c in cells if c["field"] == cell["field"] and c["policy"] == BASELINE), None
+        )
+        if base is None or cell is base:
+            continue
+        pair = [1 - cell["energy_j"][side] / base["energy_j"][side] for side in (0, 1)]
+        found.append({"field": cell["field"], "policy": cell["policy"], "saving": pair})
+    return found
+
+
+def wrong_order(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Pairs of policies whose savings differ clearly in simulation and the other way in replay."""
+    return [
+        f"{a['policy']} and {b['policy']} on {a['field']}"
+        for a in rows
+        for b in rows
+        if a["field"] == b["field"]
+        and a["saving"][0] > b["saving"][0] + SAME
+        and a["saving"][1] < b["saving"][1]
+    ]
+
+
+def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tuple[bool, str]:
+    """Whether all circles close, and the Markdown that says how.
+
+    Args:
+        found: What `cells.json` holds.
+        tables: Of the profile circle, one row a table and clock; none: it was left out.
+    """
+    cells, saved = found["cells"], savings(found["cells"])
+    order = wrong_order(saved)
+    bad = [row for row in saved if abs(row["saving"][0] - row["saving"][1]) > SAVING]
+    passes = (
+        all(not c["failed"] for c in cells)
+        and not bad
+        and not order
+        and all(t["passes"] for t in tables)
+    )
+    host = "; ".join(
+        f"{name}: "
+        + ", ".join(f"{k.removesuffix('_latency_s')} {v * 1e3:.1f} ms" for k, v in times.items())
+        for name, times in found["host_times"].items()
+    )
+    lines = [
+        "# The loop on emulated cards",
+        "",
+        f"**Verdict: {'closes' if passes else 'does not close'}.**",
+        "",
+        (
+            "Emulated, not measured: real SGLang, router, agents, helper and meters on cards that"
+            f" run from a profile, in time {found['dilation']:g} times slower, without noise."
+            f" The host adds to a first token ({host})."
+        ),
+        "",
+        *_profile_lines(tables),
+        "## Simulated against replayed (error of the simulation)",
+        "",
+        _row(["", "", *SHOWN.values(), "attainment", "iterations", "overran", "verdict"]),
+        _row(["---"] * (len(SHOWN) + 6)),
+        *(_cell_row(cell) for cell in cells),
+        "",
+        "## Savings against static-max",
+        "",
+        _row(["", "", "simulated", "replayed", "verdict"]),
+        _row(["---"] * 5),
+        *(_saving_row(row) for row in saved),
+        "",
+        *([f"Out of order: {'; '.join(order)}."] if order else []),
+    ]
+    return passes, "\n".join(lines) + "\n"
+
+
+def _profile_lines(tables: Sequence[Mapping[str, Any]]) -> list[str]:
+    if not tables:
+        return []
+    rows = [
+        _row([t["table"], f"{t['clock_mhz']} MHz", str(t["points"]), _percent(t["median"]),
+              _percent(t["worst"]), f"{t['limit']:.0%}", "pass" if t["passes"] else "FAIL"])
+        for t in tables
+    ]  # fmt: skip
+    head = ["table", "clock", "points", "median error", "worst", "limit of the median", "verdict"]
+    return [
+        "## The profiler on the card against the card's own tables",
+        "",
+        _row(head),
+        _row(["---"] * len(head)),
+        *rows,
+        "",
+    ]
+
+
+def _cell_row(cell: Mapping[str, Any]) -> str:
+    attained = " / ".join(f"{100 * value:.1f} %" for value in cell["attainment"])
+    iterations = ", ".join(
+        f"{phase} {_percent(e['total_error_frac'])}" for phase, e in cell["iterations"].items()
+    )
+    overran = cell["overruns"]
+    return _row(
+        [
+            cell["field"],
+            cell["policy"],
+            *(_percent(value) for value in cell["errors"].values()),
+            attained,
+            iterations,
+            f"{overran['num_overran']} of {overran['num_passes']}, {overran['late_frac']:.2%}",
+            "pass" if not cell["failed"] else f"FAIL: {', '.join(cell['failed'])}",
+        ]
+    )
+
+
+def _saving_row(row: Mapping[str, Any]) -> str:
+    simulated, replayed = row["saving"]
+    verdict = "pass" if abs(simulated - replayed) <= SAVING else "FAIL"
+    values = (f"{100 * value:.1f} %" for value in (simulated, replayed))
+    return _row([row["field"], row["policy"], *values, verdict])
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:+.1f} %"
+
+
+def _row(cells: Sequence[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,97 @@
+"""A replay on emulated cards: what is made for it beforehand, and whether the machine kept up."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from hwreplay.emulated.card import CARDS
+from hwreplay.emulated.machine import Machine, run_machine
+from hwreplay.emulated.overruns import count_overruns
+from hwreplay.emulated.state import Behaviour
+from profiles.catalog import load_profile
+from sim.config import SimConfig
+
+if TYPE_CHECKING:
+    from hwreplay.engines.plan import Installation
+    from hwreplay.replay.config import ReplayConfig
+    from hwreplay.replay.parts import Run
+
+LIBRARY: Final = "emulated"
+"""In the engine's folder: the compiled libraries."""
+AGENT_S: Final = 0.001
+"""From the engine's record to the clock's call, agent and helper together; the rest of the
+simulated latency is the card's own."""
+CONTEXT: Final = ("--context-length", "131072")
+
+
+def library_of(engine: Installation) -> Path:
+    """Where the compiled libraries of an engine's folder lie."""
+    return engine.python.absolute().parent.parent.parent / LIBRARY
+
+
+def emulated_arguments(sim: SimConfig, profile: str) -> tuple[str, ...]:
+    """What a server over an emulated card is started with: the simulated limits.
+
+    Overlapping the scheduler with a pass needs a device that computes by itself; over a CPU it
+    would hand each token out an iteration late.
+    """
+    engine = load_profile(profile).meta.engine
+    budget = sim.max_prefill_tokens or engine.max_prefill_tokens
+    limits = {
+        "--max-running-requests": sim.max_running_requests or engine.max_running_requests,
+        "--max-total-tokens": sim.kv_capacity_tokens or engine.kv_capacity_tokens,
+        "--chunked-prefill-size": budget,
+        "--max-prefill-tokens": budget,
+    }
+    words = [word for pair in limits.items() for word in map(str, pair)]
+    return (*words, *CONTEXT, "--disable-overlap-schedule", "--disable-radix-cache")
+
+
+@contextmanager
+def emulated(config: ReplayConfig, directory: Path) -> Iterator[ReplayConfig]:
+    """Make the cards of a replay that starts its servers, and the helper that sets their clocks.
+
+    Yields:
+        The configuration with servers that stand on them, and the helper's socket.
+    """
+    assert config.engine is not None
+    assert config.emulate is not None
+    machine = Machine(
+        profile=config.emulate,
+        num_prefill=config.sim.num_prefill,
+        num_decode=config.sim.num_decode,
+        directory=directory,
+        library=library_of(config.engine),
+        seed=config.sim.seed,
+        noise_scale=config.sim.noise_scale,
+        max_requests=config.sim.max_running_requests
+        or load_profile(config.emulate).meta.engine.max_running_requests,
+    )
+    arguments = (*emulated_arguments(config.sim, config.emulate), *config.engine.arguments)
+    engine = dataclasses.replace(
+        config.engine, arguments=arguments, environment_of=machine.environment_of
+    )
+    lag_s = max(config.sim.actuation_latency_s - AGENT_S, 0.0)
+    with run_machine(machine, Behaviour(lock_lag_s=lag_s)) as socket:
+        yield dataclasses.replace(config, engine=engine, actuator=socket)
+
+
+def note_overruns(run: Run, start_ns: int) -> dict[str, Any]:
+    """Count the passes of a run that lasted too long; too many make it incomplete.
+
+    Args:
+        run: Its faults take a line if the machine did not keep up.
+        start_ns: CLOCK_MONOTONIC at the start of its measured part.
+    """
+    folder = Path(os.environ[CARDS]).parent
+    paths = [folder / f"{worker.name}.passes" for worker in run.workers]
+    found = count_overruns(paths, start_ns * 1e-9, time.monotonic())
+    if found.fault is not None:
+        run.faults.append(found.fault)
+    return found.as_dict()

@@ -1,0 +1,122 @@
+"""A machine of emulated cards: their file, the engine's plans, and the helper that sets clocks."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from hwreplay.emulated.build import build_library, show_here
+from hwreplay.emulated.plan import Plan
+from hwreplay.emulated.state import Behaviour, create_cards
+from hwreplay.engines.plan import ServerPlan
+from profiles.catalog import load_profile
+from profiles.errors import VoltanaError
+from sim.policies.base import DECODE, PREFILL, Phase
+
+HELPER_S: Final = 20.0
+POLL_S: Final = 0.02
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Machine:
+    """Cards for so many instances, each as wide as the profile says."""
+
+    profile: str
+    num_prefill: int
+    num_decode: int
+    directory: Path
+    """Takes the cards' file and the engine's passes; its path short, for sockets."""
+    library: Path
+    """Folder of the compiled library."""
+    max_requests: int = 1024
+    """Largest batch."""
+    seed: int = 13
+    noise_scale: float = 0.0
+
+    @property
+    def width(self) -> int:
+        """Cards of one instance."""
+        return load_profile(self.profile).meta.model.tensor_parallel
+
+    @property
+    def state(self) -> Path:
+        """The mapped file of the cards."""
+        return self.directory / "cards"
+
+    @property
+    def num_cards(self) -> int:
+        return (self.num_prefill + self.num_decode) * self.width
+
+    def gpus(self) -> dict[Phase, tuple[tuple[int, ...], ...]]:
+        """Cards of each instance, as `[replay] gpus` has them."""
+        counts: dict[Phase, int] = {PREFILL: self.num_prefill, DECODE: self.num_decode}
+        return {
+            phase: tuple(self.cards_of(phase, index) for index in range(count))
+            for phase, count in counts.items()
+        }
+
+    def cards_of(self, phase: Phase, instance_id: int) -> tuple[int, ...]:
+        """Cards of one instance."""
+        place = instance_id + (0 if phase == PREFILL else self.num_prefill)
+        return tuple(range(place * self.width, (place + 1) * self.width))
+
+    def passes_of(self, phase: Phase, instance_id: int) -> Path:
+        """Where an instance's passes are written down."""
+        return self.directory / f"{phase}-{instance_id}.passes"
+
+    def environment_of(self, at: ServerPlan) -> Mapping[str, str]:
+        """What a server that is started here has in its environment."""
+        plan = Plan(
+            profile=self.profile,
+            phase=at.phase,
+            instance_id=at.instance_id,
+            cards=self.cards_of(at.phase, at.instance_id),
+            state=str(self.state),
+            passes=str(self.passes_of(at.phase, at.instance_id)),
+            max_requests=self.max_requests,
+            seed=self.seed,
+            noise_scale=self.noise_scale,
+        )
+        return plan.environment() | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
+
+
+@contextmanager
+def run_machine(machine: Machine, behaviour: Behaviour | None = None) -> Iterator[Path]:
+    """Make the cards, show them to this process and those it starts, and run the helper.
+
+    Yields:
+        The helper's socket.
+
+    Raises:
+        VoltanaError: The library does not compile, or the helper does not come up.
+    """
+    build_library(machine.library)
+    create_cards(machine.state, machine.profile, machine.num_cards, machine.library, behaviour)
+    show_here(machine.library, machine.state)
+    socket, log = machine.directory / "actuator.sock", machine.directory / "actuator.log"
+    gpus = [word for index in range(machine.num_cards) for word in ("--gpu", str(index))]
+    command = [sys.executable, "-m", "hwreplay.actuator", str(socket), *gpus]
+    command += ["--allow-writable-code", "--max-rate", "5000"]
+    with log.open("wb") as out:
+        helper = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+    try:
+        _await(helper, socket, log)
+        yield socket
+    finally:
+        helper.terminate()
+        helper.wait()
+
+
+def _await(helper: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+    deadline_s = time.monotonic() + HELPER_S
+    while not socket.exists():
+        if helper.poll() is not None or time.monotonic() > deadline_s:
+            said = log.read_text(errors="replace").strip().splitlines()
+            raise VoltanaError(said[-1] if said else f"the actuator did not start: see {log}")
+        time.sleep(POLL_S)
