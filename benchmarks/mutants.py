@@ -22,6 +22,8 @@ WORK = ROOT / ".mutants"
 PACKAGES = ("sim", "profiles", "hwreplay", "experiments", "tests")
 KILLED, SURVIVED = ("🎉", "⏰"), ("🙁", "🫥")
 """mutmut's marks: failed a test or ran out of time; passed all tests, or none ran through it."""
+_QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
+"""mutmut runs pytest repeatedly in one process, which has then imported its plugins already."""
 
 
 def main() -> None:
@@ -61,7 +63,7 @@ def copy_project(files: Sequence[str], tests: Sequence[str]) -> None:
         "only_mutate": list(files),
         "also_copy": ["profiles", "hwreplay", "experiments", "README.md"],
         "pytest_add_cli_args_test_selection": list(tests),
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow"],
+        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow", *_QUIET],
     }
     lines = [f"{key} = {value!r}" for key, value in settings.items()]
     project = (ROOT / "pyproject.toml").read_text()

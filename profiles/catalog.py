@@ -1,4 +1,4 @@
-"""A profile: one GPU, model and engine, loaded, checked and ready to be asked."""
+"""A profile: the tables of one GPU, model and engine, loaded and checked."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Profile:
         return self.meta.clocks.supported_mhz
 
     def truth(self, *, extrapolate: bool = False) -> StepModel:
-        """The tables as a scalar function: what happens, in simulation."""
+        """The tables as a function of a point: what happens in simulation."""
         return _step_model(self, extrapolate)
 
     def spread(self) -> IterationSpread:
@@ -100,7 +100,15 @@ class Profile:
         *,
         extrapolate: bool = False,
     ) -> FloatOrArray:
-        """Power of the instance (all its GPUs) in watts; arguments as in `iteration_time_s`."""
+        """Power of the instance (all its GPUs) in watts.
+
+        Args:
+            phase: As of `iteration_time_s`, and so are the others.
+            clock_mhz: Clock; 0 is unlocked.
+            batch_size: Requests.
+            tokens: Of the whole batch.
+            extrapolate: Allow points outside the profiled grid.
+        """
         model = self.truth(extrapolate=extrapolate)
         return _broadcast(lambda f, b, t: model.power_w(phase, int(f), b, t),
                           clock_mhz, batch_size, tokens)  # fmt: skip
@@ -160,7 +168,17 @@ def write_profile(
     decode: pd.DataFrame,
     idle: pd.DataFrame,
 ) -> Profile:
-    """Fit EcoPred, write a complete profile directory and load it back; deterministic bytes."""
+    """Fit EcoPred, write a complete profile directory and load it back.
+
+    The same tables give the same bytes.
+
+    Args:
+        directory: Where to; made if it is not there.
+        meta: What `profile.toml` says.
+        prefill: Rows of prefill.csv.
+        decode: Rows of decode.csv.
+        idle: Rows of idle.csv.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     fitted = ecopred.fit(prefill, decode)
     frames = {"prefill": prefill, "decode": decode, "idle": idle, "ecopred": fitted}

@@ -108,7 +108,14 @@ class EcoPred:
             raise VoltanaError("ecopred.csv: needs rows of both phases")
 
     def predict_s(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
-        """Predicted duration of one iteration in seconds, always > 0."""
+        """Predicted duration of one iteration in seconds, always > 0.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked, which runs at the top clock.
+            batch_size: Requests.
+            tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+        """
         line = self._lines[phase].get((clock_mhz << 20) | batch_size)
         if line is None:
             line = self.predict_line(phase, clock_mhz, batch_size)
@@ -116,7 +123,13 @@ class EcoPred:
         return time_s if time_s > 0 else FALLBACK_S
 
     def predict_line(self, phase: str, clock_mhz: int, batch_size: int) -> tuple[float, float]:
-        """The prediction as (constant in s, slope in s/token) at a fixed batch size."""
+        """The prediction as (constant in s, slope in s/token) at a fixed batch size.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked.
+            batch_size: Requests.
+        """
         c = self._coefficients(phase, clock_mhz, batch_size)
         line = (c.per_request_s * batch_size + c.constant_s, c.per_token_s)
         self._lines[phase][(clock_mhz << 20) | batch_size] = line

@@ -19,14 +19,15 @@ if TYPE_CHECKING:
 
 @contextmanager
 def replacing(path: Path, *, is_first_kept: bool = False) -> Iterator[Path]:
-    """A name beside `path` to write to; moved into its place at the end, on the disk by then.
+    """Yield a temporary name to write to; at the end the file is synced and renamed to `path`.
 
-    No reader sees half a file, and a writer that fails or is interrupted leaves the old one.
+    No reader sees half a file, and a writer that fails or is interrupted leaves the old file.
 
     Args:
         path: The file.
-        is_first_kept: Of several writers, also on other machines, the first one's file stays. Where
-            there are no hard links, and two end at the same instant, it is the later one's.
+        is_first_kept: If several writers (also on other machines) write it, the first one's file
+            stays. On a file system without hard links two that end at the same instant may leave
+            the later one's.
 
     Raises:
         OSError: With `path` as its file name, whatever name the failing library gave (a full disk,

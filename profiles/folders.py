@@ -1,8 +1,8 @@
 """Output folders say what they hold, and nothing else is written into them.
 
-A folder that a command fills holds `voltana.json`, `{"holds": "sweep"}` say. A command goes on in a
-folder of its own kind, takes an empty one or makes it, and refuses any other. Files of the user,
-whose names it might take, are so never written over; hidden files do not count.
+A folder that a command fills has a file `voltana.json`, for example `{"holds": "sweep"}`. A command
+goes on in a folder of its own kind, uses an empty one or makes a new one, and refuses any other. So
+it never overwrites a user's file of the same name. Hidden files do not count.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     ("validation.json", "validation"),
     ("shape.csv", "comparison"),
 )
-"""What tells the kind of a folder without a marker: of a profile, or of an earlier version."""
+"""Files that tell the kind of a folder without a marker: a profile, or an older folder."""
 
 
 def claim(directory: Path, kind: FolderKind) -> None:
@@ -62,7 +62,7 @@ def check(directory: Path, kind: FolderKind) -> None:
 
 
 def held(directory: Path) -> str | None:
-    """What a folder holds by its marker, or by the files of its kind; None if nothing tells."""
+    """What a folder holds, by its marker or else by its files; None if neither tells."""
     try:
         found = json.loads((directory / MARKER).read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -39,7 +39,7 @@ def start_guard(module: str, arguments: Sequence[str] = ()) -> subprocess.Popen[
 
 
 def has_said_hello(guard: subprocess.Popen[bytes]) -> bool:
-    """Wait until the guard stands; one that does not in time is ended."""
+    """Wait until the guard is ready; a guard that is not ready in time is killed."""
     assert guard.stdout is not None
     ready, _, _ = select.select([guard.stdout], [], [], HELLO_TIMEOUT_S)
     if ready and os.read(guard.stdout.fileno(), 1) == HELLO:
@@ -58,12 +58,12 @@ def end_guard(guard: subprocess.Popen[bytes]) -> None:
 
 
 def say_hello() -> None:
-    """The guard's word that it stands: from here on the owner may need it."""
+    """Tell the owner that the guard is ready."""
     os.write(sys.stdout.fileno(), HELLO)
 
 
 def receive_until_gone(parent_pid: int) -> Iterator[bytes]:
-    """What the owner writes, as it comes; ends when it has gone or closed its end.
+    """Yield what the owner writes; ends when the owner has gone or has closed its end.
 
     Args:
         parent_pid: The owner, as `os.getppid` told at the start.

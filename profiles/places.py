@@ -1,4 +1,4 @@
-"""Where profiles lie, and the one file of them that a configuration needs before any table."""
+"""Where profiles are, and the one file of a profile that a configuration needs first."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ def profile_directory(name_or_path: str | Path) -> Path:
 
 
 def serving_settings(name_or_path: str | Path) -> dict[str, Any]:
-    """What a profiled engine's requests spend outside the iterations, and its limits.
+    """Time that requests of a profiled engine spend outside iterations, and the engine's limits.
 
     Args:
-        name_or_path: As of `load_profile`; a profile that is not there has none.
+        name_or_path: As of `load_profile`; a profile that does not exist has none.
 
     Returns:
         Keys of a simulated configuration with their values; empty without `serving.toml`.
 
     Raises:
-        VoltanaError: The file is none of this version.
+        VoltanaError: The file has another version.
     """
     path = profile_directory(name_or_path) / SERVING
     return read_serving(path)["simulate"] if path.is_file() else {}

@@ -1,4 +1,4 @@
-"""Signals that ask a program to end: made one kind, or put off while it cleans up."""
+"""Signals that ask a program to end: treated alike, or delayed while it cleans up."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ STOPPING: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 @contextmanager
 def stops_as_interrupts() -> Iterator[None]:
-    """Treat SIGTERM and SIGHUP as Ctrl-C within; one that its owner ignores or handles stays so.
+    """Within the block SIGTERM and SIGHUP act as Ctrl-C, unless they are ignored or handled.
 
-    That goes for Ctrl-C as well: a script's background job is deaf to it, not to the other two.
-    For the main thread, which alone hears signals; elsewhere nothing changes.
+    A script's background job, which ignores Ctrl-C, still ends on the other two. Signals reach the
+    main thread only; in any other thread nothing changes.
     """
     numbers = [n for n in STOPPING[1:] if signal.getsignal(n) == signal.SIG_DFL]
     with handled(numbers, _interrupt):
@@ -35,7 +35,7 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 
 @contextmanager
 def stops_put_off() -> Iterator[None]:
-    """Hear no request to end within; one that came is heard after."""
+    """Delay requests to end until the block has been left."""
     came: list[int] = []
     numbers = [n for n in STOPPING if signal.getsignal(n) != signal.SIG_IGN]
     with handled(numbers, lambda number, frame: came.append(number)):
@@ -49,7 +49,7 @@ def handled(
     numbers: Iterable[signal.Signals],
     handler: Callable[[int, FrameType | None], None] | signal.Handlers,
 ) -> Iterator[None]:
-    """Handle signals so within, as before after it. For the main thread; elsewhere nothing."""
+    """Set a handler for signals within the block. In another than the main thread: do nothing."""
     old: dict[int, Any] = {}
     if threading.current_thread() is threading.main_thread():
         old = {number: signal.signal(number, handler) for number in numbers}

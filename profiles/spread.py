@@ -26,9 +26,9 @@ class IterationSpread:
 
     Args:
         stated: One number a phase, for the phases without `rows`; a phase in neither has none.
-        rows: The measured ones. Between measured points the next lower clock and batch size
-            count: a spread is too rough an estimate to be interpolated.
-        top_mhz: What an unlocked card runs at.
+        rows: The measured spreads. Between measured points the next lower clock and batch size
+            are taken: a spread is too rough an estimate to be interpolated.
+        top_mhz: The clock at which an unlocked card runs.
     """
 
     __slots__ = ("_kept", "_rows", "_stated", "_top_mhz")

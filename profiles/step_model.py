@@ -67,11 +67,11 @@ class StepModel:
         self._prefill_batches: list[float] = sorted(common)
 
     def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
-        """Duration of one iteration in seconds. See `time_and_power`."""
+        """Duration of one iteration in seconds; arguments as of `time_and_power`."""
         return self.time_and_power(phase, clock_mhz, batch_size, tokens)[0]
 
     def power_w(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
-        """Power of the instance in watts during one iteration. See `time_and_power`."""
+        """Power of the instance in watts in one iteration; arguments as of `time_and_power`."""
         return self.time_and_power(phase, clock_mhz, batch_size, tokens)[1]
 
     def time_and_power(
@@ -112,6 +112,11 @@ class StepModel:
     def decode_line(self, clock_mhz: int, batch_size: int, tokens: int) -> Line:
         """The linear piece of decode that holds `tokens`.
 
+        Args:
+            clock_mhz: A clock within the profiled range; 0 is unlocked.
+            batch_size: Requests.
+            tokens: Context tokens of the whole batch.
+
         Returns:
             Tokens up to which it holds (`tokens` itself outside the grid), time at `tokens` (s),
             its slope (s/token), power (W) and its slope (W/token).
@@ -141,7 +146,7 @@ class StepModel:
         return self._make_decode_row(clock_mhz, batch_size)
 
     def prefill_rows(self, clock_mhz: int) -> dict[int, Row]:
-        """The same of prefill, by the batch sizes between which 1/batch is interpolated."""
+        """`decode_row` for prefill, by the batch sizes between which 1/batch is interpolated."""
         return {
             int(b): self._across_clocks(self._prefill, clock_mhz, b, "prefill")
             for b in self._prefill_batches

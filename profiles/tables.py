@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 POINT: Final = ("frequency_mhz", "batch_size", "tokens")
 PHASE_COLUMNS: Final = (*POINT, "trial", "time_s", "power_w")
 OPTIONAL_COLUMNS: Final = ("flags", "spread_s")
-"""Of a measured table: flags of the trial; half the interquartile range of its iterations."""
+"""Only in measured tables: flags of a trial; half the interquartile range of its iterations."""
 IDLE_COLUMNS: Final = ("frequency_mhz", "trial", "power_w")
 _HEADER_LINES: Final = 2
 """Line number of the first data row."""

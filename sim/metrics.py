@@ -96,10 +96,10 @@ def attained(record: RunRecord) -> npt.NDArray[np.bool_]:
 def judged(record: RunRecord) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.bool_]]:
     """Requests whose TTFT, and whose both promises, are decided by the end of the run.
 
-    Those that have ended are, whatever became of them. A run that is cut leaves some in flight: the
-    TTFT of one is decided once its first token is out or it has waited for longer than the promise,
-    both promises only if that one is broken. What is not decided counts neither for nor against.
-    Shapes (n,).
+    A request that has ended is decided, however it ended. If a run is cut, some requests are still
+    in flight. The TTFT of such a request is decided if it has made its first token, or has waited
+    for longer than the promise. Both promises together are decided only if TTFT is broken. A
+    request that is not decided counts neither as kept nor as missed. Shapes (n,).
     """
     first = ttft_s(record)
     ended = record.requests.status != IN_FLIGHT
@@ -112,9 +112,9 @@ def judged(record: RunRecord) -> tuple[npt.NDArray[np.bool_], npt.NDArray[np.boo
 def summarise(record: RunRecord) -> dict[str, Any]:
     """Reduce a run to the reported numbers; NOMENCLATURE.md defines each key.
 
-    Attainment is of the requests that `judged` names: all of a run that was played to its end. One
-    that was rejected or failed has broken its promise. An ITL attainment exists only if at least
-    one gap does; without any it is 1, and so are the others if no request is decided.
+    Attainment is a share of the requests that `judged` names; in a run that was played to its end
+    these are all. A request that was rejected or failed has broken its promises. Without any token
+    gap the ITL attainment is 1, and without any decided request the other attainments are 1.
     """
     counts, samples = _sampled(record) if record.sketch is None else _sketched(record.sketch)
     tokens_out = counts.pop("output_tokens")

@@ -25,7 +25,7 @@ STATUS_NAMES: Final = ("in_flight", "completed", "rejected", "failed", "cancelle
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RequestTable:
-    """One row a request, all arrays of shape (n,). NaN or -1 where it never happened."""
+    """One row a request, all arrays of shape (n,). NaN or -1 for what did not happen."""
 
     arrival_s: FloatArray
     input_tokens: IntArray
@@ -53,7 +53,7 @@ class InstanceRecord:
     busy_energy_j: float
     idle_energy_j: float
     busy_window_energy_j: float
-    """From the start of its first iteration to the end of its last, idle between included."""
+    """From the start of its first iteration to the end of its last, with the idle time between."""
     num_iterations: int
     clock_busy_s: Mapping[int, float]
     """Busy seconds by clock in MHz; 0 is unlocked."""
@@ -96,7 +96,7 @@ class RunRecord:
     settings: Mapping[str, Any] = field(default_factory=dict)
     """The resolved configuration."""
     sketch: RunSketch | None = None
-    """In place of requests and gaps, which then are empty, in a run of metrics=sketch."""
+    """Set in a run with metrics=sketch, whose tables of requests and gaps are empty."""
     iterations: IterationTable | None = None
     timeline: Mapping[str, npt.NDArray[Any]] | None = None
     """Columns of equal length: time_s, phase, instance_id, clock_mhz, batch_size, num_waiting,

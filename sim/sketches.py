@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
 
 RELATIVE_ERROR: Final = 0.002
-"""Of a quantile: half from grouping values before they enter the sketch, half from the sketch."""
+"""Largest error of a quantile: half comes from grouping values, half from the sketch itself."""
 _HALF: Final = RELATIVE_ERROR / 2
 _LOG_GAMMA: Final = math.log((1 + _HALF) / (1 - _HALF))
 _SMALLEST_S: Final = 1e-9
@@ -85,11 +85,17 @@ class RunSketch:
         self.samples: dict[str, Sketch] = {name: Sketch() for name in self.SAMPLES}
 
     def add_first_tokens(self, ttft_s: FloatArray) -> None:
-        """Requests whose first token is out; shape (n,)."""
+        """Requests that have made their first token. Shape (n,)."""
         self.samples["ttft_s"].add(ttft_s)
 
     def add_finished(self, ttft_s: FloatArray, e2e_s: FloatArray, output_tokens: IntArray) -> None:
-        """Requests that have ended, shape (n,) each; samples of TTFT come by `add_first_tokens`."""
+        """Requests that have ended; samples of TTFT come by `add_first_tokens`.
+
+        Args:
+            ttft_s: Time to first token. Shape (n,).
+            e2e_s: Arrival to last token. Shape (n,).
+            output_tokens: Shape (n,), all >= 1.
+        """
         tpot_s = (e2e_s - ttft_s) / np.maximum(output_tokens - 1, 1)
         self.samples["e2e_s"].add(e2e_s)
         self.samples["tpot_s"].add(tpot_s[output_tokens > 1])
@@ -102,12 +108,12 @@ class RunSketch:
         self.counts["output_tokens"] += int(output_tokens.sum())
 
     def reject(self) -> None:
-        """A request that could never be served has missed."""
+        """Count a request that no instance could hold: it misses both promises."""
         for name in ("rejected", "ttft_judged", "both_judged"):
             self.counts[name] += 1
 
     def add_in_flight(self, ttft_s: FloatArray, waited_s: FloatArray) -> None:
-        """What the end of the run cut off, shape (n,) each; see `sim.metrics.judged`.
+        """Requests that were in flight when the run was cut. See `sim.metrics.judged`.
 
         Args:
             ttft_s: NaN for those without a first token.

@@ -84,8 +84,10 @@ def table(out: Path, seeds: int) -> str:
     capacity = highest(keeps, *RANGE_RPS, STEP_RPS)
     near = SHARE * capacity
     mean = near / (1.0 + SWING)
-    loads = {f"constant, {near:g}/s": (CONSTANT, near),
-             f"day, swing {SWING:g}, crest {near:g}/s": (DAY, round(mean, 3))}  # fmt: skip
+    loads: dict[str, tuple[dict[str, Any], float]] = {
+        f"constant, {near:g}/s": (CONSTANT, near),
+        f"day, swing {SWING:g}, crest {near:g}/s": (DAY, round(mean, 3)),
+    }
     rows = [
         ("load", "policy", "worst seed", "it keeps %", "seeds that keep 99 %", "energy kJ, mean")
     ]

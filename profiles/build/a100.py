@@ -55,7 +55,7 @@ class Tuning:
     """What a calibration to an end-to-end result may change; the defaults are the sources' own."""
 
     attention_multiplier: float = 1.0
-    """On both attention kernels: another attention backend."""
+    """Factor on both attention kernels, for another attention backend."""
     prefill_host_s: float = 0.005
     """Scheduling between prefill batches, overlap off as the reference runs it. Modelled."""
     decode_host_s: float = 0.0
@@ -92,7 +92,13 @@ class Builder:
     def decode_at(
         self, batch: int, tokens: float, clocks_mhz: Sequence[float]
     ) -> list[tuple[float, ...]]:
-        """Rows of one decode point, from the model itself."""
+        """Rows of one decode point, from the model itself.
+
+        Args:
+            batch: Requests.
+            tokens: Context tokens of the whole batch.
+            clocks_mhz: SM clocks, one row each.
+        """
         top_s = self._cost.decode_s(batch, tokens)
         loaded_w = decode_top_w(self._cost, batch, tokens, self._w_per_flops)
         share = self._clocks.decode_share_at(batch)
@@ -108,7 +114,13 @@ class Builder:
     def prefill_at(
         self, batch: int, tokens: float, clocks_mhz: Sequence[float]
     ) -> list[tuple[float, ...]]:
-        """Rows of one prefill point, from the model itself."""
+        """Rows of one prefill point, from the model itself.
+
+        Args:
+            batch: Prompts of equal length.
+            tokens: New tokens of the whole batch.
+            clocks_mhz: SM clocks, one row each.
+        """
         top_s = self._cost.prefill_s(batch, tokens)
         rate = self._cost.decode_bytes(tokens) / top_s * 1e-12
         arithmetic_w = self._w_per_flops * self._cost.prefill_flops(batch, tokens) / top_s
@@ -154,7 +166,14 @@ def arithmetic_power(data: Path) -> float:
 
 
 def decode_top_w(cost: Cost, batch: int, tokens: float, w_per_flops: float) -> float:
-    """Power of one decoding GPU at the top clock, power limit aside."""
+    """Power of one decoding GPU at the top clock in W, as if there were no power limit.
+
+    Args:
+        cost: Times, bytes and arithmetic of the model's iterations.
+        batch: Requests.
+        tokens: Context tokens of the whole batch.
+        w_per_flops: Power of arithmetic, W per FLOP/s.
+    """
     top_s = cost.decode_s(batch, tokens)
     rate = cost.decode_bytes(tokens) / top_s * 1e-12
     return DECODE_BASE_W + DECODE_W_PER_TB_PER_S * rate + w_per_flops * cost.flops(batch) / top_s
@@ -175,7 +194,13 @@ def decode_batches() -> list[int]:
 
 
 def make_meta(data: Path, shape: Shape, tuned: str = "") -> ProfileMeta:
-    """Metadata with the provenance of every quantity; `tuned` says what a calibration changed."""
+    """Metadata with the provenance of every quantity.
+
+    Args:
+        data: Folder of the sources.
+        shape: The model.
+        tuned: What a calibration changed, as text that follows the sources; empty without one.
+    """
     kernels = "kernel times of ai-dynamo/aiconfigurator @ 095f58a (A100-SXM4-80GB, SGLang 0.5.10)"
     sweep = "clock sweep of qweewqq/EnergyLLM @ 3fffed3 (A100-40GB, vLLM 0.11)"
     splitwise = "Splitwise power rows (Mutinifni/splitwise-sim @ 8f99e7d)"

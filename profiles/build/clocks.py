@@ -72,7 +72,13 @@ class ClockModel:
         return idle + active_top_w * _interpolate(self.phi, clock_mhz)
 
     def clock_under_cap(self, active_top_w: float, clock_mhz: float, cap_w: float) -> float:
-        """The clock that the card sags to: the highest one <= `clock_mhz` within the cap."""
+        """The clock that the card sags to: the highest one <= `clock_mhz` within the cap.
+
+        Args:
+            active_top_w: Power above idle at the top clock, in W.
+            clock_mhz: Clock that was locked.
+            cap_w: Power limit of the card, in W.
+        """
         if self.power_w(active_top_w, clock_mhz) <= cap_w:
             return clock_mhz
         low, high = float(min(self.phi)), clock_mhz

@@ -27,7 +27,7 @@ from profiles.build.kernels import read_csv
 from profiles.schema import Provenance, SpreadMeta
 
 SPREAD: Final = SpreadMeta(prefill=0.02, decode=0.02)
-"""Of the calibrated profiles; modelled, see `Evidence`."""
+"""Spread of the calibrated profiles; modelled, see `Evidence`."""
 _LARGEST_DECODE_BATCH: Final = 256
 _KERNELS: Final = (
     "input_layernorm", "attn_pre_proj", "attn_rope", "attn_post_proj", "post_attention_layernorm",
@@ -45,9 +45,9 @@ class Evidence:
     decode_requests: float
     """Median over points of the spread of a request's mean decode time."""
     decode_steps: float
-    """The same of one iteration, if those of a request are independent: the most it can be."""
+    """Spread of one iteration if those of a request are independent: the largest possible."""
     prefill_kernels_together: float
-    """As of decode, of more than 256 tokens."""
+    """As `decode_kernels_together`, over sizes of more than 256 tokens."""
     prefill_kernels_apart: float
     prefill_requests: tuple[float, float]
     """Median and third quartile over points of the spread of a prefill."""
@@ -68,7 +68,7 @@ class Evidence:
 
 
 def spread_evidence(data: Path) -> Evidence:
-    """Work out the readings from the sources in the folder `data`."""
+    """Compute the readings from the sources in the folder `data`."""
     layers = _layer_spreads(read_csv(data / "vidur_a100" / "Meta-Llama-3-8B_mlp.csv"))
     small = layers.index <= _LARGEST_DECODE_BATCH
     requests = read_csv(data / "splitwise_sim" / "perf_model.csv")
@@ -89,7 +89,7 @@ def spread_evidence(data: Path) -> Evidence:
 
 
 def spread_provenance(data: Path) -> Provenance:
-    """What a calibrated profile says of its spread."""
+    """The provenance of a calibrated profile's spread."""
     return Provenance(
         status="modelled",
         source=(

@@ -1,9 +1,9 @@
-"""The clock that a controller sets, asked of the controller itself, for the routing MDP.
+"""The clock that a controller sets in a state of the routing MDP: the controller itself is asked.
 
-A state of the MDP is what a controller sees after a long time of the same load. So each question
-goes to a controller made for it, late enough that no dwell holds it back: one that decides by the
-state alone (`ecofreq`, `ecomin`, `static`, `dualscale-mpc`, …) answers as it would in service. One
-that looks at measured latency or energy has measured nothing and answers with its first clock.
+A state of the MDP stands for a long time under the same load. So for each question a new controller
+is made, and asked at a time when no dwell holds it back. A controller that decides by the state
+alone (`ecofreq`, `ecomin`, `static`, `dualscale-mpc`, …) answers as it would in service. One that
+looks at measured latency or energy has measured nothing and answers with its first clock.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sim.policies.base import DECODE, IdlePlan, InstanceState, PolicyContext
 from sim.policies.registry import make_controller
 
 _NOW_S: Final = 1e6
-"""When a controller is asked: no dwell or window of it reaches back to the start of the run."""
+"""Time at which a controller is asked: longer after the start than any dwell or window."""
 _ROUNDS: Final = 8
 """Questions until a clock counts as settled."""
 
@@ -42,7 +42,7 @@ class ControllerClock:
 
     @property
     def idle_plan(self) -> IdlePlan | None:
-        """What it does with an instance that has run out of work; None: nothing."""
+        """What the controller does with an idle instance; None if it does nothing."""
         return self._idle
 
     def _next_mhz(self, requests: int, tokens: int, clock_mhz: int) -> int:
@@ -51,10 +51,10 @@ class ControllerClock:
         return made.decide(self._state(requests, tokens, clock_mhz)) or self._top_mhz
 
     def _settled_mhz(self, requests: int, tokens: int) -> int:
-        """The clock it stays at while the batch is held, from the top clock on.
+        """The clock at which the controller stays for this batch, beginning at the top clock.
 
-        Where it goes round in a circle the fastest clock of the last two; of an empty instance the
-        clock it is parked at.
+        If it changes its mind for ever, the faster of its last two clocks. For an empty instance,
+        the clock at which it is parked.
         """
         if requests == 0:
             return self._top_mhz if self._idle is None else self._idle.clock_mhz
@@ -66,7 +66,7 @@ class ControllerClock:
         return max(clock, before)
 
     def reachable_mhz(self, loads: Iterable[tuple[int, int]]) -> tuple[int, ...]:
-        """Every clock it may be in, ascending: from the top one on, and where it parks.
+        """Every clock the controller may set, ascending, beginning at the top clock.
 
         Args:
             loads: Batches to ask about, as (requests, tokens).

@@ -35,14 +35,21 @@ from scipy.optimize import linprog
 
 from profiles.errors import VoltanaError
 from sim.mdp.model import InstanceModel
-from sim.mdp.solve import JointModel, Solution, evaluate, policy_iteration, value_iteration
+from sim.mdp.solve import (
+    JointModel,
+    Solution,
+    evaluate,
+    policy_iteration,
+    sum_over_axes,
+    value_iteration,
+)
 
 FloatArray = npt.NDArray[np.float64]
 
 PARTS: Final = (0.0, 0.25, 0.5, 0.75)
 """Share of the one partly loaded group, relative to a fully sharing one."""
 _ASLEEP_RPS: Final = 1e-3
-"""Rate at which a group without a share is solved, so that it knows what a request costs it."""
+"""Rate at which a group without a share is solved: even it must know the cost of a request."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,17 +57,22 @@ class GroupPolicy:
     """The long-run cost of sending a request to each instance."""
 
     delta_j: tuple[FloatArray, ...]
-    """Of each group. Shape (S, …, S, members): S as often as there are members."""
+    """One array a group. Shape (S, …, S, members), with one S for each member."""
     shares_rps: tuple[float, ...]
     """Arrival rate of each group under the split that was improved on."""
     split_cost_w: float
     """Average cost of that split, J/s, an upper bound of this policy's; with one group, its own."""
     gap_w: float
-    """By which the costs of the groups' own solutions may be off, in sum."""
+    """Largest error of that cost, J/s: the sum of the errors of the groups' solutions."""
 
 
 def solve_by_policies(instance: InstanceModel, rate_rps: float, num_instances: int) -> GroupPolicy:
     """The fleet as one group by policy iteration: exact, for small models whose clocks have a rule.
+
+    Args:
+        instance: One instance's chain.
+        rate_rps: Arrivals at the fleet, requests/s.
+        num_instances: N >= 1.
 
     Raises:
         VoltanaError: The chain is too large for a linear solve, or its clocks are free.
@@ -152,7 +164,14 @@ def splits(rate_rps: float, sizes: tuple[int, ...]) -> list[tuple[float, ...]]:
 def solve_group(
     instance: InstanceModel, rate_rps: float, size: int, tolerance: float = 1e-4
 ) -> Solution:
-    """Average cost and relative values of a group that takes every arrival of its stream."""
+    """Average cost and relative values of a group that takes every arrival of its stream.
+
+    Args:
+        instance: One instance's chain.
+        rate_rps: Arrivals at the group, requests/s.
+        size: Instances of the group, >= 1.
+        tolerance: Relative width of the bounds at which it counts as solved.
+    """
     rate_rps = max(rate_rps, _ASLEEP_RPS)
     model = JointModel(instance, rate_rps, size)
     is_free = bool(instance.clock_rate.any())
@@ -161,7 +180,7 @@ def solve_group(
     start_j = None
     if size > 1 and not is_free:
         one = solve_group(instance, rate_rps / size, 1, tolerance)
-        start_j = separable([one.values_j] * size)
+        start_j = sum_over_axes([one.values_j] * size)
     return value_iteration(model, tolerance=tolerance, max_sweeps=200_000, start_j=start_j)
 
 
@@ -171,19 +190,13 @@ def delta_of(instance: InstanceModel, values_j: FloatArray) -> FloatArray:
     return np.moveaxis(model.action_values_j(values_j) - values_j, 0, -1)
 
 
-def separable(values_j: list[FloatArray]) -> FloatArray:
-    """Σ h_i(s_i) as a joint tensor. Shape (S, …, S)."""
-    count = len(values_j)
-    total = np.zeros(tuple(len(values) for values in values_j))
-    for axis, values in enumerate(values_j):
-        shape = [1] * count
-        shape[axis] = len(values)
-        total = total + values.reshape(shape)
-    return total
-
-
 def lower_bound_w(instance: InstanceModel, rate_rps: float, num_instances: int) -> float:
-    """What no routing of N such instances goes below on this model, J/s; see the module.
+    """A cost in J/s that no routing of N such instances goes below on this model; see the module.
+
+    Args:
+        instance: One instance's chain.
+        rate_rps: Arrivals at the fleet, requests/s.
+        num_instances: N >= 1.
 
     Raises:
         VoltanaError: Its clocks are free, or the program finds no solution.

@@ -69,21 +69,13 @@ class StateGrid:
         """Position of the level nearest to a clock; unlocked (0) counts as the top one."""
         return _nearest(self.levels_mhz, clock_mhz or self.levels_mhz[-1])
 
-    def locate(self, requests: int, kv_tokens: int, clock_mhz: int) -> int:
-        """State number of an instance.
+    def blend(self, requests: int, kv_tokens: int, clock_mhz: int) -> tuple[int, int, float]:
+        """Linear interpolation in the batch size between bucket nodes.
 
         Args:
             requests: Batch size.
             kv_tokens: KV tokens of all its requests.
             clock_mhz: Clock lock in force; unlocked (0) counts as the top level.
-        """
-        batch = min(bisect_right(self.batch_edges_requests, requests), self.num_batch) - 1
-        kv = _nearest(self.kv_nodes_tokens, kv_tokens / requests) if requests else 0
-        level = self.level_of(clock_mhz)
-        return (batch * len(self.kv_nodes_tokens) + kv) * len(self.levels_mhz) + level
-
-    def blend(self, requests: int, kv_tokens: int, clock_mhz: int) -> tuple[int, int, float]:
-        """Linear interpolation in the batch size between bucket nodes.
 
         Returns:
             State numbers below and above, and the weight of the one above. The empty batch is a
@@ -124,6 +116,11 @@ def batch_edges(max_requests: int, width: int = 8) -> tuple[int, ...]:
 
 def kv_nodes(input_tokens: float, context_tokens: float, buckets: int) -> tuple[float, ...]:
     """Nodes of KV tokens a request, around their mean and never down to the prompt.
+
+    Args:
+        input_tokens: Mean prompt.
+        context_tokens: Mean context of a running request.
+        buckets: How many nodes.
 
     Example:
         >>> kv_nodes(200, 500, 1), kv_nodes(200, 500, 3)

@@ -61,15 +61,16 @@ class ModelParameters:
     penalty_j: float = 1.0
     """Joules that a token beyond the ITL promise is taken to cost."""
     turned_away_j: float | None = None
-    """Cost of a request sent to a full instance; `penalty_j`·L if None, every token of it late.
-    A real instance takes it and is late for its whole batch: `penalty_j`·L·batch is of that order,
-    and with less a full instance attracts what might make another one late."""
+    """Cost of a request sent to a full instance. None: `penalty_j`·L, as if all tokens were late.
+    A real instance accepts the request and then is late for its whole batch, which costs about
+    `penalty_j`·L·batch. If the price is lower, a full instance attracts requests that would make
+    another instance late."""
     clock_rule: str = "ecofreq"
     """The instances' controller as on the command line, or `free`."""
     is_tied: bool = False
-    """Whether the clock is where the controller settles at once, in every state, so that the grid's
-    one level stands for whichever it is; else it is a state of the grid and takes time to change.
-    """
+    """True: in every state the clock is the one at which the controller settles, at once, and the
+    grid has a single level that stands for it. False: the clock is part of the state and takes time
+    to change."""
     actuation_s: float = 0.003
     idle_wait_s: float = 5.0
     """Under `free`: mean time between two choices of an idle instance's clock."""
@@ -122,9 +123,9 @@ class InstanceModel:
     energy_w: FloatArray
     """The energy alone, J/s. Shape (S,)."""
     generator: sp.csr_array
-    """Rates of the moves that nobody decides, rows summing to 0. Shape (S, S), 1/s."""
+    """Rates of all moves but arrivals and free clocks; rows sum to 0. Shape (S, S), 1/s."""
     arrival: sp.csr_array
-    """Where an accepted request leads, rows summing to 1. Shape (S, S)."""
+    """Probability of each next state when a request is accepted; rows sum to 1. Shape (S, S)."""
     blocked_j: FloatArray
     """Cost of a request sent here, 0 unless the instance is full. Shape (S,)."""
     clock_rate: FloatArray
@@ -181,7 +182,7 @@ def build_instance(
 
 
 _SHORTEST_WAIT_S: Final = 1e-3
-"""A controller that parks at once still leaves by a finite rate."""
+"""The model needs a finite rate even for a controller that parks an idle instance at once."""
 ClockOf = Callable[[int, int], int]
 """Clock in MHz of a batch of so many requests and tokens."""
 

@@ -59,7 +59,14 @@ def size(num_decode: int) -> int:
 def observe(
     request: RequestView, decode: Sequence[InstanceState], rate_rps: float, top_mhz: int
 ) -> Float32Array:
-    """The observation of the module. Shape (4·instances + 2,)."""
+    """The observation of the module. Shape (4·instances + 2,).
+
+    Args:
+        request: The request that has just arrived.
+        decode: Decode instances, in the order of the policy.
+        rate_rps: Recent arrival rate, requests/s.
+        top_mhz: The profile's top clock.
+    """
     values: list[float] = []
     for state in decode:
         values += (

@@ -50,13 +50,13 @@ class PolicyFile:
     """Arrival rates it was made at, ascending; the tables have one entry for each."""
     grid: StateGrid
     parameters: Mapping[str, Any]
-    """Of the model and of the training, by name with unit."""
+    """Parameters of the model and of the training; names end in their unit."""
     seeds: tuple[int, ...]
-    """Of the training; none for a solver that draws nothing."""
+    """Seeds of the training; empty for a solver that draws no random numbers."""
     provenance: Mapping[str, Any]
     """Versions, command and date."""
     result: Mapping[str, Any]
-    """What the solver reports: cost, bounds, sweeps or episodes."""
+    """What the solver reports: cost, bounds, episodes."""
     arrays: Mapping[str, npt.NDArray[Any]]
 
     def save(self, path: Path) -> None:
@@ -135,7 +135,7 @@ def _check_arrays(policy: PolicyFile, path: Path) -> None:
 
 
 def _is_network(policy: PolicyFile) -> bool:
-    """Whether layers follow one another from an observation to an action an instance."""
+    """Whether the layers fit together, from an observation to one output an instance."""
     layers = sum(name.startswith("weight_") for name in policy.arrays)
     names = {f"{part}_{k}" for k in range(layers) for part in ("weight", "bias")}
     if layers == 0 or names != set(policy.arrays):

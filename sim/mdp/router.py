@@ -35,7 +35,13 @@ class Decider(ABC):
 
     @abstractmethod
     def choose(self, request: RequestView, decode: States, rate_rps: float) -> int:
-        """Position of the decode instance."""
+        """Position of the decode instance.
+
+        Args:
+            request: The request that has just arrived.
+            decode: All decode instances that the policy was made for.
+            rate_rps: Recent arrival rate, requests/s.
+        """
 
 
 class MdpRouter(Router):

@@ -10,7 +10,7 @@ Source: Puterman, Markov Decision Processes (1994), 8.5 (relative value iteratio
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -39,10 +39,9 @@ class Solution:
     cost_w: float
     """Average cost, J/s: the middle of its bounds."""
     gap_w: float
-    """Half the distance of the bounds: cost_w ± gap_w holds the optimum."""
+    """Half the distance of the bounds: the optimum lies within cost_w ± gap_w."""
     values_j: FloatArray
     """Relative values, 0 in the empty state. Shape (S,)·N."""
-    sweeps: int
 
 
 class JointModel:
@@ -72,8 +71,7 @@ class JointModel:
         self.rate_rps = rate_rps
         self.num_instances = num_instances
         self.shape = (states,) * num_instances
-        self.cost_w = self._sum(instance.cost_w)
-        self.energy_w = self._sum(instance.energy_w)
+        self.cost_w = sum_over_axes([instance.cost_w] * num_instances)
         self.uniform_rate = 1.02 * (rate_rps + num_instances * instance.exit_rate)
         self._is_free = bool(instance.clock_rate.any())
 
@@ -87,21 +85,13 @@ class JointModel:
             ]
         )
 
-    def improvement_w(self, values_j: FloatArray, routing: IntArray | None = None) -> FloatArray:
-        """Expected rate of change of cost plus value, J/s: the Bellman residual.
+    def improvement_w(self, values_j: FloatArray) -> FloatArray:
+        """Expected rate of change of cost plus value under the best choice, J/s. Shape (S,)·N.
 
-        Its least and greatest entries bound the best average cost (Puterman, theorem 8.5.5).
-
-        Args:
-            values_j: Relative values. Shape (S,)·N.
-            routing: Instance chosen in each state; the best one if None. Clocks that are free
-                are chosen best in any case.
+        This is the Bellman residual: its least and greatest entries bound the best average cost
+        (Puterman, theorem 8.5.5).
         """
-        actions = self.action_values_j(values_j)
-        if routing is None:
-            after = actions.min(axis=0)
-        else:
-            after = np.take_along_axis(actions, routing[None], axis=0)[0]
+        after = self.action_values_j(values_j).min(axis=0)
         total = self.cost_w + self.rate_rps * (after - values_j)
         for axis in range(self.num_instances):
             total += _along(self.instance.generator, values_j, axis)
@@ -124,10 +114,6 @@ class JointModel:
         total += local.T
         return np.asarray(total)
 
-    def best_routing(self, values_j: FloatArray) -> IntArray:
-        """The greedy instance in each state, the first of equals. Shape (S,)·N."""
-        return np.asarray(np.argmin(self.action_values_j(values_j), axis=0))
-
     def _best_clock(self, values_j: FloatArray, axis: int) -> FloatArray:
         levels = len(self.instance.grid.levels_mhz)
         moved = np.moveaxis(values_j, axis, 0)
@@ -135,11 +121,7 @@ class JointModel:
         best = np.repeat(grouped.min(axis=1), levels, axis=0)
         return np.asarray(np.moveaxis(best, 0, axis))
 
-    def _sum(self, per_instance: FloatArray) -> FloatArray:
-        parts = [_spread(per_instance, i, self.num_instances) for i in range(self.num_instances)]
-        return np.asarray(sum(parts)) + np.zeros(self.shape)
-
-    def generator_of(self, routing: IntArray, clocks: IntArray | None = None) -> sp.csr_array:
+    def generator_of(self, routing: IntArray) -> sp.csr_array:
         """Rate matrix of one policy over the joint states, row-major. Shape (S^N, S^N)."""
         size = self.instance.grid.num_states
         total = sp.csr_array((size**self.num_instances,) * 2)
@@ -181,7 +163,6 @@ def value_iteration(
     step_s = 1.0 / model.uniform_rate
     origin = (0,) * model.num_instances
     low = high = 0.0
-    sweep = 0
     for sweep in range(1, max_sweeps + 1):
         change_w = improve(values_j)
         low, high = float(change_w.min()), float(change_w.max())
@@ -192,9 +173,7 @@ def value_iteration(
             break
         if progress is not None and sweep % 50 == 0 and not progress(sweep, width):
             break
-    return Solution(
-        cost_w=(low + high) / 2.0, gap_w=(high - low) / 2.0, values_j=values_j, sweeps=sweep
-    )
+    return Solution(cost_w=(low + high) / 2.0, gap_w=(high - low) / 2.0, values_j=values_j)
 
 
 def policy_iteration(model: JointModel, *, max_rounds: int = 100) -> Solution:
@@ -204,16 +183,14 @@ def policy_iteration(model: JointModel, *, max_rounds: int = 100) -> Solution:
         VoltanaError: The chain is too large for it, or its clocks are free.
     """
     routing = np.zeros(model.shape, dtype=np.int64)
-    for round_number in range(1, max_rounds + 1):
+    for _ in range(max_rounds):
         solution = evaluate(model, routing)
         actions = model.action_values_j(solution.values_j)
         held = np.take_along_axis(actions, routing[None], axis=0)[0]
         slack = 1e-9 * max(1.0, float(np.abs(solution.values_j).max()))
         better = actions.min(axis=0) < held - slack  # keep the action unless another is better
         if not better.any():
-            return Solution(
-                cost_w=solution.cost_w, gap_w=0.0, values_j=solution.values_j, sweeps=round_number
-            )
+            return solution
         routing = np.where(better, np.argmin(actions, axis=0), routing)
     raise VoltanaError(f"policy iteration did not settle in {max_rounds} rounds")
 
@@ -241,9 +218,7 @@ def evaluate(model: JointModel, routing: IntArray) -> Solution:
     solved = spsolve(sp.csc_array(rates), -cost.ravel())
     values_j = solved.copy()
     values_j[0] = 0.0
-    return Solution(
-        cost_w=float(solved[0]), gap_w=0.0, values_j=values_j.reshape(model.shape), sweeps=1
-    )
+    return Solution(cost_w=float(solved[0]), gap_w=0.0, values_j=values_j.reshape(model.shape))
 
 
 def _blocked(model: JointModel, routing: IntArray) -> FloatArray:
@@ -257,6 +232,11 @@ def _along(matrix: sp.csr_array, values: FloatArray, axis: int) -> FloatArray:
     moved = np.moveaxis(values, axis, 0)
     flat = np.ascontiguousarray(moved).reshape(moved.shape[0], -1)
     return np.asarray(np.moveaxis((matrix @ flat).reshape(moved.shape), 0, axis))
+
+
+def sum_over_axes(vectors: Sequence[FloatArray]) -> FloatArray:
+    """Σ v_i(s_i), one vector along each axis. Shape (len(v_0), len(v_1), …)."""
+    return np.asarray(sum(_spread(v, i, len(vectors)) for i, v in enumerate(vectors)))
 
 
 def _spread(per_instance: FloatArray, axis: int, count: int) -> FloatArray:

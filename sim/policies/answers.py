@@ -1,7 +1,8 @@
-"""What a policy answers, held to the interface of `sim.policies.base`.
+"""Checks what a policy answers against the interface of `sim.policies.base`.
 
-Both drivers, the simulator and the replay, take answers through here. One that breaks the
-interface, and any exception that a policy raises, becomes one line with the policy's name.
+Both drivers, the simulator and the replay, take a policy's answers through this module. An answer
+that breaks the interface, or an exception that the policy raises, becomes a one-line error with the
+policy's name.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sim.policies.base import (
 from sim.policies.clocks import nearest_two_mhz
 
 MAX_CHARACTERS: Final = 300
-"""Of an exception's message or a wrong value's text; the rest is left out."""
+"""Longest text of a message or value that an error shows; the rest is cut off."""
 
 
 class ControllerAnswers:
@@ -44,11 +45,17 @@ class ControllerAnswers:
     """
 
     def __init__(self, controller: Controller, clocks_mhz: Sequence[int], where: str) -> None:
-        """`clocks_mhz` are the supported ones, ascending; `where` names the instance."""
+        """Check the answers of one controller.
+
+        Args:
+            controller: The policy.
+            clocks_mhz: Supported clocks, ascending.
+            where: The instance, for an error message.
+        """
         self.controller = controller
         self.has_admission = type(controller).admit_up_to is not Controller.admit_up_to
         self.has_holding = type(controller).hold_s is not Controller.hold_s
-        """Whether the controller answers these at all: it need not be asked otherwise."""
+        """Whether the controller has these methods of its own; if not, it need not be asked."""
         self._clocks_mhz = clocks_mhz
         self._allowed_mhz = frozenset((UNLOCKED_MHZ, *clocks_mhz))
         self._where = where
@@ -108,7 +115,7 @@ class ControllerAnswers:
         return answer
 
     def clock_mhz(self, answer: object, call: str = "decide") -> int:
-        """A clock that `call` returned, as a plain integer."""
+        """Check a clock that the method `call` returned; as a plain integer."""
         try:
             clock_mhz = operator.index(answer)  # type: ignore[arg-type]
         except TypeError:
@@ -124,7 +131,7 @@ class ControllerAnswers:
         return clock_mhz
 
     def steady_iterations(self, answer: object) -> int:
-        """A number that `steady_iterations` returned, as a plain integer."""
+        """Check a number that `steady_iterations` returned; as a plain integer."""
         return self._count(answer, "steady_iterations")
 
     def _count(self, answer: object, call: str, other: str = "") -> int:
@@ -137,7 +144,7 @@ class ControllerAnswers:
         return count
 
     def fail(self, call: str, error: Exception) -> NoReturn:
-        """The controller raised: say so in one line. Errors for users pass as they are."""
+        """Report in one line that the controller raised. A VoltanaError passes as it is."""
         fail(self.controller, call, error, self._where)
 
     def _refuse(self, rule: str, answer: object) -> NoReturn:
@@ -148,6 +155,12 @@ class ControllerAnswers:
 
 def route(router: Router, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
     """Ask the router for a pair of positions, and check it.
+
+    Args:
+        router: The policy.
+        request: The request that has just arrived.
+        prefill: Healthy prefill instances.
+        decode: Healthy decode instances.
 
     Raises:
         VoltanaError: The router raised, or did not answer a position in each of the sequences.
@@ -171,10 +184,10 @@ def route(router: Router, request: RequestView, prefill: States, decode: States)
 
 
 def rehearse(make: Callable[[PolicyContext], Router], context: PolicyContext) -> None:
-    """Let another router of the same kind route once with one instance of each phase left.
+    """Make a second router and let it route once with one instance of each phase left.
 
-    In a simulation every instance is always there and `instance_id` is the position, so that a
-    router which returns the one in place of the other fails on hardware only, after a fault.
+    In a simulation every instance is always there, so that `instance_id` equals the position. A
+    router that returns the wrong one of the two would fail on hardware only, after a fault.
 
     Raises:
         VoltanaError: As `route`.
@@ -205,7 +218,13 @@ def rehearse(make: Callable[[PolicyContext], Router], context: PolicyContext) ->
 
 
 def fail(policy: object, call: str, error: Exception, where: str = "") -> NoReturn:
-    """A policy raised: one line with its name, the exception and its place.
+    """Report in one line that a policy raised: its name, the exception and its place.
+
+    Args:
+        policy: The controller or router.
+        call: Name of the method that raised.
+        error: What it raised.
+        where: The instance, if there is one to name.
 
     Raises:
         VoltanaError: Always; an error that is one already passes as it is.
@@ -247,7 +266,7 @@ def describe(error: Exception, file: str | None = None) -> str:
 
 
 def _is_raised_below(error: Exception) -> bool:
-    """Whether it comes from what the catching function called, not from that function itself."""
+    """Whether the error comes from a function that the catching one called."""
     return error.__traceback__ is not None and error.__traceback__.tb_next is not None
 
 

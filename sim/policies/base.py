@@ -29,24 +29,44 @@ UNLOCKED_MHZ: Final = 0
 
 
 class Predictor(Protocol):
-    """Predicts how long one iteration takes. Implemented by EcoPred and by the table itself."""
+    """Predicts how long one iteration takes: the fitted EcoPred, or the profile's table itself."""
 
-    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float: ...
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        """Predicted duration of one iteration in s.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked, which runs at the top clock.
+            batch_size: Requests.
+            tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+        """
+        ...
 
 
 @runtime_checkable
 class LinePredictor(Predictor, Protocol):
-    """A predictor that is a line in tokens at a fixed clock and batch size."""
+    """A predictor whose time is a straight line in tokens at a fixed clock and batch size."""
 
     def predict_line(self, phase: Phase, clock_mhz: int, batch_size: int) -> tuple[float, float]:
-        """Constant in s and slope in s/token."""
+        """The line of one clock and batch size.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked, which runs at the top clock.
+            batch_size: Requests.
+
+        Returns:
+            Constant in s and slope in s/token.
+        """
         ...
 
 
 class PowerModel(Protocol):
     """Board power of one instance (all its GPUs together) in one iteration, and at rest."""
 
-    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float: ...
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        """Power in W during one iteration; arguments as of `Predictor.predict_s`."""
+        ...
 
     def idle_power_w(self, clock_mhz: int) -> float: ...
 
@@ -57,7 +77,17 @@ class Truth(Protocol):
     def time_and_power(
         self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
-        """Duration (s) and power (W) of one iteration."""
+        """Duration and power of one iteration.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock; 0 is unlocked, which runs at the top clock.
+            batch_size: Requests; in prefill the effective number of equal prompts.
+            tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+
+        Returns:
+            Duration in s and power in W.
+        """
         ...
 
     def idle_power_w(self, clock_mhz: int) -> float: ...
@@ -82,7 +112,7 @@ class RunningRequest:
     input_tokens: int
     generated_tokens: int
     output_tokens: int | None
-    """The length it will reach: known to an oracle driver only, None where it is not."""
+    """The length it will reach; None unless the driver knows it (a length oracle)."""
     first_token_s: float | None
 
 
@@ -95,17 +125,18 @@ def _none_running() -> Sequence[RunningRequest]:
 
 
 def _always_true() -> None:
-    """Of a driver that keeps every field true at all times."""
+    """Does nothing: the default of a driver that keeps every field up to date by itself."""
 
 
 @dataclass(slots=True, kw_only=True)
 class InstanceState:
     """Live state of one instance, as its engine's metrics and its router's own count show it.
 
-    `last_*` describe one iteration. In decode it is the iteration that has just ended (its record
-    leaves the engine after the launch of the batch, so a decision acts on a later iteration). In
-    prefill it is the batch about to run (its record is sent before the batch), whose duration is
-    not known yet: `last_duration_s` then is that of the batch before it.
+    `last_*` describe the batch of the latest record. In decode that is the iteration that has just
+    ended: its record leaves the engine after the next batch was launched, so that a decision takes
+    effect at a later iteration. In prefill it is the batch that is about to run: its record is sent
+    before the batch, so that its duration is not known yet, and `last_duration_s` is the duration
+    of the batch before it. `ended_*` always describe the batch that took `last_duration_s`.
     """
 
     instance_id: int
@@ -121,23 +152,23 @@ class InstanceState:
     last_duration_s: float = 0.0
     """Zero before the first iteration has ended."""
     ended_batch_size: int = 0
-    """Batch of the iteration that lasted `last_duration_s`, whichever batch `last_*` describe."""
     ended_tokens: int = 0
     ended_queue_delay_s: float = 0.0
-    """Prefill: `last_queue_delay_s` of the batch that lasted `last_duration_s`. Decode: 0."""
+    """Prefill: longest time from arrival to scheduling within that batch. Decode: 0."""
     last_queue_delay_s: float = 0.0
     """Prefill: longest time from arrival to scheduling within the batch. Decode: 0."""
     num_running: int = 0
-    """Requests in the batch; at a decision, in the one about to run. `kv_tokens` likewise."""
+    """Requests in the running batch; at a decision, in the one about to run. So is `kv_tokens`."""
     effective_batch_size: float = 0.0
-    """Prefill: equal prompts with the attention work of the batch (NOMENCLATURE.md); 0: unknown."""
+    """Prefill: number of equal prompts with the same attention work (NOMENCLATURE.md); 0 if it is
+    not known."""
     num_waiting: int = 0
     """Requests queued at this instance, not in its batch."""
     waiting_tokens: int = 0
     """Prompt (or context) tokens of the queued requests."""
     open_requests: int = 0
-    """Requests the router has assigned here that are not finished; those of a decode instance
-    count from arrival, while they are still in prefill."""
+    """Requests that the router has sent here and that have not finished. A decode instance counts
+    a request from its arrival on, while it is still in prefill."""
     kv_tokens: int = 0
     """KV-cache tokens in use on this instance."""
     kv_capacity_tokens: int = 0
@@ -145,9 +176,9 @@ class InstanceState:
     """Energy counter of the instance's GPUs, from 0 at the start of the run."""
     is_healthy: bool = True
     refresh: Callable[[], None] = field(default=_always_true, repr=False)
-    """Brings every field up to date; only routers that look at less than the load need it."""
+    """Brings every field up to date. Only a router whose `looks_at` is not "load" needs it."""
     list_waiting: Callable[[], Sequence[WaitingRequest]] = field(default=_none_waiting, repr=False)
-    """Costs time in proportion to the queue: call it only if the rule needs it."""
+    """Takes time in proportion to the queue: call it only if the rule needs it."""
     list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
 
     def clock_or_top_mhz(self, top_mhz: int) -> int:
@@ -166,7 +197,7 @@ States = Sequence[InstanceState]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class IdlePlan:
-    """What to do with an instance that has run out of work: after a wait, lock this clock."""
+    """What to do with an instance that has no work left: after a wait, lock this clock."""
 
     after_s: float
     clock_mhz: int
@@ -176,7 +207,7 @@ class Controller(ABC):
     """Sets one instance's clock. Called by the driver; see the module docstring for purity."""
 
     acts_at_once: ClassVar[bool] = False
-    """Of an oracle: a simulator applies its decisions without the actuation latency."""
+    """True for an oracle: a simulator applies its decisions without the actuation latency."""
 
     @abstractmethod
     def decide(self, state: InstanceState) -> int:
@@ -214,10 +245,15 @@ class Controller(ABC):
     def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """How many further calls of `decide` are sure to return what the last one returned.
 
-        The premise: call k = 1, 2, … sees the queue as it is in `state`, `last_batch_size` =
-        batch_size and `last_tokens` = tokens + k·batch_size; nothing is promised of the rest. 0,
-        the default, asks to be called every iteration and is right for every controller that
-        looks at time, latency or energy.
+        Call k = 1, 2, … will see the same queue as `state`, `last_batch_size` = batch_size and
+        `last_tokens` = tokens + k·batch_size. All other fields may differ. 0, the default, asks to
+        be called every iteration; it is right for every controller that looks at time, latency or
+        energy.
+
+        Args:
+            state: The instance at the last decision.
+            batch_size: Requests in each iteration to come.
+            tokens: Context tokens of the batch at the last decision.
         """
         return 0
 
@@ -237,9 +273,9 @@ class Router(ABC):
     """Picks a prefill and a decode instance for each request, once, at its arrival."""
 
     looks_at: ClassVar[Literal["counts", "clocks", "load"]] = "load"
-    """What the rule reads of the states: `open_requests`, which is always true; the clocks too; or
-    anything. The driver brings no more than that up to date; `InstanceState.refresh` does the
-    rest for a rule that needs the load only at times."""
+    """Which fields the rule reads: `open_requests` ("counts"), the clocks too ("clocks"), or any
+    ("load"). The driver keeps only these up to date. A rule that needs more at times calls
+    `InstanceState.refresh`."""
 
     @abstractmethod
     def route(
@@ -248,10 +284,16 @@ class Router(ABC):
         prefill: States,
         decode: States,
     ) -> tuple[int, int]:
-        """Indices into `prefill` and `decode` of the chosen pair.
+        """Choose the prefill and the decode instance of a request.
 
-        The drivers pass healthy instances only, never none; an index is a position in the
-        sequence, which differs from `instance_id` once an instance has been taken out.
+        Args:
+            request: The request that has just arrived.
+            prefill: Healthy prefill instances, at least one.
+            decode: Healthy decode instances, at least one.
+
+        Returns:
+            A position in `prefill` and one in `decode`. A position is not an `instance_id`: the two
+            differ once an instance has been taken out of the sequence.
         """
 
 
@@ -262,8 +304,8 @@ class Cluster:
     """The whole fleet, for policies that share a budget: every instance's live state.
 
     The driver fills `prefill` and `decode` before the first decision. A policy that reads them
-    must have asked for the cluster with `PolicyContext.observe_cluster`, so that the driver knows
-    that every state has to be true at every decision.
+    asks for the cluster with `PolicyContext.observe_cluster`; then the driver keeps every state up
+    to date at every decision.
     """
 
     __slots__ = ("_shared", "decode", "is_observed", "prefill")
@@ -275,7 +317,10 @@ class Cluster:
         self._shared: dict[str, object] = {}
 
     def share(self, name: str, make: Callable[[], T]) -> T:
-        """The run's one object of that name, made by the first who asks: a common plan."""
+        """The one object of that name in this run; the first caller makes it.
+
+        Used for plans that the controllers of a fleet have in common.
+        """
         if name not in self._shared:
             self._shared[name] = make()
         return cast("T", self._shared[name])
@@ -296,7 +341,7 @@ class PolicyContext:
     attainment_target: float = ATTAINMENT_TARGET
     """Share of requests and gaps to keep within them: the quantile that measured ones aim at."""
     first_token: Literal["decode", "prefill"] = "decode"
-    """Where a request's TTFT ends: with its first decode iteration, or when decode takes it up."""
+    """When a request's TTFT ends: after its first decode iteration, or when it enters decode."""
     profile_hash: str
     kv_capacity_tokens: int
     rng: np.random.Generator
@@ -310,7 +355,7 @@ class PolicyContext:
     truth: Truth | None = None
     """For oracles; None outside a simulation."""
     cluster: Cluster | None = None
-    """None where the driver cannot show one instance the others."""
+    """None if the driver cannot show one instance the others."""
 
     @property
     def slo_s(self) -> float:
@@ -321,24 +366,24 @@ class PolicyContext:
     def prefill_budget_s(self) -> float:
         """What the TTFT promise leaves for queueing and prefill: TTFT - 2·ITL, or TTFT - ITL.
 
-        A prompt that is prefilled arrives in decode in the middle of an iteration, which may take
-        the ITL promise until it ends; its own first iteration, which makes the first token, may
-        take as long again. With `first_token` = "prefill" TTFT ends before that. The one definition
-        of the part of TTFT that a prefill controller may use up; a KV transfer that takes time is
-        not in it. Not positive where the promises contradict each other.
+        A prefilled prompt reaches decode in the middle of an iteration, which may take the whole
+        ITL promise until it ends. The prompt's own first iteration makes the first token and may
+        take as long again. With `first_token` = "prefill" TTFT ends before that iteration. This is
+        the one definition of the part of TTFT that a prefill controller may use. Time for the KV
+        transfer is not taken off. The value is not positive if the promises contradict each other.
         """
         num_iterations = 2 if self.first_token == "decode" else 1
         return self.slo_ttft_s - num_iterations * self.slo_itl_s
 
     @property
     def budget_s(self) -> float:
-        """What an iteration may take: the ITL promise, or `prefill_budget_s` with its queueing."""
+        """Decode: the ITL promise. Prefill: `prefill_budget_s`, which includes queueing."""
         return self.slo_itl_s if self.phase == DECODE else self.prefill_budget_s
 
     def share(self, name: str, make: Callable[[], T]) -> T:
-        """One object of that name for the whole run; the caller's own where there is no cluster.
+        """One object of that name for the whole run; without a cluster, one for this caller.
 
-        For what many policies would otherwise work out alike; it must not depend on who asks.
+        It saves many policies from computing the same thing, so it must not depend on the caller.
         """
         return self.cluster.share(name, make) if self.cluster is not None else make()
 

@@ -28,7 +28,13 @@ def full_batch(context: PolicyContext, phase: Phase) -> tuple[int, int]:
 
 
 def busy_power_w(context: PolicyContext, phase: Phase, clock_mhz: int) -> float:
-    """Modelled power of an instance with a full batch (`full_batch`)."""
+    """Modelled power of an instance with a full batch (`full_batch`), in W.
+
+    Args:
+        context: The power model and the KV capacity.
+        phase: Which batch; the context's own phase does not count.
+        clock_mhz: SM clock.
+    """
     return context.power.power_w(phase, clock_mhz, *full_batch(context, phase))
 
 
@@ -73,6 +79,15 @@ def busy_energy_j(context: PolicyContext, clock_mhz: int, batch_size: int, token
 
     (P - idle)·T: the part that the choice of a clock changes, since the time that a faster clock
     saves is spent idle.
+
+    Args:
+        context: The phase, its predictor and its power model.
+        clock_mhz: SM clock.
+        batch_size: Requests.
+        tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+
+    Returns:
+        Energy in J.
     """
     point = context.phase, clock_mhz, batch_size, tokens
     above_idle_w = context.power.power_w(*point) - context.power.idle_power_w(clock_mhz)
@@ -109,6 +124,14 @@ def clocks_above_floor(
     """The user's clocks, checked; without any, the supported ones from the phase's floor upwards.
 
     The floor is `least_energy_clock_mhz`.
+
+    Args:
+        context: The supported clocks, the phase and its models.
+        wanted_mhz: What the user gave for `frequencies`; may be empty.
+        where: Policy, for an error message.
+
+    Raises:
+        VoltanaError: A clock is not supported.
     """
     clocks = context.clocks_mhz
     if wanted_mhz:
@@ -141,6 +164,12 @@ def fastest_within_mhz(context: PolicyContext, batch_size: int, tokens: int, lim
     """A power cap as a clock: the fastest whose modelled power for the batch is within the limit.
 
     The slowest if none is.
+
+    Args:
+        context: The phase, its supported clocks and its power model.
+        batch_size: Requests.
+        tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
+        limit_w: Power of the instance, in W.
     """
     power_w, phase = context.power.power_w, context.phase
     return first_clock_mhz(
@@ -150,6 +179,11 @@ def fastest_within_mhz(context: PolicyContext, batch_size: int, tokens: int, lim
 
 def require_clock(clocks_mhz: Sequence[int], clock_mhz: int, where: str) -> int:
     """`clock_mhz` if it is supported.
+
+    Args:
+        clocks_mhz: Supported clocks.
+        clock_mhz: The clock that was asked for.
+        where: Policy and parameter, for an error message.
 
     Raises:
         VoltanaError: It is not; the message lists the nearest supported clocks.
@@ -171,7 +205,17 @@ def nearest_two_mhz(clocks_mhz: Sequence[int], wanted_mhz: int) -> list[int]:
 def clock_list(
     clocks_mhz: Sequence[int], wanted_mhz: Sequence[int], default_mhz: Sequence[int], where: str
 ) -> tuple[int, ...]:
-    """The user's clocks, ascending and checked, or the default when he gave none."""
+    """The user's clocks, ascending and checked, or the default where there are none.
+
+    Args:
+        clocks_mhz: Supported clocks.
+        wanted_mhz: The user's clocks; may be empty.
+        default_mhz: What is taken then.
+        where: Policy and parameter, for an error message.
+
+    Raises:
+        VoltanaError: A clock is not supported.
+    """
     chosen = wanted_mhz or default_mhz
     return tuple(sorted({require_clock(clocks_mhz, clock, where) for clock in chosen}))
 
@@ -184,9 +228,17 @@ def levels_of(
     *,
     low_mhz: int | None = None,
 ) -> tuple[int, ...]:
-    """The user's clocks, or `num_levels` of the profile's, evenly spread from `low_mhz` to the top.
+    """The user's clocks, or some of the profile's, evenly spread up to the top clock.
 
-    Without `low_mhz` from the lowest.
+    Args:
+        context: The supported clocks.
+        wanted_mhz: What the user gave for `frequencies`; may be empty.
+        num_levels: How many clocks are spread if it is.
+        where: Policy, for an error message.
+        low_mhz: Where the spread begins; by default at the lowest clock.
+
+    Raises:
+        VoltanaError: A clock is not supported.
     """
     clocks = context.clocks_mhz
     spread = spread_clocks_mhz(clocks, clocks[0] if low_mhz is None else low_mhz, num_levels)
@@ -194,7 +246,13 @@ def levels_of(
 
 
 def spread_clocks_mhz(clocks_mhz: Sequence[int], low_mhz: int, num_levels: int) -> tuple[int, ...]:
-    """`num_levels` supported clocks, evenly spread from `low_mhz` to the top."""
+    """Supported clocks, evenly spread from one clock to the top.
+
+    Args:
+        clocks_mhz: Supported clocks, ascending.
+        low_mhz: The lowest of the spread.
+        num_levels: How many; fewer if some fall on the same supported clock.
+    """
     top_mhz = clocks_mhz[-1]
     step_mhz = (top_mhz - low_mhz) / max(num_levels - 1, 1)
     return tuple(

@@ -8,7 +8,7 @@ from typing import Final
 _MAX_SURPRISE: Final = 0.3
 """Largest deviation from the fit, as a part of the prediction, that one observation counts for."""
 _MAX_X: Final = 10.0
-"""Iterations far shorter than the scale say little of the others, at any weight."""
+"""Limit of x: an iteration far shorter than the scale says little about the others."""
 
 
 class TimeCorrection:
@@ -61,7 +61,7 @@ class TimeCorrection:
         """The followed quantile of observed / corrected time, within [0.5, 2]."""
 
     def observe(self, predicted_s: float, observed_s: float) -> None:
-        """Learn from one iteration; times that are not positive and finite teach nothing."""
+        """Learn from one iteration; times that are not positive and finite are ignored."""
         if not (0.0 < predicted_s < math.inf and 0.0 < observed_s < math.inf):
             return
         x = min(self._scale_s / predicted_s, _MAX_X)
@@ -90,5 +90,5 @@ class TimeCorrection:
         return min(max(corrected_s, 0.25 * predicted_s), 4.0 * predicted_s)
 
     def bound_s(self, predicted_s: float) -> float:
-        """A time that the followed quantile of such iterations keep."""
+        """A time that the followed share of such iterations does not exceed."""
         return self.ratio * self.correct_s(predicted_s)

@@ -9,7 +9,7 @@ from sim.policies.base import LinePredictor, Phase, Predictor
 from sim.policies.clocks import first_clock_mhz
 
 FOREVER: Final = 1 << 62
-"""More iterations or tokens than any run has: of a controller that will not change its mind."""
+"""More iterations or tokens than any run has: the answer of a controller that never changes."""
 
 
 class LowestFitting:
@@ -20,9 +20,10 @@ class LowestFitting:
     then a decision is a bisection among integers. Elsewhere the predictor is asked each time.
 
     Args:
-        predictor: What is believed of iteration times.
+        predictor: Predicts iteration times.
+        phase: "prefill" or "decode".
         clocks_mhz: In order of preference; the last is taken when none fits.
-        limit_s: The latency to keep.
+        limit_s: The longest iteration allowed, in predicted seconds.
     """
 
     __slots__ = ("_clocks_mhz", "_limit_s", "_limits", "_line", "_phase", "_predictor")
@@ -36,8 +37,9 @@ class LowestFitting:
         self._clocks_mhz = clocks_mhz
         self._limit_s = limit_s
         self._limits: dict[int, list[int] | None] = {}
-        """By batch size: most tokens that one of the first clocks fits, clock by clock; ascending,
-        so that the first that fits is found by bisection. None where tokens do not decide it."""
+        """By batch size: for each clock but the last, the most tokens that it or an earlier clock
+        fits. These rise, so that bisection finds the first clock that fits. None if the number of
+        tokens alone does not decide it."""
 
     def clock_mhz(self, batch_size: int, tokens: int) -> int:
         """The first clock that fits, else the last."""
@@ -57,7 +59,14 @@ class LowestFitting:
         return clock
 
     def steady_iterations(self, clock_mhz: int, batch_size: int, tokens: int, step: int) -> int:
-        """For how many k = 1, 2, … `clock_mhz(batch_size, tokens + k·step)` is sure to be that."""
+        """For how many k = 1, 2, … `clock_mhz(batch_size, tokens + k·step)` is sure to be the same.
+
+        Args:
+            clock_mhz: The clock now.
+            batch_size: Requests.
+            tokens: Tokens of the batch now.
+            step: Tokens that each further iteration adds.
+        """
         try:
             limits = self._limits[batch_size]
         except KeyError:
@@ -88,7 +97,7 @@ class LowestFitting:
         return limits
 
     def _most_tokens(self, clock: int, batch_size: int) -> int | None:
-        """Most tokens that fit (-1: none do); None where tokens do not decide it alone."""
+        """The most tokens that fit, -1 if none do; None if tokens alone do not decide it."""
         if self._line is None:
             return None
         constant_s, slope_s = self._line.predict_line(self._phase, clock, batch_size)

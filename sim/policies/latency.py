@@ -8,7 +8,7 @@ from sim.policies.base import DECODE, InstanceState
 
 
 class LatencyWindow:
-    """A quantile of the latency of the last seconds, weighted by the requests that felt it.
+    """A quantile of the latency of the last seconds, each iteration weighted by its requests.
 
     Args:
         window_s: How far back it looks.
@@ -23,7 +23,7 @@ class LatencyWindow:
         self._samples: deque[tuple[float, float, int]] = deque()
 
     def add(self, state: InstanceState, phase: str) -> None:
-        """Take the iteration that has ended: its duration, in prefill with its queueing delay."""
+        """Add the iteration that has ended: its duration, in prefill with its queueing delay."""
         if state.last_duration_s <= 0:
             return
         latency_s = state.last_duration_s + (0 if phase == DECODE else state.ended_queue_delay_s)

@@ -28,8 +28,14 @@ class ScaledPredictor:
 class SkewedPower:
     """A power model that is wrong above idle: idle + (P - idle)·scale·(f/top)^clock_error.
 
-    At the top clock it is wrong by the scale alone; a clock error above 0 makes low clocks look
-    cheaper than they are, one below 0 dearer. Power at rest is believed as it is.
+    At the top clock it is wrong by the scale alone. A clock error above 0 makes low clocks look
+    cheaper than they are, one below 0 makes them look dearer. Idle power is not changed.
+
+    Args:
+        power: The true power model.
+        scale: Factor on power above idle; 1 is right.
+        clock_error: Exponent of clock / top clock; 0 is right.
+        top_mhz: The profile's top clock.
     """
 
     __slots__ = ("_clock_error", "_power", "_scale", "_top_mhz")
@@ -46,7 +52,14 @@ class SkewedPower:
     def wrap(
         cls, power: PowerModel, *, scale: float, clock_error: float, top_mhz: int
     ) -> PowerModel:
-        """The model itself where there is nothing to change."""
+        """A skewed model, or the model itself where there is nothing to change.
+
+        Args:
+            power: The true power model.
+            scale: As of the class.
+            clock_error: As of the class.
+            top_mhz: The profile's top clock.
+        """
         if scale == 1.0 and clock_error == 0.0:
             return power
         return cls(power, scale=scale, clock_error=clock_error, top_mhz=top_mhz)

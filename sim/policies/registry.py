@@ -11,10 +11,10 @@ import inspect
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Generic, Literal, TypeVar, cast
+from typing import Any, Final, Generic, Literal, TypeVar, cast, get_type_hints
 
 from profiles.errors import VoltanaError, nearest
-from sim.mdp.router import MdpParameters, MdpRouter
+from sim.mdp.router import MdpRouter
 from sim.policies.answers import describe, rehearse
 from sim.policies.base import Controller, PolicyContext, Router
 from sim.policies.controllers import (
@@ -31,7 +31,7 @@ from sim.policies.controllers import (
 )
 from sim.policies.reconstructed import greenllm, kairos, miad, rapid
 from sim.policies.routers import consolidate, ecoroute, packing, simple
-from sim.policies.routers.kairos import KairosRouter, KairosRouterParameters
+from sim.policies.routers.kairos import KairosRouter
 from sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -48,8 +48,8 @@ CONSTANTS: Final[Mapping[Constants, str]] = {
     "invented": "ours, the source does not give them: no measure of the source",
     "ours": "rule and constants are ours",
 }
-"""Where a policy's constants come from. A rival with invented ones shows what its idea does with
-them here, and stands in no headline table."""
+"""Where a policy's constants come from. Policies with invented ones are in
+`sim.policies.reconstructed`, and in no headline table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,78 +87,46 @@ class Entry(Generic[P]):
         return describe_parameters(self.parameters)
 
 
+def _shipped(make: type[P], constants: Constants = "ours") -> Entry[P]:
+    """The entry of a shipped policy; its `__init__` says which parameters it takes."""
+    parameters = get_type_hints(make.__init__)["parameters"]
+    return Entry(make=make, parameters=parameters, constants=constants)
+
+
 CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
-    "static": Entry(make=fixed.Static, parameters=fixed.StaticParameters, constants="published"),
-    "boost": Entry(make=fixed.Boost, parameters=fixed.NoParameters, constants="published"),
-    "ecofreq": Entry(
-        make=ecofreq.EcoFreq, parameters=ecofreq.EcoFreqParameters, constants="published"
-    ),
-    "ecomin": Entry(make=ecomin.EcoMin, parameters=ecomin.EcoMinParameters),
-    "pid": Entry(make=pid.Pid, parameters=pid.PidParameters),
-    "miad": Entry(make=miad.Miad, parameters=miad.MiadParameters, constants="invented"),
-    "window": Entry(make=profiled.Window, parameters=profiled.WindowParameters, constants="partly"),
-    "powercap": Entry(
-        make=profiled.PowerCap, parameters=profiled.PowerCapParameters, constants="partly"
-    ),
-    "dualscale-mpc": Entry(
-        make=dualscale.DualScale, parameters=dualscale.DualScaleParameters, constants="partly"
-    ),
-    "greenllm": Entry(
-        make=greenllm.GreenLlm, parameters=greenllm.GreenLlmParameters, constants="invented"
-    ),
-    "kairos": Entry(make=kairos.Kairos, parameters=kairos.KairosParameters, constants="invented"),
-    "throttllm": Entry(
-        make=throttllm.Throttllm, parameters=throttllm.ThrottllmParameters, constants="partly"
-    ),
-    "agft": Entry(make=agft.Agft, parameters=agft.AgftParameters, constants="partly"),
-    "polca": Entry(make=polca.Polca, parameters=polca.PolcaParameters, constants="partly"),
-    "rapid": Entry(make=rapid.Rapid, parameters=rapid.RapidParameters, constants="invented"),
-    "oracle": Entry(make=oracle.Oracle, parameters=oracle.OracleParameters),
+    "static": _shipped(fixed.Static, "published"),
+    "boost": _shipped(fixed.Boost, "published"),
+    "ecofreq": _shipped(ecofreq.EcoFreq, "published"),
+    "ecomin": _shipped(ecomin.EcoMin),
+    "pid": _shipped(pid.Pid),
+    "miad": _shipped(miad.Miad, "invented"),
+    "window": _shipped(profiled.Window, "partly"),
+    "powercap": _shipped(profiled.PowerCap, "partly"),
+    "dualscale-mpc": _shipped(dualscale.DualScale, "partly"),
+    "greenllm": _shipped(greenllm.GreenLlm, "invented"),
+    "kairos": _shipped(kairos.Kairos, "invented"),
+    "throttllm": _shipped(throttllm.Throttllm, "partly"),
+    "agft": _shipped(agft.Agft, "partly"),
+    "polca": _shipped(polca.Polca, "partly"),
+    "rapid": _shipped(rapid.Rapid, "invented"),
+    "oracle": _shipped(oracle.Oracle),
 }
 ROUTERS: Final[Mapping[str, Entry[Router]]] = {
-    "random": Entry(make=simple.RandomRouter, parameters=fixed.NoParameters, constants="published"),
-    "round-robin": Entry(
-        make=simple.RoundRobin, parameters=fixed.NoParameters, constants="published"
-    ),
-    "least-requests": Entry(
-        make=simple.LeastRequests, parameters=fixed.NoParameters, constants="published"
-    ),
-    "two-choices": Entry(
-        make=simple.TwoChoices, parameters=fixed.NoParameters, constants="published"
-    ),
-    "least-kv": Entry(make=simple.LeastKv, parameters=fixed.NoParameters, constants="published"),
-    "ecoroute": Entry(
-        make=ecoroute.EcoRoute, parameters=ecoroute.EcoRouteParameters, constants="published"
-    ),
-    "ecoroute-tile": Entry(
-        make=ecoroute.EcoRouteTile,
-        parameters=ecoroute.EcoRouteTileParameters,
-        constants="published",
-    ),
-    "slo-pack": Entry(
-        make=packing.SloPack, parameters=packing.SloPackParameters, constants="partly"
-    ),
-    "consolidate": Entry(
-        make=consolidate.Consolidate, parameters=consolidate.ConsolidateParameters
-    ),
-    "latency-headroom": Entry(
-        make=packing.LatencyHeadroom,
-        parameters=packing.LatencyHeadroomParameters,
-        constants="published",
-    ),
-    "min-delta-energy": Entry(
-        make=packing.MinDeltaEnergy,
-        parameters=packing.MinDeltaEnergyParameters,
-        constants="published",
-    ),
-    "least-added-power": Entry(
-        make=packing.LeastAddedPower, parameters=packing.LeastAddedPowerParameters
-    ),
-    "kairos": Entry(make=KairosRouter, parameters=KairosRouterParameters, constants="published"),
-    "length-split": Entry(
-        make=greenllm.LengthSplit, parameters=greenllm.LengthSplitParameters, constants="invented"
-    ),
-    "mdp": Entry(make=MdpRouter, parameters=MdpParameters),
+    "random": _shipped(simple.RandomRouter, "published"),
+    "round-robin": _shipped(simple.RoundRobin, "published"),
+    "least-requests": _shipped(simple.LeastRequests, "published"),
+    "two-choices": _shipped(simple.TwoChoices, "published"),
+    "least-kv": _shipped(simple.LeastKv, "published"),
+    "ecoroute": _shipped(ecoroute.EcoRoute, "published"),
+    "ecoroute-tile": _shipped(ecoroute.EcoRouteTile, "published"),
+    "slo-pack": _shipped(packing.SloPack, "partly"),
+    "consolidate": _shipped(consolidate.Consolidate),
+    "latency-headroom": _shipped(packing.LatencyHeadroom, "published"),
+    "min-delta-energy": _shipped(packing.MinDeltaEnergy, "published"),
+    "least-added-power": _shipped(packing.LeastAddedPower),
+    "kairos": _shipped(KairosRouter, "published"),
+    "length-split": _shipped(greenllm.LengthSplit, "invented"),
+    "mdp": _shipped(MdpRouter),
 }
 
 
@@ -181,7 +149,7 @@ def make_router(spec: str, context: PolicyContext) -> Router:
 
 
 def check_policies(controller: str, router: str) -> None:
-    """Whether both exist and take their parameters, without making them.
+    """Check that both policies exist and accept their parameters, without making them.
 
     Raises:
         VoltanaError: As `make_controller` and `make_router` do.
@@ -191,9 +159,9 @@ def check_policies(controller: str, router: str) -> None:
 
 
 def is_module_name(name: str) -> bool:
-    """Whether an unknown policy's name may be a module of the user's own.
+    """Whether an unknown policy's name may name a module of the user's own.
 
-    Modules of the standard library are not: `random` names a router.
+    A module of the standard library is not one: `random` is a router.
     """
     parts = name.split(".")
     return all(p.isidentifier() for p in parts) and parts[0] not in sys.stdlib_module_names
@@ -202,7 +170,7 @@ def is_module_name(name: str) -> bool:
 def _maker(
     text: str, known: Mapping[str, Entry[P]], kind: str, base: type[object]
 ) -> tuple[Callable[[PolicyContext], P], bool]:
-    """What makes the policy, and whether it is a module of the user's own."""
+    """A function that makes the policy, and whether the policy is in a user's own module."""
     entry, parameters = _bound(text, known, kind)
 
     def make(context: PolicyContext) -> P:

@@ -27,12 +27,12 @@ _MOONCAKE: Final = (
 
 
 class MissingTraceError(VoltanaError):
-    """A trace that is neither in the user's folder nor to be had elsewhere."""
+    """A trace that is not in the user's folder and cannot be downloaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NamedTrace:
-    """Where a published trace lives, pinned to the byte."""
+    """Where a published trace is, and the hash of its bytes."""
 
     url: str
     sha256: str

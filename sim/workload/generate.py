@@ -69,7 +69,14 @@ def make_workload(
 def stream_steady(
     name: str, *, rate_rps: float, duration_s: float, seed: int, arrivals: str = "poisson"
 ) -> Iterator[Workload]:
-    """The requests of `make_workload` at a constant mean rate, to the bit, part by part.
+    """The very requests of `make_workload` at a constant mean rate, part by part.
+
+    Args:
+        name: As of `make_workload`, and so are the others.
+        rate_rps: Mean rate, requests/s.
+        duration_s: Nominal length.
+        seed: Of arrivals and lengths.
+        arrivals: `poisson` or `gamma:cv=X`.
 
     Yields:
         Workloads of at most `PART_REQUESTS` requests that continue one another.
@@ -102,7 +109,19 @@ def stream_diurnal(
     period_s: float = DAY_S,
     chunk_requests: int = PART_REQUESTS,
 ) -> Iterator[Workload]:
-    """An inhomogeneous Poisson day, see `stream_shape` and `shapes.diurnal_rate`.
+    """Requests of a day whose rate is a sine; see `stream_shape` and `shapes.diurnal_rate`.
+
+    Args:
+        name: Length distribution.
+        mean_rps: Mean rate over a period, requests/s.
+        duration_s: Length of the run.
+        seed: Of two independent streams, one for arrivals and one for lengths.
+        swing: Relative amplitude in [0, 1).
+        period_s: Length of a day.
+        chunk_requests: The most requests of a part.
+
+    Yields:
+        Workloads of at most `chunk_requests` requests that continue one another.
 
     Raises:
         VoltanaError: Unknown name, or a number out of range.
@@ -164,6 +183,13 @@ def stream_arrivals(
     name: str, *, rate_rps: float, duration_s: float, seed: int, arrivals: str
 ) -> Iterator[Workload]:
     """The requests of `make_workload`, part by part in bounded memory.
+
+    Args:
+        name: As of `make_workload`, and so are the others.
+        rate_rps: Mean rate, requests/s.
+        duration_s: Nominal length.
+        seed: Of arrivals and lengths.
+        arrivals: Arrival process.
 
     Raises:
         VoltanaError: Unknown name, or a number out of range.

@@ -46,7 +46,7 @@ LMSYS_MEAN_TOKENS: Final = (69.5, 214.5)
 LMSYS_SIGMA: Final = (1.35, 1.0)
 """Spreads of the two logarithms: ours, the paper gives none."""
 LMSYS_CORRELATION: Final = 0.2
-"""Of the two logarithms: ours."""
+"""Correlation of the two logarithms: ours."""
 LMSYS_MAX_TOKENS: Final = (2048, 1024)
 
 IntArray = npt.NDArray[np.int64]

@@ -21,7 +21,7 @@ SWING: Final = 0.6
 DAY_S: Final = 86_400.0
 PEAK_OF_PERIOD: Final = 14 / 24
 RATIO: Final = 2.0
-"""Of a step and a ramp, ours: the last rate over the first."""
+"""Last rate over first rate of a step and a ramp; ours."""
 STEP_AT: Final = 0.5
 RULE: Final = (
     "arrivals must be poisson, gamma:cv=NUMBER > 0, diurnal:swing=NUMBER in [0, 1), "
@@ -44,7 +44,10 @@ def parse_arrivals(text: str) -> Gaps:
 def rate_shape(text: str, *, mean_rps: float, duration_s: float) -> Cumulative | None:
     """The changing rate that `diurnal`, `step` or `ramp` names; None for a constant one.
 
-    The mean over `duration_s` is `mean_rps` for each of them.
+    Args:
+        text: The process with its parameters, `step:ratio=2,at=0.5` say.
+        mean_rps: Mean rate over the duration, requests/s, whatever the shape.
+        duration_s: Length of the run.
 
     Raises:
         VoltanaError: A parameter is unknown or out of range.

@@ -24,7 +24,7 @@ _MAX_TOKENS: Final = 2**31
 """No request is longer; above it a length is a damaged number."""
 DAY_S: Final = 86_400.0
 MOST_IDLE_S: Final = DAY_S
-"""A trace that starts later is taken for one in another unit, or counted from 1970; ours."""
+"""If a trace starts later, its times are probably in another unit or count from 1970. Ours."""
 _UNITS_S: Final = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "ns": 1e-9}
 _EPOCH: Final = {unit: (1e8 / factor, 1e10 / factor) for unit, factor in _UNITS_S.items()}
 """Numbers that are times since 1970 in that unit, if they are: from 1973 to 2286."""
@@ -38,7 +38,10 @@ def open_trace(
 ) -> Workload:
     """A trace file, or a published trace by name (`sim.workload.fetch` says which there are).
 
-    `unit` and `drop_failed` are those of `read_trace`.
+    Args:
+        name_or_path: One of `sim.workload.fetch.named_traces`, or a file.
+        unit: As of `read_trace`.
+        drop_failed: As of `read_trace`.
 
     Raises:
         MissingTraceError: It is not there.

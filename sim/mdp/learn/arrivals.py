@@ -1,9 +1,9 @@
 """The simulator played arrival by arrival: who decides sits outside, between two arrivals.
 
-What a step costs is energy and late tokens since the arrival before. Energy is booked when an
-iteration ends, so that a step's joules may lag by the one that is running; their sum is exact.
-A late token is one that comes later than promised: a gap above the ITL SLO, or a first token
-above the TTFT SLO.
+A step costs the energy and the late tokens since the arrival before. Energy is booked when an
+iteration ends, so a step's energy may lag by the iteration that is running; the sum over a run is
+exact. A late token is one that comes later than promised: a gap above the ITL SLO, or a first
+token above the TTFT SLO.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from typing import Any
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
+from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
 from sim.engine.log import ExactLog
-from sim.engine.loop import CoalescedFleet
 from sim.engine.request import SimRequest
 from sim.policies.base import (
     Controller,
@@ -42,9 +42,9 @@ class Cost:
     """What happened between two arrivals."""
 
     energy_j: float
-    """Of all instances."""
+    """Energy of all instances."""
     decode_energy_j: float
-    """Of the decode instances: the part that the choice of one of them can change."""
+    """Energy of the decode instances: the part that routing can change."""
     late_gaps: int
     late_first_tokens: int
     elapsed_s: float
@@ -58,7 +58,7 @@ class Cost:
 class ArrivalSimulation:
     """One run whose decode instances are chosen from outside; prefill: fewest open requests.
 
-    Requests that no instance can hold are rejected before anybody is asked.
+    A request that no instance can hold is rejected and not offered for routing.
 
     Args:
         config: What to run; its router is not used, and with `levels_mhz` its decode controller
@@ -89,7 +89,7 @@ class ArrivalSimulation:
         self._chosen = _Chosen()
         self._held: list[_Held] = []
         self._levels_mhz = tuple(levels_mhz)
-        self._fleet = CoalescedFleet(
+        self._fleet = Fleet(
             config,
             profile,
             (workload,),
@@ -101,7 +101,7 @@ class ArrivalSimulation:
         self._booked = (0.0, 0.0, 0, 0)
         self._oracle = config.length_oracle
         self.record: RunRecord | None = None
-        """What the run left behind, once it has ended."""
+        """The run's record; None until the run has ended."""
         self.top_mhz = profile.meta.clocks.supported_mhz[-1]
         self._coming = self._fleet.start()
         self._request = self._next()
@@ -151,7 +151,7 @@ class ArrivalSimulation:
         for request in self._coming:
             self._fleet.advance(request.arrival_s)
             if self._fleet.can_hold(request):
-                self._fleet.look(request.arrival_s)
+                self._fleet.report(request.arrival_s)
                 return request
             self._fleet.accept(request)
         return None
@@ -229,6 +229,12 @@ class CountingLog:
 
 def count_above(limit: float, first: float, step: float, count: int) -> int:
     """How many of first + k·step, k = 0 … count - 1, are above the limit.
+
+    Args:
+        limit: In the unit of the others.
+        first: First number of the arithmetic sequence.
+        step: Its difference, of either sign.
+        count: How many numbers it has, >= 1.
 
     Example:
         >>> count_above(2.0, 1.0, 0.5, 5), count_above(2.0, 3.0, -0.5, 5), count_above(2, 3, 0, 5)

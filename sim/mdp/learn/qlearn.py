@@ -34,7 +34,7 @@ Features = tuple[Sequence[int], Sequence[float]]
 
 
 class Task(Protocol):
-    """What is learned on: a process that asks for an action again and again."""
+    """A process to learn from: it asks for one action after another."""
 
     num_features: int
 
@@ -42,10 +42,10 @@ class Task(Protocol):
         """Begin an episode; the seed draws everything in it."""
 
     def actions(self) -> Sequence[Features]:
-        """The features of every action that is possible now; none once the episode is over."""
+        """The features of every action that is possible now; empty when the episode is over."""
 
     def act(self, action: int) -> tuple[float, float]:
-        """Take it; returns the cost in J and the seconds until the next question."""
+        """Take the action; returns its cost in J and the seconds until the next choice."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,7 +55,7 @@ class QSettings:
     episodes: int = 40
     seed: int = 1
     learning_rate: float = 0.1
-    """Of the first step; falls as 1/(1 + steps/learning_steps)."""
+    """Learning rate of the first step; it falls as 1/(1 + steps/learning_steps)."""
     learning_steps: float = 50_000.0
     exploration: float = 0.2
     """Share of drawn actions in the first episode; falls linearly to 0 after the last."""
@@ -74,12 +74,12 @@ class QSettings:
 
 @dataclass(slots=True, kw_only=True)
 class Learner:
-    """Where learning stands after whole episodes."""
+    """What has been learned after a number of whole episodes."""
 
     weights_j: FloatArray
     """Shape (features,)."""
     cost_j: float = 0.0
-    """Of greedy actions, older ones forgotten; with `time_s` the cost per second."""
+    """Cost of greedy actions, older ones forgotten; over `time_s` it is the cost per second."""
     time_s: float = 0.0
     steps: int = 0
     episodes: int = 0
@@ -160,7 +160,14 @@ def _count(learner: Learner, cost_j: float, elapsed_s: float, memory_s: float) -
 
 
 def save_checkpoint(path: Path, learner: Learner, settings: QSettings, purpose: str) -> None:
-    """Write a learner, whole or not at all; `purpose` says what it learns."""
+    """Write a learner to a file, whole or not at all.
+
+    Args:
+        path: The file.
+        learner: Where learning stands.
+        settings: How it learns; a checkpoint of other settings is not gone on from.
+        purpose: What it learns; a checkpoint of another purpose is not gone on from either.
+    """
     meta = {
         "settings": asdict(settings), "purpose": purpose, "cost_j": learner.cost_j,
         "time_s": learner.time_s, "steps": learner.steps, "episodes": learner.episodes,
@@ -170,7 +177,13 @@ def save_checkpoint(path: Path, learner: Learner, settings: QSettings, purpose: 
 
 
 def load_checkpoint(path: Path, settings: QSettings, purpose: str) -> Learner | None:
-    """The learner of a checkpoint; None if there is none of these settings and this purpose."""
+    """The learner of a checkpoint; None if there is none of these settings and this purpose.
+
+    Args:
+        path: The file.
+        settings: How to learn.
+        purpose: What to learn.
+    """
     if not path.is_file():
         return None
     with np.load(path, allow_pickle=False) as stored:

@@ -67,7 +67,13 @@ class Arm:
         return float(gain @ self._sum + weight * math.sqrt(max(float(gain @ x), 0.0)))
 
     def learn(self, x: Vector, reward: float, edp: float) -> None:
-        """Take one window (Sherman and Morrison's update of the inverse)."""
+        """Learn from one window (Sherman and Morrison's update of the inverse).
+
+        Args:
+            x: Features. Shape (NUM_FEATURES,), no unit.
+            reward: Of the window, in [-2, 2].
+            edp: Energy delay product of the window, J·s.
+        """
         gain = self._inverse @ x
         self._inverse = self._inverse - np.outer(gain, gain) / (1.0 + float(gain @ x))
         self._sum = self._sum + reward * x

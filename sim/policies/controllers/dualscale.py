@@ -34,7 +34,7 @@ class ProjectedBatch:
     num_requests: int
     tokens: int
     waited_s: float
-    """How long its oldest request has waited by now."""
+    """How long its oldest request has waited until now."""
 
 
 class DualScale(Controller):

@@ -100,7 +100,7 @@ class EcoFreq(Controller):
         return self._idle
 
     def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
-        """A waiting queue asks for the top clock as long as it waits; else until tokens bind."""
+        """With a queue the top clock stays; else the clock stays until tokens exceed its limit."""
         if self._phase != DECODE:
             return 0
         if state.num_waiting > 0:

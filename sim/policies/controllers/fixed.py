@@ -44,7 +44,7 @@ class Static(Controller):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class NoParameters:
-    """Of a policy that takes none."""
+    """For a policy without parameters."""
 
 
 class Boost(Controller):

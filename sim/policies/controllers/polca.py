@@ -56,7 +56,13 @@ FREE, MILD, HARD, HARD_ALL, BRAKE = range(5)
 
 
 class PolcaPlan:
-    """Power of the fleet by its energy counters, and the level of caps that follows."""
+    """Measures the fleet's power by its energy counters, and sets the level of caps by it.
+
+    Args:
+        parameters: Budget, thresholds, caps and lags.
+        context: The supported clocks and the power model.
+        fleet: Every instance's live state.
+    """
 
     def __init__(self, parameters: PolcaParameters, context: PolicyContext, fleet: Cluster) -> None:
         p, clocks = parameters, context.clocks_mhz
@@ -71,12 +77,12 @@ class PolcaPlan:
             DECODE: (UNLOCKED_MHZ, mild, hard, hard, clocks[0]),
         }
         self.level = FREE
-        """In force."""
+        """The level in force, an index into the caps of a phase."""
         self._commands: list[tuple[float, int]] = []
         self._measured_s = self._energy_j = 0.0
 
     def clock_mhz(self, phase: Phase, now_s: float) -> int:
-        """The phase's cap as a clock lock; 0 where there is none."""
+        """The phase's cap as a clock lock; 0 if there is no cap."""
         while self._commands and self._commands[0][0] <= now_s:
             self.level = self._commands.pop(0)[1]
         elapsed_s = now_s - self._measured_s

@@ -41,7 +41,13 @@ class RapidParameters:
 
 
 class RapidPlan:
-    """The split of the budget between the phases; each instance of a phase has the same cap."""
+    """Splits the budget between the phases; every instance of a phase has the same cap.
+
+    Args:
+        parameters: Budget, step, thresholds and pace.
+        context: The promises, the supported clocks and the power model.
+        fleet: Every instance's live state.
+    """
 
     def __init__(self, parameters: RapidParameters, context: PolicyContext, fleet: Cluster) -> None:
         p, clocks = parameters, context.clocks_mhz

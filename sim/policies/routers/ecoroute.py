@@ -85,7 +85,7 @@ class EcoRoute(Router):
             return slowest_emptiest(decode, self._top_mhz)
         clock_mhz, top_mhz = self._fitting.clock_mhz, self._top_mhz
         ranked: list[tuple[int, int, int, int]] = []
-        """Of each: tag, ceil(n / tile) tiles, -n, position."""
+        """For each instance: its tag, its number of tiles (rounded up), -n, its position."""
         for at, state in enumerate(decode):
             state.refresh()
             n, load = state.open_requests, state.kv_tokens + state.waiting_tokens

@@ -14,7 +14,16 @@ from sim.policies.spec import parameter
 
 
 def predicted_itl_s(context: PolicyContext, state: InstanceState, added_tokens: int) -> float:
-    """ITL at the top clock with one request of that many tokens more."""
+    """ITL at the top clock with one request more.
+
+    Args:
+        context: The predictor and the clocks.
+        state: A decode instance.
+        added_tokens: Context of the new request.
+
+    Returns:
+        Predicted time of an iteration, in s.
+    """
     return context.predictor.predict_s(
         DECODE,
         context.clocks_mhz[-1],

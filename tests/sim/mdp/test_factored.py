@@ -9,13 +9,12 @@ from sim.mdp.factored import (
     GroupPolicy,
     delta_of,
     lower_bound_w,
-    separable,
     solve_group,
     solve_groups,
     splits,
 )
 from sim.mdp.model import InstanceModel
-from sim.mdp.solve import JointModel, evaluate, policy_iteration
+from sim.mdp.solve import JointModel, evaluate, policy_iteration, sum_over_axes
 from tests.sim.mdp.small import one_level
 
 CASES = [
@@ -88,7 +87,7 @@ def test_the_greedy_step_over_the_separable_values_is_the_index() -> None:
     instance, rate_rps, count, _ = CASES[0]
     one = solve_group(instance, rate_rps / 2, 1)
     model = JointModel(instance, rate_rps, count)
-    actions = model.action_values_j(separable([one.values_j] * 2))
+    actions = model.action_values_j(sum_over_axes([one.values_j] * 2))
     delta_j = delta_of(instance, one.values_j)[:, 0]
     expected = delta_j[:, None] - delta_j[None, :]
     np.testing.assert_allclose(actions[0] - actions[1], expected, atol=1e-9)

@@ -21,9 +21,10 @@ from sim.mdp.learn.qlearn import (
     q_learn,
     save_checkpoint,
 )
-from sim.mdp.learn.tasks import ModelTask, SimulatorTask
+from sim.mdp.learn.simulator_task import SimulatorTask
 from sim.mdp.solve import JointModel, evaluate, value_iteration
 from sim.workload.generate import make_workload
+from tests.sim.mdp.chain_task import ChainTask
 from tests.sim.mdp.test_solve import CASES
 
 QUICK = QSettings(episodes=4, exploration=0.5)
@@ -35,7 +36,7 @@ def test_within_two_percent_of_value_iteration(number: int) -> None:
     """The learned table's greedy policy is evaluated exactly, by a linear solve: no sampling."""
     model = JointModel(*CASES[number], 2)
     best_w = value_iteration(model, tolerance=1e-9).cost_w
-    task = ModelTask(model, arrivals=2000)
+    task = ChainTask(model, arrivals=2000)
     settings = QSettings(episodes=60, seed=3, exploration=0.6)
     learner = q_learn(task, settings)
     cost_w = evaluate(model, task.routing(learner.weights_j)).cost_w
@@ -45,7 +46,7 @@ def test_within_two_percent_of_value_iteration(number: int) -> None:
 def test_an_untrained_table_is_far_off() -> None:
     """The two per cent above are earned: without learning it costs a third more."""
     model = JointModel(*CASES[2], 2)
-    task = ModelTask(model, arrivals=1)
+    task = ChainTask(model, arrivals=1)
     cost_w = evaluate(model, task.routing(np.zeros(task.num_features))).cost_w
     assert cost_w > 1.3 * value_iteration(model).cost_w
 
@@ -56,7 +57,7 @@ def test_the_model_is_drawn_with_its_rates() -> None:
     20 000 gaps of mean 1/rate: the mean is off by 0.7 % (one sigma), five are allowed."""
     instance, rate_rps = CASES[0]
     model = JointModel(instance, rate_rps, 2)
-    task = ModelTask(model, arrivals=20_000)
+    task = ChainTask(model, arrivals=20_000)
     task.reset(1)
     cost_j = elapsed_s = 0.0
     while task.actions():
@@ -69,7 +70,7 @@ def test_the_model_is_drawn_with_its_rates() -> None:
 
 
 def test_going_on_from_a_checkpoint_is_not_stopping(tmp_path: Path) -> None:
-    task = ModelTask(JointModel(*CASES[0], 2), arrivals=200)
+    task = ChainTask(JointModel(*CASES[0], 2), arrivals=200)
     whole = q_learn(task, QUICK)
     path = tmp_path / "c.npz"
 
@@ -90,7 +91,7 @@ def test_going_on_from_a_checkpoint_is_not_stopping(tmp_path: Path) -> None:
 
 
 def test_a_seed_is_a_training() -> None:
-    task = ModelTask(JointModel(*CASES[0], 2), arrivals=100)
+    task = ChainTask(JointModel(*CASES[0], 2), arrivals=100)
     one, two = (q_learn(task, QUICK).weights_j for _ in range(2))
     np.testing.assert_array_equal(one, two)
     other = q_learn(task, QSettings(episodes=4, exploration=0.5, seed=2)).weights_j
@@ -178,6 +179,6 @@ def test_settings_out_of_range_are_refused() -> None:
         QSettings(exploration=1.5)
     with pytest.raises(VoltanaError, match="more than 200000 entries"):
         simulator_task(tuple(range(40)), num_decode=4)
-    task = ModelTask(JointModel(*CASES[0], 2), arrivals=1)
+    task = ChainTask(JointModel(*CASES[0], 2), arrivals=1)
     with pytest.raises(VoltanaError, match="the weights to start from are 3"):
         q_learn(task, QUICK, Learner(weights_j=np.zeros(3)))

@@ -50,12 +50,12 @@ def pick(router: Router, *decode: InstanceState, arrival_s: float = 0.0) -> int:
 
 
 def test_states_are_numbered_batch_then_kv_then_level() -> None:
-    """Batch 6 is bucket 2; 6·140 tokens are nearer to 100 each: KV bucket 0; 1250 MHz: level 1."""
+    """7 is in bucket 2, past its node; 140 tokens are nearer to 100 than 200; 1250 MHz: level 1."""
     assert GRID.shape == (3, 2, 2)
-    assert GRID.locate(6, 6 * 140, 1250) == (2 * 2 + 0) * 2 + 1
-    assert GRID.locate(6, 6 * 160, 1100) == (2 * 2 + 1) * 2 + 0
-    assert GRID.locate(0, 0, 0) == 1  # an unlocked card is at the top level
-    assert GRID.locate(99, 10**6, 1400) == GRID.num_states - 1
+    assert GRID.blend(7, 7 * 140, 1250)[0] == (2 * 2 + 0) * 2 + 1
+    assert GRID.blend(7, 7 * 160, 1100)[0] == (2 * 2 + 1) * 2 + 0
+    assert GRID.blend(0, 0, 0)[0] == 1  # an unlocked card is at the top level
+    assert GRID.blend(99, 10**6, 1400)[0] == GRID.num_states - 1
     assert GRID.batch_nodes_requests.tolist() == [0.0, 2.5, 6.5]
 
 

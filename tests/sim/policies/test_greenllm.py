@@ -64,6 +64,14 @@ def test_prefill(delay_s: float, queued: int, clock: int) -> None:
     assert made.decide(prefill_state(delay_s=delay_s, queued=queued)) == clock
 
 
+def test_a_load_of_one_fits_no_clock() -> None:
+    """400 tokens/s in batches of 100 that take .25 s: rho = 1, the queue never ends. At 1200 MHz
+    rho = .72, W = .72·.18 / .56 = .231, and .18 more is within .5."""
+    context = prefill_context({1000: 0.25, 1200: 0.18, 1400: 0.15})
+    made = make_controller(f"greenllm:window=1.0,{ALL}", context)
+    assert made.decide(prefill_state(queued=300)) == 1200
+
+
 def test_prefill_respects_the_u() -> None:
     """50·.40 = 20, 100·.18 = 18, 250·.15 = 37.5 J: the middle clock although the slowest fits."""
     context = prefill_context({1000: 0.40, 1200: 0.18, 1400: 0.15})

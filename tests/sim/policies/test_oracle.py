@@ -22,6 +22,7 @@ class Hardware:
     def time_and_power(
         self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
+        assert phase in ("prefill", "decode")
         clock = clock_mhz or 1400
         work_s = 1e-3 * batch_size + 1e-6 * tokens
         if phase == "prefill":

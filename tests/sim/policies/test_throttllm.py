@@ -146,3 +146,12 @@ def test_prefill(delay_s: float, age_s: float | None, clock: int) -> None:
         state.num_waiting, state.waiting_tokens = 1, 9
         state.list_waiting = lambda: waiting
     assert made.decide(state) == clock
+
+
+def test_prefill_stays_at_the_top_clock_before_its_first_record() -> None:
+    context = make_context(Formula(lambda p, f, b, t: 0.0), phase="prefill")
+    made = make_controller(f"throttllm:{ALL}", context)
+    state = InstanceState(instance_id=0, phase="prefill")
+    assert made.decide(state) == 1400
+    state.last_batch_size = 1
+    assert made.decide(state) == 1000
