@@ -40,7 +40,13 @@ def main() -> None:
 
 
 def report(title: str, config: SimConfig, raw: float) -> None:
-    """Run a configuration several times and print its best rate (least disturbed)."""
+    """Run a configuration several times and print its best rate (least disturbed).
+
+    Args:
+        title: Of the line.
+        config: What to run.
+        raw: Timeouts per CPU second of bare SimPy, for comparison.
+    """
     profile, workload = cached_profile(config.profile), workload_of(config)
     best_s, least_wall_s = float("inf"), float("inf")
     for _ in range(REPEATS):

@@ -59,7 +59,14 @@ def main() -> None:
 
 
 def table(title: str, cases: list[tuple[int, int]], raw: float, *, noise_scale: float) -> None:
-    """Run and print the cases, then how far the costs lie from their middle."""
+    """Run and print the cases, then how far the costs lie from their middle.
+
+    Args:
+        title: Of the table.
+        cases: Number of requests and of instances of each.
+        raw: Timeouts per CPU second of bare SimPy, for comparison.
+        noise_scale: Of iteration times.
+    """
     print(f"\n{title}")
     print("  requests  instances  requests/CPU s  simulated s/wall s  peak RSS MiB  "
           "raw timeouts/request  attainment")  # fmt: skip
@@ -79,7 +86,13 @@ def table(title: str, cases: list[tuple[int, int]], raw: float, *, noise_scale: 
 
 
 def measure(requests: int, instances: int, noise_scale: float) -> Outcome:
-    """Best of several runs, each in a fresh process (one run where it is long)."""
+    """Best of several runs, each in a fresh process (one run where it is long).
+
+    Args:
+        requests: How many arrive.
+        instances: A quarter of them prefill.
+        noise_scale: Of iteration times.
+    """
     repeats = REPEATS if requests <= 100_000 else 1
     spawn = multiprocessing.get_context("spawn")
     outcomes = []
@@ -90,7 +103,7 @@ def measure(requests: int, instances: int, noise_scale: float) -> Outcome:
 
 
 def run_case(requests: int, instances: int, noise_scale: float) -> Outcome:
-    """One case in this process."""
+    """One case in this process; arguments as of `measure`."""
     simulate_day(WARM_UP_REQUESTS, instances, noise_scale)
     cpu_s, wall_s = time.process_time(), time.monotonic()
     simulated_s, energy_j, attainment = simulate_day(requests, instances, noise_scale)
@@ -105,7 +118,7 @@ def run_case(requests: int, instances: int, noise_scale: float) -> Outcome:
 
 
 def simulate_day(requests: int, instances: int, noise_scale: float) -> tuple[float, float, float]:
-    """Makespan in s, energy in J and attainment of one squeezed day."""
+    """Makespan in s, energy in J and attainment of one squeezed day; arguments as of `measure`."""
     config = make_config(
         {
             "num_prefill": instances // 4,

@@ -12,7 +12,7 @@ from profiles.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "train", "list",
-    "profile_gpu", "compare_profiles", "actuator", "router", "agent", "replay", "validate",
+    "profile_group", "compare_profiles", "actuator", "router", "agent", "replay", "validate",
     "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""

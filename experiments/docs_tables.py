@@ -6,12 +6,13 @@ A page holds `<!-- table: NAME -->`; `mkdocs` calls `on_page_markdown` through `
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 from experiments.study.suite import list_experiments
 from profiles.catalog import list_profiles, load_profile
 from profiles.errors import VoltanaError, nearest
+from profiles.markdown import markdown_table
 from sim.config import KEYS, SimConfig
 from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
 from sim.workload.generate import list_workloads
@@ -37,7 +38,7 @@ def table(name: str) -> str:
 
 def policy_rows(entries: Mapping[str, Entry[Any]]) -> str:
     """Name, rule, source, and where the constants come from, of each policy."""
-    return _markdown(
+    return markdown_table(
         ("name", "rule", "constants", "source"),
         [
             (f"`{name}`", entry.rule, entry.constants, entry.source)
@@ -53,14 +54,14 @@ def _parameters(entries: Mapping[str, Entry[Any]]) -> str:
         if infos:
             rows = [(f"`{i.key}`", i.default, i.unit, i.meaning) for i in infos]
             heads = ("parameter", "default", "unit", "meaning")
-            parts.append(f"**`{name}`**\n\n{_markdown(heads, rows)}")
+            parts.append(f"**`{name}`**\n\n{markdown_table(heads, rows)}")
     return "\n\n".join(parts)
 
 
 def _keys() -> str:
     defaults = SimConfig().as_dict()
     rows = [(f"`{key}`", f"`{defaults.get(key, 'none')}`", text) for key, text in KEYS.items()]
-    return _markdown(("key", "default", "meaning"), rows)
+    return markdown_table(("key", "default", "meaning"), rows)
 
 
 def _profiles() -> str:
@@ -73,26 +74,17 @@ def _profiles() -> str:
             (f"`{name}`", meta.gpu.name, meta.model.name, str(meta.model.tensor_parallel),
              f"{clocks[0]} to {clocks[-1]}", ", ".join(statuses))
         )  # fmt: skip
-    return _markdown(("name", "GPU", "model", "TP", "clocks (MHz)", "status"), rows)
+    return markdown_table(("name", "GPU", "model", "TP", "clocks (MHz)", "status"), rows)
 
 
 def _experiments() -> str:
     rows = [(f"`{name}`", question) for name, question in list_experiments().items()]
-    return _markdown(("name", "question"), rows)
+    return markdown_table(("name", "question"), rows)
 
 
 def _workloads() -> str:
     rows = [(f"`{name}`", text) for name, text in list_workloads().items()]
-    return _markdown(("name", "lengths"), rows)
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(_cell(c) for c in line) + " |" for line in lines)
-
-
-def _cell(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|")
+    return markdown_table(("name", "lengths"), rows)
 
 
 TABLES: Final[Mapping[str, Callable[[], str]]] = {

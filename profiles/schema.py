@@ -7,11 +7,12 @@ import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar, get_type_hints
+from typing import Any, Final, TypeVar
 
 import tomli_w
 
-from profiles.errors import VoltanaError, nearest
+from profiles.binding import bind, check_names, table
+from profiles.errors import VoltanaError
 
 SCHEMA_VERSION: Final = 1
 STATUSES: Final = ("measured", "calibrated", "modelled")
@@ -146,21 +147,24 @@ def read_meta(path: Path) -> ProfileMeta:
     version = data.pop("schema_version", None)
     if version != SCHEMA_VERSION:
         raise VoltanaError(f"{path}: schema_version must be {SCHEMA_VERSION}, got {version!r}")
+    where = str(path)
     known = {f.name for f in dataclasses.fields(ProfileMeta)}
-    _check_keys({"spread": {}} | data, known, str(path))
+    check_names(data, known, "key", where)
+    if missing := sorted(known - {"spread"} - set(data)):
+        raise VoltanaError(f"missing table [{missing[0]}] ({where})")
+    told = table(data, "provenance", where)
     try:
         return ProfileMeta(
-            gpu=_section(GpuMeta, data, "gpu"),
-            model=_section(ModelMeta, data, "model"),
-            engine=_section(EngineMeta, data, "engine"),
-            clocks=_section(ClocksMeta, data, "clocks"),
-            spread=_section(SpreadMeta, data, "spread") if "spread" in data else None,
-            provenance={
-                key: _section(Provenance, data["provenance"], key) for key in data["provenance"]
-            },
+            gpu=_section(GpuMeta, data, "gpu", where),
+            model=_section(ModelMeta, data, "model", where),
+            engine=_section(EngineMeta, data, "engine", where),
+            clocks=_section(ClocksMeta, data, "clocks", where),
+            spread=_section(SpreadMeta, data, "spread", where) if "spread" in data else None,
+            provenance={key: _section(Provenance, told, key, where) for key in told},
         )
     except VoltanaError as error:
-        raise VoltanaError(f"{path}: {error}") from None
+        text = str(error)
+        raise VoltanaError(text if where in text else f"{where}: {text}") from None
 
 
 def meta_toml(meta: ProfileMeta) -> str:
@@ -174,33 +178,13 @@ def _plain(value: Any) -> Any:  # noqa: ANN401 (any TOML value)
     return list(value) if isinstance(value, tuple) else value
 
 
-def _check_keys(data: Mapping[str, Any], known: set[str], where: str) -> None:
-    for key in data:
-        if key not in known:
-            raise VoltanaError(f"{where}: unknown key {key!r}{nearest(key, known)}")
-    for key in sorted(known):
-        if key not in data:
-            raise VoltanaError(f"{where}: missing key {key!r}")
-
-
-def _section(kind: type[T], data: Mapping[str, Any], name: str) -> T:
-    section = data.get(name)
-    if not isinstance(section, dict):
-        raise VoltanaError(f"missing table [{name}]")
-    fields = {f.name: f for f in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    optional = {k for k, f in fields.items() if f.default is not dataclasses.MISSING}
-    _check_keys(dict.fromkeys(optional, 0) | section, set(fields), f"[{name}]")
-    hints = get_type_hints(kind)
-    return kind(**{k: _typed(v, hints[k], f"{name}.{k}") for k, v in section.items()})
-
-
-def _typed(value: Any, hint: Any, where: str) -> Any:  # noqa: ANN401 (any TOML value)
-    if hint is str and isinstance(value, str):
-        return value
-    if hint in (int, float) and isinstance(value, (int, float)) and not isinstance(value, bool):
-        if value > 0 and (hint is float or value == int(value)):
-            return hint(value)
-        raise VoltanaError(f"{where} must be {hint.__name__} and > 0, got {value}")
-    if hint == tuple[int, ...] and isinstance(value, list):
-        return tuple(_typed(v, int, where) for v in value)
-    raise VoltanaError(f"{where} must be {getattr(hint, '__name__', hint)}, got {value!r}")
+def _section(kind: type[T], data: Mapping[str, Any], name: str, where: str) -> T:
+    """One table of the file, whose numbers are all above 0."""
+    section = table(data, name, where)
+    found = bind(kind, section, where, section=f" of [{name}]")
+    for key in section:
+        value = getattr(found, key)
+        for number in value if isinstance(value, tuple) else (value,):
+            if isinstance(number, int | float) and not number > 0:
+                raise VoltanaError(f"{name}.{key} must be > 0, got {number} ({where})")
+    return found

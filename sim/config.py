@@ -11,14 +11,14 @@ import hashlib
 import json
 import math
 import tomllib
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from profiles.errors import VoltanaError, nearest
+from profiles.binding import choices, converted
+from profiles.errors import VoltanaError
 from profiles.places import SERVING, serving_settings
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
@@ -202,16 +202,8 @@ _NOT_NEGATIVE = (
     "clock_stall_s", "noise_scale", "sag_depth",
 )  # fmt: skip
 _CHOICES = {
-    "metrics": ("exact", "sketch"),
-    "engine": ("coalesced", "reference"),
-    "predictor": ("ecopred", "table"),
-    "first_token": ("decode", "prefill"),
-    "prefill_metrics": ("before", "after"),
-    "decode_metrics": ("before", "after"),
-    "trace_unit": ("s", "ms", "us", "ns"),
+    key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))
 }
-_UNIONS = (types.UnionType, typing.Union)
-_HINTS = typing.get_type_hints(SimConfig)
 KEYS: dict[str, str] = {f.name: f.metadata["help"] for f in dataclasses.fields(SimConfig)}
 """Every key with its help text."""
 
@@ -225,19 +217,11 @@ def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> S
     Raises:
         VoltanaError: An unknown key (with the nearest one) or a value of the wrong type or range.
     """
-    converted = _converted(values, where)
-    profile = converted.get("profile", DEFAULT_PROFILE)
-    known = _converted(serving_settings(profile), f"{SERVING} of {profile}")
-    return SimConfig(**(known | converted))
-
-
-def _converted(values: Mapping[str, Any], where: str) -> dict[str, Any]:
-    converted: dict[str, Any] = {}
-    for key, value in values.items():
-        if key not in _HINTS:
-            raise VoltanaError(f"unknown key {key!r} ({where}){nearest(key, _HINTS)}")
-        converted[key] = _convert(key, value, where)
-    return converted
+    given = converted(SimConfig, values, where, takes_text=True)
+    profile = given.get("profile", DEFAULT_PROFILE)
+    serving = serving_settings(profile)
+    known = converted(SimConfig, serving, f"{SERVING} of {profile}", takes_text=True)
+    return SimConfig(**(known | given))
 
 
 def parse_settings(settings: list[str]) -> dict[str, str]:
@@ -259,34 +243,3 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise VoltanaError(f"no such configuration file: {path}") from None
     except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise VoltanaError(f"cannot read {path}: {error}") from None
-
-
-def _convert(key: str, value: Any, where: str) -> Any:  # noqa: ANN401 (TOML and text values)
-    hint = _HINTS[key]
-    options = typing.get_args(hint) if typing.get_origin(hint) in _UNIONS else (hint,)
-    if type(None) in options and (value is None or value == "none"):
-        return None
-    kind = next(o for o in options if o is not type(None))
-    try:
-        return _convert_to(kind, value)
-    except (TypeError, ValueError, KeyError, OverflowError):
-        name = getattr(kind, "__name__", str(kind))
-        raise VoltanaError(f"{key} must be {name}, got {value!r} ({where})") from None
-
-
-def _convert_to(kind: Any, value: Any) -> Any:  # noqa: ANN401 (TOML and text values)
-    if kind is bool:
-        words = {"true": True, "false": False, True: True, False: False}
-        return words[value.lower() if isinstance(value, str) else value]
-    if isinstance(value, bool):
-        return _refuse()
-    if kind is int:
-        number = float(value)
-        return int(value) if number == int(number) else _refuse()
-    if kind is float:
-        return float(value)
-    return value if isinstance(value, str) else _refuse()
-
-
-def _refuse() -> typing.NoReturn:
-    raise TypeError

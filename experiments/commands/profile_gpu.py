@@ -5,14 +5,14 @@ from __future__ import annotations
 import re
 import shlex
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from experiments.extras import needs
 from profiles.errors import VoltanaError, nearest
 
 if TYPE_CHECKING:
@@ -25,11 +25,6 @@ if TYPE_CHECKING:
 ENGINES = ("torch", "sglang")
 DEVICES = ("cuda", "cpu")
 _UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
-
-
-def register(app: typer.Typer) -> None:
-    """Add the verb."""
-    app.command("profile")(profile)
 
 
 def profile(
@@ -114,7 +109,7 @@ def profile(
     from profiles.measure.trial import Protocol
 
     _check(engine, device, is_pair=pair, is_attached=attach is not None)
-    _check_out(out)
+    check_out(out)
     protocol = Protocol(
         window_s=window,
         min_iterations=iterations,
@@ -186,7 +181,7 @@ def _check(engine: str, device: str, *, is_pair: bool, is_attached: bool) -> Non
         )
 
 
-def _check_out(out: Path) -> None:
+def check_out(out: Path) -> None:
     """Refuse a place inside the installed package: its journals and logs would ship with it."""
     import profiles
 
@@ -210,7 +205,7 @@ def _restored_clock(clock_mhz: int | None, cards: Sequence[Gpu]) -> int | None:
 
 def _attached(model: str, fleet: Path) -> Engine:
     """Servers that run already, from a TOML file."""
-    with _needs_replay():
+    with needs("replay", "--engine sglang"):
         from profiles.engines.sglang import SglangEngine
         from profiles.engines.sglang_attach import attach
     from profiles.engines.llama_config import load_shape
@@ -222,7 +217,7 @@ def _started(
     model: str, python: Path, arguments: str, logs: Path, *, is_pair: bool, gpus: tuple[int, ...]
 ) -> Engine:
     """Servers to start: one, or a pair, on the cards that are named or on the CPU."""
-    with _needs_replay():
+    with needs("replay", "--engine sglang"):
         from hwreplay.engines.launch import run_profiled
         from hwreplay.engines.plan import Installation
         from profiles.engines.sglang import SglangEngine
@@ -238,17 +233,6 @@ def _started(
         python=python, model=Path(model), arguments=tuple(shlex.split(arguments))
     )
     return SglangEngine(lambda: run_profiled(installation, logs, is_pair=is_pair, gpus=gpus), shape)
-
-
-@contextmanager
-def _needs_replay() -> Iterator[None]:
-    """Say what to install where an import fails."""
-    try:
-        yield
-    except ModuleNotFoundError as error:
-        raise VoltanaError(
-            f"--engine sglang needs {error.name}: pip install 'voltana[replay]'"
-        ) from None
 
 
 def _torch(model: str, device: str, dtype: str, num_gpus: int) -> Engine:

@@ -143,19 +143,15 @@ def _run(
 
 def _watch(config: SimConfig) -> Callable[[Iterator[Workload]], Iterator[Workload]]:
     """A bar of the requests that have arrived, where a workload comes part by part."""
-    from rich.console import Console
-    from rich.progress import track
-
+    from experiments.progress import progress_bar
     from experiments.runs import DEFAULT_DURATION_S
 
     expected = config.rate_rps * (config.duration_s or DEFAULT_DURATION_S)
 
-    console = Console(stderr=True)
-
     def watched(parts: Iterator[Workload]) -> Iterator[Workload]:
-        yield from track(
-            parts, "simulating", total=-(-expected // PART_REQUESTS), console=console,
-            disable=not console.is_terminal,
-        )  # fmt: skip
+        with progress_bar("simulating", -(-expected // PART_REQUESTS)) as bar:
+            for part in parts:
+                yield part
+                bar.advance()
 
     return watched

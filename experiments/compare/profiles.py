@@ -24,6 +24,7 @@ from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from profiles.files import write_csv, write_text
 from profiles.folders import claim
+from profiles.markdown import markdown_table
 
 PHASES: Final = ("prefill", "decode")
 UNITS: Final = {"time_s": "iteration time", "power_w": "power"}
@@ -132,22 +133,35 @@ def note_text(found: ProfileComparison) -> str:
         "",
         intro,
         "",
-        "| phase | quantity | points | outside | scale | shape, median | shape, p90 |",
-        "|---|---|---|---|---|---|---|",
-        *(
-            f"| {s.phase} | {UNITS[s.quantity]} | {s.num_points} | {s.num_outside} | {s.scale:.3f} "
-            f"| {s.median_off:.1%} | {s.p90_off:.1%} |"
-            for s in found.shapes
+        markdown_table(
+            ("phase", "quantity", "points", "outside", "scale", "shape, median", "shape, p90"),
+            [
+                (
+                    s.phase,
+                    UNITS[s.quantity],
+                    str(s.num_points),
+                    str(s.num_outside),
+                    f"{s.scale:.3f}",
+                    f"{s.median_off:.1%}",
+                    f"{s.p90_off:.1%}",
+                )
+                for s in found.shapes
+            ],
         ),
         "",
         "Decode as a constant, a cost per request and a cost per token of context:",
         "",
-        "| profile | constant, ms | per request, µs | per 1,000 tokens, µs |",
-        "|---|---|---|---|",
-        *(
-            f"| {c.profile} | {1e3 * c.constant_s:.3f} | {1e6 * c.per_request_s:.2f} | "
-            f"{1e9 * c.per_token_s:.3f} |"
-            for c in found.costs
+        markdown_table(
+            ("profile", "constant, ms", "per request, µs", "per 1,000 tokens, µs"),
+            [
+                (
+                    c.profile,
+                    f"{1e3 * c.constant_s:.3f}",
+                    f"{1e6 * c.per_request_s:.2f}",
+                    f"{1e9 * c.per_token_s:.3f}",
+                )
+                for c in found.costs
+            ],
         ),
         "",
         *_step_lines(found.steps),
@@ -161,15 +175,14 @@ def note_text(found: ProfileComparison) -> str:
 def _step_lines(steps: tuple[Step, ...]) -> list[str]:
     if not steps:
         return [f"No step of decode time above {MIN_STEP:.0%} from a batch size to the next."]
-    rows = (
-        f"| {s.batch_size} to {s.batch_size + 1} | {s.ours:+.1%} | {s.theirs:+.1%} |" for s in steps
-    )
+    rows = [
+        (f"{s.batch_size} to {s.batch_size + 1}", f"{s.ours:+.1%}", f"{s.theirs:+.1%}")
+        for s in steps
+    ]
     return [
         f"Steps of decode time above {MIN_STEP:.0%} in either, from a batch size to the next:",
         "",
-        "| batch | first | second |",
-        "|---|---|---|",
-        *rows,
+        markdown_table(("batch", "first", "second"), rows),
     ]
 
 

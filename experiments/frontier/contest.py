@@ -18,7 +18,7 @@ from experiments.frontier.search import search_frontier
 from experiments.frontier.study import load_names_of, read_study
 from experiments.frontier.table import COLUMNS, frontier_table
 from experiments.study.suite import CONFIGS
-from experiments.sweep.sections import check_names
+from profiles.binding import check_names
 from profiles.errors import VoltanaError
 from profiles.files import write_csv
 from profiles.folders import claim

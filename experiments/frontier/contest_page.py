@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,6 +17,7 @@ from experiments.frontier.contest import KEY, read_contest
 from experiments.frontier.search import DEFAULT, REFERENCES, STATIC_FLEET, STATIC_MAX, STATIC_PAIR
 from profiles.errors import VoltanaError
 from profiles.files import write_text
+from profiles.markdown import markdown_table
 from profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
 
 PAGE: Final = "contest.md"
@@ -74,7 +75,7 @@ def readme_text(table: pd.DataFrame) -> str:
     kept = int((lines["attainment"] >= TARGET).sum())
     better = int((saving - lines["ci_pct"] > 0).sum())
     worse = int((saving + lines["ci_pct"] < 0).sum())
-    return f"""{_markdown(heads, rows)}
+    return f"""{markdown_table(heads, rows)}
 
 That is `ecomin` + `{OUR_ROUTER}` at its default knob against the best static fleet under the same
 router, paired by repeat, with 95 % intervals. It keeps the target at {kept} of {len(lines)} loads;
@@ -156,7 +157,7 @@ def _shares_table(table: pd.DataFrame) -> str:
                 "–" if chosen is None else f"{chosen['times_bound']:.2f}",
             )
         )
-    return _markdown(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _alone(line: pd.Series[Any]) -> str:
@@ -182,7 +183,7 @@ def _defaults_table(table: pd.DataFrame, router: str = OUR_ROUTER) -> str:
         cells_by_name = {line["controller"]: _default_cell(line) for _, line in of_load.iterrows()}
         cells = [cells_by_name.get(name, "") for name in names]
         rows.append((", ".join(map(str, key)), *cells))
-    return _markdown(("load", *names), rows)
+    return markdown_table(("load", *names), rows)
 
 
 def _pairs_text(table: pd.DataFrame) -> str:
@@ -218,16 +219,11 @@ def _fallen_table(table: pd.DataFrame) -> str:
         for r in fallen.to_dict("records")
     ]  # fmt: skip
     heads = ("load", "policy", "knob", "worst tuning repeat %", "fell to %")
-    return _markdown(heads, rows)
+    return markdown_table(heads, rows)
 
 
 def _cell(value: float) -> str:
     return "misses" if math.isnan(value) else f"{value:.1f}"
-
-
-def _markdown(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
-    lines = [heads, ("---",) * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def shares_figure(table: pd.DataFrame) -> Figure:

@@ -23,6 +23,7 @@ from experiments.frontier.table import carries, keeps
 from experiments.show import render
 from experiments.sweep.run import RESULTS
 from profiles.files import write_csv, write_text
+from profiles.markdown import markdown_table
 from profiles.measure.style import STYLE, WIDTH_IN, legend_height_in, line_style
 
 HEADINGS: Final = (
@@ -63,12 +64,6 @@ def text_table(frame: pd.DataFrame, title: str) -> str:
     for row in table_rows(frame):
         table.add_row(*row)
     return render(table)
-
-
-def markdown_table(frame: pd.DataFrame) -> str:
-    """For a document."""
-    rows = [list(HEADINGS), ["---"] * 3 + ["---:"] * 6, *table_rows(frame)]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def _number(value: float, digits: int) -> str:
@@ -176,7 +171,9 @@ def write_frontier(
         rows = frame[frame["load"] == load]
         title = f"{load}: least energy at {study.attainment} >= {100 * study.target:g} %"
         said.append(text_table(rows, title))
-        parts.append(f"**{title}**\n\n{markdown_table(rows)}")
+        parts.append(
+            f"**{title}**\n\n{markdown_table(HEADINGS, table_rows(rows), numbers=range(3, 9))}"
+        )
         if not carries(study, row):
             said.append(f"{load}: overload, the top clock itself misses the target")
         errors = {f.judged.error for f in row} - {""}

@@ -20,13 +20,11 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
 from experiments.frontier.contenders import Contender
 from experiments.frontier.fixed import Fleet, FleetSearch, Side
 from experiments.frontier.knob import search_knob
 from experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
+from experiments.progress import progress_bar
 from experiments.runs import cached_profile
 from profiles.errors import VoltanaError
 from sim.config import make_config
@@ -168,13 +166,16 @@ def search_frontier(
     left = {load.name: len(study.routers) + len(study.contenders) for load in study.loads}
     results: dict[int, list[Found]] = {}
     workers = min(jobs or os.cpu_count() or 1, len(tasks))
-    with _progress(len(tasks)) as progress, ProcessPoolExecutor(max_workers=workers) as pool:
+    with (
+        progress_bar("searching", len(tasks)) as bar,
+        ProcessPoolExecutor(max_workers=workers) as pool,
+    ):
         futures = {pool.submit(run_task, task): i for i, task in enumerate(tasks)}
         for future in as_completed(futures):
             index = futures[future]
             load = tasks[index][1]
             results[index] = future.result()
-            progress.advance(progress.task_ids[0])
+            bar.advance()
             left[load.name] -= 1
             if left[load.name] == 0:
                 found = [
@@ -317,16 +318,6 @@ def _contender(desk: _Desk, contender: Contender) -> list[Found]:
 def _require_runs(found: Sequence[Found]) -> None:
     if all(f.judged.rows.empty for f in found):
         raise VoltanaError(f"load {found[0].load!r}: not one run ended: {found[0].judged.error}")
-
-
-def _progress(total: int) -> Progress:
-    progress = Progress(
-        TextColumn("searching"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-        console=(console := Console(stderr=True, force_jupyter=False)),
-        disable=not console.is_terminal,
-    )  # fmt: skip
-    progress.add_task("searches", total=total)
-    return progress
 
 
 def profile_knots(profile: str, clocks_mhz: Sequence[int]) -> tuple[int, ...]:

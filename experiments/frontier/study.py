@@ -41,7 +41,7 @@ from experiments.frontier.contenders import Contender, parse_contender
 from experiments.frontier.search import Study, profile_knots
 from experiments.frontier.trial import Load
 from experiments.runs import cached_profile
-from experiments.sweep.sections import check_names, table, tables, value, values
+from profiles.binding import check_names, table, tables, value, values
 from profiles.errors import VoltanaError
 from sim.config import make_config, read_toml
 from sim.policies.clocks import clock_list

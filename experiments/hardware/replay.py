@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
 import tomli_w
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from experiments.progress import progress_bar
 from experiments.runs import cached_profile, workload_of
 from hwreplay.replay.assembly import REQUESTS, read_iterations
 from hwreplay.replay.config import ReplayConfig, read_replay_config
@@ -52,8 +49,8 @@ def run_replay(
     workload = workload_of(config.sim)
     if only_finish:
         return config, write_run(finish(config, workload, out), out)
-    with _shown(len(workload)) as show:
-        record = replay(config, workload, out, show)
+    with progress_bar("replay", len(workload)) as bar:
+        record = replay(config, workload, out, lambda stage, ended: bar.advance(ended, stage))
     return config, write_run(record, out)
 
 
@@ -75,8 +72,8 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
     config = read_replay_config(path)
     claim(out, "probe")
     plan = plan_probe()
-    with _shown(len(plan.workload)) as show:
-        record = replay(config, plan.workload, out, show)
+    with progress_bar("replay", len(plan.workload)) as bar:
+        record = replay(config, plan.workload, out, lambda stage, ended: bar.advance(ended, stage))
     if not record.settings["is_complete"]:
         raise VoltanaError(
             f"a probe must be complete, {record.settings['incomplete_reason']}: run it again with "
@@ -106,12 +103,3 @@ def _decode_busy_frac(config: SimConfig) -> float:
     decode = [i for i in record.instances if i.phase == DECODE]
     total_s = sum(i.busy_s + i.idle_s for i in decode)
     return sum(i.busy_s for i in decode) / total_s if total_s else 0.0
-
-
-@contextmanager
-def _shown(total: int) -> Iterator[Callable[[str, int], None]]:
-    """A progress bar on standard error."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=Console(stderr=True)) as progress:
-        task = progress.add_task("replay", total=total)
-        yield lambda stage, ended: progress.update(task, description=stage, advance=ended)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Sequence
@@ -12,6 +11,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+import jinja2
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
@@ -42,6 +42,17 @@ class Column:
     scale: float = 1.0
     form: str = ""
     """Format of a number; empty for text."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """A cell of the summary table."""
+
+    value: str
+    """What it sorts by; empty for a number that does not exist."""
+    shown: str
+    is_number: bool = False
+    is_code: bool = False
 
 
 COLUMNS: Final = (
@@ -98,25 +109,30 @@ def _series(results: Results, rows: Sequence[pd.Series[Any]]) -> tuple[list[RunS
 
 def _page(results: Results, runs: Sequence[RunSeries], failures: Sequence[str]) -> str:
     views = _views(results, runs)
-    sections = [
-        _head(results),
-        _summary(results),
-        *(_chart(name, views[name]) for name in TITLES if name in views),
-        "".join(f'<p class="soft">No time series: {html.escape(f)}.</p>' for f in failures),
-        _configuration(results),
-        _provenance(results),
-    ]
-    data = json.dumps(views, separators=(",", ":")).replace("<", "\\u003c")
-    return (
-        f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f'<meta name="viewport" content="width=device-width">\n'
-        f"<title>voltana: {html.escape(results.title)}</title>\n"
-        f"<style>{(HERE / 'page.css').read_text(encoding='utf-8')}</style></head>\n"
-        f"<body>{''.join(sections)}\n"
-        f'<script type="application/json" id="views">{data}</script>\n'
-        f"<script>{get_plotlyjs()}</script>\n"
-        f"<script>{(HERE / 'page.js').read_text(encoding='utf-8')}</script>\n</body></html>\n"
+    here = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(HERE), autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    return here.get_template("page.html.j2").render(
+        results=results,
+        target_pct=f"{100 * results.target:g}",
+        summary=_summary(results),
+        charts=[
+            {"name": name, "title": title, "text": TEXTS[name], "views": views[name]}
+            for name, title in TITLES.items()
+            if name in views
+        ],
+        failures=failures,
+        configuration=_configuration(results),
+        profiles=_profiles(results),
+        states_power=not results.table.get("is_power_measured", pd.Series([True])).all(),
+        written=f"{datetime.now(tz=UTC):%Y-%m-%d %H:%M}",
+        version=version("voltana"),
+        policy=POLICY,
+        css=(HERE / "page.css").read_text(encoding="utf-8"),
+        script=(HERE / "page.js").read_text(encoding="utf-8"),
+        plotly=get_plotlyjs(),
+        # within a script nothing is escaped: no text may end it
+        data=json.dumps(views, separators=(",", ":")).replace("<", "\\u003c"),
     )
 
 
@@ -191,22 +207,8 @@ def _residency(results: Results, rows: pd.DataFrame) -> list[tuple[str, Any]]:
     ]
 
 
-def _head(results: Results) -> str:
-    count = len(results.table)
-    question = f"<p>{html.escape(results.question)}</p>" if results.question else ""
-    saving = (
-        f"Savings are counted against {html.escape(results.baseline)} at the same load. "
-        if results.baseline
-        else ""
-    )
-    return (
-        f"<h1>{html.escape(results.title)}</h1>{question}"
-        f'<p class="soft">{count} run{"s" * (count > 1)}. {saving}A run keeps the SLO if TTFT '
-        f"and ITL attainment both reach {100 * results.target:g} %; a saving counts only there.</p>"
-    )
-
-
-def _summary(results: Results) -> str:
+def _summary(results: Results) -> dict[str, Any]:
+    """The columns and rows of the summary table."""
     names = [n for n in dict.fromkeys([*results.loads, results.series, "seed"]) if n]
     table = results.table
     if "seed" not in table or table["seed"].nunique() < 2:
@@ -215,108 +217,57 @@ def _summary(results: Results) -> str:
     columns = [Column(n, _heading(n), form="g" if n in numeric else "") for n in names]
     columns += [c for c in COLUMNS if c.name in table]
     columns += [] if results.series == RUN else [Column(ID, "id")]
-    head = "".join(_header(c) for c in columns)
-    rows = "".join(
-        _row(results, row, columns, is_pair)
-        for (_, row), is_pair in zip(table.iterrows(), results.is_static_pair, strict=True)
-    )
-    count = int(results.is_static_pair.sum())
-    pairs = (
-        f'<label><input type="checkbox" id="pairs"> show the {count} runs of static pairs</label>'
-        if count
-        else ""
-    )
-    return (
-        f"<h2>Summary</h2><p>Click a heading to sort.</p>"
-        f'<div class="controls"><label>Filter <input type="search" id="search"></label>{pairs}'
-        f'</div><div class="scroll"><table id="summary"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{rows}</tbody></table></div>"
-    )
+    rows = [
+        {
+            "classes": " ".join(n for n, on in (("misses", not row[KEEPS]), ("pair", pair)) if on),
+            "cells": [_cell(row[c.name], c) for c in columns],
+        }
+        for (_, row), pair in zip(table.iterrows(), results.is_static_pair, strict=True)
+    ]
+    return {"columns": columns, "rows": rows, "num_pairs": int(results.is_static_pair.sum())}
 
 
 def _heading(name: str) -> str:
     return {"rate_rps": "rate (requests/s)"}.get(name, name)
 
 
-def _header(column: Column) -> str:
-    kind = ' class="number"' if column.form else ""
-    return f'<th scope="col"{kind}><button>{html.escape(column.heading)}</button></th>'
-
-
-def _row(results: Results, row: pd.Series[Any], columns: Sequence[Column], is_pair: bool) -> str:
-    classes = [name for name, on in (("misses", not row[KEEPS]), ("pair", is_pair)) if on]
-    cells = "".join(_cell(row[c.name], c) for c in columns)
-    return f'<tr class="{" ".join(classes)}">{cells}</tr>'
-
-
-def _cell(value: Any, column: Column) -> str:  # noqa: ANN401 (a cell of a frame)
+def _cell(value: Any, column: Column) -> Cell:  # noqa: ANN401 (a cell of a frame)
+    """What is shown, and what it sorts by."""
     if column.form:
         number = float(value) * column.scale
         if not math.isfinite(number):
-            return '<td class="number" data-value="">–</td>'
-        return f'<td class="number" data-value="{number!r}">{number:{column.form}}</td>'
+            return Cell("", "–", is_number=True)
+        return Cell(repr(number), f"{number:{column.form}}", is_number=True)
     text = ("yes" if value else "no") if column.name == KEEPS else str(value)
-    shown = f"<code>{html.escape(text[:8])}</code>" if column.name == ID else html.escape(text)
-    return f'<td data-value="{html.escape(text)}">{shown}</td>'
+    is_code = column.name == ID
+    return Cell(text, text[:8] if is_code else text, is_code=is_code)
 
 
-def _chart(name: str, views: list[dict[str, Any]]) -> str:
-    choices = "".join(
-        f"<option{' selected' if view['is_first'] else ''}>{html.escape(view['label'])}</option>"
-        for view in views
-    )
-    label = "run" if name == "series" else "load"
-    choose_one = (
-        f'<label>{label} <select data-chart="{name}">{choices}</select></label>'
-        if len(views) > 1
-        else f"<span>{html.escape(views[0]['label'])}</span>"
-    )
-    return (
-        f'<h2>{TITLES[name]}</h2><p>{TEXTS[name]}</p><div class="controls">{choose_one}'
-        f'<span class="soft" id="{name}-note"></span></div><div id="{name}"></div>'
-    )
-
-
-def _configuration(results: Results) -> str:
+def _configuration(results: Results) -> list[tuple[str, str, str]]:
+    """Each key with the values that the runs have, and its meaning."""
     rows = []
     for key, meaning in KEYS.items():
         if key not in results.table:
             continue
         values = list(dict.fromkeys(results.table[key].dropna().astype(str)))
         text = "none" if not values else ", ".join(values[:8]) + (", …" if len(values) > 8 else "")
-        rows.append((f"<code>{key}</code>", html.escape(text), html.escape(meaning)))
-    return "<h2>Configuration</h2>" + _plain_table(("key", "value", "meaning"), rows)
+        rows.append((key, text, meaning))
+    return rows
 
 
-def _provenance(results: Results) -> str:
-    intro = (
-        f"<h2>Provenance</h2><p>Written {datetime.now(tz=UTC):%Y-%m-%d %H:%M} UTC by voltana "
-        f"{version('voltana')} from <code>{html.escape(str(results.directory))}</code>. "
-        f"Simulated numbers are as good as the profile below them.</p>"
-    )
-    parts = [intro]
-    if "is_power_measured" in results.table and not results.table["is_power_measured"].all():
-        parts.append("<p>Power of a replayed run is a stated constant here, not a measurement.</p>")
-    names: list[Any] = []
-    if "profile" in results.table:
-        names = list(results.table["profile"].dropna().unique())
-    for name in names:
-        parts.append(f"<h3>{html.escape(str(name))}</h3>")
+def _profiles(results: Results) -> list[dict[str, Any]]:
+    """Where the numbers of each profile come from, or why that cannot be told."""
+    found: list[dict[str, Any]] = []
+    names = results.table["profile"].dropna().unique() if "profile" in results.table else ()
+    for name in map(str, names):
         try:
-            profile = cached_profile(str(name))
+            profile = cached_profile(name)
         except VoltanaError as error:
-            parts.append(f"<p>{html.escape(str(error))}</p>")
+            found.append({"name": name, "error": str(error)})
             continue
         rows = [
-            (html.escape(quantity), p.status, html.escape(p.source), html.escape(p.uncertainty))
+            (quantity, p.status, p.source, p.uncertainty)
             for quantity, p in profile.meta.provenance.items()
         ]
-        parts.append(_plain_table(("quantity", "status", "source", "uncertainty"), rows))
-        parts.append(f"<p class='soft'>SHA-256 <code>{profile.content_hash}</code></p>")
-    return "".join(parts)
-
-
-def _plain_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f"<th scope='col'>{h}</th>" for h in heads)
-    body = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        found.append({"name": name, "error": "", "rows": rows, "hash": profile.content_hash})
+    return found

@@ -27,6 +27,7 @@ from experiments.study.train import TrainingPlan, train
 from experiments.sweep.grid import Point, expand
 from experiments.sweep.run import run_sweep
 from profiles.errors import VoltanaError
+from profiles.markdown import markdown_table
 from sim.config import make_config
 
 SEEDS: Final = (21, 22, 23)
@@ -110,8 +111,7 @@ def markdown(setting: Setting, frame: pd.DataFrame) -> str:
         f"{setting.name}, requests/s", "policy", "energy kJ", "J/token", "saving %", "TTFT ok",
         "ITL ok", "keeps SLO",
     ]  # fmt: skip
-    rows = [head, ["---:", "---", *["---:"] * 5, "---"]]
-    rows += [
+    rows = [
         [
             f"{row['rate_rps']:g}", str(row["policy"]), f"{row['energy_j'] / 1e3:.1f}",
             f"{row['energy_per_output_token_j']:.4f}", f"{row['saving_pct']:.1f}",
@@ -120,7 +120,7 @@ def markdown(setting: Setting, frame: pd.DataFrame) -> str:
         ]
         for row in frame.to_dict("records")
     ]  # fmt: skip
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
+    return markdown_table(head, rows, numbers=(0, *range(2, 7)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

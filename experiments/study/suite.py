@@ -33,7 +33,7 @@ import pandas as pd
 from experiments.compare.measures import find_measure
 from experiments.compare.policies import SEED, add_saving, is_static_pair
 from experiments.sweep.grid import STATIC_PAIR, Point, expand
-from experiments.sweep.sections import check_names, table, tables, value, values
+from profiles.binding import check_names, table, tables, value, values
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, read_toml
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,8 +13,8 @@ from typing import Any, Final, Literal
 
 import numpy as np
 import numpy.typing as npt
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.progress import progress_bar
 from experiments.runs import cached_profile, workload_of
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
@@ -189,11 +188,11 @@ def _solve(plan: TrainingPlan, instance: InstanceModel) -> tuple[Arrays, Result]
     size = min(plan.group_size, count) if plan.solver == "factored" else count
     policies, bounds = [], []
     for rate_rps in plan.rates_rps:
-        with _progress(f"{plan.solver} at {rate_rps:g} requests/s") as tell:
+        with progress_bar(f"{plan.solver} at {rate_rps:g} requests/s") as bar:
             policies.append(
                 solve_by_policies(instance, rate_rps, count)
                 if plan.solver == "pi"
-                else solve_groups(instance, rate_rps, count, group_size=size, progress=tell)
+                else solve_groups(instance, rate_rps, count, group_size=size, progress=bar.at)
             )
         is_free = plan.clock_rule == FREE
         bounds.append(None if is_free else lower_bound_w(instance, rate_rps, count))
@@ -219,11 +218,11 @@ def _learn_q(
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     out.parent.mkdir(parents=True, exist_ok=True)
     start = load_checkpoint(checkpoint, settings, purpose)
-    with _progress(f"Q-learning at {plan.rates_rps[0]:g} requests/s, episodes") as tell:
+    with progress_bar(f"Q-learning at {plan.rates_rps[0]:g} requests/s, episodes") as bar:
 
         def keep(learner: Learner) -> bool:
             save_checkpoint(checkpoint, learner, settings, purpose)
-            tell(learner.episodes, settings.episodes)
+            bar.at(learner.episodes, settings.episodes)
             return True
 
         learner = q_learn(task, settings, start, after_episode=keep)
@@ -250,8 +249,8 @@ def _learn_deep(plan: TrainingPlan, profile: Profile) -> tuple[Arrays, Result]:
         drains=False,
     )
     settings = DeepSettings(algorithm=plan.algorithm, steps=plan.steps, seed=plan.seed)
-    with _progress(f"{plan.algorithm} at {plan.rates_rps[0]:g} requests/s, steps") as tell:
-        model = fit(env, settings, progress=lambda s: tell(min(s, plan.steps), plan.steps))
+    with progress_bar(f"{plan.algorithm} at {plan.rates_rps[0]:g} requests/s, steps") as bar:
+        model = fit(env, settings, progress=lambda s: bar.at(min(s, plan.steps), plan.steps))
     return dict(export(model, plan.algorithm)), {"steps": plan.steps}
 
 
@@ -284,14 +283,6 @@ def _provenance() -> dict[str, str]:
         "command": " ".join(["voltana", *sys.argv[1:]]),
         "made_utc": datetime.now(tz=UTC).isoformat(timespec="seconds"),
     }
-
-
-@contextmanager
-def _progress(what: str) -> Iterator[Callable[[int, int], None]]:
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
-    with Progress(*columns, TimeRemainingColumn(), transient=True) as bar:
-        task = bar.add_task(what, total=None)
-        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 def describe(policy: PolicyFile, out: Path) -> str:

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from experiments.sweep.identity import run_key
-from experiments.sweep.sections import check_names, table
+from profiles.binding import check_names, table
 from profiles.errors import VoltanaError, nearest
 from sim.config import KEYS, SimConfig, make_config, read_toml
 

@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
-import sys
 import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import tomli_w
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+from experiments.progress import progress_bar
 from experiments.sweep.executors import Executor, Outcome, check_engine, open_executor
 from experiments.sweep.grid import Point
 from experiments.sweep.store import ResultStore, open_store
@@ -168,19 +165,17 @@ def _shares(summary: Mapping[str, Any]) -> Residency:
 def _run_missing(missing: Configs, store: ResultStore, executor: Executor) -> Failures:
     """Run what is missing; the points that were running when a process died run again, alone."""
     failures: Failures = {}
-    with _progress(len(missing)) as progress:
-        advance = progress.advance
-        task = progress.task_ids[0]
+    with progress_bar("simulating", len(missing)) as bar:
         lost: Configs = {}
         for key, outcome in _outcomes(missing, store, executor):
             if outcome.is_lost:
                 lost[key] = missing[key]
                 continue
             _keep(key, outcome, missing[key], store, failures)
-            advance(task)
+            bar.advance()
         for key, outcome in _outcomes(lost, store, executor, at_once=1):
             _keep(key, outcome, missing[key], store, failures)
-            advance(task)
+            bar.advance()
     return failures
 
 
@@ -219,19 +214,6 @@ def _keep(
     elif outcome.is_lost or outcome.error is not None:
         error = outcome.error or "its process died (out of memory, or killed)"
         failures[key] = {"error": error, "config": config.as_dict()}
-
-
-@contextmanager
-def _progress(total: int) -> Iterator[Progress]:
-    columns = (
-        TextColumn("simulating"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    console = Console(stderr=True, force_jupyter=False)
-    # a bar is for a terminal; a notebook says that it is one, and shows red blocks
-    is_shown = console.is_terminal and "ipykernel" not in sys.modules
-    with Progress(*columns, console=console, disable=not is_shown) as progress:
-        progress.add_task("sweep", total=total)
-        yield progress
 
 
 def flat_summary(summary: dict[str, Any]) -> dict[str, Any]:

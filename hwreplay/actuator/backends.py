@@ -10,15 +10,14 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
-from hwreplay.actuator.protocol import Operation
-from profiles.device.cards import check_whole
+from hwreplay.messages.actuation import Operation
+from profiles.device.cards import open_gpu
 from profiles.device.gpu import (
     DeviceError,
     PermissionDeniedError,
     PowerLimitGpu,
     UnsupportedQueryError,
 )
-from profiles.device.nvml import NvmlGpu
 from profiles.device.watchdog import Watchdog
 from profiles.errors import VoltanaError
 
@@ -238,8 +237,7 @@ def open_backend(
         file = dry_run.open("w", encoding="utf-8")
         return RecordingBackend(file, gpus=gpu_indices, clocks_mhz=clocks_mhz or ())
     with ExitStack() as opened:
-        gpus = {index: opened.enter_context(NvmlGpu(index)) for index in gpu_indices}
-        check_whole(gpus.values())
+        gpus = {index: opened.enter_context(open_gpu(index)) for index in gpu_indices}
         backend: Backend
         if is_power_cap:
             backend = PowerBackend(gpus)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TextIO
 
-from hwreplay.actuator.protocol import (
+from hwreplay.messages.actuation import (
     MAX_SEQUENCE,
     SIZE,
     Answer,

@@ -7,6 +7,7 @@ It opens one Unix socket (SOCK_SEQPACKET, so that a message arrives whole or not
 from __future__ import annotations
 
 import os
+import select
 import selectors
 import signal
 import socket
@@ -21,7 +22,7 @@ from types import FrameType
 from typing import Final
 
 from hwreplay.actuator.backends import Backend
-from hwreplay.actuator.protocol import (
+from hwreplay.messages.actuation import (
     SIZE,
     Answer,
     Operation,
@@ -120,7 +121,8 @@ class Helper:
         now_ns = time.monotonic_ns()
         self._refill(now_ns)
         for peer in list(self._peers.values()):
-            if (now_ns - peer.heard_ns) * 1e-9 > self._config.silence_s:
+            is_silent = (now_ns - peer.heard_ns) * 1e-9 > self._config.silence_s
+            if is_silent and not _has_word_from(peer.connection):
                 _log(f"silent for {self._config.silence_s:g} s: restored {sorted(peer.held)}")
                 self._drop(peer)
         for gpu in list(self._orphans):
@@ -256,6 +258,11 @@ class Helper:
             self._selector.close()
             self._listener.close()
             self._config.socket_path.unlink(missing_ok=True)
+
+
+def _has_word_from(connection: socket.socket) -> bool:
+    """Whether something waits to be read: then it was this process that stood still."""
+    return bool(select.select([connection], [], [], 0)[0])
 
 
 def run_helper(backend: Backend, config: HelperConfig, *, ready: Callable[[], None]) -> None:

@@ -4,31 +4,12 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import dataclass
-from pathlib import Path
 
 from hwreplay.actuator.backends import open_backend
 from hwreplay.actuator.helper import HelperConfig, run_helper
+from hwreplay.actuator.options import Options
 from hwreplay.actuator.trust import check_code
 from profiles.errors import VoltanaError
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What the command line says."""
-
-    socket: Path
-    gpus: frozenset[int]
-    uid: int | None = None
-    """User that may ask; None: who called sudo, or this process's own."""
-    clocks: str | None = None
-    """Clocks that may be locked, whole MHz with commas; None: all."""
-    is_power_cap: bool = False
-    previous_clock_mhz: int | None = None
-    silence_s: float = 2.0
-    max_rate_per_s: float = 500.0
-    dry_run: Path | None = None
-    allows_writable_code: bool = False
 
 
 def start(options: Options) -> None:
@@ -50,7 +31,7 @@ def start(options: Options) -> None:
         max_rate_per_s=options.max_rate_per_s,
     )
     backend = open_backend(
-        options.gpus,
+        sorted(set(options.gpus)),
         clocks_mhz=_parse_clocks(options.clocks),
         previous_clock_mhz=options.previous_clock_mhz,
         is_power_cap=options.is_power_cap,

@@ -12,7 +12,6 @@ import msgspec
 import zmq
 
 from hwreplay.messages.inbox import Inbox
-from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
 from profiles.errors import VoltanaError
 from sim.policies.base import Phase
@@ -44,20 +43,6 @@ _decoder: Final = msgspec.msgpack.Decoder(Event)
 def topic_of(phase: Phase, instance_id: int) -> bytes:
     """Topic of one instance; it ends in a slash so that 1 is no prefix of 10."""
     return f"{phase}/{instance_id}/".encode()
-
-
-def apply_event(tracker: InstanceTracker, event: Event) -> None:
-    """Bring a tracker up to date with an event of its instance."""
-    if event.kind == "assigned":
-        tracker.on_assigned(event.request_id, event.at_s, event.input_tokens, event.output_tokens)
-    elif event.kind == "prefilled":
-        tracker.on_prefilled(event.request_id)
-    elif event.kind == "first_token":
-        tracker.on_first_token(event.request_id, event.at_s)
-    elif event.kind == "finished":
-        tracker.on_finished(event.request_id)
-    else:
-        tracker.keep_only(frozenset(event.open_ids))
 
 
 class EventPublisher:

@@ -11,7 +11,8 @@ from typing import Any, Final
 from hwreplay.engines.plan import Installation
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
 from hwreplay.view.context import check_notices
-from profiles.errors import VoltanaError, nearest
+from profiles.binding import EXAMPLE, bind, check_names, convert, table
+from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config, read_toml
 from sim.policies.base import DECODE, PREFILL, Phase
 
@@ -19,7 +20,6 @@ START_KEYS: Final = ("engine", "python", "model", "arguments")
 """Of [fleet], for servers that are started here."""
 FLEET_KEYS: Final = (*START_KEYS, "prefill", "decode", "batch_sockets")
 PARALLEL_DATA: Final = ("--dp-size", "--data-parallel-size", "--dp")
-REPLAY_KEYS: Final = ("actuator", "gpus", "power_w", "vocabulary", "drain_s", "rest_s")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,11 +36,15 @@ class ReplayConfig:
     router_limits: Mapping[str, Any] = field(default_factory=dict)
     actuator: Path | None = None
     """Socket of `voltana actuator`; none records decisions and touches nothing."""
-    gpus: Mapping[Phase, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    gpus: Mapping[Phase, tuple[tuple[int, ...], ...]] = field(
+        default_factory=dict, metadata={EXAMPLE: "e.g. {prefill = [[0]], decode = [[1]]}"}
+    )
     """Cards of each instance, e.g. {"prefill": ((0,),), "decode": ((1,),)}."""
     power_w: float | None = None
     """Stated power of each instance, on a machine without cards that count."""
-    vocabulary: tuple[int, int] = (3, 512)
+    vocabulary: tuple[int, int] = field(
+        default=(3, 512), metadata={EXAMPLE: "two rising token ids"}
+    )
     drain_s: float = 60.0
     rest_s: float = 1.5
     """Silence before and after the measured part."""
@@ -56,6 +60,9 @@ class ReplayConfig:
                 "[replay] must have either gpus (the cards of each instance) or power_w (a stated "
                 "power, W, where no card counts energy)"
             )
+        if not 0 <= self.vocabulary[0] < self.vocabulary[1]:
+            ids = list(self.vocabulary)
+            raise VoltanaError(f"vocabulary must be two rising token ids, got {ids} ([replay])")
         if self.power_w is not None and not self.power_w > 0:
             raise VoltanaError(f"power_w must be > 0, got {self.power_w}")
         if self.actuator is not None and not self.gpus:
@@ -139,39 +146,25 @@ def read_replay_config(path: Path) -> ReplayConfig:
         VoltanaError: The file cannot be read, or a key or value is wrong.
     """
     data, where = read_toml(path), str(path)
-    for table in data:
-        if table not in ("simulate", "fleet", "router", "replay"):
-            raise VoltanaError(
-                f"unknown table [{table}] ({where})"
-                f"{nearest(table, ('simulate', 'fleet', 'router', 'replay'))}"
-            )
-    fleet, own = data.get("fleet", {}), data.get("replay", {})
-    _check_keys(fleet, FLEET_KEYS, "[fleet]", where)
-    _check_keys(own, REPLAY_KEYS, "[replay]", where)
-    simulate = dict(data.get("simulate", {}))
+    check_names(data, ("simulate", "fleet", "router", "replay"), "table", where)
+    fleet, own = table(data, "fleet", where), table(data, "replay", where)
+    check_names(fleet, FLEET_KEYS, "key", where, " of [fleet]")
+    simulate = dict(table(data, "simulate", where))
     workers: tuple[WorkerConfig, ...] = ()
     engine = _engine(fleet, where)
     if engine is None:
         workers = read_workers(fleet, where)
         simulate["num_prefill"] = sum(w.phase == PREFILL for w in workers)
         simulate["num_decode"] = sum(w.phase == DECODE for w in workers)
-    return ReplayConfig(
-        sim=make_config(simulate, where=where),
-        workers=workers,
-        engine=engine,
-        batch_sockets={k: Path(v) for k, v in fleet.get("batch_sockets", {}).items()},
-        router_limits=read_limits(data.get("router", {}), where),
-        actuator=_path(own, "actuator"),
-        gpus=_gpus(own.get("gpus", {}), where),
-        vocabulary=_vocabulary(own.get("vocabulary", (3, 512)), where),
-        **{k: _number(own, k, where) for k in ("power_w", "drain_s", "rest_s") if k in own},
-    )
-
-
-def _check_keys(table: Mapping[str, Any], known: tuple[str, ...], name: str, where: str) -> None:
-    for key in table:
-        if key not in known:
-            raise VoltanaError(f"unknown key {key!r} of {name} ({where}){nearest(key, known)}")
+    sockets = table(fleet, "batch_sockets", where)
+    fixed = {
+        "sim": make_config(simulate, where=where),
+        "workers": workers,
+        "engine": engine,
+        "batch_sockets": {k: convert(v, Path, k, where) for k, v in sockets.items()},
+        "router_limits": read_limits(table(data, "router", where), where),
+    }
+    return bind(ReplayConfig, own, where, section=" of [replay]", fixed=fixed)
 
 
 def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:
@@ -183,8 +176,10 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:
         raise VoltanaError(
             f'[fleet] arguments must be one text, got {arguments!r} ({where}): e.g. "--dtype half"'
         )
-    python, model = _path(fleet, "python"), _path(fleet, "model")
-    if (folder := _path(fleet, "engine")) is not None:
+    python, model, folder = (
+        convert(fleet.get(key), Path | None, key, where) for key in ("python", "model", "engine")
+    )
+    if folder is not None:
         own = Installation.in_folder(folder)
         python, model = python or own.python, model or own.model
     if python is None or model is None:
@@ -199,36 +194,3 @@ def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:
                 "watched; start more servers instead"
             )
     return Installation(python=python, model=model, arguments=words)
-
-
-def _path(table: Mapping[str, Any], key: str) -> Path | None:
-    return Path(str(table[key])) if key in table else None
-
-
-def _number(table: Mapping[str, Any], key: str, where: str) -> float:
-    value = table[key]
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise VoltanaError(f"{key} must be a number, got {value!r} ({where})")
-    return float(value)
-
-
-def _vocabulary(value: object, where: str) -> tuple[int, int]:
-    match value:
-        case [int() as low, int() as high] if 0 <= low < high:
-            return low, high
-    raise VoltanaError(f"vocabulary must be two rising token ids, got {value!r} ({where})")
-
-
-def _gpus(value: object, where: str) -> dict[Phase, tuple[tuple[int, ...], ...]]:
-    found: dict[Phase, tuple[tuple[int, ...], ...]] = {}
-    phases: tuple[Phase, Phase] = (PREFILL, DECODE)
-    try:
-        assert isinstance(value, dict)
-        for phase in phases:
-            if phase in value:
-                found[phase] = tuple(tuple(int(g) for g in cards) for cards in value[phase])
-    except (AssertionError, TypeError, ValueError):
-        raise VoltanaError(
-            f"gpus must be e.g. {{prefill = [[0]], decode = [[1]]}}, got {value!r} ({where})"
-        ) from None
-    return found

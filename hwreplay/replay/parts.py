@@ -20,7 +20,7 @@ from hwreplay.replay.recording import ITERATIONS, record_iterations
 from hwreplay.router.config import WorkerConfig
 from hwreplay.view.context import PolicySource
 from profiles.catalog import load_profile
-from profiles.device.constant import ConstantPowerGpu
+from profiles.device.cards import open_gpus
 from profiles.device.gpu import Gpu
 from profiles.errors import VoltanaError
 from profiles.files import write_bytes, write_text
@@ -242,17 +242,8 @@ def check_recorders(recorders: Recorders) -> None:
 
 def gpus_of(run: Run) -> dict[tuple[Phase, int], list[Gpu]]:
     """The cards of each instance; a stated power stands for those that are not there."""
-    if run.config.power_w is not None:
-        power_w = run.config.power_w
-        return {(w.phase, w.instance_id): [ConstantPowerGpu(power_w)] for w in run.workers}
-    from profiles.device.nvml import NvmlGpu
-
-    return {
-        (w.phase, w.instance_id): [
-            NvmlGpu(index) for index in run.config.gpus_of(w.phase, w.instance_id)
-        ]
-        for w in run.workers
-    }
+    keys = [(w.phase, w.instance_id) for w in run.workers]
+    return {key: open_gpus(run.config.gpus_of(*key), run.config.power_w) for key in keys}
 
 
 def agent_reports(run: Run) -> dict[str, Any]:

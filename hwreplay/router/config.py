@@ -5,12 +5,13 @@ from __future__ import annotations
 import ipaddress
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from profiles.errors import VoltanaError, nearest
+from profiles.binding import bind, converted, table
+from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config, read_toml
 from sim.policies.base import DECODE, PREFILL, Phase
 
@@ -138,7 +139,6 @@ _POSITIVE: Final = (
     "connect_s", "first_token_s", "stall_s", "client_stall_s", "health_period_s",
     "health_timeout_s", "stale_s",
 )  # fmt: skip
-_LIMITS: Final = {f.name for f in fields(RouterConfig)} - {"workers", "sim", "token"}
 
 
 def read_workers(fleet: Mapping[str, Any], where: str) -> tuple[WorkerConfig, ...]:
@@ -162,28 +162,16 @@ def read_workers(fleet: Mapping[str, Any], where: str) -> tuple[WorkerConfig, ..
 
 
 def _worker(phase: Phase, instance_id: int, values: object, where: str) -> WorkerConfig:
-    types = {"url": str, "bootstrap_host": str, "bootstrap_port": int, "metrics": str}
     if not isinstance(values, dict) or "url" not in values:
         raise VoltanaError(f"a worker must be a URL or a table with url, got {values!r} ({where})")
-    for key, value in values.items():
-        if key not in types:
-            raise VoltanaError(f"unknown key {key!r} of a worker ({where}){nearest(key, types)}")
-        if not isinstance(value, types[key]) or isinstance(value, bool):
-            raise VoltanaError(f"{key} must be {types[key].__name__}, got {value!r} ({where})")
-    return WorkerConfig(phase=phase, instance_id=instance_id, **values)
+    fixed = {"phase": phase, "instance_id": instance_id}
+    return bind(WorkerConfig, values, where, section=" of a worker", fixed=fixed)
 
 
-def read_limits(table: Mapping[str, Any], where: str) -> dict[str, Any]:
+def read_limits(limits: Mapping[str, Any], where: str) -> dict[str, Any]:
     """The keys of a `[router]` table, checked by name and type."""
-    types = {f.name: str(f.type) for f in fields(RouterConfig)}
-    for key, value in table.items():
-        if key not in _LIMITS:
-            raise VoltanaError(f"unknown key {key!r} of [router] ({where}){nearest(key, _LIMITS)}")
-        kind = types[key].split(" |")[0]
-        good = {"int": (int,), "float": (int, float), "str": (str,)}[kind]
-        if not isinstance(value, good) or isinstance(value, bool):
-            raise VoltanaError(f"{key} must be {kind}, got {value!r} ({where})")
-    return dict(table)
+    without = ("workers", "sim", "token")
+    return converted(RouterConfig, limits, where, section=" of [router]", without=without)
 
 
 def read_router_config(path: Path, *, token: str | None = None) -> RouterConfig:
@@ -192,16 +180,16 @@ def read_router_config(path: Path, *, token: str | None = None) -> RouterConfig:
     Raises:
         VoltanaError: The file cannot be read, or a key or value is wrong.
     """
-    data = read_toml(path)
-    workers = read_workers(data.get("fleet", {}), str(path))
-    keys = dict(data.get("simulate", {}))
+    data, where = read_toml(path), str(path)
+    workers = read_workers(table(data, "fleet", where), where)
+    keys = dict(table(data, "simulate", where))
     keys["num_prefill"] = sum(w.phase == PREFILL for w in workers)
     keys["num_decode"] = len(workers) - keys["num_prefill"]
     return RouterConfig(
         workers=workers,
-        sim=make_config(keys, where=str(path)),
+        sim=make_config(keys, where=where),
         token=token,
-        **read_limits(data.get("router", {}), str(path)),
+        **read_limits(table(data, "router", where), where),
     )
 
 

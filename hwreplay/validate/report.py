@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 
 from hwreplay.validate.validate import Comparison, Validation
+from profiles.markdown import markdown_table
 
 _MS = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 
@@ -29,7 +29,7 @@ def markdown(validation: Validation, *, simulated: str, observed: str, figure: s
         f"**Verdict: {verdict}**" + (f" ({', '.join(failed)})" if failed else ""),
         *(["", f"Not judged: {'; '.join(validation.left_out)}."] if validation.left_out else []),
         "",
-        *_table(
+        markdown_table(
             ("metric", "simulated", "observed", "error", "limit", "verdict"),
             map(_row, validation.comparisons),
         ),
@@ -38,8 +38,8 @@ def markdown(validation: Validation, *, simulated: str, observed: str, figure: s
         "",
     ]
     if validation.iteration_errors:
-        lines += ["## Time of an iteration", "", *_iterations(validation), ""]
-    lines += ["## Share of busy time by clock", "", *_residency(validation), ""]
+        lines += ["## Time of an iteration", "", _iterations(validation), ""]
+    lines += ["## Share of busy time by clock", "", _residency(validation), ""]
     if validation.notes:
         lines += ["## Notes", "", *(f"- {note}" for note in validation.notes), ""]
     return "\n".join(lines)
@@ -66,8 +66,8 @@ def _percent(frac: float) -> str:
     return "none" if not math.isfinite(frac) else f"{100 * frac:+.1f} %"
 
 
-def _iterations(validation: Validation) -> list[str]:
-    return _table(
+def _iterations(validation: Validation) -> str:
+    return markdown_table(
         (
             "phase",
             "iterations",
@@ -95,7 +95,7 @@ def _iterations(validation: Validation) -> list[str]:
     )
 
 
-def _residency(validation: Validation) -> list[str]:
+def _residency(validation: Validation) -> str:
     rows = []
     ours, theirs = validation.residency["simulated"], validation.residency["observed"]
     for phase in ours:
@@ -104,13 +104,4 @@ def _residency(validation: Validation) -> list[str]:
             shares = (side.get(phase, {}).get(clock, 0.0) for side in (ours, theirs))
             name = "unlocked" if clock == "0" else f"{clock} MHz"
             rows.append((phase, name, *(f"{100 * share:.1f} %" for share in shares)))
-    return _table(("phase", "clock", "simulated", "observed"), rows)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> list[str]:
-    lines = [_line(header), _line(("---",) * len(header))]
-    return lines + [_line(row) for row in rows]
-
-
-def _line(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
+    return markdown_table(("phase", "clock", "simulated", "observed"), rows)

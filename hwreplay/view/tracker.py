@@ -11,31 +11,11 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Final
 
+from hwreplay.messages.events import Event
+from hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING, OpenRequest
 from profiles.engines.sglang_metrics import IterationMetrics, step_time_s
 from sim.policies.base import PREFILL, InstanceState, Phase, RunningRequest, WaitingRequest
-
-QUEUED: Final = 0
-"""Prefill: waits for its batch. Decode: still in prefill."""
-ARRIVING: Final = 1
-"""Decode: prefill is done, the KV is on its way or waits for room."""
-RUNNING: Final = 2
-
-
-@dataclass(slots=True)
-class _Open:
-    request_id: int
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int | None
-    left_tokens: int
-    stage: int = QUEUED
-    generated_tokens: int = 0
-    """Counted up to iteration `counted_at`."""
-    counted_at: int = 0
-    first_token_s: float | None = None
 
 
 class InstanceTracker:
@@ -75,7 +55,7 @@ class InstanceTracker:
         self.num_iterations = 0
         self.last_record: IterationMetrics | None = None
         self._is_prefill = phase == PREFILL
-        self._open: dict[int, _Open] = {}
+        self._open: dict[int, OpenRequest] = {}
         """Requests here, in order of arrival."""
         self.max_prefill_tokens = max_prefill_tokens
         """Token budget of one prefill batch."""
@@ -111,7 +91,7 @@ class InstanceTracker:
         self._hear_router()
         if request_id in self._open:
             return
-        self._open[request_id] = _Open(
+        self._open[request_id] = OpenRequest(
             request_id, arrival_s, input_tokens, output_tokens, input_tokens
         )
         state = self.state
@@ -175,6 +155,19 @@ class InstanceTracker:
             state.num_running = state.kv_tokens = 0
         self._count_waiting()
         self._follow_own_counts()
+
+    def on_event(self, event: Event) -> None:
+        """What the router says of a request at this instance."""
+        if event.kind == "assigned":
+            self.on_assigned(event.request_id, event.at_s, event.input_tokens, event.output_tokens)
+        elif event.kind == "prefilled":
+            self.on_prefilled(event.request_id)
+        elif event.kind == "first_token":
+            self.on_first_token(event.request_id, event.at_s)
+        elif event.kind == "finished":
+            self.on_finished(event.request_id)
+        else:
+            self.keep_only(frozenset(event.open_ids))
 
     def keep_only(self, request_ids: frozenset[int]) -> None:
         """Forget requests that the router no longer counts: their end was missed."""
@@ -303,12 +296,12 @@ class InstanceTracker:
         self._count_waiting()
         state.is_busy = state.num_running > 0
 
-    def _join(self, request: _Open) -> None:
+    def _join(self, request: OpenRequest) -> None:
         """Into the decode batch; with an engine's records its tokens are counted by iteration."""
         request.stage = RUNNING
         request.counted_at = self.num_iterations
 
-    def _generated(self, request: _Open) -> int:
+    def _generated(self, request: OpenRequest) -> int:
         if not self.has_feed or request.stage != RUNNING:
             return request.generated_tokens
         return request.generated_tokens + self.num_iterations - request.counted_at + 1

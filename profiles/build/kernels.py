@@ -1,6 +1,6 @@
 """Kernel times at the top clock, interpolated from a public kernel data base.
 
-Source: ai-dynamo/aiconfigurator @ 095f58a (Apache-2.0), A100-SXM4-80GB, bf16, SGLang 0.5.10:
+Of the A100: ai-dynamo/aiconfigurator @ 095f58a (Apache-2.0), A100-SXM4-80GB, bf16, SGLang 0.5.10:
 GEMM by (m, n, k), decode and prefill attention by batch and length, all-reduce by message size.
 All tables in ms; everything here returns seconds. The tables scatter by up to 10 % between runs:
 times are made non-decreasing in the size of the work, steps are kept.
@@ -21,7 +21,11 @@ from profiles.errors import VoltanaError
 FloatArray = npt.NDArray[np.float64]
 
 _FOLDER = "aiconfigurator_a100_sxm"
-_SUFFIX = "sglang0.5.10.csv"
+
+
+def read_a100(data: Path, table: str) -> pd.DataFrame:
+    """One table of the A100 extract, such as `gemm_bf16`."""
+    return read_csv(data / _FOLDER / f"{table}_sglang0.5.10.csv")
 
 
 def read_csv(path: Path) -> pd.DataFrame:
@@ -42,8 +46,7 @@ class Gemm:
     reading its weights or by arithmetic, and both are proportional.
     """
 
-    def __init__(self, data: Path) -> None:
-        table = read_csv(data / _FOLDER / f"gemm_bf16_{_SUFFIX}")
+    def __init__(self, table: pd.DataFrame) -> None:
         self._curves: dict[tuple[int, int], tuple[FloatArray, FloatArray]] = {}
         for key, part in table.groupby(["n", "k"]):
             n, k = (int(str(side)) for side in key)
@@ -99,13 +102,14 @@ class Attention:
         kv_heads: Key and value heads of one GPU.
     """
 
-    def __init__(self, data: Path, phase: str, heads: int, kv_heads: int) -> None:
-        table = read_csv(data / _FOLDER / f"{phase}_attention_{_SUFFIX}")
+    def __init__(
+        self, table: pd.DataFrame, phase: str, heads: int, kv_heads: int, head_dim: int = 128
+    ) -> None:
         length = "step" if phase == "decode" else "isl"
         chosen = table[
             (table["num_heads"] == heads)
             & (table["num_key_value_heads"] == kv_heads)
-            & (table["head_dim"] == 128)
+            & (table["head_dim"] == head_dim)
         ]
         self._rows: dict[int, tuple[FloatArray, FloatArray]] = {}
         for batch, part in chosen.groupby("batch_size"):
@@ -133,12 +137,11 @@ class Attention:
 
 
 class AllReduce:
-    """Time of one all-reduce over two GPUs by message size in bytes."""
+    """Time of one all-reduce by message size in bytes; `mode` is "graph" or "eager"."""
 
-    def __init__(self, data: Path, backend: str) -> None:
-        table = read_csv(data / _FOLDER / f"allreduce_{_SUFFIX}")
+    def __init__(self, table: pd.DataFrame, mode: str, num_gpus: int = 2) -> None:
         chosen = table[
-            (table["num_gpus"] == 2) & (table["backend"] == f"sglang_{backend}")
+            (table["num_gpus"] == num_gpus) & table["backend"].str.endswith(f"_{mode}")
         ].sort_values("message_size")
         # the table counts elements of two bytes
         self._bytes = 2.0 * chosen["message_size"].to_numpy(dtype=float)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from profiles.build.kernels import AllReduce, Attention, Gemm
+from profiles.build.kernels import AllReduce, Attention, Gemm, read_a100
 
 GRAPH_BATCHES: Final = (
     1, 2, 4, *range(8, 129, 8), 160, 192, 224, 256, *range(320, 2049, 64),
@@ -93,15 +93,20 @@ class Cost:
 
     def __init__(self, data: Path, shape: Shape, *, attention_multiplier: float) -> None:
         self._shape = shape
-        self._gemm = Gemm(data)
+        self._gemm = Gemm(read_a100(data, "gemm_bf16"))
         heads, kv_heads = (
             shape.heads // shape.tensor_parallel,
             shape.kv_heads // shape.tensor_parallel,
         )
-        self._decode_attention = Attention(data, "decode", heads, kv_heads)
-        self._prefill_attention = Attention(data, "prefill", heads, kv_heads)
-        self._graph_reduce = AllReduce(data, "graph")
-        self._eager_reduce = AllReduce(data, "eager")
+        self._decode_attention = Attention(
+            read_a100(data, "decode_attention"), "decode", heads, kv_heads
+        )
+        self._prefill_attention = Attention(
+            read_a100(data, "prefill_attention"), "prefill", heads, kv_heads
+        )
+        reduce = read_a100(data, "allreduce")
+        self._graph_reduce = AllReduce(reduce, "graph")
+        self._eager_reduce = AllReduce(reduce, "eager")
         self._multiplier = attention_multiplier
 
     def decode_s(self, batch: int, tokens: float) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
@@ -43,6 +43,38 @@ def parse_indices(text: str) -> tuple[int, ...]:
     return indices
 
 
+def open_gpu(index: int, *, may_be_partitioned: bool = False) -> NvmlGpu:
+    """One card, by NVML's index. The one place where cards are opened.
+
+    Args:
+        index: As `nvidia-smi` counts.
+        may_be_partitioned: Take a card in MIG mode too: its power and clocks are of the whole card,
+            not of a part's work.
+
+    Raises:
+        DeviceError: No such card, no driver, or it is in MIG mode.
+    """
+    gpu = NvmlGpu(index)
+    if not may_be_partitioned and gpu.is_partitioned():
+        gpu.close()
+        raise DeviceError(
+            f"GPU {index} must not be partitioned, it is in MIG mode: power and clocks are of the "
+            "whole card; end it (nvidia-smi -mig 0) or take another --gpu"
+        )
+    return gpu
+
+
+def open_gpus(indices: Sequence[int], power_w: float | None) -> list[Gpu]:
+    """The cards of an instance, or one of a stated power that stands for them.
+
+    Raises:
+        DeviceError: As `open_gpu`.
+    """
+    if power_w is not None:
+        return [ConstantPowerGpu(power_w)]
+    return [open_gpu(index) for index in indices]
+
+
 @contextmanager
 def open_cards(text: str, power_w: float | None) -> Iterator[list[Gpu]]:
     """The named cards, alone visible to CUDA in this process and those it starts.
@@ -55,11 +87,15 @@ def open_cards(text: str, power_w: float | None) -> Iterator[list[Gpu]]:
         VoltanaError: No such cards, cards of different kinds, or one in MIG mode.
     """
     if power_w is not None:
-        yield [ConstantPowerGpu(power_w)]
+        yield open_gpus((), power_w)
         return
     with ExitStack() as stack:
-        cards = [stack.enter_context(NvmlGpu(index)) for index in parse_indices(text)]
-        _check(cards)
+        cards = [stack.enter_context(open_gpu(index)) for index in parse_indices(text)]
+        names = sorted({card.identity.name for card in cards})
+        if len(names) > 1:
+            raise DeviceError(
+                f"the cards of an instance must be of one kind, got {' and '.join(names)} (--gpu)"
+            )
         stack.enter_context(visible_alone([card.identity.index for card in cards]))
         yield list(cards)
 
@@ -85,29 +121,6 @@ def visible_alone(indices: Sequence[int]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _check(cards: Sequence[NvmlGpu]) -> None:
-    names = sorted({card.identity.name for card in cards})
-    if len(names) > 1:
-        raise DeviceError(
-            f"the cards of an instance must be of one kind, got {' and '.join(names)} (--gpu)"
-        )
-    check_whole(cards)
-
-
-def check_whole(cards: Iterable[NvmlGpu]) -> None:
-    """Refuse cards in MIG mode: power and clocks are of the whole card, not of a part's work.
-
-    Raises:
-        DeviceError: One is.
-    """
-    for card in cards:
-        if card.is_partitioned():
-            raise DeviceError(
-                f"GPU {card.identity.index} must not be partitioned, it is in MIG mode: power and "
-                "clocks are of the whole card; end it (nvidia-smi -mig 0) or take another --gpu"
-            )
-
-
 def slug(name: str) -> str:
     """A folder's name for a card.
 
@@ -121,7 +134,7 @@ def slug(name: str) -> str:
 
 if __name__ == "__main__":  # for the Makefile
     try:
-        with NvmlGpu(0) as first:
+        with open_gpu(0, may_be_partitioned=True) as first:
             sys.stdout.write(slug(first.identity.name) + "\n")
     except DeviceError as error:
         raise SystemExit(f"voltana: {error}") from None

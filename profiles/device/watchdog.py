@@ -117,10 +117,10 @@ def _restore(targets: Sequence[str], previous_clock_mhz: int) -> bool:
 
 
 def _restore_one(target: str, previous_clock_mhz: int) -> None:
-    from profiles.device.nvml import NvmlGpu
+    from profiles.device.cards import open_gpu
 
     index, _, limit_mw = target.partition("=")
-    with NvmlGpu(int(index)) as gpu:
+    with open_gpu(int(index), may_be_partitioned=True) as gpu:
         if limit_mw:
             gpu.set_power_limit(int(limit_mw) / 1e3)
         elif previous_clock_mhz:
@@ -148,10 +148,10 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _on_terminate)
     first, *targets = arguments
     previous_clock_mhz = int(first)
-    from profiles.device.nvml import NvmlGpu
+    from profiles.device.cards import open_gpu
 
     for target in targets:
-        NvmlGpu(int(target.partition("=")[0])).close()
+        open_gpu(int(target.partition("=")[0]), may_be_partitioned=True).close()
     state = ARMED
     try:
         say_hello()  # from here on the owner may lock

@@ -1,8 +1,18 @@
-"""Decode instance: continuous batching under a KV-cache capacity."""
+"""Decode instance: continuous batching under a KV-cache capacity.
+
+It plays runs of iterations (`sim.engine.run`). A run ends where the next request finishes, where
+the controller might decide anew (it says so: `steady_iterations`), where the table's linear piece,
+the KV cache or the block of noise ends, or where a sag begins or ends. A request that arrives
+inside a run cuts it at the end of the iteration then running. With `max_iterations` = 1 every
+iteration is a run of its own: the reference.
+"""
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
+from heapq import heappop, heappush
+from typing import Final
 
 from sim.config import SimConfig
 from sim.engine.instance import Instance
@@ -10,15 +20,16 @@ from sim.engine.log import RunLog
 from sim.engine.request import SimRequest
 from sim.engine.track import GpuTrack
 from sim.policies.answers import ControllerAnswers
-from sim.policies.base import InstanceState, RunningRequest, WaitingRequest
+from sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
+
+_MANY: Final = 1 << 60
 
 
 class DecodeInstance(Instance):
     """Every iteration adds one token to every running request.
 
-    Work per iteration is independent of the batch size: requests are filed under the iteration
-    they finish in, the batch's context is one sum, and one (duration, count) pair stands for the
-    token gaps of all.
+    Work per run is independent of the batch size: requests are filed under the iteration they
+    finish in, the batch's context is one sum, and one run of gaps stands for those of all.
 
     Admission and retraction are those of SGLang 0.5.23's decode server. A joiner needs room for its
     context and for `kv_reserve_tokens` of every request that then runs, itself among them. When
@@ -37,16 +48,40 @@ class DecodeInstance(Instance):
         *,
         max_running: int,
     ) -> None:
+        """See the class.
+
+        Args:
+            config: The run's configuration.
+            log: Takes what becomes of requests.
+            state: What policies see of this instance; it is kept here.
+            answers: The controller, its answers checked.
+            track: The GPUs.
+            max_running: Requests that the engine runs at once.
+        """
         super().__init__(config, log, state, answers, track)
+        self.step_rank = 1
+        has_steady = type(answers.controller).steady_iterations is not Controller.steady_iterations
+        self.max_iterations = _MANY if has_steady else 1
+        """Of a run, whatever the controller promises."""
         self._waiting: deque[SimRequest] = deque()
         self._retracted: deque[SimRequest] = deque()
         """They come before those that wait; `state.num_waiting` counts both."""
         self._iteration = 0
+        """Number of the run's first iteration; without a run, of the one that has ended last."""
+        self._shown = 0
+        """How many iterations of the run the state shows as ended."""
+        self._reported = 0
+        """How many of them the log has heard of."""
         self._finishing: dict[int, list[SimRequest]] = {}
+        """Running requests by the number of their last iteration."""
+        self._finish_order: list[int] = []
+        """Heap of the keys of `_finishing`, with some that are gone."""
         self._join_order: list[SimRequest] = []
         """Running requests, latest joiner last; those that have finished are skipped lazily."""
         self._joiners: list[SimRequest] = []
-        """Joined with the running iteration and still waiting for a token from it."""
+        """Joined with the run and still waiting for a token from its first iteration."""
+        self._num_joiners = 0
+        """How many of them there were when the run began."""
         self._max_running = max_running
         self._has_admission = answers.has_admission
         self._most = max_running
@@ -68,14 +103,45 @@ class DecodeInstance(Instance):
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens + request.generated_tokens
         if self._is_parked:
-            self._wake()
+            self._wake(now_s)
+        elif self.run.count > 1 and self.state.is_busy:
+            self._cut(now_s)
+
+    def look(self, now_s: float) -> None:
+        if not self.state.is_busy:
+            self._settle_idle(now_s)
+        elif self.run.count > 1:
+            ended = self.run.ended_before(now_s)
+            if ended != self._shown:
+                self._show(ended)
+                self.state.energy_j = self.track.energy_j + self.run.energy_j(ended)
+                self.track.power_w = self.run.power_w(ended)
+
+    def report(self, now_s: float) -> None:
+        self.look(now_s)
+        if self.state.is_busy:
+            self._report_gaps(self._shown)
 
     def _forget_last_iteration(self) -> None:
         self._has_record = False
 
-    def _begin(self, now_s: float) -> float:
+    def _begin(self, now_s: float) -> None:
         self._form_batch(now_s)
-        return self.track.begin_iteration(now_s, self.state.num_running, self.state.kv_tokens)
+        state, track, run = self.state, self.track, self.run
+        batch_size = self._batch_size = state.num_running
+        tokens = self._batch_tokens = state.kv_tokens
+        self._num_joiners = len(self._joiners)
+        self._shown = self._reported = 0
+        track.begin(now_s, batch_size, tokens)
+        if (
+            self.max_iterations > 1
+            and run.line_end_tokens > tokens
+            and self._decision_mhz == track.target_mhz
+            and state.clock_mhz == track.clock_mhz  # a change shows when an iteration has ended
+        ):
+            further = self._further_iterations(batch_size, tokens)
+            if further > 0:
+                track.extend(further)
 
     def _form_batch(self, now_s: float) -> None:
         """Admit, retract and ask the controller, in the engine's order."""
@@ -92,27 +158,83 @@ class DecodeInstance(Instance):
             self._ask_controller(now_s)
         self._iteration += 1
 
-    def _complete(self, start_s: float, now_s: float) -> None:
-        state = self.state
-        batch_size = state.num_running
-        tokens = state.kv_tokens
-        duration_s = now_s - start_s
-        gaps = batch_size
-        if self._joiners:
-            gaps -= len(self._joiners)
-            self._first_tokens(now_s)
-        if gaps:
-            self.log.gaps(duration_s, 0.0, 1, gaps)
-        state.kv_tokens = tokens + batch_size
-        state.last_batch_size = batch_size
-        state.last_tokens = tokens
-        state.last_duration_s = duration_s
-        state.ended_batch_size = batch_size
-        state.ended_tokens = tokens
+    def _further_iterations(self, batch_size: int, tokens: int) -> int:
+        """How many iterations after this one are sure to be like it."""
+        # what a retraction has freed may let the next one in
+        if self.state.num_waiting and self._has_room(tokens + batch_size):
+            return 0
+        # the next calls see this run's iterations: each the one to come, or the one before it
+        seen_tokens = tokens if self._sees_next_batch else tokens - batch_size
+        steady: Callable[[InstanceState, int, int], object] = self.controller.steady_iterations
+        try:
+            answer = steady(self.state, batch_size, seen_tokens)
+        except Exception as error:  # noqa: BLE001 (a policy may raise anything)
+            self.answers.fail("steady_iterations", error)
+        if type(answer) is int and answer >= 0:  # as good as always: no call to check it
+            further = answer
+        else:
+            further = self.answers.steady_iterations(answer)
+        if further == 0:
+            return 0
+        order = self._finish_order
+        while order[0] not in self._finishing:
+            heappop(order)
+        on_line = int(self.run.line_end_tokens - tokens) // batch_size
+        further = min(further, order[0] - self._iteration, on_line)
+        if batch_size > 1:
+            further = min(further, (self.state.kv_capacity_tokens - tokens) // batch_size - 1)
+        return further
+
+    def _cut(self, now_s: float) -> None:
+        """End the run with the iteration that is running now."""
+        run = self.run
+        count = run.ended_before(now_s) + 1
+        if count < run.count:
+            run.count, run.duration_s = count, run.elapsed_s(count)
+            self.step_at(self, run.start_s + run.duration_s)
+
+    def _end(self, now_s: float) -> None:
+        count = self.run.count
+        self._show(count)
+        self._report_gaps(count)
+        self._iteration += count - 1
+        self._shown = 0
         self._has_record = True
         finished = self._finishing.pop(self._iteration, None)
         if finished is not None:
             self._leave(finished, now_s)
+
+    def _show(self, ended: int) -> None:
+        """Let the state show that so many iterations of the run have ended, energy aside."""
+        state, run, batch_size = self.state, self.run, self._batch_size
+        self._shown = ended
+        tokens = self._batch_tokens + ended * batch_size
+        state.kv_tokens = tokens
+        state.last_batch_size = state.ended_batch_size = batch_size
+        state.last_tokens = state.ended_tokens = tokens - batch_size
+        state.last_duration_s = run.lead_s if ended == 1 else run.iteration_s(ended - 1)
+        if self._joiners:
+            self._first_tokens(run.start_s + run.lead_s)
+
+    def _report_gaps(self, ended: int) -> None:
+        """Tell the log of the token gaps of the first iterations, those it has heard of aside."""
+        run, batch_size, begin = self.run, self._batch_size, self._reported
+        if ended == begin:
+            return
+        self._reported = ended
+        if begin == 0 and self._num_joiners:
+            gaps = batch_size - self._num_joiners  # a joiner's first token is no gap
+            if gaps:
+                self.log.gaps(run.lead_s, 0.0, 1, gaps)
+            if ended == 1:
+                return
+            begin = 1
+        first_s = run.first_s + begin * run.step_s
+        if run.multipliers is None:
+            self.log.gaps(first_s, run.step_s, ended - begin, batch_size)
+        else:
+            part = run.multipliers[0][run.at + begin : run.at + ended]
+            self.log.noisy_gaps(first_s, run.step_s, batch_size, part)
 
     def _first_tokens(self, now_s: float) -> None:
         """Joiners' first token of this stay: their very first, or one after a long gap."""
@@ -203,7 +325,12 @@ class DecodeInstance(Instance):
         end = request.input_tokens + request.output_tokens - (0 if self._first_token_here else 1)
         request.end_context_tokens = end
         request.finish_iteration = self._iteration + end - context
-        self._file(request)
+        filed = self._finishing.get(request.finish_iteration)
+        if filed is None:
+            self._finishing[request.finish_iteration] = [request]
+            heappush(self._finish_order, request.finish_iteration)
+        else:
+            filed.append(request)
         request.is_running = True
         self._join_order.append(request)
         if len(self._join_order) > 2 * state.num_running + 64:
@@ -214,12 +341,6 @@ class DecodeInstance(Instance):
             self._joiners.append(request)
         else:
             self.log.first_token(request, now_s)
-
-    def _file(self, request: SimRequest) -> None:
-        self._finishing.setdefault(request.finish_iteration, []).append(request)
-
-    def _current_batch(self) -> tuple[int, int]:
-        return self.state.num_running, self.state.kv_tokens
 
     def _list_waiting(self) -> list[WaitingRequest]:
         return [
@@ -232,12 +353,13 @@ class DecodeInstance(Instance):
         ]
 
     def _list_running(self) -> list[RunningRequest]:
+        iteration = self._iteration + self._shown
         return [
             RunningRequest(
                 request_id=r.request_id,
                 arrival_s=r.arrival_s,
                 input_tokens=r.input_tokens,
-                generated_tokens=r.output_tokens - max(r.finish_iteration - self._iteration, 0),
+                generated_tokens=r.output_tokens - max(r.finish_iteration - iteration, 0),
                 output_tokens=r.output_tokens if self._length_oracle else None,
                 first_token_s=r.first_token_s if r.first_token_s == r.first_token_s else None,
             )

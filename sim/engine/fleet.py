@@ -1,23 +1,22 @@
-"""The fleet: arrivals, routing, prefill, KV transfer, decode. Two drivers play it.
+"""The fleet: a request's way from its arrival through routing, prefill and transfer to decode.
 
-`Fleet` holds the parts and knows what follows what; a driver keeps the time. The reference driver
-(`sim.engine.reference`) is a SimPy process an instance and an event an iteration; the coalesced
-one (`sim.engine.coalesced`, `sim.engine.loop`) jumps over runs of iterations.
+`Fleet` knows what follows what; an agenda keeps the time (`sim.engine.agenda`), and instances do
+the work (`sim.engine.prefill`, `sim.engine.decode`).
 """
 
 from __future__ import annotations
 
+import math
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import count
-from typing import ClassVar
 
 import numpy as np
 
 from profiles.catalog import Profile
 from sim.config import SimConfig
+from sim.engine.agenda import Agenda, HeapAgenda
 from sim.engine.decode import DecodeInstance
 from sim.engine.instance import Instance
 from sim.engine.log import RunLog
@@ -45,10 +44,8 @@ _STREAMS = {"router": 1, "prefill": 2, "decode": 3}
 """Spawn keys of the policies' random streams; others are in sim.workload and sim.engine.noise."""
 
 
-class Fleet(ABC):
+class Fleet:
     """One run of one configuration over one workload."""
-
-    decode_class: ClassVar[type[DecodeInstance]] = DecodeInstance
 
     def __init__(
         self,
@@ -57,11 +54,23 @@ class Fleet(ABC):
         requests: Iterable[Workload],
         log: RunLog,
         *,
+        agenda: Agenda | None = None,
         router: Router | None = None,
         decode_controller: Callable[[PolicyContext], Controller] | None = None,
     ) -> None:
-        """Router and controller come from the configuration unless the driver brings its own."""
+        """Make all instances and policies.
+
+        Args:
+            config: What to run.
+            profile: The truth about times and power.
+            requests: Parts of the workload, in order of arrival.
+            log: Takes what becomes of requests.
+            agenda: Keeps the time; a heap unless told.
+            router: In place of the configured one.
+            decode_controller: Makes one in place of the configured ones.
+        """
         self._config = config
+        self.agenda: Agenda = agenda or HeapAgenda()
         self._make_decode_controller = decode_controller or partial(
             make_controller, config.decode_controller_spec
         )
@@ -100,7 +109,10 @@ class Fleet(ABC):
         """Prefill instances first, then decode."""
         for instance in self.instances:
             instance.state.refresh = self._make_refresh(instance)
-            instance.later = self._later
+            instance.step_at, instance.call_at = self.agenda.step_at, self.agenda.call_at
+        if config.engine == "reference" or self._cluster.is_observed:
+            for decode in self.decode:
+                decode.max_iterations = 1
         self._looks_at_load = self._router.looks_at == "load"
         self._looks_at_clocks = self._router.looks_at == "clocks"
         self._length_oracle = config.length_oracle
@@ -108,8 +120,7 @@ class Fleet(ABC):
             config.kv_transfer_latency_s == 0 and config.kv_transfer_bytes_per_s is None
         )
         self._finishes_in_prefill = config.first_token == "prefill"
-        self._now_s = 0.0
-        """When the request that is being routed arrived."""
+        self._limit_s = math.inf if config.run_limit_s is None else config.run_limit_s
         self._timeline = Timeline.make(config, self.instances)
 
     def run(self) -> RunRecord:
@@ -119,26 +130,47 @@ class Fleet(ABC):
             VoltanaError: An iteration fell outside the profiled grid (and `extrapolate` is off).
         """
         started_ns = time.monotonic_ns()
-        self._begin()
-        end_s = self._play()
-        return self._close(end_s, (time.monotonic_ns() - started_ns) * 1e-9)
+        for request in self.start():
+            self.agenda.play(min(request.arrival_s, self._limit_s))
+            if request.arrival_s >= self._limit_s:
+                break
+            self.accept(request)
+        end_s = self._drain()
+        return self._record(end_s, (time.monotonic_ns() - started_ns) * 1e-9)
 
-    def _begin(self) -> None:
+    def start(self) -> Iterator[SimRequest]:
+        """Begin a run that the caller plays, one arrival after the other, in place of `run`.
+
+        For each of the requests returned: `advance` to its arrival, `report`, look at the states,
+        `accept` it. Then `finish`. What comes out is what `run` makes of the same decisions.
+        """
         for instance in self.instances:
             instance.park(0.0)
+        if self._timeline is not None:
+            self._sample(0.0)
+        return self._arrivals()
 
-    def _close(self, end_s: float, wall_s: float) -> RunRecord:
+    def advance(self, until_s: float) -> None:
+        """Let everything happen that is due before `until_s`; an arrival then comes first."""
+        self.agenda.play(until_s)
+
+    def report(self, now_s: float) -> None:
+        """Bring every instance's state, as a router sees it, and the log up to date."""
         for instance in self.instances:
-            instance.settle(end_s)
-        return self._record(end_s, wall_s)
+            instance.report(now_s)
 
-    @abstractmethod
-    def _play(self) -> float:
-        """Let time pass until every request has ended, or to the limit; returns when that was."""
+    def finish(self) -> RunRecord:
+        """End a run begun with `start`, after its last arrival."""
+        return self._record(self._drain(), 0.0)
 
-    @abstractmethod
-    def _later(self, at_s: float, action: Callable[[float], None]) -> None:
-        """Call `action` with the time when it is `at_s`."""
+    def _drain(self) -> float:
+        """Play until every request has ended, or to the limit; returns when that was."""
+        self.agenda.play(self._limit_s, self._log)
+        return self._limit_s if self._log.unresolved else self.agenda.now_s
+
+    def _sample(self, now_s: float) -> None:
+        assert self._timeline is not None
+        self.agenda.call_at(self._timeline.sample(now_s), self._sample)
 
     def _arrivals(self) -> Iterator[SimRequest]:
         ids = count()
@@ -153,20 +185,22 @@ class Fleet(ABC):
             for row in rows:
                 yield SimRequest(*row)
 
-    def _arrive(self, request: SimRequest, now_s: float) -> None:
+    def accept(self, request: SimRequest) -> None:
+        """The request arrives: it is rejected, or the router is asked and it is on its way."""
+        now_s = self.agenda.now_s = request.arrival_s
+        self.agenda.num_events += 1
         self._log.arrive(request)
         output_tokens = request.output_tokens
         if request.input_tokens + output_tokens > self._kv_capacity:  # as `can_hold`
             self._log.reject(request)
             return
-        self._now_s = now_s
         if self._looks_at_load:
             for instance in self.instances:
-                instance.sync(now_s)
+                instance.look(now_s)
         elif self._looks_at_clocks:
             for instance in self.instances:
                 if instance.idle_change_s <= now_s:
-                    instance.sync(now_s)
+                    instance.look(now_s)
         view = RequestView(
             request.request_id,
             request.arrival_s,
@@ -185,9 +219,9 @@ class Fleet(ABC):
         return request.input_tokens + request.output_tokens <= self._kv_capacity
 
     def _make_refresh(self, instance: Instance) -> Callable[[], None]:
-        return lambda: instance.refresh(self._now_s)
+        return lambda: instance.look(self.agenda.now_s)
 
-    def _hand_over(self, request: SimRequest, now_s: float) -> None:
+    def hand_over(self, request: SimRequest, now_s: float) -> None:
         """Prefill is done: move the KV cache, at once or over the configured link."""
         if self._is_transfer_instant:
             self._deliver(request, now_s)
@@ -198,7 +232,7 @@ class Fleet(ABC):
             kv_bytes = request.input_tokens * self._profile.meta.model.kv_bytes_per_token
             delay_s += kv_bytes / config.kv_transfer_bytes_per_s
         if delay_s > 0:
-            self._later(now_s + delay_s, lambda at_s: self._deliver(request, at_s))
+            self.agenda.call_at(now_s + delay_s, lambda at_s: self._deliver(request, at_s))
         else:
             self._deliver(request, now_s)
 
@@ -225,13 +259,13 @@ class Fleet(ABC):
             answers,
             self._track("prefill", index, answers),
             max_tokens=self._max_prefill_tokens,
-            hand_over=self._hand_over,
+            hand_over=self.hand_over,
         )
 
     def _make_decode(self, index: int) -> DecodeInstance:
         controller = self._make_decode_controller(self._context("decode", index, "decode"))
         answers = self._answers(controller, "decode", index)
-        return self.decode_class(
+        return DecodeInstance(
             self._config,
             self._log,
             self._state("decode", index),
@@ -280,6 +314,8 @@ class Fleet(ABC):
         )
 
     def _record(self, makespan_s: float, wall_s: float) -> RunRecord:
+        for instance in self.instances:
+            instance.close(makespan_s)
         log = self._log
         return RunRecord(
             **log.results(makespan_s),

@@ -1,4 +1,4 @@
-"""What prefill and decode instances have in common: the loop of iterations and idleness."""
+"""What prefill and decode instances have in common: the loop of runs and idleness."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ class Instance(ABC):
     controller is asked at the start of an iteration; its decision takes effect after the
     actuation latency, inside that iteration if it lasts long enough.
 
-    The driver calls `park` once at the start, `step` whenever an iteration ends or `on_work` has
-    asked for it, and `sync` before anybody looks at the state.
+    The state is true at the boundaries where the instance itself is at work. In between, `look`
+    works out what it shows; whoever reads a state calls it first.
     """
 
     def __init__(
@@ -36,32 +36,44 @@ class Instance(ABC):
         answers: ControllerAnswers,
         track: GpuTrack,
     ) -> None:
+        """See the class.
+
+        Args:
+            config: The run's configuration.
+            log: Takes what becomes of requests.
+            state: What policies see of this instance; it is kept here.
+            answers: The controller, its answers checked.
+            track: The GPUs.
+        """
         self.state = state
         self.log = log
         self.answers = answers
         self._has_holding = answers.has_holding
         self.controller = answers.controller
-        self.on_work: Callable[[Instance], None] = _no_driver
-        """The driver's: step this instance now, after all else that happens at this instant."""
-        self.later: Callable[[float, Callable[[float], None]], None] = _never
-        """The driver's: call this with the time when it is that time."""
-        self.due = 0
-        """The driver's: which of its entries for this instance is the valid one."""
+        self.step_at: Callable[[Instance, float], None] = _not_in_a_fleet
+        """The agenda's: `step` this instance at that time, and not when it was asked for before."""
+        self.call_at: Callable[[float, Callable[[float], None]], None] = _without_agenda
+        """The agenda's: call this with the time when it is that time."""
+        self.step_number = 0
+        """The agenda's: which of its entries for this instance counts."""
+        self.step_rank = 0
+        """The agenda's: of steps that are due at one instant, those of a lower rank come first."""
         self.track = track
+        self.run = track.run
+        """The iterations that are running, while `state.is_busy`."""
         self.num_retractions = 0
         self.iteration_rows: list[IterationRow] | None = [] if config.record_iterations else None
-        self._start_s = 0.0
-        """When the running iteration began."""
+        self.idle_change_s = math.inf
+        """At rest: when the clock changes next, of which nobody is told. Infinity if busy."""
+        self._batch_size = 0
+        self._batch_tokens = 0
+        """Of the run's first iteration."""
         self._decision_mhz = self.track.clock_mhz
         self._is_parked = True
-        self.idle_change_s = math.inf
-        """Idle: when its clock changes next; nobody has been told of that. Infinity if busy."""
-        self.tie_rank = 0
-        """The driver's: of steps that are due at one instant those of a lower rank come first."""
         state.clock_mhz = self.track.clock_mhz
 
     def park(self, now_s: float) -> None:
-        """There is no work: be idle until `on_work` has been answered by `step`."""
+        """There is no work: be idle until a request comes."""
         state = self.state
         state.is_busy = False
         state.now_s = now_s
@@ -69,61 +81,66 @@ class Instance(ABC):
         self._is_parked = True
 
     def step(self, now_s: float) -> float | None:
-        """Close the iteration that ends now, or idleness, and go on.
+        """Close the run that ends now, or idleness, and go on.
 
         Returns:
-            When the next iteration ends; None if there is none and the instance is idle.
+            When the next run ends; None if there is none and the instance is idle.
         """
-        state = self.state
+        state, track = self.state, self.track
         if state.is_busy:
-            self._finish_iteration(now_s)
+            if self.iteration_rows is not None:
+                self._keep_rows(self.run.count)
+            track.book()
+            state.energy_j = track.energy_j
+            state.clock_mhz = track.clock_mhz
+            self._end(now_s)
             if not (state.num_running or state.num_waiting) or (
                 self._has_holding and self._holds(now_s)
             ):
                 self.park(now_s)
                 return None
         else:
-            self.settle(now_s)
+            self._settle_idle(now_s)
             self.idle_change_s = math.inf
             state.is_busy = True
             self._forget_last_iteration()
-        self._start_s = now_s
-        return self._begin(now_s)
+        self._begin(now_s)
+        return now_s + self.run.duration_s
 
-    def _holds(self, now_s: float) -> bool:
-        """Whether the instance rests although requests wait: prefill may."""
-        return False
-
-    def sync(self, now_s: float) -> None:
-        """Bring an idle instance's clock up to date before somebody looks at it."""
-        if self.idle_change_s <= now_s:
-            self.settle(now_s)
-
-    def refresh(self, now_s: float) -> None:
-        """As `sync`, and book the energy of an idle instance up to `now_s`."""
+    def look(self, now_s: float) -> None:
+        """Let the state show what has happened by `now_s`."""
         if not self.state.is_busy:
-            self.settle(now_s)
+            self._settle_idle(now_s)
 
-    def catch_up(self, now_s: float) -> None:
-        """As `refresh`, and report to the log whatever has happened by `now_s`."""
-        self.refresh(now_s)
+    def report(self, now_s: float) -> None:
+        """As `look`, and tell the log too, which else hears of a run at its end."""
+        self.look(now_s)
 
-    def settle(self, now_s: float) -> None:
-        """Book time and energy up to `now_s`, at the end of idleness or of the run."""
+    def close(self, end_s: float) -> None:
+        """The simulation ends: report and book what has happened by then."""
+        self.report(end_s)
         if self.state.is_busy:
-            self.track.settle_iteration(now_s)
-        else:
-            self.idle_change_s = self.track.settle_idle(now_s)
-        self.state.clock_mhz = self.track.clock_mhz
+            self._keep_rows(self.run.ended_before(end_s))
+            self.track.book(end_s)
         self.state.energy_j = self.track.energy_j
 
     def record(self) -> InstanceRecord:
         """Totals of this instance."""
         return self.track.record(self.state.phase, self.state.instance_id, self.num_retractions)
 
-    def _wake(self) -> None:
+    def _holds(self, now_s: float) -> bool:
+        """Whether the instance rests although requests wait: prefill may."""
+        return False
+
+    def _wake(self, now_s: float) -> None:
         self._is_parked = False
-        self.on_work(self)
+        self.step_at(self, now_s)
+
+    def _settle_idle(self, now_s: float) -> None:
+        state, track = self.state, self.track
+        self.idle_change_s = track.settle_idle(now_s)
+        state.clock_mhz = track.clock_mhz
+        state.energy_j = track.energy_j
 
     def _ask_controller(self, now_s: float) -> None:
         state = self.state
@@ -137,43 +154,36 @@ class Instance(ABC):
             self._decision_mhz = self.answers.clock_mhz(answer)
         self.track.request_clock(now_s, self._decision_mhz)
 
-    def _finish_iteration(self, now_s: float) -> None:
-        self._settle_iteration(self._start_s, now_s)
-        self._complete(self._start_s, now_s)
-
-    def _settle_iteration(self, start_s: float, end_s: float) -> None:
-        state, track = self.state, self.track
-        before_j = track.energy_j
-        track.settle_iteration(end_s)
-        state.energy_j = track.energy_j
-        if self.iteration_rows is not None:
-            batch_size, tokens = self._current_batch()
-            self.iteration_rows.append(
-                (state.phase, state.instance_id, start_s, end_s - start_s, batch_size, tokens,
-                 state.clock_mhz, track.energy_j - before_j)
+    def _keep_rows(self, ended: int) -> None:
+        """Append a row for each of the run's first iterations, if they are kept."""
+        rows, state, run, batch_size = self.iteration_rows, self.state, self.run, self._batch_size
+        if rows is None:
+            return
+        clock_mhz = state.clock_mhz  # a change shows when its first iteration has ended
+        for k in range(ended):
+            time_s = run.iteration_s(k)
+            rows.append(
+                (state.phase, state.instance_id, run.start_s + run.elapsed_s(k), time_s, batch_size,
+                 self._batch_tokens + k * batch_size, clock_mhz, run.power_w(k) * time_s)
             )  # fmt: skip
-        state.clock_mhz = track.clock_mhz
+            clock_mhz = self.track.clock_mhz
 
     @abstractmethod
     def _forget_last_iteration(self) -> None:
         """Work resumes after idleness: there is no iteration whose metrics could still come."""
 
     @abstractmethod
-    def _begin(self, now_s: float) -> float:
-        """Form the batch, ask the controller, lay out the iteration; returns when it ends."""
+    def _begin(self, now_s: float) -> None:
+        """Form the batch, ask the controller, begin the next run."""
 
     @abstractmethod
-    def _complete(self, start_s: float, now_s: float) -> None:
-        """The iteration has ended: hand tokens and finished requests on."""
-
-    @abstractmethod
-    def _current_batch(self) -> tuple[int, int]:
-        """Batch size and tokens of the iteration that is running."""
+    def _end(self, now_s: float) -> None:
+        """The run has ended and is booked: hand tokens and finished requests on."""
 
 
-def _never(at_s: float, action: Callable[[float], None]) -> None:
-    raise AssertionError("an instance without a driver has no timer")
+def _not_in_a_fleet(instance: Instance, at_s: float) -> None:
+    raise AssertionError(f"{instance.state.phase} {instance.state.instance_id} has no agenda")
 
 
-def _no_driver(instance: Instance) -> None:
-    raise AssertionError(f"{instance.state.phase} {instance.state.instance_id} has no driver")
+def _without_agenda(at_s: float, action: Callable[[float], None]) -> None:
+    raise AssertionError("an instance without an agenda has no timer")

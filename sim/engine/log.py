@@ -29,84 +29,99 @@ class RunLog(Protocol):
         """The router has chosen its instances."""
 
     def first_token(self, request: SimRequest, now_s: float) -> None:
-        """Its first token is out."""
+        """Its first token was made."""
 
     def finish(self, request: SimRequest, now_s: float) -> None:
-        """Its last token is out."""
+        """Its last token was made."""
 
     def reject(self, request: SimRequest) -> None:
-        """It can never be served by this fleet."""
+        """No instance of this fleet can ever hold it."""
 
     def retract(self, request: SimRequest) -> None:
         """It was put back in the queue for want of KV cache."""
 
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
-        """A run of token gaps; see the module."""
+        """A run of token gaps.
+
+        Args:
+            first_s: Length of the first gap.
+            step_s: How much longer each gap is than the one before.
+            count: Gaps in the run.
+            weight: Requests that have this gap at each iteration.
+        """
 
     def noisy_gaps(
         self, first_s: float, step_s: float, weight: int, multipliers: array[float]
     ) -> None:
-        """A run of token gaps, gap k of which is (first_s + k·step_s)·multipliers[k]."""
+        """A run of token gaps, gap k of which is (first_s + k·step_s)·multipliers[k].
+
+        Args:
+            first_s: Length of the first gap, noise aside; see `gaps` for the others.
+            step_s: As there.
+            weight: As there.
+            multipliers: One for each gap of the run.
+        """
 
     def results(self, end_s: float) -> dict[str, Any]:
         """The fields of a `RunRecord` that this log answers for, of a run that ended then."""
 
 
-def expand_gaps(
-    first_s: FloatArray, step_s: FloatArray, count: IntArray, weight: IntArray
-) -> tuple[FloatArray, IntArray]:
-    """Single iterations of runs: gap k of a run is first_s + k·step_s. All shapes (n,).
+class GapRuns:
+    """Runs of token gaps, kept in four numbers each; with noise, a multiplier a gap beside.
 
     Example:
-        >>> runs = np.array([2.0]), np.array([0.5]), np.array([3]), np.array([7])
-        >>> [column.tolist() for column in expand_gaps(*runs)]
-        [[2.0, 2.5, 3.0], [7, 7, 7]]
+        >>> runs = GapRuns()
+        >>> runs.add(2.0, 0.5, 3, 7)
+        >>> runs.add_noisy(1.0, 0.0, 2, array("d", (0.5, 1.5)))
+        >>> [column.tolist() for column in runs.expand()]
+        [[2.0, 2.5, 3.0, 0.5, 1.5], [7, 7, 7, 2, 2]]
     """
-    starts = np.cumsum(count) - count
-    k = np.arange(int(count.sum())) - np.repeat(starts, count)
-    return np.repeat(first_s, count) + np.repeat(step_s, count) * k, np.repeat(weight, count)
 
-
-class NoisyGaps:
-    """Runs of token gaps with a multiplier for each iteration."""
-
-    __slots__ = ("_count", "_first_s", "_multipliers", "_step_s", "_weight")
+    __slots__ = ("_multipliers", "_noisy", "_plain", "num_gaps")
 
     def __init__(self) -> None:
-        self._first_s: list[float] = []
-        self._step_s: list[float] = []
-        self._count: list[int] = []
-        self._weight: list[int] = []
+        self._plain: array[float] = array("d")
+        self._noisy: array[float] = array("d")
         self._multipliers: array[float] = array("d")
+        self.num_gaps = 0
+        """Gaps in all runs, whatever their weight."""
 
-    def __len__(self) -> int:
-        return len(self._multipliers)
+    def add(self, first_s: float, step_s: float, count: int, weight: int) -> None:
+        """As `RunLog.gaps`."""
+        self._plain.extend((first_s, step_s, count, weight))
+        self.num_gaps += count
 
-    def add(self, first_s: float, step_s: float, weight: int, multipliers: array[float]) -> None:
-        """Append a run; see `RunLog.noisy_gaps`."""
-        self._first_s.append(first_s)
-        self._step_s.append(step_s)
-        self._count.append(len(multipliers))
-        self._weight.append(weight)
+    def add_noisy(
+        self, first_s: float, step_s: float, weight: int, multipliers: array[float]
+    ) -> None:
+        """As `RunLog.noisy_gaps`."""
+        count = len(multipliers)
+        self._noisy.extend((first_s, step_s, count, weight))
         self._multipliers.extend(multipliers)
+        self.num_gaps += count
 
     def expand(self) -> tuple[FloatArray, IntArray]:
-        """Length and weight of each gap, shape (n,)."""
-        gap_s, weight = expand_gaps(
-            np.array(self._first_s),
-            np.array(self._step_s),
-            np.array(self._count, dtype=np.int64),
-            np.array(self._weight, dtype=np.int64),
-        )
-        return gap_s * np.frombuffer(self._multipliers, dtype=np.float64), weight
+        """Length and weight of each gap, shape (n,): those without multipliers first."""
+        gap_s, weight = _expand(self._plain)
+        noisy_s, noisy_weight = _expand(self._noisy)
+        noisy_s *= np.frombuffer(self._multipliers, dtype=np.float64)
+        return np.concatenate((gap_s, noisy_s)), np.concatenate((weight, noisy_weight))
+
+
+def _expand(runs: array[float]) -> tuple[FloatArray, IntArray]:
+    columns = np.frombuffer(runs, dtype=np.float64).reshape(-1, 4).T
+    first_s, step_s = columns[:2]
+    count, weight = columns[2:].astype(np.int64)
+    k = np.arange(int(count.sum())) - np.repeat(np.cumsum(count) - count, count)
+    return np.repeat(first_s, count) + np.repeat(step_s, count) * k, np.repeat(weight, count)
 
 
 class ExactLog:
     """Keeps every request and every run of gaps; memory grows with the workload."""
 
     __slots__ = (
-        "_arrived", "_count", "_decode_id", "_finish_s", "_first_s", "_first_token_s", "_noisy",
-        "_prefill_id", "_retractions", "_status", "_step_s", "_weight", "_workload", "unresolved",
+        "_arrived", "_decode_id", "_finish_s", "_first_token_s", "_gaps", "_prefill_id",
+        "_retractions", "_status", "_workload", "unresolved",
     )  # fmt: skip
 
     def __init__(self, workload: Workload) -> None:
@@ -119,11 +134,7 @@ class ExactLog:
         self._status = [IN_FLIGHT] * count
         self._retractions = [0] * count
         self._arrived = 0
-        self._first_s: list[float] = []
-        self._step_s: list[float] = []
-        self._count: list[int] = []
-        self._weight: list[int] = []
-        self._noisy = NoisyGaps()
+        self._gaps = GapRuns()
         self.unresolved = 0
 
     def arrive(self, request: SimRequest) -> None:
@@ -152,29 +163,16 @@ class ExactLog:
         self._retractions[request.request_id] = request.retractions
 
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
-        self._first_s.append(first_s)
-        self._step_s.append(step_s)
-        self._count.append(count)
-        self._weight.append(weight)
+        self._gaps.add(first_s, step_s, count, weight)
 
     def noisy_gaps(
         self, first_s: float, step_s: float, weight: int, multipliers: array[float]
     ) -> None:
-        self._noisy.add(first_s, step_s, weight, multipliers)
+        self._gaps.add_noisy(first_s, step_s, weight, multipliers)
 
     def results(self, end_s: float) -> dict[str, Any]:
-        itl_s, itl_weight = expand_gaps(
-            np.array(self._first_s),
-            np.array(self._step_s),
-            np.array(self._count, dtype=np.int64),
-            np.array(self._weight, dtype=np.int64),
-        )
-        noisy_s, noisy_weight = self._noisy.expand()
-        return {
-            "requests": self._table(),
-            "itl_s": np.concatenate((itl_s, noisy_s)),
-            "itl_weight": np.concatenate((itl_weight, noisy_weight)),
-        }
+        itl_s, itl_weight = self._gaps.expand()
+        return {"requests": self._table(), "itl_s": itl_s, "itl_weight": itl_weight}
 
     def _table(self) -> RequestTable:
         """Those that arrived before the run ended; they arrive in the order of the workload."""

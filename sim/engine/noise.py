@@ -7,7 +7,7 @@ of the iteration (`profiles.spread`). Beside that the instance may sag: for some
 instants, every iteration that begins is slower by a constant factor.
 
 Numbers are drawn in blocks, and a block has running sums of its multipliers, so that the time and
-energy of any stretch of it take a few additions (`sim.engine.coalesced`).
+energy of any stretch of it take a few additions (`sim.engine.run`).
 """
 
 from __future__ import annotations
@@ -43,6 +43,14 @@ class IterationNoise:
     def __init__(
         self, config: SimConfig, spread: IterationSpread, phase: Phase, instance_id: int
     ) -> None:
+        """See the class.
+
+        Args:
+            config: Seed, scale and sags.
+            spread: Of the profile's iteration times.
+            phase: Of the instance; it has a stream of its own.
+            instance_id: Its index within the phase.
+        """
         seeds = np.random.SeedSequence(config.seed, spawn_key=(_STREAMS[phase], instance_id))
         normals, sags = seeds.spawn(2)
         self._spread = spread
@@ -67,7 +75,14 @@ class IterationNoise:
     def make(
         cls, config: SimConfig, spread: IterationSpread, phase: Phase, instance_id: int
     ) -> IterationNoise | None:
-        """None where every iteration takes exactly what the table says."""
+        """None where every iteration takes exactly what the table says.
+
+        Args:
+            config: As in `__init__`, like the others.
+            spread: Of the profile's iteration times.
+            phase: Of the instance.
+            instance_id: Its index within the phase.
+        """
         if config.sag_depth == 0 and (config.noise_scale == 0 or spread.is_zero(phase)):
             return None
         return cls(config, spread, phase, instance_id)
@@ -90,8 +105,19 @@ class IterationNoise:
             self.slowness = 1.0 if ends else 1.0 + self._sag_depth
             self.sag_change_s += self._sag_rng.exponential(self._wait_s[0 if ends else 1])
 
+    @property
+    def left(self) -> int:
+        """Numbers of the block that are still to be used."""
+        return BLOCK - self.at
+
+    def use(self, count: int) -> None:
+        """Go on by that many iterations, which lie in this block; at its end draw the next one."""
+        self.at += count
+        if self.at >= BLOCK:
+            self.refill()
+
     def refill(self) -> None:
-        """Draw the next block: due when `at` has come to `BLOCK`."""
+        """Draw the next block."""
         self.at = 0
         self._normals = self._generator.standard_normal(BLOCK)
         self._kept = {}

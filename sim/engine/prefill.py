@@ -33,12 +33,21 @@ class PrefillInstance(Instance):
         max_tokens: int,
         hand_over: Callable[[SimRequest, float], None],
     ) -> None:
+        """See the class.
+
+        Args:
+            config: The run's configuration.
+            log: Takes what becomes of requests.
+            state: What policies see of this instance; it is kept here.
+            answers: The controller, its answers checked.
+            track: The GPUs.
+            max_tokens: Budget of a batch.
+            hand_over: Takes each request whose prompt is done, and the time.
+        """
         super().__init__(config, log, state, answers, track)
         self._queue: deque[SimRequest] = deque()
         self._batch: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""
-        self._batch_size = 0
-        self._batch_tokens = 0
         self._oldest_s = 0.0
         """Earliest arrival in the running batch."""
         self._max_tokens = max_tokens
@@ -57,7 +66,7 @@ class PrefillInstance(Instance):
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens
         if self._is_parked and not (self._has_holding and self._holds(now_s)):
-            self._wake()
+            self._wake(now_s)
 
     def _holds(self, now_s: float) -> bool:
         """Whether the queue waits for more; the first to say so sets the latest start."""
@@ -67,18 +76,18 @@ class PrefillInstance(Instance):
         if self._is_held and not was_held:
             self._num_holds += 1
             number = self._num_holds
-            self.later(now_s + hold_s, lambda _: self._release(number))
+            self.call_at(now_s + hold_s, lambda at_s: self._release(number, at_s))
         return self._is_held
 
-    def _release(self, number: int) -> None:
+    def _release(self, number: int, now_s: float) -> None:
         if self._is_held and number == self._num_holds:
             self._is_held = False
-            self._wake()
+            self._wake(now_s)
 
     def _forget_last_iteration(self) -> None:
         self._has_record = False
 
-    def _begin(self, now_s: float) -> float:
+    def _begin(self, now_s: float) -> None:
         attention = self._form_batch(now_s)
         state = self.state
         effective_batch = self._batch_tokens * self._batch_tokens / attention
@@ -90,7 +99,7 @@ class PrefillInstance(Instance):
         state.last_queue_delay_s = now_s - self._oldest_s
         if self._sees_next_batch:
             self._ask_controller(now_s)
-        return self.track.begin_iteration(now_s, effective_batch, self._batch_tokens)
+        self.track.begin(now_s, effective_batch, self._batch_tokens)
 
     def _form_batch(self, now_s: float) -> float:
         """Take requests off the queue; returns Σ c·(c + 2p)."""
@@ -121,12 +130,12 @@ class PrefillInstance(Instance):
         state.kv_tokens = tokens
         return attention
 
-    def _complete(self, start_s: float, now_s: float) -> None:
-        state = self.state
+    def _end(self, now_s: float) -> None:
+        state, start_s = self.state, self.run.start_s
         state.last_duration_s = now_s - start_s
         state.ended_batch_size = self._batch_size
         state.ended_tokens = self._batch_tokens
-        state.ended_queue_delay_s = self._start_s - self._oldest_s
+        state.ended_queue_delay_s = start_s - self._oldest_s
         state.num_running = 0
         state.kv_tokens = 0
         self._has_record = True
@@ -134,9 +143,6 @@ class PrefillInstance(Instance):
             state.open_requests -= 1
             self._hand_over(request, now_s)
         self._batch = []
-
-    def _current_batch(self) -> tuple[int, int]:
-        return self._batch_size, self._batch_tokens
 
     def _list_waiting(self) -> list[WaitingRequest]:
         return [

@@ -17,6 +17,14 @@ class SimRequest:
     def __init__(
         self, request_id: int, arrival_s: float, input_tokens: int, output_tokens: int
     ) -> None:
+        """A request that is to come.
+
+        Args:
+            request_id: Its number in order of arrival, from 0.
+            arrival_s: When it arrives.
+            input_tokens: Of its prompt.
+            output_tokens: That it will have made at its end.
+        """
         self.request_id = request_id
         self.arrival_s = arrival_s
         self.input_tokens = input_tokens

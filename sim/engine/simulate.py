@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Final
 
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from profiles.files import replacing
 from sim.config import SimConfig
+from sim.engine.agenda import Agenda, HeapAgenda
 from sim.engine.fleet import Fleet
 from sim.engine.log import ExactLog, RunLog
-from sim.engine.loop import CoalescedFleet
-from sim.engine.reference import SimpyFleet
+from sim.engine.simpy_agenda import SimpyAgenda
 from sim.engine.sketch_log import RowSpill, SketchLog
 from sim.memory import MOST_WAITING, max_requests, watch_backlog
 from sim.records import RunRecord
 from sim.workload.workload import Workload
+
+CLOCKLESS: Final = ("static", "boost")
+"""Controllers that a profile of one clock serves as well as one of many."""
 
 
 def simulate(
@@ -67,6 +71,23 @@ def _run_sketch(
 def _fleet(
     config: SimConfig, profile: Profile, workload: Workload | Iterable[Workload], log: RunLog
 ) -> Fleet:
+    _require_clocks(config, profile)
     parts = (workload,) if isinstance(workload, Workload) else workload
-    driver = SimpyFleet if config.engine == "reference" else CoalescedFleet
-    return driver(config, profile, parts, log)
+    agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
+    return Fleet(config, profile, parts, log, agenda=agenda)
+
+
+def _require_clocks(config: SimConfig, profile: Profile) -> None:
+    """Refuse a policy that chooses clocks on a profile that was imported without them.
+
+    A profile measured at one clock is another thing: its card has no other, and says so.
+    """
+    if len(profile.clocks_mhz) > 1 or "clock_dependence" not in profile.meta.provenance:
+        return
+    for spec in (config.prefill_controller_spec, config.decode_controller_spec):
+        if spec.partition(":")[0] not in CLOCKLESS:
+            raise VoltanaError(
+                f"controller {spec!r} must choose among clocks, and profile {profile.name!r} has "
+                f"{profile.clocks_mhz[0]} MHz alone: import it with --power-from and "
+                "--clock-shape, or take static"
+            )

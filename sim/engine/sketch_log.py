@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sim.engine.log import NoisyGaps, expand_gaps
+from sim.engine.log import GapRuns
 from sim.engine.request import NEVER, SimRequest
 from sim.records import COMPLETED, IN_FLIGHT, REJECTED, IntArray, RequestTable
 from sim.sketches import RunSketch
@@ -24,14 +24,19 @@ class SketchLog:
     """The `RunLog` of runs too long to keep."""
 
     def __init__(self, *, slo_ttft_s: float, slo_itl_s: float, spill: RowSpill | None) -> None:
+        """See the class.
+
+        Args:
+            slo_ttft_s: Promise of first tokens, for attainment.
+            slo_itl_s: Promise of token gaps.
+            spill: Takes one row a request.
+        """
         self._sketch = RunSketch(slo_ttft_s=slo_ttft_s, slo_itl_s=slo_itl_s)
         self._spill = spill
         self._ttft_s: list[float] = []
         self._finished: list[SimRequest] = []
         self._finish_s: list[float] = []
-        self._gaps: tuple[list[float], list[float], list[int], list[int]] = ([], [], [], [])
-        self._noisy = NoisyGaps()
-        self._gap_iterations = 0
+        self._gaps = GapRuns()
         self._open: dict[int, SimRequest] = {}
         """Requests that have arrived and not ended."""
         self.unresolved = 0
@@ -65,20 +70,15 @@ class SketchLog:
         self._end_row(request, NEVER, REJECTED)
 
     def gaps(self, first_s: float, step_s: float, count: int, weight: int) -> None:
-        firsts, steps, counts, weights = self._gaps
-        firsts.append(first_s)
-        steps.append(step_s)
-        counts.append(count)
-        weights.append(weight)
-        self._gap_iterations += count
-        if self._gap_iterations >= 8 * _ROWS:
+        self._gaps.add(first_s, step_s, count, weight)
+        if self._gaps.num_gaps >= 8 * _ROWS:
             self._fold_gaps()
 
     def noisy_gaps(
         self, first_s: float, step_s: float, weight: int, multipliers: array[float]
     ) -> None:
-        self._noisy.add(first_s, step_s, weight, multipliers)
-        if len(self._noisy) >= 8 * _ROWS:
+        self._gaps.add_noisy(first_s, step_s, weight, multipliers)
+        if self._gaps.num_gaps >= 8 * _ROWS:
             self._fold_gaps()
 
     def results(self, end_s: float) -> dict[str, Any]:
@@ -114,18 +114,8 @@ class SketchLog:
         self._ttft_s, self._finished, self._finish_s = [], [], []
 
     def _fold_gaps(self) -> None:
-        firsts, steps, counts, weights = self._gaps
-        gap_s, weight = expand_gaps(
-            np.array(firsts),
-            np.array(steps),
-            np.array(counts, dtype=np.int64),
-            np.array(weights, dtype=np.int64),
-        )
-        self._sketch.add_gaps(gap_s, weight)
-        self._sketch.add_gaps(*self._noisy.expand())
-        self._gaps = ([], [], [], [])
-        self._noisy = NoisyGaps()
-        self._gap_iterations = 0
+        self._sketch.add_gaps(*self._gaps.expand())
+        self._gaps = GapRuns()
 
 
 class RowSpill:
@@ -155,7 +145,13 @@ class RowSpill:
         self._writer.close()
 
     def add(self, request: SimRequest, finish_s: float, status: int) -> None:
-        """Append a row; the request does not change any more."""
+        """Append a row; the request does not change any more.
+
+        Args:
+            request: It has ended, or the run has.
+            finish_s: When its last token was made; NaN without one.
+            status: One of `sim.records`.
+        """
         self._rows.append(request)
         self._finish_s.append(finish_s)
         self._status.append(status)

@@ -23,6 +23,13 @@ class Timeline:
     def __init__(
         self, instances: Sequence[Instance], *, interval_s: float, max_samples: int
     ) -> None:
+        """See the class.
+
+        Args:
+            instances: All that are sampled.
+            interval_s: Between two samples, at first.
+            max_samples: Of each instance; more than one.
+        """
         self._instances = instances
         self._interval_s = interval_s
         self._max_samples = max(2, max_samples)
@@ -30,7 +37,7 @@ class Timeline:
 
     @classmethod
     def make(cls, config: SimConfig, instances: Sequence[Instance]) -> Timeline | None:
-        """A timeline if the configuration asks for one; the driver calls its `sample`."""
+        """A timeline if the configuration asks for one; the fleet calls its `sample`."""
         if config.timeline_interval_s is None:
             return None
         return cls(
@@ -59,7 +66,7 @@ class Timeline:
 
     @staticmethod
     def _row(instance: Instance, now_s: float) -> tuple[float | int | str, ...]:
-        instance.sync(now_s)
+        instance.look(now_s)
         state = instance.state
         return (
             now_s, state.phase, state.instance_id, state.clock_mhz, state.num_running,

@@ -9,11 +9,11 @@ Each policy declares its parameters as a frozen dataclass whose fields end in th
 from __future__ import annotations
 
 import math
-import types
 from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
+from profiles.binding import convert, optional
 from profiles.errors import VoltanaError, nearest
 
 T = TypeVar("T")
@@ -144,7 +144,9 @@ def bind_parameters(spec: PolicySpec, parameters: type[T]) -> T:
                 f"a policy argument must come once, got {key!r} twice (in {spec.text!r})"
             )
         where = f"{spec.name}: {key}"
-        value = _convert(text, hints[item.name], where)
+        kind = _kind(hints[item.name])  # of another kind is its author's mistake, whatever the text
+        parts = text.split("+") if kind.startswith("list") else text
+        value = convert(parts, hints[item.name], where, takes_text=True)
         _check_range(value, item, where)
         values[item.name] = value
     return parameters(**values)
@@ -186,46 +188,11 @@ def _show(value: object) -> str:
 def _kind(hint: Any) -> str:  # noqa: ANN401 (a type expression)
     if get_origin(hint) is tuple:
         return f"list of {_kind(get_args(hint)[0])}"
-    options = [option for option in get_args(hint) if option is not type(None)]
-    if options:
-        return _kind(options[0])
+    hint, _ = optional(hint)
     kinds = {int: "integer", float: "number", bool: "true/false", str: "word"}
     if hint not in kinds:
         raise TypeError(f"a field of type {getattr(hint, '__name__', hint)}")
     return kinds[hint]
-
-
-def _convert(text: str, hint: Any, where: str) -> object:  # noqa: ANN401 (a type expression)
-    if get_origin(hint) is tuple:
-        return tuple(_convert(part, get_args(hint)[0], where) for part in text.split("+"))
-    if get_origin(hint) is types.UnionType:
-        inner = next(option for option in get_args(hint) if option is not type(None))
-        return None if text.lower() == "none" else _convert(text, inner, where)
-    if hint is bool:
-        return _convert_bool(text, where)
-    if hint is str:
-        return text
-    kind = _kind(hint)  # a field of any other kind is its author's mistake, whatever the text
-    try:
-        number = float(text)
-        if hint is int:
-            return int(text)
-    except ValueError:
-        raise VoltanaError(f"{where} must be {_article(kind)}, got {text!r}") from None
-    if not math.isfinite(number):
-        raise VoltanaError(f"{where} must be finite, got {text!r}")
-    return number
-
-
-def _convert_bool(text: str, where: str) -> bool:
-    known = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
-    if text.lower() not in known:
-        raise VoltanaError(f"{where} must be true or false, got {text!r}")
-    return known[text.lower()]
-
-
-def _article(kind: str) -> str:
-    return ("an " if kind[0] in "aeiou" else "a ") + kind
 
 
 def _check_range(value: object, item: Field[Any], where: str) -> None:
@@ -236,6 +203,8 @@ def _check_range(value: object, item: Field[Any], where: str) -> None:
             raise VoltanaError(f"{where}: unknown choice {part!r}{nearest(str(part), choices)}")
         if not isinstance(part, (int, float)) or isinstance(part, bool):
             continue
+        if not math.isfinite(part):
+            raise VoltanaError(f"{where} must be finite, got {part}")
         if low is not None and part < low:
             raise VoltanaError(f"{where} must be >= {low:g}, got {part:g}")
         if high is not None and part > high:

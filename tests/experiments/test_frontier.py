@@ -18,7 +18,7 @@ from experiments.compare.intervals import saving_pct, t_interval
 from experiments.frontier.contenders import parse_contender
 from experiments.frontier.contest import contest_files, read_contest, run_contest, write_contest
 from experiments.frontier.knob import search_knob
-from experiments.frontier.report import markdown_table, text_table
+from experiments.frontier.report import HEADINGS, table_rows, text_table
 from experiments.frontier.search import (
     DEFAULT,
     STATIC_FLEET,
@@ -33,6 +33,7 @@ from experiments.frontier.trial import Trial, pooled
 from experiments.report.collect import collect
 from experiments.runs import workload_of
 from profiles.errors import VoltanaError
+from profiles.markdown import markdown_table
 from sim.config import make_config, read_toml
 from sim.workload.traces import open_trace
 from tests.experiments.frontier_fixtures import make_small_study
@@ -293,7 +294,7 @@ def test_no_saving_is_quoted_where_the_target_is_missed(tmp_path: Path) -> None:
     columns = ["saving_vs_static_max_pct", "saving_vs_best_pair_same_router_pct", "times_bound"]
     assert frame[columns].isna().all(axis=None)
     assert (frame["attainment"] < 0.99).all()
-    for text in (markdown_table(frame), text_table(frame, "t")):
+    for text in (markdown_table(HEADINGS, table_rows(frame)), text_table(frame, "t")):
         assert "–" in text
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -342,6 +343,36 @@ def test_another_run_is_drawn_on_choice(watched: Watched) -> None:
     assert max(second[-100:]) < 1410
     label = watched.page.locator("select[data-chart='series'] option:checked").text_content()
     assert label.startswith("ecofreq, ")
+
+
+def test_names_of_runs_and_folders_are_text(tmp_path: Path) -> None:
+    """The names of folders come from elsewhere; the browser may see no element in them."""
+    name = "<img src=x onerror=alert(1)>&amp;"
+    folder = tmp_path / name
+    write_run(run(CONFIG), folder / f"{name}1")
+    write_run(run(replace(CONFIG, seed=2)), folder / f"{name}2")
+    out = tmp_path / "report.html"
+    write_report(folder, out, target=0.99, wanted=())
+    seen = Elements()
+    seen.feed(out.read_text(encoding="utf-8"))
+    assert "img" not in seen.tags
+    assert f"voltana: {name}" in seen.texts
+    assert {f"{name}1", f"{name}2"} <= set(seen.texts)
+
+
+class Elements(HTMLParser):
+    """What an HTML parser makes of a page: names of elements, and texts."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.texts: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
 
 
 @pytest.mark.slow

@@ -75,7 +75,11 @@ def test_a_file_becomes_panels_times_axes(tmp_path: Path) -> None:
         ('x_label = "rate"', "x_label = 3", "x_label must be a text, got 3"),
         ('baseline = "a"', 'baseline = "b"', r"baseline of \[figure\] is no policy: 'b'"),
         ("[base]", "[[base]]", r"\[base\] must be a table of keys"),
-        ("[quick]\nnum_decode = 1\n[base]", "[base]\nnum_decode = 'x'", "num_decode must be int"),
+        (
+            "[quick]\nnum_decode = 1\n[base]",
+            "[base]\nnum_decode = 'x'",
+            "num_decode must be a whole number",
+        ),
         ("[grid]\nseed = [1, 2]", "[grid]\nseed = 1", "grid.seed must be a list"),
         ('baseline = "a"', 'basline = "a"', r"unknown key 'basline'.*did you mean 'baseline'"),
         ('name = "left"\nrate_rps', 'name = "left"\nrate', r"unknown key 'rate' in \[\[panel\]\]"),

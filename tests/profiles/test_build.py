@@ -15,7 +15,7 @@ from profiles.build.a100 import (
     build,
     fit_clocks,
 )
-from profiles.build.kernels import Gemm
+from profiles.build.kernels import Gemm, read_a100
 from profiles.build.models import SHAPES
 from profiles.catalog import FILES, Profile, load_profile
 from profiles.places import DATA
@@ -189,7 +189,7 @@ def test_gemms_agree_with_an_independent_measurement(shared_data: Path) -> None:
     """
     table = pd.read_csv(shared_data / "dvfs" / "vidur_a100" / "Meta-Llama-3-8B_mlp.csv")
     one = table[table["num_tensor_parallel_workers"] == 1].set_index("num_tokens")
-    gemm = Gemm(shared_data / "dvfs")
+    gemm = Gemm(read_a100(shared_data / "dvfs", "gemm_bf16"))
     for tokens in (512, 2048, 8192):
         up, down = (
             float(one[f"time_stats.mlp_{part}_proj.median"].to_dict()[tokens]) * 1e-3

@@ -280,11 +280,11 @@ def test_a_bad_value_is_named_with_its_line(
         ("schema_version = 1", "schema_version = 9", "schema_version must be 1, got 9"),
         ("power_limit_w", "power_limit", "unknown key 'power_limit'.*did you mean"),
         ('status = "modelled"', 'status = "guessed"', "status must be one of measured"),
-        ("tensor_parallel = 1", "tensor_parallel = 0", "tensor_parallel must be int and > 0"),
+        ("tensor_parallel = 1", "tensor_parallel = 0", "tensor_parallel must be > 0"),
         (
             "tensor_parallel = 1",
             'tensor_parallel = "two"',
-            "tensor_parallel must be int, got 'two'",
+            "tensor_parallel must be a whole number, got 'two'",
         ),
         ("700,", "1700,", "supported_mhz must ascend"),
         ("[provenance.idle_power]", "[provenance.other]", "must be stated for idle_power"),

@@ -80,6 +80,13 @@ def test_a_serving_file_of_another_kind_is_refused(
     assert "serving.toml" in str(found.value)
 
 
+IMPORT_TABLES = (
+    "systems", "host", "power/h100", "power/b200", "power/rtx-pro-6000", "clocks/a100",
+    "clocks/rtx-pro-6000",
+)  # fmt: skip
+"""What `voltana profile import` reads beside the kernel tables."""
+
+
 def test_a_wheel_holds_the_shipped_tables_and_no_stray_profile(tmp_path: Path) -> None:
     """By the build backend itself, on a tree where profiles were measured into the package."""
     wheels = pytest.importorskip("hatchling.builders.wheel")
@@ -101,5 +108,6 @@ def test_a_wheel_holds_the_shipped_tables_and_no_stray_profile(tmp_path: Path) -
     found = {file.distribution_path for file in files}
     data = {path for path in found if path.startswith("profiles/") and not path.endswith(".py")}
     tables = {f"profiles/data/{name}/{file}" for name in list_profiles() for file in FILES}
-    assert data == tables | {"profiles/data/a100-80g-sxm/coefficients.toml"}
+    imported = {f"profiles/importing/data/{name}.toml" for name in IMPORT_TABLES}
+    assert data == tables | imported | {"profiles/data/a100-80g-sxm/coefficients.toml"}
     assert {"profiles/catalog.py", "sim/config.py", "hwreplay/engines/sglang/install.sh"} <= found

@@ -16,14 +16,14 @@ import pytest
 from experiments.runs import cached_profile, workload_of
 from profiles import ecopred, step_model
 from sim.config import SimConfig, make_config
+from sim.engine.fleet import Fleet
 from sim.engine.log import ExactLog
-from sim.engine.loop import CoalescedFleet
 from sim.records import RunRecord
 
 
-def fleet_of(config: SimConfig) -> CoalescedFleet:
+def fleet_of(config: SimConfig) -> Fleet:
     workload = workload_of(config)
-    return CoalescedFleet(config, cached_profile(config.profile), (workload,), ExactLog(workload))
+    return Fleet(config, cached_profile(config.profile), (workload,), ExactLog(workload))
 
 
 def count_calls(run: Callable[[], RunRecord]) -> tuple[RunRecord, Counter[CodeType]]:
@@ -55,7 +55,7 @@ def test_events_per_request(rate_rps: float, most_events: float) -> None:
     however many iterations there are (98 a request at 2 requests/s)."""
     fleet = fleet_of(make_config({"rate_rps": rate_rps, "duration_s": 60.0}))
     record = fleet.run()
-    per_request = fleet.num_events / len(record.requests.arrival_s)
+    per_request = fleet.agenda.num_events / len(record.requests.arrival_s)
     assert per_request <= most_events, f"{per_request:.2f} events a request"
 
 

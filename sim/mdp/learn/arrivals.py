@@ -17,9 +17,9 @@ from typing import Any
 from profiles.catalog import Profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig
+from sim.engine.fleet import Fleet
 from sim.engine.instance import Instance
 from sim.engine.log import ExactLog
-from sim.engine.loop import CoalescedFleet
 from sim.engine.request import SimRequest
 from sim.policies.base import (
     Controller,
@@ -89,7 +89,7 @@ class ArrivalSimulation:
         self._chosen = _Chosen()
         self._held: list[_Held] = []
         self._levels_mhz = tuple(levels_mhz)
-        self._fleet = CoalescedFleet(
+        self._fleet = Fleet(
             config,
             profile,
             (workload,),
@@ -151,7 +151,7 @@ class ArrivalSimulation:
         for request in self._coming:
             self._fleet.advance(request.arrival_s)
             if self._fleet.can_hold(request):
-                self._fleet.look(request.arrival_s)
+                self._fleet.report(request.arrival_s)
                 return request
             self._fleet.accept(request)
         return None

@@ -16,7 +16,7 @@ import pytest
 
 from hwreplay.actuator.client import HelperActuator
 from hwreplay.actuator.helper import Helper, HelperConfig
-from hwreplay.actuator.protocol import Operation
+from hwreplay.messages.actuation import Operation
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
 
@@ -70,7 +70,7 @@ def serving(path: Path, backend: Recorder, **settings: Any) -> Iterator[None]:  
         thread.join()
 
 
-def eventually(is_so: Callable[[], bool], limit_s: float = 20.0) -> bool:
+def eventually(is_so: Callable[[], bool], limit_s: float = 60.0) -> bool:
     """Whether something becomes true."""
     deadline_s = time.monotonic() + limit_s
     while time.monotonic() < deadline_s:

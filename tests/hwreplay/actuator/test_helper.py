@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from hwreplay.actuator.client import ActuatorLostError, DryRunActuator, HelperActuator
 from hwreplay.actuator.helper import Helper, HelperConfig
-from hwreplay.actuator.protocol import Operation, Request, Status, parse_answer
+from hwreplay.messages.actuation import Operation, Request, Status, parse_answer
 from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, beating, eventually, serving
 
@@ -156,6 +156,18 @@ def test_a_socket_for_another_user_needs_a_folder_that_nobody_else_renames_in(
             with pytest.raises(VoltanaError, match="only root renames files"):
                 Helper(recorder, config)
             assert not (folder / "s").exists()
+
+
+def test_a_driver_that_takes_long_is_not_the_clients_silence(
+    tmp_path: Path, recorder: Recorder
+) -> None:
+    """A lock of 0.5 s, where 0.3 s of silence are allowed: the beats wait to be read meanwhile."""
+    recorder.lock_s = 0.5
+    with serving(tmp_path / "s", recorder, silence_s=0.3):
+        client = HelperActuator(tmp_path / "s", [0])
+        client.set_clock(1005)
+        assert beating(client, lambda: client.clock_mhz == 1005)
+        client.close()
 
 
 def test_silence_restores_and_the_client_learns_of_it(tmp_path: Path, recorder: Recorder) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hwreplay.actuator.client import ActuatorLostError, HelperActuator
-from hwreplay.actuator.protocol import Status
+from hwreplay.messages.actuation import Status
 from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import beating, eventually, helper_process
 from tests.profiles.device.standin import Standin

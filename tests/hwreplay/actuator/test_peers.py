@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from hwreplay.actuator.client import HelperActuator
-from hwreplay.actuator.protocol import Operation, Request, Status, parse_answer
+from hwreplay.messages.actuation import Operation, Request, Status, parse_answer
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, eventually, serving
 
 GPUS = st.integers(0, 3)

@@ -9,7 +9,7 @@ import pytest
 import zmq
 
 from hwreplay.clock import RunClock
-from hwreplay.messages.events import Event, EventFeed, EventPublisher, apply_event
+from hwreplay.messages.events import Event, EventFeed, EventPublisher
 from hwreplay.messages.metrics_feed import MetricsFeed
 from hwreplay.view.tracker import InstanceTracker
 from profiles.engines.sglang_metrics import (
@@ -220,9 +220,9 @@ def test_feeds_over_sockets(tmp_path: Path) -> None:
         for instance_id in (10, 1):
             publisher.publish(Event("assigned", "decode", instance_id, 0.5, instance_id, 40))
         publisher.publish(Event("open", "decode", 1, 1.0, open_ids=()))
-        apply_event(seen, await events.receive())
+        seen.on_event(await events.receive())
         assert seen.open_ids() == [1]
-        apply_event(seen, await events.receive())
+        seen.on_event(await events.receive())
         assert seen.open_ids() == []
         for part in (publisher, events):
             part.close()

@@ -1,4 +1,4 @@
-"""The coalesced driver against the SimPy reference: same decisions, times and energy."""
+"""Long runs on the heap against runs of one on SimPy: same decisions, times and energy."""
 
 from __future__ import annotations
 

@@ -1,0 +1,229 @@
+"""An agent's ears: its sockets, and its turn."""
+
+from __future__ import annotations
+
+import functools
+import json
+import time
+from functools import partial
+from pathlib import Path
+from typing import Final, TextIO
+
+import msgspec
+import zmq
+
+from hwreplay.actuator.client import ActuatorLostError
+from hwreplay.agent.agent import AgentConfig
+from hwreplay.agent.make import caps_w, connect, make_loop, make_meter
+from hwreplay.clock import RunClock
+from hwreplay.messages.batch_feed import BatchFeed, BatchNotice
+from hwreplay.messages.events import Event, topic_of
+from hwreplay.messages.reports import Report, ReportSender
+from hwreplay.view.context import PolicySource
+from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
+from profiles.errors import VoltanaError
+from sim.policies.base import InstanceState
+from sim.results import write_json
+
+TICK_S: Final = 0.05
+RECONNECT_S: Final = 1.0
+
+
+class Agent:
+    """Sockets around a `ControlLoop`. Whoever runs it polls, and gives it its turns."""
+
+    def __init__(
+        self, config: AgentConfig, directory: Path, source: PolicySource, poller: zmq.Poller
+    ) -> None:
+        """Make the controller, connect, bind and set the initial clock.
+
+        Args:
+            config: What to watch and what to set.
+            directory: Takes the agent's files.
+            source: Makes the controller; agents of one process share it.
+            poller: Wakes the process up; this agent's sockets are put there.
+
+        Raises:
+            VoltanaError: A wrong setting, or the helper does not answer.
+        """
+        self._config = config
+        self._clock = RunClock(start_ns=config.start_ns)
+        # once: on a later connection the limit in force may be a cap of ours that is left over
+        self._make_caps_w = functools.cache(partial(caps_w, config, source.profile))
+        self._tracker, self._loop = make_loop(
+            config, directory, self._clock, source, self._make_caps_w
+        )
+        self._meter = make_meter(config)
+        self._reconnect_s = 0.0
+        self._clocks: TextIO = (directory / f"{config.name}.clocks.jsonl").open("w")
+        self._report = directory / f"{config.name}.report.json"
+        self._batches = (
+            None if config.batch_socket is None else BatchFeed(Path(config.batch_socket))
+        )
+        self._reports = (
+            None if config.report_address is None else ReportSender(config.report_address)
+        )
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._metrics = self._subscribe(config.metrics_address, b"")
+        self._events = (
+            None
+            if config.event_address is None
+            else self._subscribe(config.event_address, topic_of(config.phase, config.instance_id))
+        )
+        self._poller = poller
+        for feed in (self._events, self._batches, self._metrics):
+            if feed is not None:
+                self._poller.register(feed, zmq.POLLIN)
+        self._polled_fd: int | None = None
+        self._decode_event = msgspec.msgpack.Decoder(Event).decode
+        self._ticked_s = self._clock.now_s()
+
+    @property
+    def state(self) -> InstanceState:
+        """Of its instance."""
+        return self._tracker.state
+
+    def turn(self) -> None:
+        """Take what waits, the router's word before the engine's, and let time pass."""
+        self._take_events()
+        self._take_notices()
+        self._take_records()
+        now_s = self._clock.now_s()
+        self._loop.collect(now_s)
+        if now_s - self._ticked_s >= TICK_S:
+            self._ticked_s = now_s
+            self._tick(now_s)
+        elif self._loop.clock_changes:
+            self._tell_clock(now_s)
+
+    def poll_actuator(self) -> None:
+        """Wake up for the helper's answers; its connection comes and goes."""
+        fd = self._loop.actuator_fd
+        if fd == self._polled_fd:
+            return
+        if self._polled_fd is not None:
+            self._poller.unregister(self._polled_fd)
+        if fd is not None:
+            self._poller.register(fd, zmq.POLLIN)
+        self._polled_fd = fd
+
+    def _take_events(self) -> None:
+        if self._events is None:
+            return
+        while (frames := _receive(self._events)) is not None:
+            try:
+                self._tracker.on_event(self._decode_event(frames[-1]))
+            except msgspec.DecodeError as error:
+                self._loop.report.counts["wrong_messages"] += 1
+                self._loop.go_safe(self._clock.now_s(), f"a wrong event: {error}")
+        self._loop.settle(self._clock.now_s())
+
+    def _take_notices(self) -> None:
+        if self._batches is None:
+            return
+        report = self._loop.report
+        notice = self._next_notice()
+        while notice is not None:
+            start_ns, writes = time.monotonic_ns(), self._loop.num_wishes
+            following = self._next_notice()
+            is_newest = following is None
+            if self._loop.on_notice(notice, self._clock.now_s(), is_newest=is_newest):
+                self._count_latency(start_ns, writes)
+                report.notice.add((time.monotonic_ns() - notice.sent_ns) * 1e-9)
+            notice = following
+
+    def _next_notice(self) -> BatchNotice | None:
+        """The next one that is right; wrong ones are counted and unlock the clock."""
+        assert self._batches is not None
+        while True:
+            try:
+                return self._batches.receive()
+            except VoltanaError as error:
+                self._loop.report.counts["wrong_messages"] += 1
+                self._loop.go_safe(self._clock.now_s(), str(error))
+
+    def _take_records(self) -> None:
+        frames = _receive(self._metrics)
+        while frames is not None:
+            start_ns, writes = time.monotonic_ns(), self._loop.num_wishes
+            following = _receive(self._metrics)
+            try:
+                record = parse_metrics(frames[-1], received_s=self._clock.now_s())
+            except MetricsError as error:
+                self._loop.report.counts["wrong_messages"] += 1
+                self._loop.go_safe(self._clock.now_s(), str(error))
+            else:
+                if self._loop.on_record(record, is_newest=following is None):
+                    self._count_latency(start_ns, writes)
+            frames = following
+
+    def _count_latency(self, start_ns: int, wishes_before: int) -> None:
+        latency_s = (time.monotonic_ns() - start_ns) * 1e-9
+        self._loop.report.latency.add(latency_s)
+        if self._loop.num_wishes > wishes_before:
+            self._loop.report.written.add(latency_s)
+
+    def _tick(self, now_s: float) -> None:
+        if self._meter is not None and (energy_j := self._meter.energy_j) is not None:
+            self._tracker.on_energy(energy_j)
+        self._loop.tick(now_s)
+        if not self._loop.has_actuator and now_s >= self._reconnect_s:
+            self._reconnect_s = now_s + RECONNECT_S
+            self._reconnect()
+        self._tell_clock(now_s)
+        self._clocks.flush()
+
+    def _tell_clock(self, now_s: float) -> None:
+        """To the file and to the router."""
+        changes = self._loop.clock_changes
+        while changes:
+            at_s, clock_mhz = changes.popleft()
+            self._clocks.write(json.dumps({"at_s": at_s, "clock_mhz": clock_mhz}) + "\n")
+        if self._reports is not None:
+            state = self._tracker.state
+            self._reports.send(
+                Report(
+                    state.phase,
+                    state.instance_id,
+                    now_s,
+                    state.clock_mhz,
+                    None if self._meter is None else self._meter.energy_j,
+                    self._loop.report.counts["decisions"],
+                )
+            )
+
+    def _reconnect(self) -> None:
+        try:
+            self._loop.attach(connect(self._config, self._make_caps_w))
+        except ActuatorLostError:
+            self._loop.report.counts["reconnects_failed"] += 1
+
+    def _subscribe(self, address: str, topic: bytes) -> zmq.Socket[bytes]:
+        subscriber: zmq.Socket[bytes] = self._context.socket(zmq.SUB)
+        subscriber.set_hwm(MAX_QUEUED_RECORDS)
+        subscriber.setsockopt(zmq.SUBSCRIBE, topic)
+        subscriber.setsockopt(zmq.RECONNECT_IVL_MAX, 1000)
+        subscriber.connect(address)
+        return subscriber
+
+    def close(self) -> None:
+        """Give the clock back, leave the report."""
+        now_s = self._clock.now_s()
+        self._loop.close(now_s)
+        self._tell_clock(now_s)
+        self._clocks.close()
+        write_json(self._loop.report.as_dict(), self._report)
+        for part in (self._batches, self._reports, self._meter):
+            if part is not None:
+                part.close()
+        for subscriber in (self._metrics, self._events):
+            if subscriber is not None:
+                subscriber.close(linger=0)
+        self._context.term()
+
+
+def _receive(subscriber: zmq.Socket[bytes]) -> list[bytes] | None:
+    try:
+        return subscriber.recv_multipart(flags=zmq.NOBLOCK)
+    except zmq.Again:
+        return None

@@ -1,0 +1,118 @@
+"""What an agent is made of: its controller's loop, its meter, its connection to the actuator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import numpy as np
+
+from hwreplay.actuator.client import (
+    Actuator,
+    ActuatorLostError,
+    DryRunActuator,
+    HelperActuator,
+    caps_from_power,
+)
+from hwreplay.agent.agent import AgentConfig
+from hwreplay.agent.control import ControlLoop
+from hwreplay.agent.energy_meter import EnergyMeter
+from hwreplay.clock import RunClock
+from hwreplay.view.context import PolicySource, check_notices, decides_before
+from hwreplay.view.tracker import InstanceTracker
+from profiles.catalog import Profile
+from profiles.device.cards import open_gpu, open_gpus
+from profiles.errors import VoltanaError
+from sim.policies.base import PREFILL
+
+MakeCaps = Callable[[], Mapping[int, float]]
+"""Gives the power limit in W that stands for each clock."""
+
+
+def make_loop(
+    config: AgentConfig,
+    directory: Path,
+    clock: RunClock,
+    source: PolicySource,
+    make_caps_w: MakeCaps,
+) -> tuple[InstanceTracker, ControlLoop]:
+    """The state that is kept and the loop that acts on it.
+
+    Args:
+        config: The agent's.
+        directory: Takes what a dry run records.
+        clock: The run's.
+        source: Makes the controller.
+        make_caps_w: As in `connect`.
+
+    Raises:
+        VoltanaError: A wrong setting, or the actuator does not answer.
+    """
+    settings = source.config
+    check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
+    controller = source.make_controller(config.phase, config.instance_id)
+    tracker = source.make_tracker(config.phase, config.instance_id)
+    if config.actuator_socket is not None and not config.gpus:
+        raise VoltanaError(
+            f"an agent's actuator must have gpus to set, {config.name} has none: list them, or "
+            "leave actuator_socket out for a dry run"
+        )
+    actuator: Actuator = (
+        DryRunActuator(directory / f"{config.name}.decisions.jsonl")
+        if config.actuator_socket is None
+        else connect(config, make_caps_w)
+    )
+    loop = ControlLoop(
+        controller,
+        tracker,
+        actuator,
+        predictor=source.profile.predictor(),
+        clocks_mhz=source.profile.meta.clocks.supported_mhz,
+        limits=config.stale,
+        decides_before=decides_before(settings, config.phase),
+        now_s=clock.now_s(),
+    )
+    return tracker, loop
+
+
+def make_meter(config: AgentConfig) -> EnergyMeter | None:
+    """Reads its cards, or a stated power; None where it has neither."""
+    gpus = open_gpus(config.gpus, config.power_w)
+    return EnergyMeter(gpus) if gpus else None
+
+
+def connect(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
+    """A connection to the actuator; `make_caps_w` is asked where it limits power.
+
+    Raises:
+        ActuatorLostError: A dry run has none, or it does not answer.
+    """
+    if config.actuator_socket is None:
+        raise ActuatorLostError("a dry run has no helper")
+    return HelperActuator(
+        Path(config.actuator_socket),
+        config.gpus,
+        uuids=_uuids(config),
+        make_caps_w=make_caps_w,
+    )
+
+
+def _uuids(config: AgentConfig) -> list[str]:
+    """Of the instance's cards: beyond a container's border the helper numbers them otherwise."""
+    found = []
+    for index in config.gpus:
+        with open_gpu(index) as gpu:
+            found.append(gpu.identity.uuid)
+    return found
+
+
+def caps_w(config: AgentConfig, profile: Profile) -> dict[int, float]:
+    """The power limit of one GPU that stands for each clock: the most it draws there."""
+    table = profile.prefill if config.phase == PREFILL else profile.decode
+    highest_w = table.groupby("frequency_mhz")["power_w"].max() / len(config.gpus)
+    clocks_mhz = profile.clocks_mhz
+    power_w = np.interp(clocks_mhz, highest_w.index.to_numpy(), highest_w.to_numpy())
+    with open_gpu(config.gpus[0]) as gpu:
+        lowest_w, _ = gpu.power_limit_range_w()
+        range_w = (lowest_w, gpu.power_limit_w())
+    return caps_from_power(dict(zip(clocks_mhz, power_w.tolist(), strict=True)), range_w=range_w)
