@@ -21,6 +21,7 @@ from sim.policies.clocks import (
     nearest_clock_mhz,
     spread_clocks_mhz,
 )
+from sim.policies.fitting import LowestFitting
 from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 
@@ -191,3 +192,21 @@ def test_a_cap_admits_the_fastest_within_it_and_the_slowest_at_least() -> None:
     context = with_times("decode", (0.01, 0.01, 0.01))
     caps = {99.0: 1000, 100.0: 1000, 149.0: 1000, 150.0: 1200, 299.0: 1200, 300.0: 1400}
     assert {w: fastest_within_mhz(context, 1, 9, w) for w in caps} == caps
+
+
+class Flat:
+    """A line that does not rise with tokens: 60 ms at 1000 MHz, 40 ms at 1400."""
+
+    def predict_s(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return self.predict_line(phase, clock_mhz, batch_size)[0]
+
+    def predict_line(self, phase: Phase, clock_mhz: int, batch_size: int) -> tuple[float, float]:
+        return {1000: 0.060, 1400: 0.040}[clock_mhz], 0.0
+
+
+@pytest.mark.parametrize(("limit_s", "clock"), [(0.07, 1000), (0.05, 1400), (0.03, None)])
+def test_a_time_without_slope_fits_or_does_not_whatever_the_tokens(
+    limit_s: float, clock: int | None
+) -> None:
+    fitting = LowestFitting(Flat(), "decode", (1000, 1400), limit_s)
+    assert fitting.fitting_mhz(8, 10**9) == clock
