@@ -227,13 +227,13 @@ def _batches_j(
     left_s: FloatArray, effective: FloatArray, tokens: FloatArray, *, is_alone: bool,
 ) -> FloatArray:  # fmt: skip
     """Least (P - idle)·T of each batch that ends within `left_s`; infinite where no clock does."""
-    best = np.full(len(tokens), np.inf)
+    best = excess_j = np.full(len(tokens), np.inf)
     for clock in clocks:
         time_s, power_w = _prefill_points(profile, config, clock, effective, tokens)
-        energy_j = np.where(time_s <= left_s, (power_w - idle_w) * time_s, np.inf)
-        best = np.minimum(best, energy_j)
-    if is_alone:  # late at any clock: at the top one
-        best = np.where(np.isfinite(best), best, (power_w - idle_w) * time_s)
+        excess_j = (power_w - idle_w) * time_s
+        best = np.minimum(best, np.where(time_s <= left_s, excess_j, np.inf))
+    if is_alone:  # late at any clock: at the last and fastest one
+        best = np.where(np.isfinite(best), best, excess_j)
     return best
 
 
@@ -257,4 +257,4 @@ def _prefill_points(
 
 
 def _at(knots: FloatArray, values: list[float], tokens: FloatArray) -> FloatArray:
-    return np.interp(tokens, knots, np.asarray(values))
+    return np.asarray(np.interp(tokens, knots, np.asarray(values)), dtype=np.float64)
