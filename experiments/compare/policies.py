@@ -121,8 +121,8 @@ def is_static_pair(frame: pd.DataFrame, series: str = "policy") -> pd.Series[boo
 def compare(frame: pd.DataFrame, *, target: float = TARGET) -> pd.DataFrame:
     """One row a load point and policy, with its saving; of the static pairs only the best one.
 
-    A saving of a policy that does not keep the SLO is no saving at equal attainment: `keeps_slo`
-    says so in every table and figure.
+    Where a policy misses the SLO its saving does not count: every table and figure shows
+    `keeps_slo` beside it.
 
     Args:
         frame: Tidy results of one sweep with a `policy` column.
