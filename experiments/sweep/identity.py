@@ -25,7 +25,14 @@ from sim.config import SimConfig
 from sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
 from sim.policies.spec import parse_spec
 
-_SHARED: Final = ("*.py", "engine/*.py", "workload/*.py", "workload/data/*", "policies/**/*.py")
+_SHARED: Final = (
+    "*.py",
+    "engine/*.py",
+    "workload/*.py",
+    "workload/data/*",
+    "policies/**/*.py",
+    "mdp/*.py",
+)
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
     "active_decode", "aim_ratio", "predictor", "predictor_scale", "predictor_power_scale",

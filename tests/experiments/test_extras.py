@@ -12,7 +12,7 @@ from profiles.errors import VoltanaError
 from tests.conftest import ROOT
 
 BLOCKED = {
-    "replay": ("aiohttp", "httptools", "uvloop", "zmq", "msgspec", "prometheus_client"),
+    "replay": ("aiohttp", "httptools", "uvloop", "zmq", "prometheus_client"),
     "report": ("plotly",),
 }
 PROGRAM = """
