@@ -66,7 +66,7 @@ def test_a_stated_spread_says_where_it_is_from_and_is_a_share(tmp_path: Path) ->
     assert read_meta(path).spread is None
     text = meta_toml(meta) + "\n[spread]\nprefill = 0.1\n"
     path.write_text(text)
-    with pytest.raises(VoltanaError, match=r"\[spread\]: missing key 'decode'"):
+    with pytest.raises(VoltanaError, match=r"missing key 'decode' of \[spread\]"):
         read_meta(path)
 
 
