@@ -23,6 +23,30 @@ HELPER_S: Final = 20.0
 POLL_S: Final = 0.02
 
 
+def emulated_gpus(
+    profile: str, num_prefill: int, num_decode: int
+) -> dict[Phase, tuple[tuple[int, ...], ...]]:
+    """The emulated cards of each instance: in a row, prefill first, as many as the profile's.
+
+    Args:
+        profile: Whose tensor parallelism says how many cards an instance has.
+        num_prefill: Prefill instances.
+        num_decode: Decode instances.
+
+    Raises:
+        VoltanaError: No such profile.
+    """
+    width = load_profile(profile).meta.model.tensor_parallel
+    places: dict[Phase, range] = {
+        PREFILL: range(num_prefill),
+        DECODE: range(num_prefill, num_prefill + num_decode),
+    }
+    return {
+        phase: tuple(tuple(range(i * width, (i + 1) * width)) for i in each)
+        for phase, each in places.items()
+    }
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
     """Cards for so many instances, each as wide as the profile says."""
@@ -40,31 +64,17 @@ class Machine:
     noise_scale: float = 0.0
 
     @property
-    def width(self) -> int:
-        """Cards of one instance."""
-        return load_profile(self.profile).meta.model.tensor_parallel
-
-    @property
     def state(self) -> Path:
         """The mapped file of the cards."""
         return self.directory / "cards"
 
     @property
     def num_cards(self) -> int:
-        return (self.num_prefill + self.num_decode) * self.width
+        return sum(len(cards) for each in self.gpus().values() for cards in each)
 
     def gpus(self) -> dict[Phase, tuple[tuple[int, ...], ...]]:
         """Cards of each instance, as `[replay] gpus` has them."""
-        counts: dict[Phase, int] = {PREFILL: self.num_prefill, DECODE: self.num_decode}
-        return {
-            phase: tuple(self.cards_of(phase, index) for index in range(count))
-            for phase, count in counts.items()
-        }
-
-    def cards_of(self, phase: Phase, instance_id: int) -> tuple[int, ...]:
-        """Cards of one instance."""
-        place = instance_id + (0 if phase == PREFILL else self.num_prefill)
-        return tuple(range(place * self.width, (place + 1) * self.width))
+        return emulated_gpus(self.profile, self.num_prefill, self.num_decode)
 
     def passes_of(self, phase: Phase, instance_id: int) -> Path:
         """Where an instance's passes are written down."""
@@ -76,7 +86,7 @@ class Machine:
             profile=self.profile,
             phase=at.phase,
             instance_id=at.instance_id,
-            cards=self.cards_of(at.phase, at.instance_id),
+            cards=self.gpus()[at.phase][at.instance_id],
             state=str(self.state),
             passes=str(self.passes_of(at.phase, at.instance_id)),
             max_requests=self.max_requests,

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from hwreplay.emulated.machine import emulated_gpus
 from hwreplay.engines.plan import Installation
 from hwreplay.router.config import WorkerConfig, read_limits, read_workers
 from hwreplay.view.context import check_notices
 from profiles.binding import EXAMPLE, bind, check_names, convert, table
-from profiles.catalog import load_profile
 from profiles.errors import VoltanaError
 from sim.config import SimConfig, make_config, read_toml
 from sim.policies.base import DECODE, PREFILL, Phase
@@ -177,7 +177,8 @@ def read_replay_config(path: Path) -> ReplayConfig:
     sockets = table(fleet, "batch_sockets", where)
     sim = make_config(simulate, where=where)
     if "emulate" in own and not {"gpus", "power_w"} & own.keys():
-        own = {**own, "gpus": emulated_gpus(convert(own["emulate"], str, "emulate", where), sim)}
+        profile = convert(own["emulate"], str, "emulate", where)
+        own = {**own, "gpus": emulated_gpus(profile, sim.num_prefill, sim.num_decode)}
     fixed = {
         "sim": sim,
         "workers": workers,
@@ -186,19 +187,6 @@ def read_replay_config(path: Path) -> ReplayConfig:
         "router_limits": read_limits(table(data, "router", where), where),
     }
     return bind(ReplayConfig, own, where, section=" of [replay]", fixed=fixed)
-
-
-def emulated_gpus(profile: str, sim: SimConfig) -> dict[Phase, tuple[tuple[int, ...], ...]]:
-    """The emulated cards of each instance: in a row, prefill first, as many as the profile's."""
-    width = load_profile(profile).meta.model.tensor_parallel
-    firsts: dict[Phase, range] = {
-        PREFILL: range(sim.num_prefill),
-        DECODE: range(sim.num_prefill, sim.num_prefill + sim.num_decode),
-    }
-    return {
-        phase: tuple(tuple(range(i * width, (i + 1) * width)) for i in places)
-        for phase, places in firsts.items()
-    }
 
 
 def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:
