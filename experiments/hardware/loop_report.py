@@ -10,6 +10,7 @@ from typing import Any, Final
 
 from experiments.runs import cached_profile
 from hwreplay.validate.validate import Thresholds, validate
+from profiles.markdown import markdown_table
 from sim.records import RunRecord
 
 LIMITS: Final = Thresholds(energy_frac=0.05, p50_frac=0.05, p90_frac=None, p99_frac=0.10)
@@ -154,15 +155,16 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
         *_profile_lines(tables),
         "## Simulated against replayed (error of the simulation)",
         "",
-        _row(["", "", *SHOWN.values(), "attainment", "iterations", "overran", "verdict"]),
-        _row(["---"] * (len(SHOWN) + 6)),
-        *(_cell_row(cell) for cell in cells),
+        markdown_table(
+            ["", "", *SHOWN.values(), "attainment", "iterations", "overran", "verdict"],
+            [_cell_row(cell) for cell in cells],
+        ),
         "",
         "## Savings against static-max",
         "",
-        _row(["", "", "simulated", "replayed", "verdict"]),
-        _row(["---"] * 5),
-        *(_saving_row(row) for row in saved),
+        markdown_table(
+            ["", "", "simulated", "replayed", "verdict"], [_saving_row(row) for row in saved]
+        ),
         "",
         *([f"Out of order: {'; '.join(order)}."] if order else []),
     ]
@@ -173,50 +175,42 @@ def _profile_lines(tables: Sequence[Mapping[str, Any]]) -> list[str]:
     if not tables:
         return []
     rows = [
-        _row([t["table"], f"{t['clock_mhz']} MHz", str(t["points"]), _percent(t["median"]),
-              _percent(t["worst"]), f"{t['limit']:.0%}", "pass" if t["passes"] else "FAIL"])
+        [t["table"], f"{t['clock_mhz']} MHz", str(t["points"]), _percent(t["median"]),
+         _percent(t["worst"]), f"{t['limit']:.0%}", "pass" if t["passes"] else "FAIL"]
         for t in tables
     ]  # fmt: skip
     head = ["table", "clock", "points", "median error", "worst", "limit of the median", "verdict"]
     return [
         "## The profiler on the card against the card's own tables",
         "",
-        _row(head),
-        _row(["---"] * len(head)),
-        *rows,
+        markdown_table(head, rows),
         "",
     ]
 
 
-def _cell_row(cell: Mapping[str, Any]) -> str:
+def _cell_row(cell: Mapping[str, Any]) -> list[str]:
     attained = " / ".join(f"{100 * value:.1f} %" for value in cell["attainment"])
     iterations = ", ".join(
         f"{phase} {_percent(e['total_error_frac'])}" for phase, e in cell["iterations"].items()
     )
     overran = cell["overruns"]
-    return _row(
-        [
-            cell["field"],
-            cell["policy"],
-            *(_percent(value) for value in cell["errors"].values()),
-            attained,
-            iterations,
-            f"{overran['num_overran']} of {overran['num_passes']}, {overran['late_frac']:.2%}",
-            "pass" if not cell["failed"] else f"FAIL: {', '.join(cell['failed'])}",
-        ]
-    )
+    return [
+        cell["field"],
+        cell["policy"],
+        *(_percent(value) for value in cell["errors"].values()),
+        attained,
+        iterations,
+        f"{overran['num_overran']} of {overran['num_passes']}, {overran['late_frac']:.2%}",
+        "pass" if not cell["failed"] else f"FAIL: {', '.join(cell['failed'])}",
+    ]
 
 
-def _saving_row(row: Mapping[str, Any]) -> str:
+def _saving_row(row: Mapping[str, Any]) -> list[str]:
     simulated, replayed = row["saving"]
     verdict = "pass" if abs(simulated - replayed) <= SAVING else "FAIL"
     values = (f"{100 * value:.1f} %" for value in (simulated, replayed))
-    return _row([row["field"], row["policy"], *values, verdict])
+    return [row["field"], row["policy"], *values, verdict]
 
 
 def _percent(value: float) -> str:
     return f"{100 * value:+.1f} %"
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

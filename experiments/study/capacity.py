@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from experiments.frontier.trial import Bench, Load, Trial
+from experiments.study.script import run_script
 from profiles.errors import VoltanaError
+from profiles.markdown import markdown_table
 
 BASE: Final = {
     "profile": "a100-80g-sxm/llama-3.1-8b", "workload": "sharegpt", "router": "consolidate",
@@ -88,10 +90,15 @@ def table(out: Path, seeds: int) -> str:
         f"constant, {near:g}/s": (CONSTANT, near),
         f"day, swing {SWING:g}, crest {near:g}/s": (DAY, round(mean, 3)),
     }
-    rows = [
-        ("load", "policy", "worst seed", "it keeps %", "seeds that keep 99 %", "energy kJ, mean")
-    ]
-    rows.append(("---", "---", "---:", "---:", "---:", "---:"))
+    heads = (
+        "load",
+        "policy",
+        "worst seed",
+        "it keeps %",
+        "seeds that keep 99 %",
+        "energy kJ, mean",
+    )
+    rows = []
     for name, (load, rate_rps) in loads.items():
         for policy in POLICIES:
             trial = run_seeds(load, policy, rate_rps, out, seeds, is_search=False)
@@ -102,7 +109,7 @@ def table(out: Path, seeds: int) -> str:
             rows.append((name, policy, f"{worst + 1}", f"{100 * trial.attainments[worst]:.2f}",
                          f"{kept} of {seeds}", f"{trial.energy_j / 1e3:.1f}"))  # fmt: skip
     head = f"Capacity at top clocks, {seeds} seeds: {capacity:g} requests/s\n\n"
-    return head + "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return head + markdown_table(heads, rows, numbers=range(2, len(heads)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -115,8 +122,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VoltanaError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
+    run_script(main)

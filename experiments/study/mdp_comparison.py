@@ -23,10 +23,10 @@ from experiments.compare.policies import (
     is_static_pair,
     keeps_slo,
 )
+from experiments.study.script import run_script
 from experiments.study.train import TrainingPlan, train
 from experiments.sweep.grid import Point, expand
 from experiments.sweep.run import run_sweep
-from profiles.errors import VoltanaError
 from profiles.markdown import markdown_table
 from sim.config import make_config
 
@@ -135,8 +135,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VoltanaError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
+    run_script(main)

@@ -26,6 +26,7 @@ from experiments.frontier.study import load_names_of, read_study
 from experiments.frontier.trial import Load
 from experiments.frontier.yardstick import plan
 from experiments.runs import cached_profile, workload_of
+from experiments.study.script import run_script
 from profiles.errors import VoltanaError
 from sim.config import make_config
 
@@ -109,8 +110,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VoltanaError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
+    run_script(main)

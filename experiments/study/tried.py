@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Final
 
 from experiments.frontier.trial import Bench, Load
+from experiments.study.script import run_script
 from profiles.errors import VoltanaError
+from profiles.markdown import markdown_table
 from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, States
 from sim.policies.clocks import first_clock_mhz
 from sim.policies.controllers.ecomin import EcoMin, EcoMinParameters
@@ -194,7 +196,7 @@ def table(out: Path) -> str:
     heads = ["tried"]
     for load, seeds in LOADS:
         heads += [f"{load.name}, seeds {seeds[0]} to {seeds[-1]}: kJ", "least kept %"]
-    rows = [heads, ["---", *["---:"] * (len(heads) - 1)]]
+    rows = []
     for name, controller, router in TRIED:
         cells = [name]
         for load, seeds in LOADS:
@@ -205,7 +207,7 @@ def table(out: Path) -> str:
                 raise VoltanaError(trial.error)
             cells += [f"{trial.energy_j / 1e3:.1f}", f"{100 * trial.worst_attainment:.2f}"]
         rows.append(cells)
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown_table(heads, rows, numbers=range(1, len(heads)))
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -216,8 +218,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except VoltanaError as error:
-        sys.stderr.write(f"{error}\n")
-        raise SystemExit(2) from None
+    run_script(main)
