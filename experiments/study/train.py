@@ -36,8 +36,6 @@ Algorithm = Literal["ppo", "dqn"]
 ALGORITHMS: Final = ("ppo", "dqn")
 Arrays = dict[str, npt.NDArray[Any]]
 Result = dict[str, Any]
-TOLERANCE: Final = 1e-3
-"""Relative width of the bounds at which a solution is taken."""
 LENGTHS: Final = 100_000
 """Requests from which mean lengths are taken, where they are drawn."""
 

@@ -293,13 +293,6 @@ class Cards:
     def __iter__(self) -> Iterator[Card]:
         return iter(self._cards)
 
-    def by_uuid(self, uuid: str) -> Card:
-        """The card of that name. Raises CardError."""
-        for card in self._cards:
-            if card.uuid == uuid:
-                return card
-        raise CardError(f"no emulated card is called {uuid}: {[c.uuid for c in self._cards]}")
-
     def __enter__(self) -> Cards:
         return self
 
