@@ -52,7 +52,7 @@ figures: $(STAMP)
 
 # PyTorch is for the first one alone, which without it shows no profile of this machine.
 notebooks: $(STAMP)
-	$(BIN)/python -m experiments.notebooks
+	$(BIN)/python -m voltana.experiments.notebooks
 
 test: lint types contracts unit
 
@@ -80,7 +80,7 @@ fast: $(FAST_STAMP)
 $(FAST_STAMP): pyproject.toml $(SOURCES)
 	@[ -x $(FAST)/bin/python ] || $(PYTHON) -m venv $(FAST)
 	rm -rf $(FAST)/source && mkdir $(FAST)/source
-	cp -r sim profiles hwreplay experiments pyproject.toml README.md LICENSE $(FAST)/source/
+	cp -r voltana sim profiles hwreplay experiments pyproject.toml README.md LICENSE $(FAST)/source/
 	HATCH_BUILD_HOOK_ENABLE_MYPYC=1 $(FAST)/bin/python -m pip install --quiet --disable-pip-version-check "./$(FAST)/source[test]"
 	@mkdir -p $(FAST)/check && ln -sfn ../../tests ../../pyproject.toml $(FAST)/check/
 	@touch $@
@@ -103,7 +103,7 @@ mutants: $(STAMP)
 
 engine: $(STAMP)
 	sh hwreplay/engines/sglang/install.sh .engine
-	$(BIN)/python -m hwreplay.emulated.build .engine/emulated
+	$(BIN)/python -m voltana.hwreplay.emulated.build .engine/emulated
 
 # Kills and card faults on emulated cards under load: 100 kills of each part, the exit status is the
 # verdict. TRIES=10 is a tenth of it.
@@ -116,7 +116,7 @@ faults: $(STAMP)
 LOOPED ?= results/loop
 
 loop: $(STAMP)
-	$(BIN)/python -m experiments.hardware.loop --out $(LOOPED)
+	$(BIN)/python -m voltana.experiments.hardware.loop --out $(LOOPED)
 
 # No privilege is needed and no clock is touched. Finished points are kept: run it again to go on.
 # A torch without CUDA would be taken for good by pip, so it goes first. PROFILE is where to write.
@@ -125,12 +125,12 @@ BESIDE ?= a100-80g-sxm/llama-3.1-8b
 BUDGET ?= 60m
 
 profile-gpu: $(STAMP)
-	@$(BIN)/python -m profiles.device.cards >/dev/null
+	@$(BIN)/python -m voltana.profiles.device.cards >/dev/null
 	@$(BIN)/python -c "import torch; assert torch.version.cuda" 2>/dev/null \
 		|| { $(BIN)/python -m pip uninstall --quiet --yes torch; $(BIN)/python -m pip install --quiet torch; }
 	@$(BIN)/python -c "import torch; assert torch.cuda.is_available()" 2>/dev/null \
 		|| { echo "profile-gpu needs a torch that sees the GPU: install the wheel for your driver's CUDA into $(VENV)" >&2; exit 1; }
-	@card=$$($(BIN)/python -m profiles.device.cards) && profile=$(or $(PROFILE),results/profiles/$$card/llama-3.1-8b) && set -x \
+	@card=$$($(BIN)/python -m voltana.profiles.device.cards) && profile=$(or $(PROFILE),results/profiles/$$card/llama-3.1-8b) && set -x \
 		&& $(BIN)/voltana profile --gpu 0 --engine torch --model llama-3.1-8b --frequencies current --budget $(BUDGET) --out $$profile \
 		&& $(BIN)/voltana compare-profiles $$profile $(BESIDE) --out results/measured-beside-calibrated
 

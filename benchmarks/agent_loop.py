@@ -27,8 +27,8 @@ import msgspec
 import numpy as np
 import zmq
 
-from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 ROOT: Final = Path(__file__).resolve().parents[1]
 PLUGIN: Final = ROOT / "hwreplay/engines/sglang/observer/voltana_engine_observer.py"
@@ -126,7 +126,7 @@ def run(directory: Path, num_instances: int, rate_per_s: float, seconds: float) 
     helper_path, actions = directory / "helper", directory / "actions.jsonl"
     gpus = [argument for gpu in range(num_instances) for argument in ("--gpu", str(gpu))]
     helper = subprocess.Popen(
-        [sys.executable, "-m", "experiments.cli", "actuator", str(helper_path), *gpus,
+        [sys.executable, "-m", "voltana.experiments.cli", "actuator", str(helper_path), *gpus,
          "--dry-run", str(actions)],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

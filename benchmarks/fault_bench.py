@@ -24,13 +24,13 @@ import aiohttp
 import numpy as np
 import tomli_w
 
-from hwreplay.agent.agent import AgentConfig, start_agent
-from hwreplay.agent.agent import ready_file as ready_file_of
-from hwreplay.agent.control import StaleLimits
-from hwreplay.emulated.card import Card
-from hwreplay.replay.load import COUNT
-from sim.config import make_config
-from sim.policies.base import DECODE, PREFILL
+from voltana.hwreplay.agent.agent import AgentConfig, start_agent
+from voltana.hwreplay.agent.agent import ready_file as ready_file_of
+from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.emulated.card import Card
+from voltana.hwreplay.replay.load import COUNT
+from voltana.sim.config import make_config
+from voltana.sim.policies.base import DECODE, PREFILL
 
 ROOT = Path(__file__).parents[1]
 PROFILE = "a100-80g-sxm/llama-3.1-8b"
@@ -248,7 +248,7 @@ class Bench:
         log = self.directory / f"actuator-{self._num_starts}.log"
         gpus = [word for card in self.cards.values() for word in ("--gpu", str(card.index))]
         self._spawn(
-            *("actuator", "hwreplay.actuator", str(self.directory / "helper"), *gpus),
+            *("actuator", "voltana.hwreplay.actuator", str(self.directory / "helper"), *gpus),
             *("--allow-writable-code",),
             log=log,
         )
@@ -286,7 +286,7 @@ class Bench:
         path = self.directory / "router.toml"
         path.write_text(tomli_w.dumps(whole | {"fleet": fleet, "router": limits}))
         log = self.directory / f"router-{self._num_starts}.log"
-        self._spawn("router", "hwreplay.router", str(path), log=log)
+        self._spawn("router", "voltana.hwreplay.router", str(path), log=log)
         said = await self._says("router", log, "http://")
         self.traffic.url = next(line for line in said.splitlines() if line.startswith("http://"))
 
@@ -336,7 +336,7 @@ def _watchdogs() -> list[int]:
     cards, found = os.environ["VOLTANA_EMULATED_CARDS"].encode(), []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
-            is_watchdog = b"profiles.device.watchdog" in (path / "cmdline").read_bytes()
+            is_watchdog = b"voltana.profiles.device.watchdog" in (path / "cmdline").read_bytes()
             if is_watchdog and cards in (path / "environ").read_bytes():
                 found.append(int(path.name))
     return found

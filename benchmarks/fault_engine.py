@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.fault_bench import PROFILE, Bench
-from hwreplay.emulated.card import Card, Cards
-from hwreplay.emulated.fleet import emulated_arguments
-from hwreplay.emulated.machine import Machine
-from hwreplay.engines.launch import restart, run_fleet
-from hwreplay.engines.plan import Installation
-from hwreplay.engines.server import Server
-from sim.config import make_config
+from voltana.hwreplay.emulated.card import Card, Cards
+from voltana.hwreplay.emulated.fleet import emulated_arguments
+from voltana.hwreplay.emulated.machine import Machine
+from voltana.hwreplay.engines.launch import restart, run_fleet
+from voltana.hwreplay.engines.plan import Installation
+from voltana.hwreplay.engines.server import Server
+from voltana.sim.config import make_config
 
 START_S = 600.0
 """Longest start of a server, on a machine that is busy."""

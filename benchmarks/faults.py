@@ -22,10 +22,10 @@ from pathlib import Path
 import numpy as np
 
 from benchmarks.fault_bench import PAIRS, PROFILE, Bench, NotInTimeError, no_watchdog_left, until
-from hwreplay.emulated.build import build_library, show_here
-from hwreplay.emulated.card import Card
-from hwreplay.emulated.state import create_cards, open_cards
-from profiles.signals import stops_as_interrupts
+from voltana.hwreplay.emulated.build import build_library, show_here
+from voltana.hwreplay.emulated.card import Card
+from voltana.hwreplay.emulated.state import create_cards, open_cards
+from voltana.profiles.signals import stops_as_interrupts
 
 SEED = 7
 UNLOCK_S = 20.0

@@ -19,7 +19,7 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".mutants"
-PACKAGES = ("sim", "profiles", "hwreplay", "experiments", "tests")
+FOLDERS = ("sim", "profiles", "hwreplay", "experiments")
 KILLED, SURVIVED = ("🎉", "⏰"), ("🙁", "🫥")
 """mutmut's marks: failed a test or ran out of time; passed all tests, or none ran through it."""
 _QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
@@ -45,23 +45,28 @@ def main() -> None:
 
 
 def files_of(targets: Sequence[str]) -> Iterator[str]:
-    """Python files at or below the targets, relative to the project."""
+    """Python files at or below the targets, as the modules are called."""
     for target in targets:
         path = ROOT / target
         found = path.rglob("*.py") if path.is_dir() else [path]
-        yield from (f.relative_to(ROOT).as_posix() for f in found if f.name != "__init__.py")
+        paths = (f.relative_to(ROOT).as_posix() for f in found if f.name != "__init__.py")
+        yield from (f"voltana/{path}" for path in paths)
 
 
 def copy_project(files: Sequence[str], tests: Sequence[str]) -> None:
-    """A fresh copy of the sources with mutmut's settings."""
+    """A fresh copy of the sources with mutmut's settings.
+
+    mutmut names a module by its path, so the package is copied whole and not by its links. The
+    folders beside it are what tests read as files.
+    """
     shutil.rmtree(WORK, ignore_errors=True)
-    for name in PACKAGES:
+    for name in ("voltana", "tests", *FOLDERS):
         shutil.copytree(ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copy(ROOT / "README.md", WORK)
     settings = {
-        "source_paths": ["sim"],
+        "source_paths": ["voltana"],
         "only_mutate": list(files),
-        "also_copy": ["profiles", "hwreplay", "experiments", "README.md"],
+        "also_copy": [*FOLDERS, "README.md"],
         "pytest_add_cli_args_test_selection": list(tests),
         "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow", *_QUIET],
     }
@@ -95,7 +100,7 @@ def report(marks: dict[str, str]) -> None:
     """The share killed by module, and what each survivor changed."""
     modules = sorted({name.rpartition(".")[0] for name in marks})
     print("| module | tried | killed | share |\n| --- | --- | --- | --- |")
-    for module in [*modules, "sim"]:
+    for module in [*modules, "voltana"]:
         of = [mark for name, mark in marks.items() if name.startswith(f"{module}.")]
         killed = sum(mark in KILLED for mark in of)
         print(f"| {module} | {len(of)} | {killed} | {100 * killed / len(of):.0f} % |")

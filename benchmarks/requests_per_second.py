@@ -12,10 +12,10 @@ from collections.abc import Generator
 
 import simpy
 
-from experiments.runs import cached_profile, workload_of
-from profiles.errors import VoltanaError
-from sim.config import SimConfig, make_config
-from sim.engine.simulate import simulate
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.engine.simulate import simulate
 
 REPEATS = 5
 RAW_EVENTS = 500_000

@@ -37,9 +37,9 @@ import tomli_w
 import uvloop
 import zmq
 
-from hwreplay.messages.events import topic_of
-from hwreplay.messages.reports import Report, ReportSender
-from sim.policies.base import Phase
+from voltana.hwreplay.messages.events import topic_of
+from voltana.hwreplay.messages.reports import Report, ReportSender
+from voltana.sim.policies.base import Phase
 
 ROOT = Path(__file__).parents[1]
 GOAL_MS = 2.0
@@ -193,7 +193,7 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
             }
             path = Path(folder) / "router.toml"
             path.write_text(tomli_w.dumps(config))
-            router = ("experiments.cli", "router", "--config", str(path), "--port", "0")
+            router = ("voltana.experiments.cli", "router", "--config", str(path), "--port", "0")
             async with process(*router, stream="stderr") as (line, router_pid):
                 phases: tuple[Phase, Phase] = ("prefill", "decode")
                 agents = Agents(folder, [(p, i) for p in phases for i in range(len(fleet[p]))])

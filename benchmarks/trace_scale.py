@@ -19,11 +19,11 @@ from dataclasses import dataclass
 
 from requests_per_second import raw_simpy_rate
 
-from experiments.runs import cached_profile
-from sim.config import make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise
-from sim.workload.generate import stream_diurnal
+from voltana.experiments.runs import cached_profile
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
+from voltana.sim.workload.generate import stream_diurnal
 
 RATE_PER_INSTANCE_RPS = 10_000_000 / 86_400.0 / 64
 WARM_UP_REQUESTS = 2_000

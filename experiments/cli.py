@@ -1,4 +1,4 @@
-"""The `voltana` command. Each verb is a module of `experiments.commands`, imported when run."""
+"""The `voltana` command: each verb is a module of `voltana.experiments.commands`."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import sys
 
 import typer
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "train", "list",
@@ -34,7 +34,7 @@ def make_app() -> typer.Typer:
         pretty_exceptions_enable=False,
     )
     for verb in VERBS:
-        importlib.import_module(f"experiments.commands.{verb}").register(app)
+        importlib.import_module(f"voltana.experiments.commands.{verb}").register(app)
     return app
 
 

@@ -9,13 +9,13 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
-from experiments.study.suite import list_experiments
-from profiles.catalog import list_profiles, load_profile
-from profiles.errors import VoltanaError, nearest
-from profiles.markdown import markdown_table
-from sim.config import KEYS, SimConfig
-from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
-from sim.workload.generate import list_workloads
+from voltana.experiments.study.suite import list_experiments
+from voltana.profiles.catalog import list_profiles, load_profile
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.markdown import markdown_table
+from voltana.sim.config import KEYS, SimConfig
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from voltana.sim.workload.generate import list_workloads
 
 _MARK: Final = re.compile(r"<!-- table: ([a-z-]+) -->")
 

@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Final
 
-from profiles.errors import VoltanaError
-
-_OURS: Final = ("experiments", "hwreplay", "sim", "profiles")
+from voltana.profiles.errors import VoltanaError
 
 
 @contextmanager
@@ -22,6 +19,6 @@ def needs(extra: str, command: str) -> Iterator[None]:
         yield
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
-        if module in _OURS:
+        if module == "voltana":
             raise
         raise VoltanaError(f"{command} needs {module}: pip install 'voltana[{extra}]'") from None

@@ -1,4 +1,4 @@
-"""Runs notebooks and keeps their outputs: `python -m experiments.notebooks [FILE …]`.
+"""Runs notebooks and keeps their outputs: `python -m voltana.experiments.notebooks [FILE …]`.
 
 A notebook is kept as it looks after a run from top to bottom, so that it can be read where nothing
 runs. What changes from run to run without meaning anything (dates, machine, version of Python) is
@@ -15,7 +15,7 @@ from typing import Any, Final
 import nbformat
 from nbclient import NotebookClient
 
-from profiles.files import write_text
+from voltana.profiles.files import write_text
 
 ROOT: Final = Path(__file__).parents[1]
 FOLDER: Final = ROOT / "notebooks"

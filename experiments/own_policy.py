@@ -2,18 +2,18 @@
 
 It is no part of the list of policies. Name the module in place of a policy:
 
-    voltana simulate --controller experiments.own_policy:high=120
+    voltana simulate --controller voltana.experiments.own_policy:high=120
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from profiles.errors import VoltanaError
-from sim.policies.base import Controller, InstanceState, PolicyContext
-from sim.policies.clocks import clock_at_least_mhz
-from sim.policies.registry import Entry
-from sim.policies.spec import parameter
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import Controller, InstanceState, PolicyContext
+from voltana.sim.policies.clocks import clock_at_least_mhz
+from voltana.sim.policies.registry import Entry
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

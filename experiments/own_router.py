@@ -2,16 +2,16 @@
 
 It is no part of the list of policies. Name the module in place of a router:
 
-    voltana simulate --router experiments.own_router:weight=0.5
+    voltana simulate --router voltana.experiments.own_router:weight=0.5
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import PolicyContext, RequestView, Router, States
-from sim.policies.registry import Entry
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import PolicyContext, RequestView, Router, States
+from voltana.sim.policies.registry import Entry
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,8 +9,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
 
-from profiles.catalog import Profile, load_profile
-from profiles.errors import VoltanaError
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.errors import VoltanaError
 
 OPTIONS: Final = (
     "--model toy --device cpu --dtype float32 --power-w 100 --budget 10s --window 0.02"
@@ -30,7 +30,7 @@ def profile_toy(directory: Path) -> Profile | None:
     """
     if find_spec("torch") is None:
         return None
-    command = [sys.executable, "-m", "experiments.cli", "profile", *OPTIONS.split()]
+    command = [sys.executable, "-m", "voltana.experiments.cli", "profile", *OPTIONS.split()]
     done = subprocess.run(
         [*command, "--out", str(directory)],
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # a toy gains nothing from more, and shares

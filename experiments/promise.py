@@ -14,13 +14,13 @@ from typing import Any, Final
 
 import typer
 
-from experiments.compare.policies import ATTAINMENTS, STATIC_MAX, TARGET
-from experiments.runs import run
-from experiments.sweep.grid import Point
-from experiments.sweep.run import POINTS, run_missing
-from experiments.sweep.store import open_store
-from sim.config import SimConfig
-from sim.metrics import summarise
+from voltana.experiments.compare.policies import ATTAINMENTS, STATIC_MAX, TARGET
+from voltana.experiments.runs import run
+from voltana.experiments.sweep.grid import Point
+from voltana.experiments.sweep.run import POINTS, run_missing
+from voltana.experiments.sweep.store import open_store
+from voltana.sim.config import SimConfig
+from voltana.sim.metrics import summarise
 
 _SHOWN: Final = 3
 MAX_REQUESTS: Final = 200_000
@@ -136,7 +136,7 @@ def overloads(
 
     Args:
         points: The sweep's.
-        directory: The sweep's, as of `experiments.sweep.run.run_sweep`, like the rest.
+        directory: The sweep's, as of `voltana.experiments.sweep.run.run_sweep`, like the rest.
         jobs: Processes.
         engine: Where points run.
         store: Where results are kept.

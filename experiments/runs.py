@@ -7,14 +7,14 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from pathlib import Path
 
-from profiles.catalog import Profile, load_profile
-from sim.config import SimConfig
-from sim.engine.simulate import simulate
-from sim.memory import require_room
-from sim.records import RunRecord
-from sim.workload.generate import make_workload, stream_arrivals
-from sim.workload.traces import open_trace
-from sim.workload.workload import Workload
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.memory import require_room
+from voltana.sim.records import RunRecord
+from voltana.sim.workload.generate import make_workload, stream_arrivals
+from voltana.sim.workload.traces import open_trace
+from voltana.sim.workload.workload import Workload
 
 DEFAULT_DURATION_S = 120.0
 """The reference's benchmark sends 120 s × rate requests."""
@@ -50,7 +50,7 @@ def workload_of(config: SimConfig) -> Workload:
 def stream_of(config: SimConfig) -> Iterator[Workload] | None:
     """The same requests part by part in bounded memory; None where only `workload_of` has them.
 
-    A streamed workload needs metrics=sketch, see `sim.engine.simulate`.
+    A streamed workload needs metrics=sketch, see `voltana.sim.engine.simulate`.
     """
     if config.metrics != "sketch" or config.trace is not None:
         return None
@@ -74,7 +74,7 @@ def run(
 
     Args:
         config: What to run.
-        spill: See `sim.engine.simulate.simulate`.
+        spill: See `voltana.sim.engine.simulate.simulate`.
         watch: Looks at the parts of a streamed workload as they go by; for progress.
     """
     profile: Profile = cached_profile(config.profile)

@@ -12,8 +12,8 @@ import pandas as pd
 from rich.console import Console
 from rich.table import Table
 
-from sim.config import SimConfig
-from sim.results import finite
+from voltana.sim.config import SimConfig
+from voltana.sim.results import finite
 
 _WIDEST = 118
 """Where nobody's terminal is known: a file, a pipe."""

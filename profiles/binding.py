@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, TypeVar, Union, get_args, get_origin, ge
 import msgspec
 import numpy as np
 
-from profiles.errors import VoltanaError, nearest
+from voltana.profiles.errors import VoltanaError, nearest
 
 T = TypeVar("T")
 EXAMPLE: Final = "example"

@@ -11,15 +11,15 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from profiles import ecopred
-from profiles.errors import VoltanaError, nearest
-from profiles.files import write_text
-from profiles.places import DATA as DATA
-from profiles.places import profile_directory
-from profiles.schema import ProfileMeta, meta_toml, read_meta
-from profiles.spread import IterationSpread, row_spreads
-from profiles.step_model import StepModel
-from profiles.tables import grid_of, idle_power_of, read_idle_table, read_phase_table
+from voltana.profiles import ecopred
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.files import write_text
+from voltana.profiles.places import DATA as DATA
+from voltana.profiles.places import profile_directory
+from voltana.profiles.schema import ProfileMeta, meta_toml, read_meta
+from voltana.profiles.spread import IterationSpread, row_spreads
+from voltana.profiles.step_model import StepModel
+from voltana.profiles.tables import grid_of, idle_power_of, read_idle_table, read_phase_table
 
 FILES = ("profile.toml", "prefill.csv", "decode.csv", "idle.csv", "ecopred.csv")
 

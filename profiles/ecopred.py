@@ -28,8 +28,8 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from profiles.errors import VoltanaError
-from profiles.tables import POINT, FloatArray
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.tables import POINT, FloatArray
 
 BATCH_RANGE_ENDS: Final = (4, 8, *range(16, 129, 8), *range(256, 2049, 128))
 """The reference's hard-coded ranges: each ends with, and includes, one of these sizes."""

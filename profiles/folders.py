@@ -11,8 +11,8 @@ import json
 from pathlib import Path
 from typing import Final, Literal
 
-from profiles.errors import VoltanaError
-from profiles.files import write_text
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
 
 FolderKind = Literal["run", "probe", "sweep", "frontier", "tuning", "comparison", "validation"]
 MARKER: Final = "voltana.json"

@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 DATA: Final = Path(__file__).parent / "data"
 """Shipped profiles, `<gpu>/<model>`."""

@@ -12,7 +12,7 @@ from typing import Final
 
 import pandas as pd
 
-from profiles.tables import POINT
+from voltana.profiles.tables import POINT
 
 HALF_IQR_PER_SD: Final = 0.6745
 """Half the interquartile range of a normal distribution in standard deviations."""

@@ -14,8 +14,8 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import pairwise
 
-from profiles.errors import VoltanaError
-from profiles.tables import Grid, GridRow
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.tables import Grid, GridRow
 
 Row = tuple[list[float], list[float], list[float], list[float], list[float]]
 """knots (tokens), time_s, time slope, power_w, power slope; slopes belong to the piece after."""

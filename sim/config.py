@@ -17,9 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from profiles.binding import choices, converted
-from profiles.errors import VoltanaError
-from profiles.places import SERVING, serving_settings
+from voltana.profiles.binding import choices, converted
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.places import SERVING, serving_settings
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 

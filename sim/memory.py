@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Final
 
-from profiles.errors import VoltanaError
-from sim.workload.workload import Workload
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.workload.workload import Workload
 
 REQUEST_BYTES: Final = 1000
 """Of one request that waits or is kept: measured, 460 to 950 bytes (peak of a run of 100,000

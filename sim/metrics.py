@@ -13,8 +13,16 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from sim.records import COMPLETED, FAILED, IN_FLIGHT, REJECTED, FloatArray, IntArray, RunRecord
-from sim.sketches import RunSketch
+from voltana.sim.records import (
+    COMPLETED,
+    FAILED,
+    IN_FLIGHT,
+    REJECTED,
+    FloatArray,
+    IntArray,
+    RunRecord,
+)
+from voltana.sim.sketches import RunSketch
 
 QUANTILES = {"p50": 0.50, "p90": 0.90, "p99": 0.99}
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from sim.policies.base import Phase
-from sim.sketches import RunSketch
+from voltana.sim.policies.base import Phase
+from voltana.sim.sketches import RunSketch
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -79,7 +79,7 @@ class IterationTable:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """Everything measured in one run. `sim.metrics.summarise` turns it into numbers."""
+    """Everything measured in one run. `voltana.sim.metrics.summarise` turns it into numbers."""
 
     requests: RequestTable
     itl_s: FloatArray

@@ -19,11 +19,11 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from profiles.errors import VoltanaError
-from profiles.files import write_parquet, write_text
-from profiles.folders import check, mark
-from sim.metrics import summarise
-from sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_parquet, write_text
+from voltana.profiles.folders import check, mark
+from voltana.sim.metrics import summarise
+from voltana.sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
 
 SCHEMA_VERSION = 1
 """Raised whenever a file or column changes its meaning or goes."""

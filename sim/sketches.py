@@ -55,7 +55,7 @@ class Sketch:
         self.total += other.total
 
     def quantile(self, fraction: float) -> float:
-        """Value of the nearest rank, as `sim.metrics`, within `RELATIVE_ERROR`; NaN when empty."""
+        """Nearest rank, as in `voltana.sim.metrics`, within `RELATIVE_ERROR`; NaN when empty."""
         # of n values the sketch takes the first whose 0-based rank is not below q·(n - 1): half a
         # rank under the one wanted meets it whatever the rounding
         rank = max(1, math.ceil(fraction * self.count - 1e-9))
@@ -64,13 +64,13 @@ class Sketch:
         return math.nan if value is None else float(value)
 
     def describe(self, levels: dict[str, float]) -> dict[str, float]:
-        """Mean and the quantiles asked for, as `sim.metrics.describe`."""
+        """Mean and the quantiles asked for, as `voltana.sim.metrics.describe`."""
         mean = self.total / self.count if self.count else math.nan
         return {"mean": mean} | {name: self.quantile(level) for name, level in levels.items()}
 
 
 class RunSketch:
-    """Everything `sim.metrics.summarise` needs of requests and token gaps."""
+    """Everything `voltana.sim.metrics.summarise` needs of requests and token gaps."""
 
     COUNTS: Final = (
         "arrived", "completed", "rejected", "ttft_judged", "ttft_kept", "both_judged", "both_kept",
@@ -113,7 +113,7 @@ class RunSketch:
             self.counts[name] += 1
 
     def add_in_flight(self, ttft_s: FloatArray, waited_s: FloatArray) -> None:
-        """Requests that were in flight when the run was cut. See `sim.metrics.judged`.
+        """Requests that were in flight when the run was cut. See `voltana.sim.metrics.judged`.
 
         Args:
             ttft_s: NaN for those without a first token.

@@ -15,7 +15,7 @@ def register(app: typer.Typer) -> None:
 
 def actuator(context: typer.Context) -> None:
     """Set clocks for replay agents that may not: run this as root, and only this."""
-    from hwreplay.actuator.options import parse_options
-    from hwreplay.actuator.start import start
+    from voltana.hwreplay.actuator.options import parse_options
+    from voltana.hwreplay.actuator.start import start
 
     start(parse_options("voltana actuator", context.args))

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.extras import needs
+from voltana.experiments.extras import needs
 
 
 def register(app: typer.Typer) -> None:
@@ -22,8 +22,8 @@ def agent(
 ) -> None:
     """Control one instance's clock until Ctrl-C; `voltana replay` starts agents by itself.
 
-    FILE.json holds the keys of hwreplay.agent.agent.AgentConfig: the phase and number of the
-    instance, the simulated configuration, the engine's metrics address, the actuator's socket.
+    FILE.json holds the keys of voltana.hwreplay.agent.agent.AgentConfig: the phase and number of
+    the instance, the simulated configuration, the engine's metrics address, the actuator's socket.
     Decisions, latencies and safe states are written beside it.
 
     Example: voltana agent runs/agent-decode-0.json
@@ -31,6 +31,6 @@ def agent(
     import os
 
     with needs("replay", "voltana agent"):
-        from hwreplay.agent.process import run_agents
+        from voltana.hwreplay.agent.process import run_agents
 
     run_agents([file], os.getppid())

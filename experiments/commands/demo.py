@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.options import RequireSlo
+from voltana.experiments.options import RequireSlo
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -28,12 +28,12 @@ def demo(
     Writes results.csv, energy_vs_slo.png and .svg and the resolved config.toml, and prints one
     table per request rate. The profile is calibrated, not measured: see its profile.toml.
     """
-    from experiments.compare.policies import TARGET, compare
-    from experiments.draw.plots import energy_vs_slo, save
-    from experiments.promise import end_with, overloads
-    from experiments.show import policy_table
-    from experiments.sweep.grid import read_sweep
-    from experiments.sweep.run import run_sweep
+    from voltana.experiments.compare.policies import TARGET, compare
+    from voltana.experiments.draw.plots import energy_vs_slo, save
+    from voltana.experiments.promise import end_with, overloads
+    from voltana.experiments.show import policy_table
+    from voltana.experiments.sweep.grid import read_sweep
+    from voltana.experiments.sweep.run import run_sweep
 
     config = Path(__file__).parent.parent / "configs" / "demo.toml"
     points = read_sweep(config)

@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.options import RequireSlo
+from voltana.experiments.options import RequireSlo
 
 if TYPE_CHECKING:
     import pandas as pd
 
-    from experiments.promise import Overload
-    from experiments.study.suite import Experiment
+    from voltana.experiments.promise import Overload
+    from voltana.experiments.study.suite import Experiment
 
 STEP_RESPONSE = "step-response"
 """Run by its name only: it is no file with a grid, which is what `all` goes through."""
@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
 @experiment.command("list")
 def list_all() -> None:
     """List every experiment with its question."""
-    from experiments.study.suite import list_experiments
+    from voltana.experiments.study.suite import list_experiments
 
     for name, question in list_experiments().items():
         typer.echo(f"{name}: {question}")
@@ -58,10 +58,10 @@ def run(
     Runs are kept by the hash of their configuration: what has been run is not run again, and the
     figure is drawn anew each time. --quick writes to OUT/NAME-quick.
     """
-    from experiments.promise import end_with
-    from experiments.study.suite import find_experiment, list_experiments, read_experiment
-    from profiles.errors import VoltanaError
-    from profiles.files import write_bytes
+    from voltana.experiments.promise import end_with
+    from voltana.experiments.study.suite import find_experiment, list_experiments, read_experiment
+    from voltana.profiles.errors import VoltanaError
+    from voltana.profiles.files import write_bytes
 
     names = list(list_experiments()) if name == "all" else [name]
     failures: dict[str, str] = {}
@@ -96,9 +96,9 @@ def _run_step_response(out: Path, *, quick: bool) -> Path:
 
     Its loads are disturbances that are meant to overload: nobody is warned of that.
     """
-    from experiments.draw.plots import save
-    from experiments.draw.responses import draw_responses
-    from experiments.study.step_response import SEEDS, describe_plant, run_all
+    from voltana.experiments.draw.plots import save
+    from voltana.experiments.draw.responses import draw_responses
+    from voltana.experiments.study.step_response import SEEDS, describe_plant, run_all
 
     directory = out / (f"{STEP_RESPONSE}-quick" if quick else STEP_RESPONSE)
     table, responses = run_all(SEEDS[:1] if quick else SEEDS)
@@ -114,12 +114,12 @@ def _run_one(
     chosen: Experiment, out: Path, *, quick: bool, jobs: int | None
 ) -> tuple[Path, list[Overload]]:
     """Its picture, and the loads that are too much for top clocks."""
-    from experiments.draw.plots import save
-    from experiments.promise import overloads, tell
-    from experiments.study.curves import draw_experiment
-    from experiments.study.suite import with_saving
-    from experiments.sweep.run import run_sweep
-    from profiles.errors import VoltanaError
+    from voltana.experiments.draw.plots import save
+    from voltana.experiments.promise import overloads, tell
+    from voltana.experiments.study.curves import draw_experiment
+    from voltana.experiments.study.suite import with_saving
+    from voltana.experiments.sweep.run import run_sweep
+    from voltana.profiles.errors import VoltanaError
 
     directory = out / (f"{chosen.name}-quick" if quick else chosen.name)
     results = run_sweep(chosen.points, directory, jobs=jobs)
@@ -142,9 +142,9 @@ def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
     """One line a point: what the figure shows, as numbers."""
     import pandas as pd
 
-    from experiments.compare.measures import MEASURES
-    from experiments.show import width
-    from experiments.study.suite import PANEL
+    from voltana.experiments.compare.measures import MEASURES
+    from voltana.experiments.show import width
+    from voltana.experiments.study.suite import PANEL
 
     spec = chosen.figure
     keys = [*([PANEL] if frame[PANEL].any() else []), spec.x, spec.series]

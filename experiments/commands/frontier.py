@@ -8,12 +8,12 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.options import RequireSlo
-from profiles.errors import VoltanaError
-from sim.config import parse_settings
+from voltana.experiments.options import RequireSlo
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import parse_settings
 
 if TYPE_CHECKING:
-    from experiments.frontier.search import Study
+    from voltana.experiments.frontier.search import Study
 
 
 def register(app: typer.Typer) -> None:
@@ -89,7 +89,7 @@ def frontier(
         _contest(out or Path("results/contest"), only, docs, jobs)
         return
 
-    from experiments.frontier.study import quick_study, read_study
+    from voltana.experiments.frontier.study import quick_study, read_study
 
     if config is not None:
         _refuse(named, f"is for a search without a file: edit {config} instead")
@@ -102,7 +102,7 @@ def frontier(
         study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
     is_kept = _search(study, question, out or Path("results/frontier"), jobs)
     if require_slo and not is_kept:
-        from experiments.promise import missed
+        from voltana.experiments.promise import missed
 
         raise missed("a load is too much for top clocks")
 
@@ -114,8 +114,8 @@ def _refuse(options: Sequence[tuple[str, object]], why: str) -> None:
 
 
 def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | None) -> None:
-    from experiments.frontier.contest import CSV, run_contest
-    from experiments.frontier.contest_page import write_page
+    from voltana.experiments.frontier.contest import CSV, run_contest
+    from voltana.experiments.frontier.contest_page import write_page
 
     if docs is not None:
         for path in write_page(CSV, docs):
@@ -129,10 +129,10 @@ def _search(study: Study, question: str, out: Path, jobs: int | None) -> bool:
     """One frontier, of a file or of the options; whether the top clocks carry every load."""
     import pandas as pd
 
-    from experiments.frontier.report import write_frontier
-    from experiments.frontier.search import search_frontier
-    from experiments.frontier.table import carries, frontier_table
-    from profiles.folders import claim
+    from voltana.experiments.frontier.report import write_frontier
+    from voltana.experiments.frontier.search import search_frontier
+    from voltana.experiments.frontier.table import carries, frontier_table
+    from voltana.profiles.folders import claim
 
     claim(out, "frontier")
     done = {load.name: row for load, row in search_frontier(study, out, jobs=jobs)}

@@ -12,7 +12,7 @@ import typer
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from sim.policies.registry import Entry
+    from voltana.sim.policies.registry import Entry
 
 _LABEL = re.compile(r"[A-Z][A-Za-z]*(, [a-z ]+)?: ")
 KINDS = ("profiles", "controllers", "routers", "workloads")
@@ -35,7 +35,7 @@ def list_names(
     with NAME one of them with its whole rule. They are given on the command line as
     name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
-    from profiles.errors import VoltanaError, nearest
+    from voltana.profiles.errors import VoltanaError, nearest
 
     printers = {
         "profiles": _profiles, "controllers": _policies, "routers": _policies,
@@ -50,8 +50,8 @@ def list_names(
 
 
 def _profiles(kind: str, name: str | None) -> list[str]:
-    from profiles.catalog import list_profiles, load_profile
-    from profiles.ecopred import fit_report
+    from voltana.profiles.catalog import list_profiles, load_profile
+    from voltana.profiles.ecopred import fit_report
 
     lines = []
     for found in list_profiles():
@@ -73,8 +73,8 @@ def _profiles(kind: str, name: str | None) -> list[str]:
 
 
 def _policies(kind: str, name: str | None) -> list[str]:
-    from profiles.errors import VoltanaError, nearest
-    from sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.profiles.errors import VoltanaError, nearest
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
 
     entries: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controllers" else ROUTERS
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
@@ -88,7 +88,7 @@ def _policies(kind: str, name: str | None) -> list[str]:
 
 
 def _policy(name: str, entry: Entry[Any], width: int, *, whole: bool) -> list[str]:
-    from sim.policies.registry import CONSTANTS
+    from voltana.sim.policies.registry import CONSTANTS
 
     lines = _wrap(f"{name}: {entry.rule}", "", width)
     if whole:
@@ -128,6 +128,6 @@ def _wrap(text: str, head: str, width: int) -> list[str]:
 
 
 def _workloads(kind: str, name: str | None) -> list[str]:
-    from sim.workload.generate import list_workloads
+    from voltana.sim.workload.generate import list_workloads
 
     return [f"{found}: {text}" for found, text in list_workloads().items()]

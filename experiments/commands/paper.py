@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 if TYPE_CHECKING:
-    from experiments.paper.calibrate import Unknowns
+    from voltana.experiments.paper.calibrate import Unknowns
 
 paper = typer.Typer(
     name="paper",
@@ -46,9 +46,9 @@ def fit(
 
     import tomli_w
 
-    from experiments.paper.calibrate import fit_panel
-    from experiments.paper.panel import read_panel
-    from profiles.files import write_text
+    from voltana.experiments.paper.calibrate import fit_panel
+    from voltana.experiments.paper.panel import read_panel
+    from voltana.profiles.files import write_text
 
     found = fit_panel(
         read_panel(panel), data, out, workload=workload, max_evaluations=max_evaluations,
@@ -75,10 +75,10 @@ def build(
     ] = None,
 ) -> None:
     """Build the profiles of the three models with the fitted kernel and host times."""
-    from experiments.paper.calibrate import read_fitted
-    from experiments.paper.panel import FITTED
-    from profiles.build.a100 import build_tuned
-    from profiles.build.models import SHAPES
+    from voltana.experiments.paper.calibrate import read_fitted
+    from voltana.experiments.paper.panel import FITTED
+    from voltana.profiles.build.a100 import build_tuned
+    from voltana.profiles.build.models import SHAPES
 
     unknowns = read_fitted(fitted or FITTED)
     for model in SHAPES:
@@ -95,11 +95,11 @@ def compare(
     jobs: Jobs = None,
 ) -> None:
     """Run the published panel as shipped and print the difference, rate by rate."""
-    from experiments.draw.plots import save
-    from experiments.paper.figure import draw_panel
-    from experiments.paper.panel import panel_residuals, read_panel, score, worst
-    from experiments.show import width
-    from profiles.files import write_csv
+    from voltana.experiments.draw.plots import save
+    from voltana.experiments.paper.figure import draw_panel
+    from voltana.experiments.paper.panel import panel_residuals, read_panel, score, worst
+    from voltana.experiments.show import width
+    from voltana.profiles.files import write_csv
 
     published = read_panel(panel)
     compared = panel_residuals(published, out, jobs=jobs)
@@ -123,8 +123,8 @@ def predict(
     jobs: Jobs = None,
 ) -> None:
     """Run the main figure for all models and data sets and write it in the panel's columns."""
-    from experiments.paper.panel import predict as make
-    from profiles.files import write_csv
+    from voltana.experiments.paper.panel import predict as make
+    from voltana.profiles.files import write_csv
 
     made = make(runs / "main-figure", jobs=jobs)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -23,9 +23,9 @@ def plot(
 
     Needs a policy axis with an entry named static-max; static pairs are reduced to the best one.
     """
-    from experiments.compare.policies import compare
-    from experiments.draw.plots import energy_vs_slo, save
-    from experiments.sweep.run import read_results
+    from voltana.experiments.compare.policies import compare
+    from voltana.experiments.draw.plots import energy_vs_slo, save
+    from voltana.experiments.sweep.run import read_results
 
     frame = compare(read_results(directory), target=target)
     for path in save(energy_vs_slo(frame, target=target), directory, "energy_vs_slo"):

@@ -27,9 +27,14 @@ def check_profile(
 
     Example: voltana profile check h100-sxm/qwen3-8b leaderboard/data/tasks/lm-arena-chat.json
     """
-    from experiments.compare.measured import compare_rows, parse_prompts, parse_range, report_lines
-    from profiles.catalog import load_profile
-    from profiles.importing.evidence import read_rows
+    from voltana.experiments.compare.measured import (
+        compare_rows,
+        parse_prompts,
+        parse_range,
+        report_lines,
+    )
+    from voltana.profiles.catalog import load_profile
+    from voltana.profiles.importing.evidence import read_rows
 
     found = compare_rows(load_profile(profile), read_rows(rows), parse_prompts(prompt_tokens or ()))
     for line in report_lines(found, parse_range(batches)):

@@ -12,15 +12,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from experiments.extras import needs
-from profiles.errors import VoltanaError, nearest
+from voltana.experiments.extras import needs
+from voltana.profiles.errors import VoltanaError, nearest
 
 if TYPE_CHECKING:
-    from profiles.catalog import Profile
-    from profiles.device.gpu import Gpu
-    from profiles.engines.base import Engine, Phase
-    from profiles.measure.campaign import Plan
-    from profiles.measure.progress import Progress
+    from voltana.profiles.catalog import Profile
+    from voltana.profiles.device.gpu import Gpu
+    from voltana.profiles.engines.base import Engine, Phase
+    from voltana.profiles.measure.campaign import Plan
+    from voltana.profiles.measure.progress import Progress
 
 ENGINES = ("torch", "sglang")
 DEVICES = ("cuda", "cpu")
@@ -102,11 +102,11 @@ def profile(
 
     Every finished point is kept in OUT/journal.jsonl; run the same command again to go on.
     """
-    from profiles.device.cards import open_cards
-    from profiles.measure.campaign import Plan
-    from profiles.measure.progress import open_progress
-    from profiles.measure.run import measure_profile
-    from profiles.measure.trial import Protocol
+    from voltana.profiles.device.cards import open_cards
+    from voltana.profiles.measure.campaign import Plan
+    from voltana.profiles.measure.progress import open_progress
+    from voltana.profiles.measure.run import measure_profile
+    from voltana.profiles.measure.trial import Protocol
 
     _check(engine, device, is_pair=pair, is_attached=attach is not None)
     check_out(out)
@@ -151,7 +151,7 @@ def profile(
 
 def _thinned(plan: Plan, progress: Progress) -> Plan:
     """Of all clocks those that the budget holds, and a line that says so."""
-    from profiles.measure.budget import clock_s, thinned
+    from voltana.profiles.measure.budget import clock_s, thinned
 
     known_mhz = plan.clocks_mhz or ()
     clocks_mhz = thinned(known_mhz, plan)
@@ -183,7 +183,7 @@ def _check(engine: str, device: str, *, is_pair: bool, is_attached: bool) -> Non
 
 def check_out(out: Path) -> None:
     """Refuse a place inside the installed package: its journals and logs would ship with it."""
-    import profiles
+    from voltana import profiles
 
     package = Path(profiles.__file__).parent
     if out.resolve().is_relative_to(package.resolve()):
@@ -206,9 +206,9 @@ def _restored_clock(clock_mhz: int | None, cards: Sequence[Gpu]) -> int | None:
 def _attached(model: str, fleet: Path) -> Engine:
     """Servers that run already, from a TOML file."""
     with needs("replay", "--engine sglang"):
-        from profiles.engines.sglang import SglangEngine
-        from profiles.engines.sglang_attach import attach
-    from profiles.engines.llama_config import load_shape
+        from voltana.profiles.engines.sglang import SglangEngine
+        from voltana.profiles.engines.sglang_attach import attach
+    from voltana.profiles.engines.llama_config import load_shape
 
     return SglangEngine(lambda: attach(fleet), load_shape(model), is_attached=True)
 
@@ -218,10 +218,10 @@ def _started(
 ) -> Engine:
     """Servers to start: one, or a pair, on the cards that are named or on the CPU."""
     with needs("replay", "--engine sglang"):
-        from hwreplay.engines.launch import run_profiled
-        from hwreplay.engines.plan import Installation
-        from profiles.engines.sglang import SglangEngine
-    from profiles.engines.llama_config import load_shape
+        from voltana.hwreplay.engines.launch import run_profiled
+        from voltana.hwreplay.engines.plan import Installation
+        from voltana.profiles.engines.sglang import SglangEngine
+    from voltana.profiles.engines.llama_config import load_shape
 
     shape = load_shape(model)
     if not Path(model).is_dir():
@@ -241,12 +241,12 @@ def _torch(model: str, device: str, dtype: str, num_gpus: int) -> Engine:
             f"--engine torch runs on one card, --gpu names {num_gpus}: name one, or take sglang"
         )
     try:
-        from profiles.engines.torch_llama import TorchEngine
+        from voltana.profiles.engines.torch_llama import TorchEngine
     except ModuleNotFoundError as error:
         raise VoltanaError(
             f"--engine torch needs {error.name}: pip install 'voltana[torch]'"
         ) from None
-    from profiles.engines.llama_config import load_config
+    from voltana.profiles.engines.llama_config import load_config
 
     return TorchEngine(load_config(model), device=device, dtype=dtype)
 
@@ -265,7 +265,7 @@ def _clocks(text: str, card: Gpu) -> tuple[int, ...] | None:
 
 
 def _phases(text: str) -> tuple[Phase, ...]:
-    from profiles.engines.base import PHASES
+    from voltana.profiles.engines.base import PHASES
 
     wanted = text.split(",")
     for name in wanted:

@@ -7,9 +7,9 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from experiments.commands.profile_check import check_profile
-from experiments.commands.profile_gpu import profile
-from experiments.commands.profile_import import import_profile
+from voltana.experiments.commands.profile_check import check_profile
+from voltana.experiments.commands.profile_gpu import profile
+from voltana.experiments.commands.profile_import import import_profile
 
 DEFAULT = "measure"
 """What `voltana profile --gpu 0 …` means, as it did before there were others."""

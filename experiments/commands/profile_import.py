@@ -42,12 +42,12 @@ def import_profile(
     Example: voltana profile import --system h100_sxm --model Qwen/Qwen3-8B --power-from h100
     --clock-shape a100 --out results/profiles/h100-qwen3-8b
     """
-    from experiments.commands.profile_gpu import check_out
-    from profiles.importing.build import Source, build_profile
-    from profiles.importing.decoder import load_decoder
-    from profiles.importing.power import load_clock_shape, load_power
-    from profiles.importing.systems import load_system
-    from profiles.importing.tables import open_tables
+    from voltana.experiments.commands.profile_gpu import check_out
+    from voltana.profiles.importing.build import Source, build_profile
+    from voltana.profiles.importing.decoder import load_decoder
+    from voltana.profiles.importing.power import load_clock_shape, load_power
+    from voltana.profiles.importing.systems import load_system
+    from voltana.profiles.importing.tables import open_tables
 
     check_out(out)
     found = open_tables(load_system(system), engine, version, tables)

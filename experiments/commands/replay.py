@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.extras import needs
+from voltana.experiments.extras import needs
 
 
 def register(app: typer.Typer) -> None:
@@ -55,8 +55,8 @@ def replay(
     Example: voltana replay --config replay.toml --out results/replayed
     """
     with needs("replay", "voltana replay"):
-        from experiments.hardware.replay import enter_time, run_probe, run_replay
-    from experiments.show import summary_json, summary_table
+        from voltana.experiments.hardware.replay import enter_time, run_probe, run_replay
+    from voltana.experiments.show import summary_json, summary_table
 
     enter_time(config)
     if probe:
@@ -75,7 +75,7 @@ def replay(
 
 def _check_complete(out: Path) -> None:
     """Exit with 1 if the run was cut off or lost a part on its way."""
-    from sim.results import read_json
+    from voltana.sim.results import read_json
 
     settings = read_json(out / "settings.json")
     if not settings["is_complete"]:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.extras import needs
+from voltana.experiments.extras import needs
 
 
 def register(app: typer.Typer) -> None:
@@ -40,7 +40,7 @@ def report(
     Example: voltana report results/demo
     """
     with needs("report", "voltana report"):
-        from experiments.report.page import write_report
+        from voltana.experiments.report.page import write_report
 
     path = directory / "report.html" if out is None else out
     failures = write_report(

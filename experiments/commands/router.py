@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.extras import needs
+from voltana.experiments.extras import needs
 
 
 def register(app: typer.Typer) -> None:
@@ -37,8 +37,8 @@ def router(
     import dataclasses
 
     with needs("replay", "voltana router"):
-        from hwreplay.router.config import read_router_config, read_token
-        from hwreplay.router.service import run_router
+        from voltana.hwreplay.router.config import read_router_config, read_token
+        from voltana.hwreplay.router.service import run_router
 
     made = read_router_config(config, token=read_token(token_file))
     made = dataclasses.replace(

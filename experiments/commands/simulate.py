@@ -8,11 +8,11 @@ from typing import Annotated, Any
 
 import typer
 
-from profiles.errors import VoltanaError
-from profiles.places import SERVING, read_serving
-from sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
-from sim.workload.generate import PART_REQUESTS
-from sim.workload.workload import Workload
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.places import SERVING, read_serving
+from voltana.sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
+from voltana.sim.workload.generate import PART_REQUESTS
+from voltana.sim.workload.workload import Workload
 
 _SET_HELP = "Set any configuration key, repeatable; the keys are listed below"
 _WIDTH = max(len(key) for key in KEYS)
@@ -120,11 +120,11 @@ def _read(path: Path) -> dict[str, Any]:
 def _run(
     config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bool, requires_slo: bool
 ) -> None:
-    from experiments.promise import keeps_promise, missed, overload_of, tell
-    from experiments.runs import run
-    from experiments.show import summary_json, summary_table
-    from sim.metrics import summarise
-    from sim.results import refuse_existing, write_run
+    from voltana.experiments.promise import keeps_promise, missed, overload_of, tell
+    from voltana.experiments.runs import run
+    from voltana.experiments.show import summary_json, summary_table
+    from voltana.sim.metrics import summarise
+    from voltana.sim.results import refuse_existing, write_run
 
     if out is not None:
         refuse_existing(out)
@@ -143,8 +143,8 @@ def _run(
 
 def _watch(config: SimConfig) -> Callable[[Iterator[Workload]], Iterator[Workload]]:
     """A bar of the requests that have arrived, where a workload comes part by part."""
-    from experiments.progress import progress_bar
-    from experiments.runs import DEFAULT_DURATION_S
+    from voltana.experiments.progress import progress_bar
+    from voltana.experiments.runs import DEFAULT_DURATION_S
 
     expected = config.rate_rps * (config.duration_s or DEFAULT_DURATION_S)
 

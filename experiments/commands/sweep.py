@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from experiments.options import RequireSlo
+from voltana.experiments.options import RequireSlo
 
 
 def register(app: typer.Typer) -> None:
@@ -37,9 +37,9 @@ def sweep(
     pairs of fixed clocks. Finished points are kept by the hash of their configuration: run the
     command again to go on after an interruption, or on several machines with one --store.
     """
-    from experiments.promise import end_with, overloads
-    from experiments.sweep.grid import read_sweep
-    from experiments.sweep.run import RESULTS, run_sweep
+    from voltana.experiments.promise import end_with, overloads
+    from voltana.experiments.sweep.grid import read_sweep
+    from voltana.experiments.sweep.run import RESULTS, run_sweep
 
     points = read_sweep(config)
     table = run_sweep(points, out, jobs=jobs, engine=engine, store=store)

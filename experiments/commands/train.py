@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from sim.config import make_config, parse_settings, read_toml
+from voltana.sim.config import make_config, parse_settings, read_toml
 
 if TYPE_CHECKING:
-    from experiments.study.train import Algorithm, Solver
+    from voltana.experiments.study.train import Algorithm, Solver
 
 train = typer.Typer(
     name="train", help="Solve or learn a policy and write its file.", no_args_is_help=True
@@ -83,9 +83,9 @@ def train_mdp(
     is refused with any other. q goes on from OUT.checkpoint if it was interrupted.
     Example: voltana train mdp --rate 30 --out mdp.npz --set slo_itl_s=0.045
     """
-    from experiments.promise import overloads_at, tell
-    from experiments.study.train import TrainingPlan, describe
-    from experiments.study.train import train as run
+    from voltana.experiments.promise import overloads_at, tell
+    from voltana.experiments.study.train import TrainingPlan, describe
+    from voltana.experiments.study.train import train as run
 
     values = (read_toml(config) if config else {}) | parse_settings(settings or [])
     if decode is not None:

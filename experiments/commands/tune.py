@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from sim.config import parse_settings, read_toml
+from voltana.sim.config import parse_settings, read_toml
 
 tune = typer.Typer(
     name="tune", help="Find a policy's parameters in the simulator.", no_args_is_help=True
@@ -57,10 +57,10 @@ def tune_pid(
     OUT/pid.toml` takes it as it is. Run the command again to go on after an interruption.
     Example: voltana tune pid --set rate_rps=30 --set duration_s=60 --set slo_itl_s=0.045
     """
-    from experiments.promise import missed
-    from experiments.study.tune import PidTuner
-    from profiles.files import write_text
-    from profiles.folders import claim
+    from voltana.experiments.promise import missed
+    from voltana.experiments.study.tune import PidTuner
+    from voltana.profiles.files import write_text
+    from voltana.profiles.folders import claim
 
     base = (read_toml(config) if config else {}) | parse_settings(settings or [])
     tuner = PidTuner(

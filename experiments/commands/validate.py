@@ -42,8 +42,8 @@ def validate(
 
     Example: voltana validate results/simulated results/replayed
     """
-    from experiments.hardware.validate import run_validation
-    from hwreplay.validate.validate import Thresholds
+    from voltana.experiments.hardware.validate import run_validation
+    from voltana.hwreplay.validate.validate import Thresholds
 
     thresholds = Thresholds(
         energy_frac=energy_pct / 100,

@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from profiles.importing.evidence import PROMPT_TOKENS, Row
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.importing.evidence import PROMPT_TOKENS, Row
 
 HOST_BOUND: Final = 0.25
 """A row whose gap is longer and whose power is lower than predicted by more than this share: the

@@ -12,9 +12,9 @@ from typing import Final
 
 import pandas as pd
 
-from experiments.sweep.grid import STATIC_PAIR
-from profiles.errors import VoltanaError
-from sim.config import KEYS
+from voltana.experiments.sweep.grid import STATIC_PAIR
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import KEYS
 
 STATIC_MAX: Final = "static-max"
 BEST_PAIR: Final = "best static pair"

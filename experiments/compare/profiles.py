@@ -19,12 +19,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
-from experiments.draw.plots import COLOURS, STYLE, save
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from profiles.files import write_csv, write_text
-from profiles.folders import claim
-from profiles.markdown import markdown_table
+from voltana.experiments.draw.plots import COLOURS, STYLE, save
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_csv, write_text
+from voltana.profiles.folders import claim
+from voltana.profiles.markdown import markdown_table
 
 PHASES: Final = ("prefill", "decode")
 UNITS: Final = {"time_s": "iteration time", "power_w": "power"}

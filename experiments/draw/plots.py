@@ -16,10 +16,10 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
-from experiments.compare.policies import BEST_PAIR, TARGET, load_columns, worse_attainment
-from profiles.errors import VoltanaError
-from profiles.files import write_figure
-from profiles.measure.style import (
+from voltana.experiments.compare.policies import BEST_PAIR, TARGET, load_columns, worse_attainment
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_figure
+from voltana.profiles.measure.style import (
     COLOURS,
     GREY,
     MARKERS,
@@ -29,7 +29,7 @@ from profiles.measure.style import (
     legend_height_in,
     line_style,
 )
-from sim.policies.base import DECODE, PREFILL
+from voltana.sim.policies.base import DECODE, PREFILL
 
 __all__ = ["COLOURS", "MARKERS", "STYLE", "energy_vs_slo", "save"]
 
@@ -61,7 +61,7 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
     Hollow where the promise, TTFT or ITL, is broken; the promise itself is dotted.
 
     Args:
-        frame: Result of `experiments.compare.policies.compare`.
+        frame: Result of `voltana.experiments.compare.policies.compare`.
         target: Attainment drawn as the line to stay above.
 
     Raises:

@@ -10,8 +10,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.draw.plots import add_legend
-from experiments.study.step_response import (
+from voltana.experiments.draw.plots import add_legend
+from voltana.experiments.study.step_response import (
     BASE,
     CONTROLLERS,
     END_S,
@@ -19,7 +19,7 @@ from experiments.study.step_response import (
     START_S,
     Response,
 )
-from profiles.measure.style import GREY, STYLE, WIDTH_IN, legend_height_in, line_style
+from voltana.profiles.measure.style import GREY, STYLE, WIDTH_IN, legend_height_in, line_style
 
 _FROM_S = START_S - 20.0
 _TITLES = {

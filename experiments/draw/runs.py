@@ -10,11 +10,23 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.compare.policies import ATTAINMENTS, TARGET, best_pairs, is_static_pair, keeps_slo
-from experiments.draw.plots import PHASE_COLOURS, add_legend, display_name, hollow, plot_kept
-from profiles.errors import VoltanaError
-from profiles.measure.style import STYLE, WIDTH_IN, line_style
-from sim.records import RunRecord
+from voltana.experiments.compare.policies import (
+    ATTAINMENTS,
+    TARGET,
+    best_pairs,
+    is_static_pair,
+    keeps_slo,
+)
+from voltana.experiments.draw.plots import (
+    PHASE_COLOURS,
+    add_legend,
+    display_name,
+    hollow,
+    plot_kept,
+)
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.style import STYLE, WIDTH_IN, line_style
+from voltana.sim.records import RunRecord
 
 _ROWS: Final = (
     ("clock_mhz", "clock lock (MHz)"),

@@ -10,12 +10,12 @@ import numpy.typing as npt
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from experiments.draw.plots import add_legend
-from hwreplay.validate.validate import Validation, cdf
-from profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN
-from sim.metrics import tpot_s, ttft_s
-from sim.policies.base import DECODE, PREFILL
-from sim.records import RunRecord
+from voltana.experiments.draw.plots import add_legend
+from voltana.hwreplay.validate.validate import Validation, cdf
+from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN
+from voltana.sim.metrics import tpot_s, ttft_s
+from voltana.sim.policies.base import DECODE, PREFILL
+from voltana.sim.records import RunRecord
 
 SIMULATED: Final = COLOURS[1]
 OBSERVED: Final = COLOURS[2]

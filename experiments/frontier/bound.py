@@ -67,11 +67,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from experiments.frontier.surface import DecodeSurface, decode_surface, prefill_knots
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.workload.workload import Workload
+from voltana.experiments.frontier.surface import DecodeSurface, decode_surface, prefill_knots
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.workload.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -19,10 +19,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.policies.registry import check_policies
-from sim.policies.spec import parse_spec
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.policies.registry import check_policies
+from voltana.sim.policies.spec import parse_spec
 
 KNOBS: Final[Mapping[str, tuple[str, float, float]]] = {
     "ecofreq": ("margin", -0.5, 0.5),

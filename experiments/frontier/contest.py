@@ -13,16 +13,16 @@ from typing import Final
 
 import pandas as pd
 
-from experiments.frontier.report import text_table
-from experiments.frontier.search import search_frontier
-from experiments.frontier.study import load_names_of, read_study
-from experiments.frontier.table import COLUMNS, frontier_table
-from experiments.study.suite import CONFIGS
-from profiles.binding import check_names
-from profiles.errors import VoltanaError
-from profiles.files import write_csv
-from profiles.folders import claim
-from sim.workload.fetch import MissingTraceError
+from voltana.experiments.frontier.report import text_table
+from voltana.experiments.frontier.search import search_frontier
+from voltana.experiments.frontier.study import load_names_of, read_study
+from voltana.experiments.frontier.table import COLUMNS, frontier_table
+from voltana.experiments.study.suite import CONFIGS
+from voltana.profiles.binding import check_names
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_csv
+from voltana.profiles.folders import claim
+from voltana.sim.workload.fetch import MissingTraceError
 
 CSV: Final = Path("results/contest.csv")
 KEY: Final = ["workload", "fleet", "load"]

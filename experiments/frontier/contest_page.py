@@ -12,13 +12,19 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.draw.plots import add_legend, save
-from experiments.frontier.contest import KEY, read_contest
-from experiments.frontier.search import DEFAULT, REFERENCES, STATIC_FLEET, STATIC_MAX, STATIC_PAIR
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from profiles.markdown import markdown_table
-from profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
+from voltana.experiments.draw.plots import add_legend, save
+from voltana.experiments.frontier.contest import KEY, read_contest
+from voltana.experiments.frontier.search import (
+    DEFAULT,
+    REFERENCES,
+    STATIC_FLEET,
+    STATIC_MAX,
+    STATIC_PAIR,
+)
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.profiles.markdown import markdown_table
+from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
 
 PAGE: Final = "contest.md"
 FIGURE: Final = "contest-shares"

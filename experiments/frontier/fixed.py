@@ -30,7 +30,7 @@ from typing import Final
 
 import numpy as np
 
-from experiments.frontier.trial import Trial
+from voltana.experiments.frontier.trial import Trial
 
 _SLACK: Final = 0.002
 """Part of the energy by which a combination may be cheaper than its ranking allows for."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from experiments.frontier.trial import Trial
+from voltana.experiments.frontier.trial import Trial
 
 COARSE: Final = 5
 """Positions tried first."""

@@ -17,14 +17,14 @@ from matplotlib.lines import Line2D
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
-from experiments.draw.plots import add_legend, hollow, save, stretch_attainment
-from experiments.frontier.search import DEFAULT, STATIC_MAX, Found, Study
-from experiments.frontier.table import carries, keeps
-from experiments.show import render
-from experiments.sweep.run import RESULTS
-from profiles.files import write_csv, write_text
-from profiles.markdown import markdown_table
-from profiles.measure.style import STYLE, WIDTH_IN, legend_height_in, line_style
+from voltana.experiments.draw.plots import add_legend, hollow, save, stretch_attainment
+from voltana.experiments.frontier.search import DEFAULT, STATIC_MAX, Found, Study
+from voltana.experiments.frontier.table import carries, keeps
+from voltana.experiments.show import render
+from voltana.experiments.sweep.run import RESULTS
+from voltana.profiles.files import write_csv, write_text
+from voltana.profiles.markdown import markdown_table
+from voltana.profiles.measure.style import STYLE, WIDTH_IN, legend_height_in, line_style
 
 HEADINGS: Final = (
     "router", "controller", "knob", "tuned %", "kept %", "energy kJ", "vs max %", "vs pair %",

@@ -5,9 +5,9 @@ all: the least mean energy among what, on each tuning repeat, misses no more tha
 target allows; where nothing does, what misses least on its worst repeat. Where no static fleet
 could be chosen by that rule, or the chosen one falls below the target when it is judged, the best
 one of the judging repeats stands beside it, chosen in hindsight. A policy's knob is searched by
-`experiments.frontier.knob`, fixed clocks by `experiments.frontier.fixed`, and that under every
-router that takes part, so that a controller can be held against the best static fleet under its own
-router. Every policy is judged at its default knob as well.
+`voltana.experiments.frontier.knob`, fixed clocks by `voltana.experiments.frontier.fixed`, and that
+under every router that takes part, so that a controller can be held against the best static fleet
+under its own router. Every policy is judged at its default knob as well.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
-from experiments.frontier.contenders import Contender
-from experiments.frontier.fixed import Fleet, FleetSearch, Side
-from experiments.frontier.knob import search_knob
-from experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
-from experiments.progress import progress_bar
-from experiments.runs import cached_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
+from voltana.experiments.frontier.contenders import Contender
+from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
+from voltana.experiments.frontier.knob import search_knob
+from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
+from voltana.experiments.progress import progress_bar
+from voltana.experiments.runs import cached_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
 
 STATIC_MAX: Final = "static-max"
 STATIC_PAIR: Final = "static pair"

@@ -37,17 +37,17 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Final
 
-from experiments.frontier.contenders import Contender, parse_contender
-from experiments.frontier.search import Study, profile_knots
-from experiments.frontier.trial import Load
-from experiments.runs import cached_profile
-from profiles.binding import check_names, table, tables, value, values
-from profiles.errors import VoltanaError
-from sim.config import make_config, read_toml
-from sim.policies.clocks import clock_list
-from sim.policies.registry import check_policies
-from sim.workload.fetch import in_data_folder
-from sim.workload.traces import open_trace
+from voltana.experiments.frontier.contenders import Contender, parse_contender
+from voltana.experiments.frontier.search import Study, profile_knots
+from voltana.experiments.frontier.trial import Load
+from voltana.experiments.runs import cached_profile
+from voltana.profiles.binding import check_names, table, tables, value, values
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config, read_toml
+from voltana.sim.policies.clocks import clock_list
+from voltana.sim.policies.registry import check_policies
+from voltana.sim.workload.fetch import in_data_folder
+from voltana.sim.workload.traces import open_trace
 
 SEEDS: Final = (11, 12, 13, 14, 15)
 TUNING_SEEDS: Final = (1, 2, 3)

@@ -16,9 +16,9 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from profiles.catalog import Profile
-from profiles.step_model import Row
-from profiles.tables import Grid, grid_of
+from voltana.profiles.catalog import Profile
+from voltana.profiles.step_model import Row
+from voltana.profiles.tables import Grid, grid_of
 
 FloatArray = npt.NDArray[np.float64]
 Knots = tuple[FloatArray, FloatArray, FloatArray]

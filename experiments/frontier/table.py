@@ -11,14 +11,14 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare.intervals import Interval, saving_pct, t_interval
-from experiments.frontier.bound import lower_bound
-from experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
-from experiments.frontier.trial import pooled
-from experiments.runs import cached_profile, workload_of
-from experiments.sweep.identity import bound_key
-from sim.config import KEYS, SimConfig, make_config
-from sim.results import read_json, write_json
+from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
+from voltana.experiments.frontier.bound import lower_bound
+from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
+from voltana.experiments.frontier.trial import pooled
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.experiments.sweep.identity import bound_key
+from voltana.sim.config import KEYS, SimConfig, make_config
+from voltana.sim.results import read_json, write_json
 
 COLUMNS: Final = (
     "workload", "fleet", "load", "router", "controller", "knob", "tuning_attainment", "attainment",

@@ -10,13 +10,13 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare.policies import ATTAINMENTS as BOTH
-from experiments.sweep.executors import run_point
-from experiments.sweep.grid import Point
-from experiments.sweep.run import flat_summary
-from experiments.sweep.store import FolderStore
-from profiles.errors import VoltanaError
-from sim.config import make_config
+from voltana.experiments.compare.policies import ATTAINMENTS as BOTH
+from voltana.experiments.sweep.executors import run_point
+from voltana.experiments.sweep.grid import Point
+from voltana.experiments.sweep.run import flat_summary
+from voltana.experiments.sweep.store import FolderStore
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
 
 ATTAINMENTS: Final = ("attainment", "ttft_attainment", "itl_attainment", "worse")
 """What can be held equal: see NOMENCLATURE.md; `worse` is the lower of TTFT's and ITL's."""

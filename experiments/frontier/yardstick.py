@@ -1,10 +1,10 @@
 """What a planner that knows every arrival would spend: a yardstick between policies and the bound.
 
-The lower bound (`experiments.frontier.bound`) knows no time: it lets every token be made in the
-fullest batch there is. Here time counts. Decode is a fluid, planned by a dynamic program over the
-run's own arrivals, and prefill an optimal partition of its own prompts into batches. Both act on
-the profile's tables without noise, delay or chance, so that this is no policy that can be run, and
-no proven bound either: a policy that comes near it has nothing left to gain from knowing more.
+The lower bound (`voltana.experiments.frontier.bound`) knows no time: it lets every token be made in
+the fullest batch there is. Here time counts. Decode is a fluid, planned by a dynamic program over
+the run's own arrivals, and prefill an optimal partition of its own prompts into batches. Both act
+on the profile's tables without noise, delay or chance, so that this is no policy that can be run,
+and no proven bound either: a policy that comes near it has nothing left to gain from knowing more.
 
 *Decode.* n requests are there, spread evenly over k of the M instances, at clock f. They leave at
 n / (L·T(f, n/k)) a second, with L the workload's mean number of decode iterations and T at its mean
@@ -25,12 +25,12 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from experiments.frontier.search import profile_knots
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.policies.base import DECODE
-from sim.workload.workload import Workload
+from voltana.experiments.frontier.search import profile_knots
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import DECODE
+from voltana.sim.workload.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

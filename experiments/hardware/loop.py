@@ -1,6 +1,6 @@
 """Closes the loop on emulated cards: the real SGLang against the simulator and its profile.
 
-    python -m experiments.hardware.loop        (`make loop`, after `make engine`)
+    python -m voltana.experiments.hardware.loop        (`make loop`, after `make engine`)
 
 Three circles. The profiler on an emulated card must find the tables that the card runs from. Each
 policy, simulated and replayed, must agree. Its savings must, too. The verdict is the exit status.
@@ -24,30 +24,30 @@ from typing import Any, Final
 
 import numpy as np
 
-from experiments.hardware import loop_probe, loop_profile, loop_report
-from experiments.hardware.loop_probe import HostTimes
-from experiments.hardware.loop_report import BASELINE
-from experiments.runs import cached_profile, workload_of
-from hwreplay.emulated import dilation
-from hwreplay.emulated.fleet import AGENT_S, LIBRARY, emulated_arguments
-from hwreplay.emulated.machine import Machine, run_machine
-from hwreplay.emulated.state import Behaviour, open_cards
-from hwreplay.engines.launch import run_fleet
-from hwreplay.engines.plan import Installation
-from hwreplay.engines.server import Server
-from hwreplay.replay.config import ReplayConfig
-from hwreplay.replay.replay import replay
-from hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from profiles.folders import claim
-from sim.config import SimConfig, make_config
-from sim.engine.simulate import simulate
-from sim.policies.base import DECODE, PREFILL, Phase
-from sim.results import refuse_existing, write_json, write_run
-from sim.workload.generate import make_workload
-from sim.workload.traces import read_trace
-from sim.workload.workload import Workload
+from voltana.experiments.hardware import loop_probe, loop_profile, loop_report
+from voltana.experiments.hardware.loop_probe import HostTimes
+from voltana.experiments.hardware.loop_report import BASELINE
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.hwreplay.emulated import dilation
+from voltana.hwreplay.emulated.fleet import AGENT_S, LIBRARY, emulated_arguments
+from voltana.hwreplay.emulated.machine import Machine, run_machine
+from voltana.hwreplay.emulated.state import Behaviour, open_cards
+from voltana.hwreplay.engines.launch import run_fleet
+from voltana.hwreplay.engines.plan import Installation
+from voltana.hwreplay.engines.server import Server
+from voltana.hwreplay.replay.config import ReplayConfig
+from voltana.hwreplay.replay.replay import replay
+from voltana.hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.profiles.folders import claim
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.results import refuse_existing, write_json, write_run
+from voltana.sim.workload.generate import make_workload
+from voltana.sim.workload.traces import read_trace
+from voltana.sim.workload.workload import Workload
 
 PROFILE: Final = "a100-80g-sxm/llama-3.1-8b"
 DILATION: Final = 4.0
@@ -227,7 +227,7 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
 
 
 def measure_host(fleet: Fleet, field: Field, out: Path) -> HostTimes:
-    """What the host adds on a field's fleet, see `experiments.hardware.loop_probe`."""
+    """What the host adds on a field's fleet, see `voltana.experiments.hardware.loop_probe`."""
     config = config_of(field, BASELINE, HostTimes())
     folder = out / loop_report.slug(f"{field.name} probe")
     return loop_probe.measure(
@@ -320,7 +320,7 @@ def _outside(told: argparse.Namespace, engine: Path) -> int:
     for step in ("cells",) if told.short else ("cells", "profile"):
         factor = told.dilation if step == "cells" else PROFILE_DILATION
         variables = dilation.environment(factor, dilation.build(engine / LIBRARY))
-        command = [sys.executable, "-m", "experiments.hardware.loop", *sys.argv[1:]]
+        command = [sys.executable, "-m", "voltana.experiments.hardware.loop", *sys.argv[1:]]
         done = subprocess.run([*command, "--inside", step], env=os.environ | variables, check=False)
         if done.returncode:
             return done.returncode

@@ -15,13 +15,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from experiments.runs import cached_profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.engine.simulate import simulate
-from sim.policies.base import DECODE, PREFILL
-from sim.records import RunRecord
-from sim.workload.workload import Workload
+from voltana.experiments.runs import cached_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.policies.base import DECODE, PREFILL
+from voltana.sim.records import RunRecord
+from voltana.sim.workload.workload import Workload
 
 SINGLE: Final = 44
 """Single requests whose prefill meets decode's iterations anywhere."""

@@ -13,14 +13,14 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from hwreplay.emulated.fleet import LIBRARY, emulated_arguments
-from hwreplay.emulated.machine import Machine, run_machine
-from hwreplay.emulated.plan import Plan
-from hwreplay.emulated.state import open_cards
-from hwreplay.engines.plan import Installation
-from profiles.catalog import Profile, load_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
+from voltana.hwreplay.emulated.fleet import LIBRARY, emulated_arguments
+from voltana.hwreplay.emulated.machine import Machine, run_machine
+from voltana.hwreplay.emulated.plan import Plan
+from voltana.hwreplay.emulated.state import open_cards
+from voltana.hwreplay.engines.plan import Installation
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
 
 CLOCKS_MHZ: Final = (1005, 1410)
 LIMITS: Final = {"time": 0.02, "power": 0.03, "idle": 0.03}
@@ -100,7 +100,7 @@ def _run_profiler(machine: Machine, engine: Path, out: Path) -> None:
     log = out.with_suffix(".log")
     with log.open("wb") as taken:
         done = subprocess.run(
-            [sys.executable, "-m", "experiments.cli", "profile", *words, "--allow-shared"],
+            [sys.executable, "-m", "voltana.experiments.cli", "profile", *words, "--allow-shared"],
             env=os.environ | plan.environment() | LONG,
             stdout=taken,
             stderr=subprocess.STDOUT,

@@ -8,10 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from experiments.runs import cached_profile
-from hwreplay.validate.validate import Thresholds, validate
-from profiles.markdown import markdown_table
-from sim.records import RunRecord
+from voltana.experiments.runs import cached_profile
+from voltana.hwreplay.validate.validate import Thresholds, validate
+from voltana.profiles.markdown import markdown_table
+from voltana.sim.records import RunRecord
 
 LIMITS: Final = Thresholds(energy_frac=0.05, p50_frac=0.05, p90_frac=None, p99_frac=0.10)
 ITERATION_FRAC: Final = 0.03

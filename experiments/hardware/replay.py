@@ -9,23 +9,23 @@ from typing import Any, Final
 
 import tomli_w
 
-from experiments.progress import progress_bar
-from experiments.runs import cached_profile, workload_of
-from hwreplay.emulated import dilation
-from hwreplay.emulated.fleet import library_of
-from hwreplay.replay.assembly import REQUESTS, read_iterations
-from hwreplay.replay.config import ReplayConfig, read_replay_config
-from hwreplay.replay.fit import fit_surface, steps_of, write_fitted_profile
-from hwreplay.replay.load import read_rows
-from hwreplay.replay.probe import Overhead, fit_overhead, plan_probe
-from hwreplay.replay.replay import finish, replay
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from profiles.folders import claim
-from sim.config import SimConfig, read_toml
-from sim.engine.simulate import simulate
-from sim.policies.base import DECODE, PREFILL, Phase
-from sim.results import refuse_existing, write_json, write_run
+from voltana.experiments.progress import progress_bar
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.hwreplay.emulated import dilation
+from voltana.hwreplay.emulated.fleet import library_of
+from voltana.hwreplay.replay.assembly import REQUESTS, read_iterations
+from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
+from voltana.hwreplay.replay.fit import fit_surface, steps_of, write_fitted_profile
+from voltana.hwreplay.replay.load import read_rows
+from voltana.hwreplay.replay.probe import Overhead, fit_overhead, plan_probe
+from voltana.hwreplay.replay.replay import finish, replay
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.profiles.folders import claim
+from voltana.sim.config import SimConfig, read_toml
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.results import refuse_existing, write_json, write_run
 
 OVERHEAD: Final = "overhead.json"
 KEYS: Final = "simulate.toml"
@@ -48,7 +48,7 @@ def enter_time(path: Path) -> None:
             f" got {config.dilation:g}: start them with this command ([fleet] engine)"
         )
     dilation.enter(
-        config.dilation, library_of(config.engine), ["-m", "experiments.cli", *sys.argv[1:]]
+        config.dilation, library_of(config.engine), ["-m", "voltana.experiments.cli", *sys.argv[1:]]
     )
 
 
@@ -58,7 +58,7 @@ def run_replay(
     """Replay the configuration in a file, write the run directory, return config and summary.
 
     Args:
-        path: TOML file, see `hwreplay.replay.config`.
+        path: TOML file, see `voltana.hwreplay.replay.config`.
         out: Run directory; may hold no run.
         only_finish: Send nothing: write the results of what an earlier replay left there.
 

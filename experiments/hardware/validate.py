@@ -5,15 +5,15 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from experiments.draw.validation import validation_figure
-from experiments.runs import cached_profile
-from hwreplay.validate.report import markdown
-from hwreplay.validate.validate import IterationModel, Thresholds, validate
-from profiles.errors import VoltanaError
-from profiles.files import write_figure, write_text
-from profiles.folders import claim
-from sim.records import RunRecord
-from sim.results import finite, read_run, write_json
+from voltana.experiments.draw.validation import validation_figure
+from voltana.experiments.runs import cached_profile
+from voltana.hwreplay.validate.report import markdown
+from voltana.hwreplay.validate.validate import IterationModel, Thresholds, validate
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_figure, write_text
+from voltana.profiles.folders import claim
+from voltana.sim.records import RunRecord
+from voltana.sim.results import finite, read_run, write_json
 
 NAME = "validation"
 

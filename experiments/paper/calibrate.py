@@ -18,11 +18,11 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import minimize
 
-from experiments.paper.panel import below_overload, panel_residuals, score
-from profiles.build.a100 import Tuning, build_tuned
-from profiles.catalog import FILES, Profile
-from profiles.errors import VoltanaError
-from sim.config import read_toml
+from voltana.experiments.paper.panel import below_overload, panel_residuals, score
+from voltana.profiles.build.a100 import Tuning, build_tuned
+from voltana.profiles.catalog import FILES, Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import read_toml
 
 MODEL: Final = "llama-3.1-8b"
 STEP: Final = 0.15
@@ -121,7 +121,7 @@ def fit_panel(
     """Fit the unknowns to a panel of Llama-3.1-8B; resumable, finished runs are kept.
 
     Args:
-        published: See `experiments.paper.panel.read_panel`.
+        published: See `voltana.experiments.paper.panel.read_panel`.
         data: Folder of the public measurements that profiles are built from.
         directory: Takes trial profiles and runs.
         workload: Length distribution, a choice made before the fit.

@@ -9,8 +9,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from experiments.draw.plots import add_legend, display_name
-from profiles.measure.style import GREY, STYLE, WIDTH_IN, line_style
+from voltana.experiments.draw.plots import add_legend, display_name
+from voltana.profiles.measure.style import GREY, STYLE, WIDTH_IN, line_style
 
 _ROWS: Final = {
     "saving_pct": "energy saved (%)",
@@ -24,7 +24,7 @@ def draw_panel(compared: pd.DataFrame) -> Figure:
     """Draw residuals: ours as lines, the published values as open markers.
 
     Args:
-        compared: Result of `experiments.paper.panel.residuals`.
+        compared: Result of `voltana.experiments.paper.panel.residuals`.
     """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 5.2), layout="constrained")

@@ -16,12 +16,12 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from experiments.draw.plots import VOLTANALLM
-from experiments.study.suite import CONFIGS, PANEL, read_experiment
-from experiments.sweep.grid import Point
-from experiments.sweep.run import run_sweep
-from profiles.errors import VoltanaError
-from sim.config import make_config
+from voltana.experiments.draw.plots import VOLTANALLM
+from voltana.experiments.study.suite import CONFIGS, PANEL, read_experiment
+from voltana.experiments.sweep.grid import Point
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
 
 ConfigValue = str | float
 

@@ -12,12 +12,12 @@ from matplotlib import colormaps
 from matplotlib.colors import to_hex
 from plotly.subplots import make_subplots
 
-from experiments.compare.measures import MEASURES
-from experiments.compare.policies import BEST_PAIR, KEEPS, SAVING, best_pairs
-from experiments.draw.plots import COLOURS, PHASE_COLOURS
-from experiments.report.collect import ID, Results
-from experiments.report.series import RunSeries
-from experiments.sweep.run import Residency
+from voltana.experiments.compare.measures import MEASURES
+from voltana.experiments.compare.policies import BEST_PAIR, KEEPS, SAVING, best_pairs
+from voltana.experiments.draw.plots import COLOURS, PHASE_COLOURS
+from voltana.experiments.report.collect import ID, Results
+from voltana.experiments.report.series import RunSeries
+from voltana.experiments.sweep.run import Residency
 
 SYMBOLS: Final = ("circle", "square", "diamond", "triangle-up", "triangle-down", "cross", "star")
 DASHES: Final = ("solid", "dash", "dot", "dashdot")

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare.policies import (
+from voltana.experiments.compare.policies import (
     KEEPS,
     STATIC_MAX,
     TARGET,
@@ -19,9 +19,9 @@ from experiments.compare.policies import (
     labels_of,
     load_columns,
 )
-from experiments.study.suite import CONFIGS as EXPERIMENTS
-from experiments.study.suite import FigureSpec, list_experiments, read_experiment
-from experiments.sweep.run import (
+from voltana.experiments.study.suite import CONFIGS as EXPERIMENTS
+from voltana.experiments.study.suite import FigureSpec, list_experiments, read_experiment
+from voltana.experiments.sweep.run import (
     RESULTS,
     Residency,
     check_results,
@@ -29,8 +29,8 @@ from experiments.sweep.run import (
     read_residency,
     read_results,
 )
-from profiles.errors import VoltanaError
-from sim.results import check_frames, read_json
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.results import check_frames, read_json
 
 SUMMARY: Final = "summary.json"
 RUN: Final = "run"

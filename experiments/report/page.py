@@ -16,15 +16,15 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.offline import get_plotlyjs
 
-from experiments.compare.policies import KEEPS, SAVING
-from experiments.report import charts
-from experiments.report.collect import ID, RUN, Results, collect
-from experiments.report.series import RunSeries, choose, series_of
-from experiments.runs import cached_profile
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from sim.config import KEYS
-from sim.results import BrokenFileError
+from voltana.experiments.compare.policies import KEEPS, SAVING
+from voltana.experiments.report import charts
+from voltana.experiments.report.collect import ID, RUN, Results, collect
+from voltana.experiments.report.series import RunSeries, choose, series_of
+from voltana.experiments.runs import cached_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.sim.config import KEYS
+from voltana.sim.results import BrokenFileError
 
 HERE: Final = Path(__file__).parent
 POLICY: Final = (

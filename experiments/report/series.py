@@ -10,12 +10,12 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.report.collect import ID, SUMMARY, Results
-from experiments.runs import run
-from profiles.errors import VoltanaError
-from sim.config import KEYS, SimConfig, make_config
-from sim.records import FloatArray
-from sim.results import read_frame, read_json
+from voltana.experiments.report.collect import ID, SUMMARY, Results
+from voltana.experiments.runs import run
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import KEYS, SimConfig, make_config
+from voltana.sim.records import FloatArray
+from voltana.sim.results import read_frame, read_json
 
 SAMPLES: Final = 600
 """Samples of a run that is simulated again: about one per two pixels of a wide screen."""

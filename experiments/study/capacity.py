@@ -1,6 +1,6 @@
 """Does the default keep its promises on each seed, up to 95 % of what the top clocks carry?
 
-python -m experiments.study.capacity --out results/capacity
+python -m voltana.experiments.study.capacity --out results/capacity
 
 finds the capacity at top clocks, the highest rate (in steps of `STEP_RPS`) at which static-max
 keeps 99 % of requests on each of 20 seeds, and runs policies at 95 % of it: as a constant load, and
@@ -15,10 +15,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from experiments.frontier.trial import Bench, Load, Trial
-from experiments.study.script import run_script
-from profiles.errors import VoltanaError
-from profiles.markdown import markdown_table
+from voltana.experiments.frontier.trial import Bench, Load, Trial
+from voltana.experiments.study.script import run_script
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.markdown import markdown_table
 
 BASE: Final = {
     "profile": "a100-80g-sxm/llama-3.1-8b", "workload": "sharegpt", "router": "consolidate",

@@ -17,11 +17,11 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
-from experiments.compare.measures import Measure, find_measure
-from experiments.draw.plots import add_legend, display_name, stretch_attainment
-from experiments.study.suite import PANEL, Experiment, FigureSpec
-from profiles.errors import VoltanaError, nearest
-from profiles.measure.style import FONT_PT, STYLE, WIDTH_IN, legend_height_in, line_style
+from voltana.experiments.compare.measures import Measure, find_measure
+from voltana.experiments.draw.plots import add_legend, display_name, stretch_attainment
+from voltana.experiments.study.suite import PANEL, Experiment, FigureSpec
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.measure.style import FONT_PT, STYLE, WIDTH_IN, legend_height_in, line_style
 
 Styles = dict[Any, dict[str, Any]]
 MOST_COLUMNS: Final = 3
@@ -35,7 +35,8 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
 
     Args:
         experiment: Says what is on the axes.
-        frame: Tidy results with the column `panel`, see `experiments.study.suite.with_saving`.
+        frame: Tidy results with the column `panel`, see
+        `voltana.experiments.study.suite.with_saving`.
 
     Raises:
         VoltanaError: The figure asks for a measure or column that does not exist.

@@ -1,6 +1,6 @@
 """The mdp router beside others on two fleets: the table of docs/mdp.md.
 
-python -m experiments.study.mdp_comparison --out results/mdp
+python -m voltana.experiments.study.mdp_comparison --out results/mdp
 
 trains the policies that are missing, runs what has not been run and prints Markdown.
 """
@@ -16,19 +16,19 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare.policies import (
+from voltana.experiments.compare.policies import (
     BEST_PAIR,
     add_saving,
     best_pairs,
     is_static_pair,
     keeps_slo,
 )
-from experiments.study.script import run_script
-from experiments.study.train import TrainingPlan, train
-from experiments.sweep.grid import Point, expand
-from experiments.sweep.run import run_sweep
-from profiles.markdown import markdown_table
-from sim.config import make_config
+from voltana.experiments.study.script import run_script
+from voltana.experiments.study.train import TrainingPlan, train
+from voltana.experiments.sweep.grid import Point, expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.markdown import markdown_table
+from voltana.sim.config import make_config
 
 SEEDS: Final = (21, 22, 23)
 ROUTERS: Final = ("round-robin", "ecoroute", "min-delta-energy", "least-added-power")

@@ -26,8 +26,8 @@ import numpy as np
 import numpy.typing as npt
 from scipy import signal
 
-from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, Truth
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import DECODE, Truth
 
 FloatArray = npt.NDArray[np.float64]
 ComplexArray = npt.NDArray[np.complex128]

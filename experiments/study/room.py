@@ -1,10 +1,10 @@
 """Where the bound leaves room: the contest's varying loads beside a planner that knows arrivals.
 
-python -m experiments.study.room
+python -m voltana.experiments.study.room
 
 takes each varying load of ShareGPT's lengths from results/contest.csv and prints Markdown: the best
 static fleet under the default policy's router, the policy, the yardstick of
-`experiments.frontier.yardstick` on the same repeats, and the lower bound.
+`voltana.experiments.frontier.yardstick` on the same repeats, and the lower bound.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from typing import Any, Final
 import numpy as np
 import pandas as pd
 
-from experiments.frontier.contest import contest_files, read_contest
-from experiments.frontier.contest_page import OUR_ROUTER, OURS, TARGET
-from experiments.frontier.search import DEFAULT, STATIC_FLEET, Study
-from experiments.frontier.study import load_names_of, read_study
-from experiments.frontier.trial import Load
-from experiments.frontier.yardstick import plan
-from experiments.runs import cached_profile, workload_of
-from experiments.study.script import run_script
-from profiles.errors import VoltanaError
-from sim.config import make_config
+from voltana.experiments.frontier.contest import contest_files, read_contest
+from voltana.experiments.frontier.contest_page import OUR_ROUTER, OURS, TARGET
+from voltana.experiments.frontier.search import DEFAULT, STATIC_FLEET, Study
+from voltana.experiments.frontier.study import load_names_of, read_study
+from voltana.experiments.frontier.trial import Load
+from voltana.experiments.frontier.yardstick import plan
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.experiments.study.script import run_script
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
 
 VARYING: Final = ("contest-3", "contest-4")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 
 def run_script(main: Callable[[], object]) -> None:

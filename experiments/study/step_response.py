@@ -15,14 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from experiments.runs import cached_profile
-from experiments.study.plant import Gains, Margins, Plant, linearise, margins, tune_pi
-from sim.config import SimConfig, make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise
-from sim.policies.base import DECODE
-from sim.workload.generate import make_workload
-from sim.workload.workload import Workload
+from voltana.experiments.runs import cached_profile
+from voltana.experiments.study.plant import Gains, Margins, Plant, linearise, margins, tune_pi
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import DECODE
+from voltana.sim.workload.generate import make_workload
+from voltana.sim.workload.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -7,7 +7,7 @@ x = "rate_rps"                 # column on the horizontal axis
 x_label = "request rate (requests/s)"
 x_scale = 1.0                  # optional: what the column is multiplied by (1e3: s to ms)
 series = "policy"              # column, or free axis, of the curves
-rows = ["energy", "ttft", "itl"]  # keys of experiments.compare.measures.MEASURES
+rows = ["energy", "ttft", "itl"]  # keys of voltana.experiments.compare.measures.MEASURES
 baseline = "static-1410"       # optional: the series that `saving` is counted against
 match = "ecofreq + ecoroute"   # optional, with static pairs: keep the one of least energy whose
                                # attainments are those of this series or better
@@ -30,12 +30,12 @@ from typing import Any, Final
 
 import pandas as pd
 
-from experiments.compare.measures import find_measure
-from experiments.compare.policies import SEED, add_saving, is_static_pair
-from experiments.sweep.grid import STATIC_PAIR, Point, expand
-from profiles.binding import check_names, table, tables, value, values
-from profiles.errors import VoltanaError, nearest
-from sim.config import KEYS, read_toml
+from voltana.experiments.compare.measures import find_measure
+from voltana.experiments.compare.policies import SEED, add_saving, is_static_pair
+from voltana.experiments.sweep.grid import STATIC_PAIR, Point, expand
+from voltana.profiles.binding import check_names, table, tables, value, values
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.sim.config import KEYS, read_toml
 
 CONFIGS: Final = Path(__file__).parents[1] / "configs"
 QUICK_DURATION_S: Final = 10.0

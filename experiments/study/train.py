@@ -14,21 +14,27 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from experiments.progress import progress_bar
-from experiments.runs import cached_profile, workload_of
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.mdp.clock_rule import ControllerClock
-from sim.mdp.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
-from sim.mdp.grid import StateGrid, batch_edges, kv_nodes
-from sim.mdp.learn.qlearn import Learner, QSettings, load_checkpoint, q_learn, save_checkpoint
-from sim.mdp.learn.simulator_task import SimulatorTask
-from sim.mdp.model import FREE, InstanceModel, ModelParameters, bucket_loads, build_instance
-from sim.mdp.model import mean_context_tokens as mean_context
-from sim.mdp.policy_file import PolicyFile
-from sim.policies.base import DECODE, PolicyContext
-from sim.workload.lengths import draw_lengths
+from voltana.experiments.progress import progress_bar
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.mdp.clock_rule import ControllerClock
+from voltana.sim.mdp.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups
+from voltana.sim.mdp.grid import StateGrid, batch_edges, kv_nodes
+from voltana.sim.mdp.learn.qlearn import (
+    Learner,
+    QSettings,
+    load_checkpoint,
+    q_learn,
+    save_checkpoint,
+)
+from voltana.sim.mdp.learn.simulator_task import SimulatorTask
+from voltana.sim.mdp.model import FREE, InstanceModel, ModelParameters, bucket_loads, build_instance
+from voltana.sim.mdp.model import mean_context_tokens as mean_context
+from voltana.sim.mdp.policy_file import PolicyFile
+from voltana.sim.policies.base import DECODE, PolicyContext
+from voltana.sim.workload.lengths import draw_lengths
 
 Solver = Literal["vi", "pi", "factored", "q", "sb3"]
 SOLVERS: Final = ("vi", "pi", "factored", "q", "sb3")
@@ -232,8 +238,8 @@ def _learn_q(
 
 def _learn_deep(plan: TrainingPlan, profile: Profile) -> tuple[Arrays, Result]:
     try:
-        from sim.mdp.learn.deep import DeepSettings, export, fit
-        from sim.mdp.learn.env import RoutingEnv
+        from voltana.sim.mdp.learn.deep import DeepSettings, export, fit
+        from voltana.sim.mdp.learn.env import RoutingEnv
     except ImportError as error:
         raise VoltanaError(
             f"the sb3 solver needs {error.name}: install the extra, pip install 'voltana[rl]'"

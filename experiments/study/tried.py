@@ -1,6 +1,6 @@
 """What was tried beyond EcoMin and brought too little: two policies and the table that says so.
 
-python -m experiments.study.tried --out results/tried
+python -m voltana.experiments.study.tried --out results/tried
 
 Neither is in the list of policies; this module's name stands for either in a configuration.
 """
@@ -14,15 +14,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from experiments.frontier.trial import Bench, Load
-from experiments.study.script import run_script
-from profiles.errors import VoltanaError
-from profiles.markdown import markdown_table
-from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, States
-from sim.policies.clocks import first_clock_mhz
-from sim.policies.controllers.ecomin import EcoMin, EcoMinParameters
-from sim.policies.registry import Entry
-from sim.policies.routers.consolidate import Consolidate, ConsolidateParameters
+from voltana.experiments.frontier.trial import Bench, Load
+from voltana.experiments.study.script import run_script
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.markdown import markdown_table
+from voltana.sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, States
+from voltana.sim.policies.clocks import first_clock_mhz
+from voltana.sim.policies.controllers.ecomin import EcoMin, EcoMinParameters
+from voltana.sim.policies.registry import Entry
+from voltana.sim.policies.routers.consolidate import Consolidate, ConsolidateParameters
 
 _MEMORY_S: Final = 8.0
 _NEAR: Final = 1.0
@@ -170,7 +170,7 @@ def _filled(here: list[float], active: int, more: float) -> list[float]:
 CONTROLLER: Final = Entry(make=Forward, parameters=EcoMinParameters)
 ROUTER: Final = Entry(make=Ahead, parameters=ConsolidateParameters)
 
-_HERE: Final = "experiments.study.tried"
+_HERE: Final = "voltana.experiments.study.tried"
 BASE: Final = {
     "profile": "a100-80g-sxm/llama-3.1-8b", "workload": "sharegpt", "slo_ttft_s": 0.6,
     "slo_itl_s": 0.045, "metrics": "sketch",

@@ -24,12 +24,12 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import Bounds, differential_evolution
 
-from experiments.sweep.grid import Point
-from experiments.sweep.run import run_sweep
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.policies.controllers.pid import PidParameters
-from sim.policies.registry import check_policies
+from voltana.experiments.sweep.grid import Point
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.policies.controllers.pid import PidParameters
+from voltana.sim.policies.registry import check_policies
 
 FloatArray = npt.NDArray[np.float64]
 
@@ -72,7 +72,7 @@ class PidTuner:
 
     Args:
         base: Configuration keys of the runs: profile, workload, rate, fleet, promises, router.
-        directory: Of the runs, see `experiments.sweep.run.run_sweep`.
+        directory: Of the runs, see `voltana.experiments.sweep.run.run_sweep`.
         seeds: To tune on.
         held_out: Others, to judge by; at least one, none of them tuned on.
         target: Attainment (requests that keep both promises) that is wanted.

@@ -13,10 +13,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from experiments.runs import run
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.metrics import summarise
+from voltana.experiments.runs import run
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.metrics import summarise
 
 ENGINES: Final = ("processes", "ray")
 RAY_ADDRESS: Final = "RAY_ADDRESS"

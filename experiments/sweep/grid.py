@@ -24,10 +24,10 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from experiments.sweep.identity import run_key
-from profiles.binding import check_names, table
-from profiles.errors import VoltanaError, nearest
-from sim.config import KEYS, SimConfig, make_config, read_toml
+from voltana.experiments.sweep.identity import run_key
+from voltana.profiles.binding import check_names, table
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.sim.config import KEYS, SimConfig, make_config, read_toml
 
 STATIC_PAIR: Final = "static pair"
 _SECTIONS: Final = ("base", "grid", "static_pairs")
@@ -42,7 +42,7 @@ class Point:
 
     @cached_property
     def key(self) -> str:
-        """Name of its result, see `experiments.sweep.identity`.
+        """Name of its result, see `voltana.experiments.sweep.identity`.
 
         Taken once: it stays while a sweep runs, even if somebody edits a policy meanwhile.
         """

@@ -15,15 +15,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, Final
 
-import sim
-from experiments import runs
-from experiments.frontier import bound, surface
-from experiments.runs import cached_profile
-from profiles import step_model
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
-from sim.policies.spec import parse_spec
+from voltana import sim
+from voltana.experiments import runs
+from voltana.experiments.frontier import bound, surface
+from voltana.experiments.runs import cached_profile
+from voltana.profiles import step_model
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
+from voltana.sim.policies.spec import parse_spec
 
 _SHARED: Final = (
     "*.py",

@@ -13,15 +13,15 @@ from typing import Any
 import pandas as pd
 import tomli_w
 
-from experiments.progress import progress_bar
-from experiments.sweep.executors import Executor, Outcome, check_engine, open_executor
-from experiments.sweep.grid import Point
-from experiments.sweep.store import ResultStore, open_store
-from profiles.errors import VoltanaError
-from profiles.files import write_csv, write_text
-from profiles.folders import FolderKind, claim
-from sim.config import SimConfig
-from sim.results import read_json, write_json
+from voltana.experiments.progress import progress_bar
+from voltana.experiments.sweep.executors import Executor, Outcome, check_engine, open_executor
+from voltana.experiments.sweep.grid import Point
+from voltana.experiments.sweep.store import ResultStore, open_store
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_csv, write_text
+from voltana.profiles.folders import FolderKind, claim
+from voltana.sim.config import SimConfig
+from voltana.sim.results import read_json, write_json
 
 RESULTS = "results.csv"
 FAILURES = "failures.json"
@@ -51,10 +51,10 @@ def run_sweep(
         points: What to run; points with equal configurations share one run.
         directory: Takes `config.toml`, `results.csv`, `residency.json`, `failures.json`.
         jobs: Processes; all cores by default.
-        engine: One of `experiments.sweep.executors.ENGINES`.
+        engine: One of `voltana.experiments.sweep.executors.ENGINES`.
         store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
             sweeps and machines; by default `points` in the directory.
-        kind: What the directory holds, see `profiles.folders`.
+        kind: What the directory holds, see `voltana.profiles.folders`.
 
     Returns:
         One row a point: its labels, its configuration and the numbers of its summary.

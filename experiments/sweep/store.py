@@ -15,9 +15,9 @@ import uuid
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from profiles.errors import VoltanaError
-from profiles.files import replacing
-from sim.results import finite
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import replacing
+from voltana.sim.results import finite
 
 Summary = dict[str, Any]
 _EXCLUSIVE: Final = frozenset({"memory", "s3", "s3a", "gs", "gcs"})

@@ -1,4 +1,4 @@
-"""`python -I -m hwreplay.actuator SOCK --gpu N`: `voltana actuator` with nothing but what it needs.
+"""`python -I -m voltana.hwreplay.actuator SOCK --gpu N`: `voltana actuator` alone.
 
 It imports the standard library, NVML's bindings and this package, so that an installation of root's
 is small, and `-I` keeps the user's environment and folders out.
@@ -9,15 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hwreplay.actuator.options import parse_options
-from hwreplay.actuator.start import start
-from profiles.errors import VoltanaError
+from voltana.hwreplay.actuator.options import parse_options
+from voltana.hwreplay.actuator.start import start
+from voltana.profiles.errors import VoltanaError
 
 
 def main(arguments: Sequence[str]) -> int:
     """Run the actuator; a user's mistake is one line and exit code 2."""
     try:
-        start(parse_options("hwreplay.actuator", arguments))
+        start(parse_options("voltana.hwreplay.actuator", arguments))
     except VoltanaError as error:
         sys.stderr.write(f"voltana actuator: {error}\n")
         return 2

@@ -10,16 +10,16 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
-from hwreplay.messages.actuation import Operation
-from profiles.device.cards import open_gpu
-from profiles.device.gpu import (
+from voltana.hwreplay.messages.actuation import Operation
+from voltana.profiles.device.cards import open_gpu
+from voltana.profiles.device.gpu import (
     DeviceError,
     PermissionDeniedError,
     PowerLimitGpu,
     UnsupportedQueryError,
 )
-from profiles.device.watchdog import Watchdog
-from profiles.errors import VoltanaError
+from voltana.profiles.device.watchdog import Watchdog
+from voltana.profiles.errors import VoltanaError
 
 MILLI: Final = 1e-3
 

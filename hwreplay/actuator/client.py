@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Final, Protocol, TextIO
 
-from hwreplay.messages.actuation import (
+from voltana.hwreplay.messages.actuation import (
     MAX_SEQUENCE,
     SIZE,
     Answer,
@@ -25,8 +25,8 @@ from hwreplay.messages.actuation import (
     card_code,
     parse_answer,
 )
-from profiles.errors import VoltanaError
-from sim.policies.base import UNLOCKED_MHZ
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import UNLOCKED_MHZ
 
 CONNECT_S: Final = 5.0
 

@@ -21,8 +21,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Final
 
-from hwreplay.actuator.backends import Backend
-from hwreplay.messages.actuation import (
+from voltana.hwreplay.actuator.backends import Backend
+from voltana.hwreplay.messages.actuation import (
     SIZE,
     Answer,
     Operation,
@@ -32,9 +32,9 @@ from hwreplay.messages.actuation import (
     card_code,
     parse_request,
 )
-from profiles.device.gpu import DeviceError
-from profiles.errors import VoltanaError
-from profiles.signals import STOPPING, handled
+from voltana.profiles.device.gpu import DeviceError
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.signals import STOPPING, handled
 
 MAX_PEERS: Final = 64
 MAX_SILENCE_S: Final = 60.0

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import sys
 
-from hwreplay.actuator.backends import open_backend
-from hwreplay.actuator.helper import HelperConfig, run_helper
-from hwreplay.actuator.options import Options
-from hwreplay.actuator.trust import check_code
-from profiles.errors import VoltanaError
+from voltana.hwreplay.actuator.backends import open_backend
+from voltana.hwreplay.actuator.helper import HelperConfig, run_helper
+from voltana.hwreplay.actuator.options import Options
+from voltana.hwreplay.actuator.trust import check_code
+from voltana.profiles.errors import VoltanaError
 
 
 def start(options: Options) -> None:

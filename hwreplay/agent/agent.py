@@ -24,10 +24,10 @@ from typing import Any, Final
 
 import msgspec
 
-from hwreplay.agent.control import StaleLimits
-from profiles.errors import VoltanaError
-from sim.policies.base import Phase
-from sim.results import read_json, write_json
+from voltana.hwreplay.agent.control import StaleLimits
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import Phase
+from voltana.sim.results import read_json, write_json
 
 READY_POLL_S: Final = 0.02
 
@@ -82,7 +82,7 @@ def start_agents(configs: Sequence[AgentConfig], directory: Path) -> subprocess.
     for config, path in zip(configs, paths, strict=True):
         write_json(msgspec.to_builtins(config, str_keys=True), path)
         ready_file(config, directory).unlink(missing_ok=True)
-    command = [sys.executable, "-P", "-m", "hwreplay.agent.process", str(os.getpid())]
+    command = [sys.executable, "-P", "-m", "voltana.hwreplay.agent.process", str(os.getpid())]
     with (directory / f"{configs[0].name}.log").open("wb") as log:
         return subprocess.Popen(
             [*command, *map(str, paths)],

@@ -13,14 +13,14 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hwreplay.actuator.client import Actuator, ActuatorLostError
-from hwreplay.agent.loop_report import LoopReport, SafeState
-from hwreplay.messages.batch_feed import BatchNotice, Kind
-from hwreplay.view.tracker import InstanceTracker
-from profiles.engines.sglang_metrics import IterationMetrics
-from profiles.errors import VoltanaError
-from sim.policies.answers import ControllerAnswers
-from sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
+from voltana.hwreplay.actuator.client import Actuator, ActuatorLostError
+from voltana.hwreplay.agent.loop_report import LoopReport, SafeState
+from voltana.hwreplay.messages.batch_feed import BatchNotice, Kind
+from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.engines.sglang_metrics import IterationMetrics
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.answers import ControllerAnswers
+from voltana.sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from profiles.device.gpu import DeviceError, UnsupportedQueryError
+from voltana.profiles.device.gpu import DeviceError, UnsupportedQueryError
 
 PERIOD_S: Final = 0.1
 """Counters of data-centre cards move every 20 to 100 ms."""

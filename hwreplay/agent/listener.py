@@ -12,18 +12,18 @@ from typing import Final, TextIO
 import msgspec
 import zmq
 
-from hwreplay.actuator.client import ActuatorLostError
-from hwreplay.agent.agent import AgentConfig
-from hwreplay.agent.make import caps_w, connect, make_loop, make_meter
-from hwreplay.clock import RunClock
-from hwreplay.messages.batch_feed import BatchFeed, BatchNotice
-from hwreplay.messages.events import Event, topic_of
-from hwreplay.messages.reports import Report, ReportSender
-from hwreplay.view.context import PolicySource
-from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
-from profiles.errors import VoltanaError
-from sim.policies.base import InstanceState
-from sim.results import write_json
+from voltana.hwreplay.actuator.client import ActuatorLostError
+from voltana.hwreplay.agent.agent import AgentConfig
+from voltana.hwreplay.agent.make import caps_w, connect, make_loop, make_meter
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
+from voltana.hwreplay.messages.events import Event, topic_of
+from voltana.hwreplay.messages.reports import Report, ReportSender
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import InstanceState
+from voltana.sim.results import write_json
 
 TICK_S: Final = 0.05
 RECONNECT_S: Final = 1.0

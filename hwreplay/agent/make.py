@@ -7,23 +7,23 @@ from pathlib import Path
 
 import numpy as np
 
-from hwreplay.actuator.client import (
+from voltana.hwreplay.actuator.client import (
     Actuator,
     ActuatorLostError,
     DryRunActuator,
     HelperActuator,
     caps_from_power,
 )
-from hwreplay.agent.agent import AgentConfig
-from hwreplay.agent.control import ControlLoop
-from hwreplay.agent.energy_meter import EnergyMeter
-from hwreplay.clock import RunClock
-from hwreplay.view.context import PolicySource, check_notices, decides_before
-from hwreplay.view.tracker import InstanceTracker
-from profiles.catalog import Profile
-from profiles.device.cards import open_gpu, open_gpus
-from profiles.errors import VoltanaError
-from sim.policies.base import PREFILL
+from voltana.hwreplay.agent.agent import AgentConfig
+from voltana.hwreplay.agent.control import ControlLoop
+from voltana.hwreplay.agent.energy_meter import EnergyMeter
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.view.context import PolicySource, check_notices, decides_before
+from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.catalog import Profile
+from voltana.profiles.device.cards import open_gpu, open_gpus
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import PREFILL
 
 MakeCaps = Callable[[], Mapping[int, float]]
 """Gives the power limit in W that stands for each clock."""

@@ -1,4 +1,4 @@
-"""The agents' process: from their files to their end. See `hwreplay.agent.agent`."""
+"""The agents' process: from their files to their end. See `voltana.hwreplay.agent.agent`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Final
 
 import zmq
 
-from hwreplay.agent.agent import AgentConfig, read_agent_config, ready_file
-from hwreplay.agent.listener import TICK_S, Agent
-from hwreplay.view.context import PolicySource
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.policies.base import DECODE, PREFILL
+from voltana.hwreplay.agent.agent import AgentConfig, read_agent_config, ready_file
+from voltana.hwreplay.agent.listener import TICK_S, Agent
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.policies.base import DECODE, PREFILL
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
 

@@ -1,4 +1,7 @@
-"""Compiles the emulated cards' NVML: `python -m hwreplay.emulated.build DIR` (in `make engine`)."""
+"""Compiles the emulated cards' NVML (in `make engine`).
+
+python -m voltana.hwreplay.emulated.build DIR
+"""
 
 from __future__ import annotations
 
@@ -13,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final
 
-from hwreplay.emulated.card import CARDS, LIBRARY
-from profiles.errors import VoltanaError
+from voltana.hwreplay.emulated.card import CARDS, LIBRARY
+from voltana.profiles.errors import VoltanaError
 
 HERE: Final = Path(__file__).parent
 SOURCES: Final = (HERE / "card.c", HERE / "nvml.c")

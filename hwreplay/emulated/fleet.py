@@ -10,17 +10,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from hwreplay.emulated.card import CARDS
-from hwreplay.emulated.machine import Machine, run_machine
-from hwreplay.emulated.overruns import count_overruns
-from hwreplay.emulated.state import Behaviour
-from profiles.catalog import load_profile
-from sim.config import SimConfig
+from voltana.hwreplay.emulated.card import CARDS
+from voltana.hwreplay.emulated.machine import Machine, run_machine
+from voltana.hwreplay.emulated.overruns import count_overruns
+from voltana.hwreplay.emulated.state import Behaviour
+from voltana.profiles.catalog import load_profile
+from voltana.sim.config import SimConfig
 
 if TYPE_CHECKING:
-    from hwreplay.engines.plan import Installation
-    from hwreplay.replay.config import ReplayConfig
-    from hwreplay.replay.parts import Run
+    from voltana.hwreplay.engines.plan import Installation
+    from voltana.hwreplay.replay.config import ReplayConfig
+    from voltana.hwreplay.replay.parts import Run
 
 LIBRARY: Final = "emulated"
 """In the engine's folder: the compiled libraries."""

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hwreplay.emulated.build import build_library, show_here
-from hwreplay.emulated.plan import Plan
-from hwreplay.emulated.state import Behaviour, create_cards
-from hwreplay.engines.plan import ServerPlan
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.hwreplay.emulated.build import build_library, show_here
+from voltana.hwreplay.emulated.plan import Plan
+from voltana.hwreplay.emulated.state import Behaviour, create_cards
+from voltana.hwreplay.engines.plan import ServerPlan
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HELPER_S: Final = 20.0
 POLL_S: Final = 0.02
@@ -111,7 +111,7 @@ def run_machine(machine: Machine, behaviour: Behaviour | None = None) -> Iterato
     show_here(machine.library, machine.state)
     socket, log = machine.directory / "actuator.sock", machine.directory / "actuator.log"
     gpus = [word for index in range(machine.num_cards) for word in ("--gpu", str(index))]
-    command = [sys.executable, "-m", "hwreplay.actuator", str(socket), *gpus]
+    command = [sys.executable, "-m", "voltana.hwreplay.actuator", str(socket), *gpus]
     command += ["--allow-writable-code", "--max-rate", "5000"]
     with log.open("wb") as out:
         helper = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from hwreplay.emulated.plan import read_passes
+from voltana.hwreplay.emulated.plan import read_passes
 
 OVERRAN: Final = 0.01
 """A pass that lasted longer than it should by more than this share of its time overran."""

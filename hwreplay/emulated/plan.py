@@ -12,10 +12,10 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-import profiles
-from hwreplay.emulated.card import Cards
-from hwreplay.emulated.silicon import Noise, Pass, Silicon
-from profiles.catalog import load_profile
+from voltana import profiles
+from voltana.hwreplay.emulated.card import Cards
+from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon
+from voltana.profiles.catalog import load_profile
 
 ENVIRONMENT: Final = "VOLTANA_EMULATE"
 """Names the plan to the engine; set it before the server starts."""

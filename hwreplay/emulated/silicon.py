@@ -16,8 +16,8 @@ from typing import Final, Protocol
 
 import numpy as np
 
-from profiles.catalog import Profile
-from profiles.step_model import StepModel
+from voltana.profiles.catalog import Profile
+from voltana.profiles.step_model import StepModel
 
 SLICE_S: Final = 1e-3
 """Between two looks at the clock."""
@@ -47,7 +47,7 @@ class View(Protocol):
 
 
 class Card(Protocol):
-    """What a pass needs of a card; `hwreplay.emulated.card` has it."""
+    """What a pass needs of a card; `voltana.hwreplay.emulated.card` has it."""
 
     def look(self) -> View: ...
 
@@ -74,7 +74,7 @@ class Noise:
     """Multipliers of iteration times: lognormal with mean 1, of the profile's relative spread.
 
     Example:
-        >>> from profiles.catalog import load_profile
+        >>> from voltana.profiles.catalog import load_profile
         >>> noise = Noise(load_profile("a100-80g-sxm/llama-3.1-8b"), "decode", 0, seed=13, scale=0)
         >>> noise.next(1410, 8)
         1.0

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from hwreplay.emulated.card import (
+from voltana.hwreplay.emulated.card import (
     CARD_BYTES,
     LIBRARY,
     MAX_CLOCKS,
@@ -29,8 +29,8 @@ from hwreplay.emulated.card import (
     Record,
     load_library,
 )
-from profiles.catalog import Profile, load_profile
-from profiles.errors import VoltanaError
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.errors import VoltanaError
 
 MAX_CARDS: Final = 64
 LOWEST_LIMIT: Final = 0.25

@@ -15,11 +15,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
-from hwreplay.engines.plan import PROFILE, UNIFIED, Installation, Role, ServerPlan, plan_server
-from hwreplay.engines.reaper import Reaper
-from hwreplay.engines.server import Server, end, spawn, wait_ready
-from profiles.engines.sglang_client import Endpoint, Servers
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.hwreplay.engines.plan import (
+    PROFILE,
+    UNIFIED,
+    Installation,
+    Role,
+    ServerPlan,
+    plan_server,
+)
+from voltana.hwreplay.engines.reaper import Reaper
+from voltana.hwreplay.engines.server import Server, end, spawn, wait_ready
+from voltana.profiles.engines.sglang_client import Endpoint, Servers
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 CPU_START_S: Final = 180.0
 GPU_START_S: Final = 900.0

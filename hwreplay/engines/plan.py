@@ -9,11 +9,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Self
 
-from hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
-from hwreplay.router.vocabulary import read_vocab_size
-from profiles.device.cards import cuda_environment
-from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
+from voltana.hwreplay.router.vocabulary import read_vocab_size
+from voltana.profiles.device.cards import cuda_environment
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HOST: Final = "127.0.0.1"
 Role = Literal["prefill", "decode", "unified"]

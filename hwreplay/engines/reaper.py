@@ -19,9 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Final, Self
 
-from hwreplay.engines.shared_memory import SHARED_MEMORY, find_shared_memory
-from profiles.errors import VoltanaError
-from profiles.owner import (
+from voltana.hwreplay.engines.shared_memory import SHARED_MEMORY, find_shared_memory
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.owner import (
     HELLO_TIMEOUT_S,
     end_guard,
     has_said_hello,
@@ -44,7 +44,7 @@ class Reaper:
             VoltanaError: It did not come up.
         """
         self._files: dict[int, set[Path]] = {}
-        self._process = start_guard("hwreplay.engines.reaper")
+        self._process = start_guard("voltana.hwreplay.engines.reaper")
         if not has_said_hello(self._process):
             raise VoltanaError(
                 f"the servers' reaper must start within {HELLO_TIMEOUT_S:.0f} s, it did not: no "

@@ -17,11 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
-from hwreplay.engines.plan import HOST, ServerPlan
-from hwreplay.engines.reaper import Reaper
-from hwreplay.engines.shared_memory import find_shared_memory
-from profiles.errors import VoltanaError
-from profiles.signals import stops_put_off
+from voltana.hwreplay.engines.plan import HOST, ServerPlan
+from voltana.hwreplay.engines.reaper import Reaper
+from voltana.hwreplay.engines.shared_memory import find_shared_memory
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.signals import stops_put_off
 
 POLL_S: Final = 0.5
 END_S: Final = 10.0

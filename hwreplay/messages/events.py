@@ -11,10 +11,10 @@ from typing import Final, Literal
 import msgspec
 import zmq
 
-from hwreplay.messages.inbox import Inbox
-from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
-from profiles.errors import VoltanaError
-from sim.policies.base import Phase
+from voltana.hwreplay.messages.inbox import Inbox
+from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import Phase
 
 Kind = Literal["assigned", "prefilled", "first_token", "finished", "open"]
 SNAPSHOT_S: Final = 1.0

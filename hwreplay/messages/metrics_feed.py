@@ -1,4 +1,4 @@
-"""A subscription to one server's forward-pass metrics (`profiles.engines.sglang_metrics`)."""
+"""Subscribes to one server's forward-pass metrics (`voltana.profiles.engines.sglang_metrics`)."""
 
 from __future__ import annotations
 
@@ -8,9 +8,13 @@ from typing import Self
 
 import zmq
 
-from hwreplay.clock import RunClock
-from hwreplay.messages.inbox import Inbox
-from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, IterationMetrics, parse_metrics
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.inbox import Inbox
+from voltana.profiles.engines.sglang_metrics import (
+    MAX_QUEUED_RECORDS,
+    IterationMetrics,
+    parse_metrics,
+)
 
 
 class MetricsFeed:

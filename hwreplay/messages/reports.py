@@ -10,9 +10,9 @@ from typing import Final
 import msgspec
 import zmq
 
-from hwreplay.messages.inbox import Inbox
-from profiles.errors import VoltanaError
-from sim.policies.base import Phase
+from voltana.hwreplay.messages.inbox import Inbox
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import Phase
 
 MAX_QUEUED_REPORTS: Final = 1000
 

@@ -11,12 +11,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from hwreplay.replay.load import Row, read_rows
-from hwreplay.replay.recording import ENERGY, ITERATIONS, EnergyRow, IterationRow
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
-from sim.records import (
+from voltana.hwreplay.replay.load import Row, read_rows
+from voltana.hwreplay.replay.recording import ENERGY, ITERATIONS, EnergyRow, IterationRow
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
+from voltana.sim.records import (
     COMPLETED,
     IN_FLIGHT,
     FloatArray,
@@ -26,7 +26,7 @@ from sim.records import (
     RequestTable,
     RunRecord,
 )
-from sim.workload.workload import Workload
+from voltana.sim.workload.workload import Workload
 
 REQUESTS: Final = "requests.jsonl"
 NEVER: Final = float("nan")

@@ -8,14 +8,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from hwreplay.emulated.machine import emulated_gpus
-from hwreplay.engines.plan import Installation
-from hwreplay.router.config import WorkerConfig, read_limits, read_workers
-from hwreplay.view.context import check_notices
-from profiles.binding import EXAMPLE, bind, check_names, convert, table
-from profiles.errors import VoltanaError
-from sim.config import SimConfig, make_config, read_toml
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.hwreplay.emulated.machine import emulated_gpus
+from voltana.hwreplay.engines.plan import Installation
+from voltana.hwreplay.router.config import WorkerConfig, read_limits, read_workers
+from voltana.hwreplay.view.context import check_notices
+from voltana.profiles.binding import EXAMPLE, bind, check_names, convert, table
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig, make_config, read_toml
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 START_KEYS: Final = ("engine", "python", "model", "arguments")
 """Of [fleet], for servers that are started here."""

@@ -19,13 +19,13 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import nnls
 
-from hwreplay.replay.recording import IterationRow
-from profiles.catalog import Profile, write_profile
-from profiles.engines.sglang_metrics import BACK_TO_BACK_S
-from profiles.errors import VoltanaError
-from profiles.schema import ClocksMeta, ProfileMeta, Provenance
-from sim.config import SimConfig
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.hwreplay.replay.recording import IterationRow
+from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.engines.sglang_metrics import BACK_TO_BACK_S
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.schema import ClocksMeta, ProfileMeta, Provenance
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 GRID_BATCHES: Final = (1, 2, 4, 8, 16, 32, 64)
 GRID_TOKENS: Final = (1, 64, 256, 1024, 2048, 4096, 8192, 16384)

@@ -20,13 +20,13 @@ import aiohttp
 import msgspec
 import numpy as np
 
-from hwreplay.clock import RunClock
-from hwreplay.router.body import GENERATE
-from hwreplay.router.errors import engine_error
-from hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
-from profiles.errors import VoltanaError
-from sim.records import CANCELLED, COMPLETED, FAILED, REJECTED, STATUS_NAMES
-from sim.workload.workload import Workload
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.router.body import GENERATE
+from voltana.hwreplay.router.errors import engine_error
+from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.records import CANCELLED, COMPLETED, FAILED, REJECTED, STATUS_NAMES
+from voltana.sim.workload.workload import Workload
 
 COUNT: Final = re.compile(rb'"completion_tokens":\s?(\d+)')
 """A client's own quotes are escaped in JSON, so that no text can look like this."""

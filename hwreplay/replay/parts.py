@@ -13,19 +13,19 @@ from typing import Any, Final
 
 import tomli_w
 
-from hwreplay.agent.agent import AgentConfig, await_agents, start_agents
-from hwreplay.clock import RunClock
-from hwreplay.replay.config import ReplayConfig
-from hwreplay.replay.recording import ITERATIONS, record_iterations
-from hwreplay.router.config import WorkerConfig
-from hwreplay.view.context import PolicySource
-from profiles.catalog import load_profile
-from profiles.device.cards import open_gpus
-from profiles.device.gpu import Gpu
-from profiles.errors import VoltanaError
-from profiles.files import write_bytes, write_text
-from sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
-from sim.results import read_json
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.replay.config import ReplayConfig
+from voltana.hwreplay.replay.recording import ITERATIONS, record_iterations
+from voltana.hwreplay.router.config import WorkerConfig
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.device.cards import open_gpus
+from voltana.profiles.device.gpu import Gpu
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_bytes, write_text
+from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
+from voltana.sim.results import read_json
 
 END_S: Final = 10.0
 WATCH_S: Final = 0.2
@@ -86,7 +86,7 @@ async def router(run: Run) -> AsyncIterator[str]:
     log = run.directory / "router.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "hwreplay.router", str(path),
+            sys.executable, "-m", "voltana.hwreplay.router", str(path),
             stdout=subprocess.PIPE, stderr=out, start_new_session=True,
         )  # fmt: skip
     try:

@@ -16,13 +16,13 @@ from typing import Final
 
 import numpy as np
 
-from hwreplay.replay.load import Row
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ
-from sim.records import COMPLETED
-from sim.workload.workload import Workload
+from voltana.hwreplay.replay.load import Row
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ
+from voltana.sim.records import COMPLETED
+from voltana.sim.workload.workload import Workload
 
 NUM_SINGLE: Final = 24
 """Single requests to idle servers, and as many beside a stream."""

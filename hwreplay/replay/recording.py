@@ -9,14 +9,14 @@ from typing import BinaryIO, Final
 
 import msgspec
 
-from hwreplay.agent.energy_meter import CardMeter
-from hwreplay.clock import RunClock
-from hwreplay.messages.metrics_feed import MetricsFeed
-from hwreplay.router.config import WorkerConfig
-from profiles.device.gpu import DeviceError, Gpu
-from profiles.engines.sglang_metrics import IterationMetrics, MetricsError, step_time_s
-from profiles.errors import VoltanaError
-from sim.policies.base import PREFILL, Phase
+from voltana.hwreplay.agent.energy_meter import CardMeter
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.metrics_feed import MetricsFeed
+from voltana.hwreplay.router.config import WorkerConfig
+from voltana.profiles.device.gpu import DeviceError, Gpu
+from voltana.profiles.engines.sglang_metrics import IterationMetrics, MetricsError, step_time_s
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import PREFILL, Phase
 
 ITERATIONS: Final = "iterations.jsonl"
 ENERGY: Final = "energy.jsonl"

@@ -25,13 +25,13 @@ import numpy as np
 import tomli_w
 import uvloop
 
-from hwreplay.clock import RunClock
-from hwreplay.emulated.fleet import emulated, note_overruns
-from hwreplay.engines.launch import run_fleet
-from hwreplay.replay.assembly import REQUESTS, Window, assemble
-from hwreplay.replay.config import ReplayConfig
-from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
-from hwreplay.replay.parts import (
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.emulated.fleet import emulated, note_overruns
+from voltana.hwreplay.engines.launch import run_fleet
+from voltana.hwreplay.replay.assembly import REQUESTS, Window, assemble
+from voltana.hwreplay.replay.config import ReplayConfig
+from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
+from voltana.hwreplay.replay.parts import (
     Recorders,
     Run,
     agent_reports,
@@ -42,14 +42,14 @@ from hwreplay.replay.parts import (
     observes_fleet,
     router,
 )
-from hwreplay.replay.recording import ENERGY, EnergyRecorder
-from hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from profiles.signals import stops_as_interrupts
-from sim.records import RunRecord
-from sim.results import read_json, write_json
-from sim.workload.workload import Workload
+from voltana.hwreplay.replay.recording import ENERGY, EnergyRecorder
+from voltana.hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.profiles.signals import stops_as_interrupts
+from voltana.sim.records import RunRecord
+from voltana.sim.results import read_json, write_json
+from voltana.sim.workload.workload import Workload
 
 STATE: Final = "replay.json"
 SIMULATE: Final = "simulate.toml"

@@ -1,4 +1,4 @@
-"""`python -m hwreplay.router CONFIG.toml`: a router whose address is its first line of output."""
+"""`python -m voltana.hwreplay.router CONFIG.toml`: its first line of output is its address."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import time
 from pathlib import Path
 from typing import Final
 
-from hwreplay.router.config import read_router_config
-from hwreplay.router.service import run_router
-from profiles.errors import VoltanaError
+from voltana.hwreplay.router.config import read_router_config
+from voltana.hwreplay.router.service import run_router
+from voltana.profiles.errors import VoltanaError
 
 POLL_S: Final = 0.5
 

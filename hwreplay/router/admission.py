@@ -9,10 +9,10 @@ from typing import Final
 
 from aiohttp import web
 
-from hwreplay.router.body import BadRequestError
-from hwreplay.router.config import RouterConfig
-from hwreplay.router.errors import RejectionError
-from hwreplay.router.prometheus import RouterMetrics
+from voltana.hwreplay.router.body import BadRequestError
+from voltana.hwreplay.router.config import RouterConfig
+from voltana.hwreplay.router.errors import RejectionError
+from voltana.hwreplay.router.prometheus import RouterMetrics
 
 TOO_MANY: Final = 429
 TOO_LARGE: Final = 413

@@ -5,10 +5,10 @@ from __future__ import annotations
 import asyncio
 from types import TracebackType
 
-from hwreplay.router.config import WorkerConfig
-from hwreplay.router.upstream import Upstream
-from hwreplay.view.tracker import InstanceTracker
-from profiles.errors import VoltanaError
+from voltana.hwreplay.router.config import WorkerConfig
+from voltana.hwreplay.router.upstream import Upstream
+from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.errors import VoltanaError
 
 
 class NoWorkerError(VoltanaError):

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 GENERATE: Final = "/generate"
 COMPLETIONS: Final = "/v1/completions"

@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from profiles.binding import bind, converted, table
-from profiles.errors import VoltanaError
-from sim.config import SimConfig, make_config, read_toml
-from sim.policies.base import DECODE, PREFILL, Phase
+from voltana.profiles.binding import bind, converted, table
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig, make_config, read_toml
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 LOOPBACK: Final = "127.0.0.1"
 BOOTSTRAP_PORT: Final = 8998

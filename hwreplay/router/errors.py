@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 EVENT: Final = b"data: "
 LAST_EVENT: Final = b"data: [DONE]"

@@ -11,21 +11,21 @@ from typing import Final
 
 import aiohttp
 
-from hwreplay.clock import RunClock
-from hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
-from hwreplay.messages.metrics_feed import MetricsFeed
-from hwreplay.messages.reports import ReportFeed
-from hwreplay.router.attempt import AttemptError, NoWorkerError, Worker
-from hwreplay.router.body import Body
-from hwreplay.router.config import RouterConfig
-from hwreplay.router.prometheus import RouterMetrics
-from hwreplay.router.upstream import Upstream
-from hwreplay.router.vocabulary import ask_vocab_size
-from hwreplay.view.context import PolicySource
-from profiles.engines.sglang_metrics import MetricsError
-from profiles.errors import VoltanaError
-from sim.policies.answers import route
-from sim.policies.base import DECODE, PREFILL, InstanceState, Phase, RequestView
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
+from voltana.hwreplay.messages.metrics_feed import MetricsFeed
+from voltana.hwreplay.messages.reports import ReportFeed
+from voltana.hwreplay.router.attempt import AttemptError, NoWorkerError, Worker
+from voltana.hwreplay.router.body import Body
+from voltana.hwreplay.router.config import RouterConfig
+from voltana.hwreplay.router.prometheus import RouterMetrics
+from voltana.hwreplay.router.upstream import Upstream
+from voltana.hwreplay.router.vocabulary import ask_vocab_size
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.engines.sglang_metrics import MetricsError
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.answers import route
+from voltana.sim.policies.base import DECODE, PREFILL, InstanceState, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Final, Protocol
 
-from hwreplay.clock import RunClock
-from hwreplay.router.attempt import Attempt, AttemptError, NoWorkerError, Worker
-from hwreplay.router.body import Body
-from hwreplay.router.config import RouterConfig
-from hwreplay.router.errors import (
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.router.attempt import Attempt, AttemptError, NoWorkerError, Worker
+from voltana.hwreplay.router.body import Body
+from voltana.hwreplay.router.config import RouterConfig
+from voltana.hwreplay.router.errors import (
     EVENT,
     LAST_EVENT,
     SERVER_ERROR,
@@ -22,9 +22,9 @@ from hwreplay.router.errors import (
     RequestFailedError,
     error_body,
 )
-from hwreplay.router.fleet import Pair, RouterFleet
-from hwreplay.router.prometheus import RouterMetrics
-from hwreplay.router.upstream import (
+from voltana.hwreplay.router.fleet import Pair, RouterFleet
+from voltana.hwreplay.router.prometheus import RouterMetrics
+from voltana.hwreplay.router.upstream import (
     Connection,
     ConnectTimeoutError,
     RefusedError,

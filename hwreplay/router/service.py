@@ -14,31 +14,31 @@ import aiohttp
 import uvloop
 from aiohttp import web
 
-from hwreplay.clock import RunClock
-from hwreplay.router.admission import Admission, read_body
-from hwreplay.router.attempt import NoWorkerError
-from hwreplay.router.body import PATHS, BadRequestError, parse_body
-from hwreplay.router.config import RouterConfig
-from hwreplay.router.errors import (
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.router.admission import Admission, read_body
+from voltana.hwreplay.router.attempt import NoWorkerError
+from voltana.hwreplay.router.body import PATHS, BadRequestError, parse_body
+from voltana.hwreplay.router.config import RouterConfig
+from voltana.hwreplay.router.errors import (
     ClientGoneError,
     PassedError,
     RejectionError,
     RequestFailedError,
     error_body,
 )
-from hwreplay.router.fleet import RouterFleet
-from hwreplay.router.prometheus import (
+from voltana.hwreplay.router.fleet import RouterFleet
+from voltana.hwreplay.router.prometheus import (
     CANCELLED,
     COMPLETED,
     FAILED,
     REJECTED,
     RouterMetrics,
 )
-from hwreplay.router.proxy import Call, Proxy
-from hwreplay.router.sink import ClientSink
-from hwreplay.view.context import PolicySource
-from profiles.catalog import Profile, load_profile
-from profiles.errors import VoltanaError
+from voltana.hwreplay.router.proxy import Call, Proxy
+from voltana.hwreplay.router.sink import ClientSink
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.router")
 SHUTDOWN_S: Final = 5.0

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
 
-from hwreplay.router.config import RouterConfig
-from hwreplay.router.errors import EVENT, EVENT_END, ClientGoneError, error_body
+from voltana.hwreplay.router.config import RouterConfig
+from voltana.hwreplay.router.errors import EVENT, EVENT_END, ClientGoneError, error_body
 
 if TYPE_CHECKING:
-    from hwreplay.router.fleet import Pair
+    from voltana.hwreplay.router.fleet import Pair
 
 PREFILL_HEADER: Final = "X-Voltana-Prefill"
 DECODE_HEADER: Final = "X-Voltana-Decode"

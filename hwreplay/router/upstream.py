@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from httptools import HttpParserError, HttpResponseParser
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 KEEP_ALIVE_S: Final = 2.0
 """Shorter than SGLang's 5 s, so that no request meets a connection the server is closing."""

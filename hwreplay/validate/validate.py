@@ -16,10 +16,10 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from profiles.errors import VoltanaError
-from sim.metrics import summarise
-from sim.policies.base import DECODE, PREFILL
-from sim.records import (
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import DECODE, PREFILL
+from voltana.sim.records import (
     CANCELLED,
     FAILED,
     IN_FLIGHT,

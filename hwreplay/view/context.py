@@ -7,11 +7,11 @@ from typing import Final
 
 import numpy as np
 
-from hwreplay.view.tracker import InstanceTracker
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.policies.base import (
+from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import (
     DECODE,
     PREFILL,
     Cluster,
@@ -21,11 +21,11 @@ from sim.policies.base import (
     Predictor,
     Router,
 )
-from sim.policies.prediction import ScaledPredictor, SkewedPower
-from sim.policies.registry import make_controller, make_router
+from voltana.sim.policies.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.registry import make_controller, make_router
 
 STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
-"""Spawn keys of the policies' random streams, as in `sim.engine.fleet`."""
+"""Spawn keys of the policies' random streams, as in `voltana.sim.engine.fleet`."""
 
 
 def decides_before(config: SimConfig, phase: Phase) -> bool:

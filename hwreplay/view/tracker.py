@@ -12,14 +12,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from hwreplay.messages.events import Event
-from hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING, OpenRequest
-from profiles.engines.sglang_metrics import IterationMetrics, step_time_s
-from sim.policies.base import PREFILL, InstanceState, Phase, RunningRequest, WaitingRequest
+from voltana.hwreplay.messages.events import Event
+from voltana.hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING, OpenRequest
+from voltana.profiles.engines.sglang_metrics import IterationMetrics, step_time_s
+from voltana.sim.policies.base import PREFILL, InstanceState, Phase, RunningRequest, WaitingRequest
 
 
 class InstanceTracker:
-    """One instance's live state, with the fields that `sim.policies.base.InstanceState` promises.
+    """One instance's live state: the fields of `voltana.sim.policies.base.InstanceState`.
 
     A request at a decode instance counts as waiting, as in the simulator, once its prefill is done
     and the batch or the cache has no room for it: a KV transfer under way is no queue.

@@ -1,4 +1,6 @@
-"""Build the calibrated A100-80G profiles: `python -m profiles.build.a100 --data DIR --out DIR`.
+"""Build the calibrated A100-80G profiles.
+
+    python -m voltana.profiles.build.a100 --data DIR --out DIR
 
 Iteration time at 1410 MHz is a sum of kernels; clocks move it by T = A + B·1410/f with a small
 loss of bandwidth at low clocks; power is idle(f) + active·phi(f), capped at the board limit,
@@ -17,13 +19,20 @@ from typing import Final
 import pandas as pd
 import tomli_w
 
-from profiles.build.clocks import IDLE_TOP_W, ClockModel, fit_clock_model
-from profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
-from profiles.build.spread import SPREAD, spread_provenance
-from profiles.catalog import Profile, write_profile
-from profiles.ecopred import fit_report
-from profiles.files import write_text
-from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
+from voltana.profiles.build.clocks import IDLE_TOP_W, ClockModel, fit_clock_model
+from voltana.profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
+from voltana.profiles.build.spread import SPREAD, spread_provenance
+from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.ecopred import fit_report
+from voltana.profiles.files import write_text
+from voltana.profiles.schema import (
+    ClocksMeta,
+    EngineMeta,
+    GpuMeta,
+    ModelMeta,
+    ProfileMeta,
+    Provenance,
+)
 
 GRID_MHZ: Final = (705, 810, 900, 1005, 1095, 1200, 1305, 1350, 1380, 1410)
 SUPPORTED_MHZ: Final = tuple(range(705, 1411, 15))
@@ -302,7 +311,7 @@ def build(data: Path, out: Path) -> None:
     coefficients = {"sag": clocks.sag} | {
         key: {str(k): round(v, 5) for k, v in table.items()} for key, table in tables.items()
     }
-    text = "# Written by profiles.build.a100: derived from the sources named in clocks.py\n"
+    text = "# Written by voltana.profiles.build.a100: derived from the sources named in clocks.py\n"
     path = out / "a100-80g-sxm" / "coefficients.toml"
     write_text(text + tomli_w.dumps(coefficients), path)
 

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import minimize_scalar, nnls
 
-from profiles.build.kernels import read_csv
+from voltana.profiles.build.kernels import read_csv
 
 TOP_MHZ: Final = 1410
 IDLE_TOP_W: Final = 63.0

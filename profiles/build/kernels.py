@@ -16,7 +16,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy.optimize import isotonic_regression
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from profiles.build.kernels import AllReduce, Attention, Gemm, read_a100
+from voltana.profiles.build.kernels import AllReduce, Attention, Gemm, read_a100
 
 GRAPH_BATCHES: Final = (
     1, 2, 4, *range(8, 129, 8), 160, 192, 224, 256, *range(320, 2049, 64),

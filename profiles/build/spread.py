@@ -1,6 +1,6 @@
 """What public measurements say of how much an iteration's time varies from one to the next.
 
-`python -m profiles.build.spread --data DIR` prints it. No source gives the times of single
+`python -m voltana.profiles.build.spread --data DIR` prints it. No source gives the times of single
 iterations of a server, so the spread of the calibrated profiles is modelled, between two readings:
 
 - vidur_a100 (microsoft/vidur @ 7d47513): Llama-3-8B's kernels on an A100, standard deviation of
@@ -23,8 +23,8 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from profiles.build.kernels import read_csv
-from profiles.schema import Provenance, SpreadMeta
+from voltana.profiles.build.kernels import read_csv
+from voltana.profiles.schema import Provenance, SpreadMeta
 
 SPREAD: Final = SpreadMeta(prefill=0.02, decode=0.02)
 """Spread of the calibrated profiles; modelled, see `Evidence`."""

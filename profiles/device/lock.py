@@ -15,7 +15,7 @@ from pathlib import Path
 from types import FrameType, TracebackType
 from typing import Final, Self
 
-from profiles.device.gpu import (
+from voltana.profiles.device.gpu import (
     ClockTimeoutError,
     DeviceError,
     Gpu,
@@ -23,7 +23,7 @@ from profiles.device.gpu import (
     PermissionDeniedError,
     UnsupportedQueryError,
 )
-from profiles.device.watchdog import Watchdog
+from voltana.profiles.device.watchdog import Watchdog
 
 POLL_S: Final = 0.005
 _SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)

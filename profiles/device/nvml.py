@@ -8,7 +8,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import pynvml
 
-from profiles.device.gpu import (
+from voltana.profiles.device.gpu import (
     POWER,
     THERMAL,
     DeviceError,

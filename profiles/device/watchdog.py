@@ -1,9 +1,9 @@
 """Puts clocks (or power limits) back when their owner is killed by what no handler sees (SIGKILL).
 
-A small process of its own holds the other end of a pipe (`profiles.owner`). The owner writes one
-byte when it locks a clock (`ARMED`) and one when it has put it back (`DISARMED`). When it has gone
-the watchdog unlocks if the last byte was ARMED. Nothing is deserialised: single bytes in, nothing
-out but one hello.
+A small process of its own holds the other end of a pipe (`voltana.profiles.owner`). The owner
+writes one byte when it locks a clock (`ARMED`) and one when it has put it back (`DISARMED`). When
+it has gone the watchdog unlocks if the last byte was ARMED. Nothing is deserialised: single bytes
+in, nothing out but one hello.
 
     owner    spawn ── hello? ── ARMED ── lock … ── unlock ── DISARMED ── close
     watchdog         hello ──── read ──────────────── (end of file while armed: unlock)
@@ -19,8 +19,8 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Final
 
-from profiles.device.gpu import DeviceError
-from profiles.owner import (
+from voltana.profiles.device.gpu import DeviceError
+from voltana.profiles.owner import (
     HELLO_TIMEOUT_S,
     end_guard,
     has_said_hello,
@@ -58,7 +58,7 @@ class Watchdog:
         """
         targets = [_target(index, power_limits_w) for index in gpu_indices]
         self._process = start_guard(
-            "profiles.device.watchdog", [str(previous_clock_mhz or 0), *targets]
+            "voltana.profiles.device.watchdog", [str(previous_clock_mhz or 0), *targets]
         )
         if not has_said_hello(self._process):
             raise DeviceError(
@@ -117,7 +117,7 @@ def _restore(targets: Sequence[str], previous_clock_mhz: int) -> bool:
 
 
 def _restore_one(target: str, previous_clock_mhz: int) -> None:
-    from profiles.device.cards import open_gpu
+    from voltana.profiles.device.cards import open_gpu
 
     index, _, limit_mw = target.partition("=")
     with open_gpu(int(index), may_be_partitioned=True) as gpu:
@@ -148,7 +148,7 @@ def main(arguments: Sequence[str]) -> int:
     signal.signal(signal.SIGTERM, _on_terminate)
     first, *targets = arguments
     previous_clock_mhz = int(first)
-    from profiles.device.cards import open_gpu
+    from voltana.profiles.device.cards import open_gpu
 
     for target in targets:
         open_gpu(int(target.partition("=")[0]), may_be_partitioned=True).close()

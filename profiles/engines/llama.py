@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F  # noqa: N812 (the name everybody knows)
 from torch import Tensor
 
-from profiles.engines.llama_config import LlamaConfig
+from voltana.profiles.engines.llama_config import LlamaConfig
 
 
 @dataclass(slots=True, kw_only=True)

@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from types import TracebackType
 from typing import Any, Final, Self
 
-from profiles.engines.base import (
+from voltana.profiles.engines.base import (
     EngineCrashError,
     EngineFacts,
     NotHeldError,
@@ -29,8 +29,8 @@ from profiles.engines.base import (
     Window,
     Workload,
 )
-from profiles.engines.llama_config import ModelShape
-from profiles.engines.sglang_client import (
+from voltana.profiles.engines.llama_config import ModelShape
+from voltana.profiles.engines.sglang_client import (
     HANDSHAKE_S,
     SETTLE_S,
     Answer,
@@ -40,9 +40,9 @@ from profiles.engines.sglang_client import (
     Servers,
     get_json,
 )
-from profiles.engines.sglang_metrics import IterationMetrics, is_whole
-from profiles.engines.sglang_serving import fit_delays, measure_passages, serving_table
-from profiles.errors import VoltanaError
+from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
+from voltana.profiles.engines.sglang_serving import fit_delays, measure_passages, serving_table
+from voltana.profiles.errors import VoltanaError
 
 CONTEXT_MARGIN: Final = 8
 """A prompt that fills the context is not taken whole: its answer needs room too."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from profiles.engines.sglang_client import Endpoint, Servers
-from profiles.errors import VoltanaError
+from voltana.profiles.engines.sglang_client import Endpoint, Servers
+from voltana.profiles.errors import VoltanaError
 
 UNIFIED: Final = "unified"
 """The role of a server that does both phases."""

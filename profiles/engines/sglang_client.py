@@ -16,9 +16,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import zmq
 
-from profiles.engines.base import EngineCrashError, NotHeldError
-from profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, IterationMetrics, parse_metrics
-from profiles.errors import VoltanaError
+from voltana.profiles.engines.base import EngineCrashError, NotHeldError
+from voltana.profiles.engines.sglang_metrics import (
+    MAX_QUEUED_RECORDS,
+    IterationMetrics,
+    parse_metrics,
+)
+from voltana.profiles.errors import VoltanaError
 
 HEARTBEAT_LIMIT_S: Final = 30.0
 REQUEST_LIMIT_S: Final = 600.0

@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 SCHEMA_VERSION: Final = 1
 HEARTBEAT_S: Final = 1.0

@@ -18,9 +18,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from profiles.engines.base import EngineFacts, NotHeldError
-from profiles.engines.sglang_client import SETTLE_S, Client, Records
-from profiles.engines.sglang_metrics import is_whole
+from voltana.profiles.engines.base import EngineFacts, NotHeldError
+from voltana.profiles.engines.sglang_client import SETTLE_S, Client, Records
+from voltana.profiles.engines.sglang_metrics import is_whole
 
 PROMPT_TOKENS: Final = (16, 64, 256, 512, 1024, 2048, 4096)
 OUTPUT_TOKENS: Final = 4

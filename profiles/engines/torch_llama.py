@@ -12,7 +12,7 @@ from typing import Any, Final, Protocol, Self
 
 import torch
 
-from profiles.engines.base import (
+from voltana.profiles.engines.base import (
     EngineCrashError,
     EngineFacts,
     OutOfMemoryError,
@@ -20,9 +20,9 @@ from profiles.engines.base import (
     Window,
     Workload,
 )
-from profiles.engines.llama import KvCache, Llama
-from profiles.engines.llama_config import LlamaConfig
-from profiles.errors import VoltanaError, nearest
+from voltana.profiles.engines.llama import KvCache, Llama
+from voltana.profiles.engines.llama_config import LlamaConfig
+from voltana.profiles.errors import VoltanaError, nearest
 
 MEMORY_FRACTION: Final = 0.9
 CPU_KV_BYTES: Final = 64 * 2**20

@@ -10,16 +10,23 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from profiles.catalog import Profile, write_profile
-from profiles.errors import VoltanaError
-from profiles.importing.cost import Cost, Work
-from profiles.importing.decoder import Decoder
-from profiles.importing.power import ClockShape, PowerModel
-from profiles.importing.provenance import provenance
-from profiles.importing.systems import System
-from profiles.importing.tables import KernelTables
-from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, SpreadMeta
-from profiles.tables import PHASE_COLUMNS
+from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.importing.cost import Cost, Work
+from voltana.profiles.importing.decoder import Decoder
+from voltana.profiles.importing.power import ClockShape, PowerModel
+from voltana.profiles.importing.provenance import provenance
+from voltana.profiles.importing.systems import System
+from voltana.profiles.importing.tables import KernelTables
+from voltana.profiles.schema import (
+    ClocksMeta,
+    EngineMeta,
+    GpuMeta,
+    ModelMeta,
+    ProfileMeta,
+    SpreadMeta,
+)
+from voltana.profiles.tables import PHASE_COLUMNS
 
 RELATIVE_CLOCKS: Final = (0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 """Clocks of the tables, relative to the top one; between them time is linear in 1/f."""

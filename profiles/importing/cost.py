@@ -1,7 +1,8 @@
 """Time, bytes and arithmetic of one iteration at the clock that the kernels were measured at.
 
-The model of `profiles.build.models`, for any system and decoder: the kernels of a layer, times the
-layers, the output head, two all-reduces a layer, and what the tables leave out (see `Host`).
+The model of `voltana.profiles.build.models`, for any system and decoder: the kernels of a layer,
+times the layers, the output head, two all-reduces a layer, and what the tables leave out (see
+`Host`).
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from profiles.build.kernels import AllReduce, Attention, Gemm
-from profiles.errors import VoltanaError
-from profiles.importing.decoder import BYTES, Decoder
-from profiles.importing.systems import Host, load_host
-from profiles.importing.tables import KernelTables
+from voltana.profiles.build.kernels import AllReduce, Attention, Gemm
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.importing.decoder import BYTES, Decoder
+from voltana.profiles.importing.systems import Host, load_host
+from voltana.profiles.importing.tables import KernelTables
 
 MOE_ROUTING: Final = "power_law_1.01"
 """How the wheel spread tokens over experts; its other two lie within 4 % beyond 32 tokens."""

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from profiles.errors import VoltanaError, nearest
-from profiles.importing.tables import wheel_folder
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.importing.tables import wheel_folder
 
 MODEL_TYPES: Final = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral")
 BYTES: Final = 2

@@ -17,7 +17,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 PROMPT_TOKENS: Final[Mapping[str, float]] = {"lm-arena-chat": 380.0, "gpqa": 230.0}
 """Mean prompt by task. Ours: the data has none. Where the KV cache limits the batch, and not

@@ -1,4 +1,6 @@
-"""Derive what the kernel tables leave out: `python -m profiles.importing.fit --data DIR --out DIR`.
+"""Derive what the kernel tables leave out.
+
+    python -m voltana.profiles.importing.fit --data DIR --out DIR
 
 DIR holds `ml_energy_v3`, `rtx_pro_6000` and `aiconfigurator_sglang0.5.14`; only coefficients are
 written, into the TOML files of `profiles/importing/data`.
@@ -24,14 +26,14 @@ import numpy.typing as npt
 import tomli_w
 from scipy.optimize import nnls
 
-from profiles.build.clocks import PREFILL_SHARE, SHARE_ABOVE, TOP_MHZ
-from profiles.build.kernels import Attention, Gemm, read_csv
-from profiles.files import write_text
-from profiles.importing.decoder import BYTES, Decoder
-from profiles.importing.evidence import PROMPT_TOKENS, Row, read_rows
-from profiles.importing.systems import load_system
-from profiles.importing.tables import open_tables
-from profiles.places import DATA as PROFILES
+from voltana.profiles.build.clocks import PREFILL_SHARE, SHARE_ABOVE, TOP_MHZ
+from voltana.profiles.build.kernels import Attention, Gemm, read_csv
+from voltana.profiles.files import write_text
+from voltana.profiles.importing.decoder import BYTES, Decoder
+from voltana.profiles.importing.evidence import PROMPT_TOKENS, Row, read_rows
+from voltana.profiles.importing.systems import load_system
+from voltana.profiles.importing.tables import open_tables
+from voltana.profiles.places import DATA as PROFILES
 
 FloatArray = npt.NDArray[np.float64]
 MODELS: Final = {
@@ -258,7 +260,7 @@ def main(say: Callable[[str], object] = print) -> None:
     options = parser.parse_args()
     tables = options.tables or options.data / "aiconfigurator_sglang0.5.14"
     for name, content in derive(options.data, tables).items():
-        text = "# Written by profiles.importing.fit\n" + tomli_w.dumps(content)
+        text = "# Written by voltana.profiles.importing.fit\n" + tomli_w.dumps(content)
         write_text(text, options.out / name)
         say(f"{name}:\n{text}")
 

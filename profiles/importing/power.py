@@ -14,10 +14,10 @@ from typing import Any, Final
 
 import numpy as np
 
-from profiles.errors import VoltanaError, nearest
-from profiles.importing.cost import Work
-from profiles.importing.systems import DATA, System
-from profiles.schema import Provenance
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.importing.cost import Work
+from voltana.profiles.importing.systems import DATA, System
+from voltana.profiles.schema import Provenance
 
 POWER_KEYS: Final = (
     "base_w", "w_per_weight_tb_per_s", "w_per_cache_tb_per_s", "w_per_tflop_per_s",

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Final
 
-from profiles.importing.decoder import Decoder
-from profiles.importing.power import ClockShape, PowerModel
-from profiles.importing.systems import TAKEN_OVER, load_host
-from profiles.importing.tables import KernelTables
-from profiles.schema import Provenance
+from voltana.profiles.importing.decoder import Decoder
+from voltana.profiles.importing.power import ClockShape, PowerModel
+from voltana.profiles.importing.systems import TAKEN_OVER, load_host
+from voltana.profiles.importing.tables import KernelTables
+from voltana.profiles.schema import Provenance
 
 NO_CLOCKS: Final = "one clock only: no clock shape was given (--clock-shape)"
 NO_POWER: Final = "the board's power limit throughout: no power model was given (--power-from)"

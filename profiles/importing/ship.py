@@ -1,4 +1,6 @@
-"""Build the shipped profiles of cards without a measurement: `python -m profiles.importing.ship`.
+"""Build the shipped profiles of cards without a measurement.
+
+    python -m voltana.profiles.importing.ship
 
 Each is what `voltana profile import` makes of the installed wheel; their commands are printed.
 """
@@ -10,12 +12,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Final
 
-from profiles.importing.build import Source, build_profile
-from profiles.importing.decoder import load_decoder
-from profiles.importing.power import load_clock_shape, load_power
-from profiles.importing.systems import load_system
-from profiles.importing.tables import open_tables
-from profiles.places import DATA
+from voltana.profiles.importing.build import Source, build_profile
+from voltana.profiles.importing.decoder import load_decoder
+from voltana.profiles.importing.power import load_clock_shape, load_power
+from voltana.profiles.importing.systems import load_system
+from voltana.profiles.importing.tables import open_tables
+from voltana.profiles.places import DATA
 
 ENGINE: Final = ("sglang", "0.5.14")
 LLAMA: Final = "meta-llama/Meta-Llama-3.1-8B"

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from profiles.errors import VoltanaError, nearest
+from voltana.profiles.errors import VoltanaError, nearest
 
 DATA: Final = Path(__file__).parent / "data"
 TAKEN_OVER: Final = "about 20 % at the default clock: no measured row is of this kind"

@@ -21,8 +21,8 @@ from typing import Final
 
 import pandas as pd
 
-from profiles.errors import VoltanaError, nearest
-from profiles.importing.systems import System
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.importing.systems import System
 
 PACKAGE: Final = "aiconfigurator_core"
 _DATA: Final = "systems/data"

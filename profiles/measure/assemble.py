@@ -9,15 +9,22 @@ from typing import Final
 
 import pandas as pd
 
-from profiles.catalog import Profile, write_profile
-from profiles.device.gpu import GpuIdentity
-from profiles.engines.base import PHASES, EngineFacts, Phase
-from profiles.errors import VoltanaError
-from profiles.files import write_csv
-from profiles.measure.journal import Journal
-from profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, NOT_MEASURED, Trial
-from profiles.schema import ClocksMeta, EngineMeta, GpuMeta, ModelMeta, ProfileMeta, Provenance
-from profiles.tables import POINT
+from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.device.gpu import GpuIdentity
+from voltana.profiles.engines.base import PHASES, EngineFacts, Phase
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_csv
+from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, NOT_MEASURED, Trial
+from voltana.profiles.schema import (
+    ClocksMeta,
+    EngineMeta,
+    GpuMeta,
+    ModelMeta,
+    ProfileMeta,
+    Provenance,
+)
+from voltana.profiles.tables import POINT
 
 BARE_IDLE: Final = "idle_bare.csv"
 MIN_POINTS: Final = 2

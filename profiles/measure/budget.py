@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Final
 
-from profiles.errors import VoltanaError
-from profiles.measure.campaign import Plan
-from profiles.measure.trial import NVML_PERIOD_S
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.campaign import Plan
+from voltana.profiles.measure.trial import NVML_PERIOD_S
 
 USEFUL_POINTS: Final = 10
 """Of a phase and clock: both ends of five batch sizes. Ours; fewer than that is a poor profile."""

@@ -9,9 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from profiles.device.gpu import ClockTimeoutError, Gpu
-from profiles.device.lock import ClockSession
-from profiles.engines.base import (
+from voltana.profiles.device.gpu import ClockTimeoutError, Gpu
+from voltana.profiles.device.lock import ClockSession
+from voltana.profiles.engines.base import (
     Engine,
     EngineCrashError,
     NotHeldError,
@@ -19,12 +19,12 @@ from profiles.engines.base import (
     Phase,
     Point,
 )
-from profiles.errors import VoltanaError
-from profiles.measure.grid import design, next_refinement
-from profiles.measure.journal import Journal
-from profiles.measure.power import SampleGapError
-from profiles.measure.progress import Progress, Standing
-from profiles.measure.trial import Protocol, measure_idle_w, measure_point
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.grid import design, next_refinement
+from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.power import SampleGapError
+from voltana.profiles.measure.progress import Progress, Standing
+from voltana.profiles.measure.trial import Protocol, measure_idle_w, measure_point
 
 MIN_POINTS: Final = 4
 """Of a phase and clock, whatever the budget: the corners of the grid."""

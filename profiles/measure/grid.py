@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from profiles.engines.base import EngineFacts, Phase, Point
+from voltana.profiles.engines.base import EngineFacts, Phase, Point
 
 T = TypeVar("T")
 Row = list[tuple[int, float]]

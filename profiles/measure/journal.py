@@ -10,10 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
-from profiles.engines.base import Point
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from profiles.measure.trial import Trial
+from voltana.profiles.engines.base import Point
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.profiles.measure.trial import Trial
 
 MAX_TRIES: Final = 3
 Key = tuple[int, Point]

@@ -14,10 +14,10 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
-from profiles.catalog import Profile
-from profiles.ecopred import fit_report
-from profiles.files import write_csv, write_figure
-from profiles.measure.style import STYLE, WIDTH_IN, line_style
+from voltana.profiles.catalog import Profile
+from voltana.profiles.ecopred import fit_report
+from voltana.profiles.files import write_csv, write_figure
+from voltana.profiles.measure.style import STYLE, WIDTH_IN, line_style
 
 POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
 CONTEXT_TOKENS: Final = 512

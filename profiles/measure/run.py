@@ -9,18 +9,18 @@ from typing import Any, Final
 
 import tomli_w
 
-from profiles.catalog import Profile
-from profiles.device.gpu import Gpu
-from profiles.device.lock import ClockSession
-from profiles.engines.base import PHASES, Engine, EngineFacts, NotHeldError
-from profiles.errors import VoltanaError
-from profiles.files import write_text
-from profiles.measure.assemble import assemble
-from profiles.measure.campaign import Campaign, Plan, measure_bare_idle
-from profiles.measure.journal import Journal
-from profiles.measure.progress import Progress
-from profiles.measure.report import poor_fits, write_report
-from profiles.places import SERVING
+from voltana.profiles.catalog import Profile
+from voltana.profiles.device.gpu import Gpu
+from voltana.profiles.device.lock import ClockSession
+from voltana.profiles.engines.base import PHASES, Engine, EngineFacts, NotHeldError
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_text
+from voltana.profiles.measure.assemble import assemble
+from voltana.profiles.measure.campaign import Campaign, Plan, measure_bare_idle
+from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.progress import Progress
+from voltana.profiles.measure.report import poor_fits, write_report
+from voltana.profiles.places import SERVING
 
 JOURNAL: Final = "journal.jsonl"
 

@@ -9,10 +9,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
-from profiles.device.gpu import THERMAL, Gpu
-from profiles.engines.base import Engine, Point, Window, Workload
-from profiles.errors import VoltanaError
-from profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
+from voltana.profiles.device.gpu import THERMAL, Gpu
+from voltana.profiles.engines.base import Engine, Point, Window, Workload
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
 
 NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""

@@ -2,7 +2,7 @@
 
 At one instant arrivals come first (the fleet plays up to each of them), then ends of prefill,
 deliveries and samples in the order in which they were asked for, and boundaries of decode last.
-Two agendas keep this order: a heap here, and SimPy (`sim.engine.simpy_agenda`).
+Two agendas keep this order: a heap here, and SimPy (`voltana.sim.engine.simpy_agenda`).
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ from collections.abc import Callable
 from heapq import heappop, heappush
 from typing import Protocol
 
-from sim.engine.instance import Instance
-from sim.engine.log import RunLog
+from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.log import RunLog
 
 Action = Callable[[float], None]
 """Takes the time when it is called."""

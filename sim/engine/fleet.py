@@ -1,7 +1,7 @@
 """The fleet: a request's way from its arrival through routing, prefill and transfer to decode.
 
-`Fleet` knows what follows what; an agenda keeps the time (`sim.engine.agenda`), and instances do
-the work (`sim.engine.prefill`, `sim.engine.decode`).
+`Fleet` knows what follows what; an agenda keeps the time (`voltana.sim.engine.agenda`), and
+instances do the work (`voltana.sim.engine.prefill`, `voltana.sim.engine.decode`).
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from itertools import count
 
 import numpy as np
 
-from profiles.catalog import Profile
-from sim.config import SimConfig
-from sim.engine.agenda import Agenda, HeapAgenda
-from sim.engine.decode import DecodeInstance
-from sim.engine.instance import Instance
-from sim.engine.log import RunLog
-from sim.engine.noise import IterationNoise
-from sim.engine.prefill import PrefillInstance
-from sim.engine.request import SimRequest
-from sim.engine.timeline import Timeline
-from sim.engine.track import GpuTrack
-from sim.policies.answers import ControllerAnswers, route
-from sim.policies.base import (
+from voltana.profiles.catalog import Profile
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.agenda import Agenda, HeapAgenda
+from voltana.sim.engine.decode import DecodeInstance
+from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.noise import IterationNoise
+from voltana.sim.engine.prefill import PrefillInstance
+from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.timeline import Timeline
+from voltana.sim.engine.track import GpuTrack
+from voltana.sim.policies.answers import ControllerAnswers, route
+from voltana.sim.policies.base import (
     Cluster,
     Controller,
     InstanceState,
@@ -35,10 +35,10 @@ from sim.policies.base import (
     RequestView,
     Router,
 )
-from sim.policies.prediction import ScaledPredictor, SkewedPower
-from sim.policies.registry import make_controller, make_router
-from sim.records import IterationTable, RunRecord
-from sim.workload.workload import Workload
+from voltana.sim.policies.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.registry import make_controller, make_router
+from voltana.sim.records import IterationTable, RunRecord
+from voltana.sim.workload.workload import Workload
 
 _STREAMS = {"router": 1, "prefill": 2, "decode": 3}
 """Spawn keys of the policies' random streams; others are in sim.workload and sim.engine.noise."""

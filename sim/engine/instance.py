@@ -6,12 +6,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
-from sim.config import SimConfig
-from sim.engine.log import RunLog
-from sim.engine.track import GpuTrack
-from sim.policies.answers import ControllerAnswers
-from sim.policies.base import InstanceState
-from sim.records import InstanceRecord
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.track import GpuTrack
+from voltana.sim.policies.answers import ControllerAnswers
+from voltana.sim.policies.base import InstanceState
+from voltana.sim.records import InstanceRecord
 
 IterationRow = tuple[str, int, float, float, int, int, int, float]
 """phase, instance_id, start_s, duration_s, batch_size, tokens, clock_mhz, energy_j"""

@@ -11,9 +11,9 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from sim.engine.request import NEVER, SimRequest
-from sim.records import COMPLETED, IN_FLIGHT, REJECTED, FloatArray, IntArray, RequestTable
-from sim.workload.workload import Workload
+from voltana.sim.engine.request import NEVER, SimRequest
+from voltana.sim.records import COMPLETED, IN_FLIGHT, REJECTED, FloatArray, IntArray, RequestTable
+from voltana.sim.workload.workload import Workload
 
 
 class RunLog(Protocol):

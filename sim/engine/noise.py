@@ -3,11 +3,11 @@
 Each iteration draws one normal number from the instance's own stream, whoever plays it. Its time
 is the table's times exp(s·z - s²/2): lognormal with mean 1, so that time and energy stay the
 table's on average and a run with noise compares with one without. s belongs to the clock and batch
-of the iteration (`profiles.spread`). Beside that the instance may sag: for some seconds, at random
-instants, every iteration that begins is slower by a constant factor.
+of the iteration (`voltana.profiles.spread`). Beside that the instance may sag: for some seconds, at
+random instants, every iteration that begins is slower by a constant factor.
 
 Numbers are drawn in blocks, and a block has running sums of its multipliers, so that the time and
-energy of any stretch of it take a few additions (`sim.engine.run`).
+energy of any stretch of it take a few additions (`voltana.sim.engine.run`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from profiles.spread import IterationSpread
-from sim.config import SimConfig
-from sim.policies.base import Phase
+from voltana.profiles.spread import IterationSpread
+from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import Phase
 
 BLOCK: Final = 1024
 """Numbers drawn at once; a run of iterations ends with its block."""
@@ -29,7 +29,7 @@ Multipliers: TypeAlias = "tuple[array[float], list[float], list[float], list[flo
 """m of each iteration of a block, and running sums of m, k·m and k²·m: entry k is over 0 … k-1."""
 
 _STREAMS: Final = {"prefill": 4, "decode": 5}
-"""Spawn keys beside those of the policies in `sim.engine.fleet`."""
+"""Spawn keys beside those of the policies in `voltana.sim.engine.fleet`."""
 
 
 class IterationNoise:

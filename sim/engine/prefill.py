@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 
-from sim.config import SimConfig
-from sim.engine.instance import Instance
-from sim.engine.log import RunLog
-from sim.engine.request import SimRequest
-from sim.engine.track import GpuTrack
-from sim.policies.answers import ControllerAnswers
-from sim.policies.base import InstanceState, WaitingRequest
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.track import GpuTrack
+from voltana.sim.policies.answers import ControllerAnswers
+from voltana.sim.policies.base import InstanceState, WaitingRequest
 
 
 class PrefillInstance(Instance):

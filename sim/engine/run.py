@@ -3,7 +3,8 @@
 Between a join, a leave, a clock change and a knot of the table a batch is fixed and its context
 grows by one token a request. Iteration k = 0, 1, … of a run then lasts first_s + k·step_s at
 first_w + k·step_w, so that time and energy are sums of 1, k and k². With noise iteration k lasts
-multipliers[k] times as long, and the sums are differences of running sums (`sim.engine.noise`).
+multipliers[k] times as long, and the sums are differences of running sums
+(`voltana.sim.engine.noise`).
 """
 
 from __future__ import annotations
@@ -11,14 +12,14 @@ from __future__ import annotations
 import math
 from typing import Final
 
-from sim.engine.noise import Multipliers
+from voltana.sim.engine.noise import Multipliers
 
 _SAME_INSTANT: Final = 1e-12
 """Relative; sums of iteration times are rounded, so that equal instants may differ by this."""
 
 
 class Run:
-    """The work that one instance has begun; `sim.engine.track` fills it anew for each.
+    """The work that one instance has begun; `voltana.sim.engine.track` fills it anew for each.
 
     Attributes:
         start_s: When its first iteration began.

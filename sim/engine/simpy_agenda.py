@@ -8,16 +8,16 @@ from typing import Final
 import simpy
 from simpy.events import NORMAL, EventPriority
 
-from sim.engine.agenda import Action
-from sim.engine.instance import Instance
-from sim.engine.log import RunLog
+from voltana.sim.engine.agenda import Action
+from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.log import RunLog
 
 _LAST: Final = EventPriority(2)
 """A priority after SimPy's URGENT (0) and NORMAL (1)."""
 
 
 class SimpyAgenda:
-    """See `sim.engine.agenda.Agenda`."""
+    """See `voltana.sim.engine.agenda.Agenda`."""
 
     def __init__(self) -> None:
         self.now_s = 0.0

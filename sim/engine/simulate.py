@@ -6,18 +6,18 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Final
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from profiles.files import replacing
-from sim.config import SimConfig
-from sim.engine.agenda import Agenda, HeapAgenda
-from sim.engine.fleet import Fleet
-from sim.engine.log import ExactLog, RunLog
-from sim.engine.simpy_agenda import SimpyAgenda
-from sim.engine.sketch_log import RowSpill, SketchLog
-from sim.memory import MOST_WAITING, max_requests, watch_backlog
-from sim.records import RunRecord
-from sim.workload.workload import Workload
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import replacing
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.agenda import Agenda, HeapAgenda
+from voltana.sim.engine.fleet import Fleet
+from voltana.sim.engine.log import ExactLog, RunLog
+from voltana.sim.engine.simpy_agenda import SimpyAgenda
+from voltana.sim.engine.sketch_log import RowSpill, SketchLog
+from voltana.sim.memory import MOST_WAITING, max_requests, watch_backlog
+from voltana.sim.records import RunRecord
+from voltana.sim.workload.workload import Workload
 
 CLOCKLESS: Final = ("static", "boost")
 """Controllers that a profile of one clock serves as well as one of many."""

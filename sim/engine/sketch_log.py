@@ -11,10 +11,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from sim.engine.log import GapRuns
-from sim.engine.request import NEVER, SimRequest
-from sim.records import COMPLETED, IN_FLIGHT, REJECTED, IntArray, RequestTable
-from sim.sketches import RunSketch
+from voltana.sim.engine.log import GapRuns
+from voltana.sim.engine.request import NEVER, SimRequest
+from voltana.sim.records import COMPLETED, IN_FLIGHT, REJECTED, IntArray, RequestTable
+from voltana.sim.sketches import RunSketch
 
 _ROWS: Final = 65_536
 """Rows kept before they are folded into the sketches."""
@@ -150,7 +150,7 @@ class RowSpill:
         Args:
             request: It has ended, or the run has.
             finish_s: When its last token was made; NaN without one.
-            status: One of `sim.records`.
+            status: One of `voltana.sim.records`.
         """
         self._rows.append(request)
         self._finish_s.append(finish_s)

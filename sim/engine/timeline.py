@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sim.config import SimConfig
-from sim.engine.instance import Instance
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.instance import Instance
 
 _COLUMNS = (
     "time_s", "phase", "instance_id", "clock_mhz", "batch_size", "num_waiting", "kv_tokens",

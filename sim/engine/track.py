@@ -12,11 +12,11 @@ from __future__ import annotations
 import math
 from collections import deque
 
-from profiles.step_model import StepModel
-from sim.engine.noise import IterationNoise
-from sim.engine.run import Run
-from sim.policies.base import DECODE, IdlePlan, Phase
-from sim.records import InstanceRecord
+from voltana.profiles.step_model import StepModel
+from voltana.sim.engine.noise import IterationNoise
+from voltana.sim.engine.run import Run
+from voltana.sim.policies.base import DECODE, IdlePlan, Phase
+from voltana.sim.records import InstanceRecord
 
 
 class GpuTrack:

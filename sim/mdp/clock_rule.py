@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from functools import cache
 from typing import Final
 
-from sim.policies.base import DECODE, IdlePlan, InstanceState, PolicyContext
-from sim.policies.registry import make_controller
+from voltana.sim.policies.base import DECODE, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.registry import make_controller
 
 _NOW_S: Final = 1e6
 """Time at which a controller is asked: longer after the start than any dwell or window."""

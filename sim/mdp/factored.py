@@ -33,9 +33,9 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import linprog
 
-from profiles.errors import VoltanaError
-from sim.mdp.model import InstanceModel
-from sim.mdp.solve import (
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.model import InstanceModel
+from voltana.sim.mdp.solve import (
     JointModel,
     Solution,
     evaluate,

@@ -9,8 +9,8 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from profiles.errors import VoltanaError
-from sim.policies.base import InstanceState
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import InstanceState
 
 FloatArray = npt.NDArray[np.float64]
 

@@ -9,10 +9,10 @@ cache each and an iteration time of T seconds (the predictor's, at the clock in 
   a = (C - I)/L makes its mean the workload's mean context C of a running request (a = 1 would be
   a token an iteration, and C = I + L, as if lengths had no memory there either);
 - at the end of an iteration, plus the actuation delay, the clock moves to the level that the
-  instance's controller asks for, the controller itself being asked (`sim.mdp.clock_rule`), or to
-  whichever level is best (rule `free`, where the clock is part of the action); or, `is_tied`, it is
-  where the controller settles at once, which saves the level and changes little, as a change takes
-  one iteration of some hundreds;
+  instance's controller asks for, the controller itself being asked (`voltana.sim.mdp.clock_rule`),
+  or to whichever level is best (rule `free`, where the clock is part of the action); or, `is_tied`,
+  it is where the controller settles at once, which saves the level and changes little, as a change
+  takes one iteration of some hundreds;
 - an idle instance goes to the clock that its controller parks it at, after the wait that this has
   as a mean; under `free` to any, at the mean rate 1/`idle_wait_s`.
 
@@ -36,10 +36,10 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from profiles.errors import VoltanaError
-from sim.mdp.clock_rule import ControllerClock
-from sim.mdp.grid import StateGrid
-from sim.policies.base import DECODE, PolicyContext
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.clock_rule import ControllerClock
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.policies.base import DECODE, PolicyContext
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from sim.policies.base import InstanceState, RequestView
+from voltana.sim.policies.base import InstanceState, RequestView
 
 REQUESTS_SCALE: Final = 256.0
 PROMPT_SCALE_TOKENS: Final = 1024.0

@@ -20,10 +20,10 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from profiles.errors import VoltanaError
-from profiles.files import replacing
-from sim.mdp.grid import StateGrid
-from sim.mdp.observation import size
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import replacing
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.observation import size
 
 PolicyKind = Literal["table", "network"]
 POLICY_KINDS: Final = ("table", "network")

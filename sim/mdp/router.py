@@ -12,12 +12,12 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from profiles.errors import VoltanaError
-from sim.mdp.observation import RateMeter, observe
-from sim.mdp.policy_file import PolicyFile, group_members, load_policy
-from sim.policies.base import PolicyContext, RequestView, Router, States
-from sim.policies.routers.simple import least
-from sim.policies.spec import parameter
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.observation import RateMeter, observe
+from voltana.sim.mdp.policy_file import PolicyFile, group_members, load_policy
+from voltana.sim.policies.base import PolicyContext, RequestView, Router, States
+from voltana.sim.policies.routers.simple import least
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,7 +115,7 @@ class Table(Decider):
 
 
 class Network(Decider):
-    """A trained network's action of greatest value; see `sim.mdp.observation`."""
+    """A trained network's action of greatest value; see `voltana.sim.mdp.observation`."""
 
     def __init__(self, policy: PolicyFile, context: PolicyContext) -> None:
         self._arrays = policy.arrays

@@ -19,8 +19,8 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.sparse.linalg import spsolve
 
-from profiles.errors import VoltanaError
-from sim.mdp.model import InstanceModel
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.model import InstanceModel
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

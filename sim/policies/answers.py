@@ -1,4 +1,4 @@
-"""Checks what a policy answers against the interface of `sim.policies.base`.
+"""Checks what a policy answers against the interface of `voltana.sim.policies.base`.
 
 Both drivers, the simulator and the replay, take a policy's answers through this module. An answer
 that breaks the interface, or an exception that the policy raises, becomes a one-line error with the
@@ -17,8 +17,8 @@ from typing import Final, NoReturn
 
 import numpy as np
 
-from profiles.errors import VoltanaError
-from sim.policies.base import (
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import (
     DECODE,
     PREFILL,
     UNLOCKED_MHZ,
@@ -32,7 +32,7 @@ from sim.policies.base import (
     Router,
     States,
 )
-from sim.policies.clocks import nearest_two_mhz
+from voltana.sim.policies.clocks import nearest_two_mhz
 
 MAX_CHARACTERS: Final = 300
 """Longest text of a message or value that an error shows; the rest is cut off."""

@@ -16,7 +16,7 @@ from typing import ClassVar, Final, Literal, Protocol, TypeVar, cast, runtime_ch
 
 import numpy as np
 
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 Phase = Literal["prefill", "decode"]
 PREFILL: Final = "prefill"
@@ -72,7 +72,7 @@ class PowerModel(Protocol):
 
 
 class Truth(Protocol):
-    """What the hardware really does, known to a simulation only: `profiles.step_model`."""
+    """What the hardware really does, known to a simulation only: `voltana.profiles.step_model`."""
 
     def time_and_power(
         self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float

@@ -7,8 +7,8 @@ from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from profiles.errors import VoltanaError
-from sim.policies.base import DECODE, PREFILL, Phase, PolicyContext
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import DECODE, PREFILL, Phase, PolicyContext
 
 _FULL_DECODE_REQUESTS: Final = 64
 _FULL_PREFILL: Final = (8, 8192)

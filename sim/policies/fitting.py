@@ -5,8 +5,8 @@ from __future__ import annotations
 from bisect import bisect_left
 from typing import Final
 
-from sim.policies.base import LinePredictor, Phase, Predictor
-from sim.policies.clocks import first_clock_mhz
+from voltana.sim.policies.base import LinePredictor, Phase, Predictor
+from voltana.sim.policies.clocks import first_clock_mhz
 
 FOREVER: Final = 1 << 62
 """More iterations or tokens than any run has: the answer of a controller that never changes."""

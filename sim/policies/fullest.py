@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from sim.policies.base import DECODE, PolicyContext, Predictor
+from voltana.sim.policies.base import DECODE, PolicyContext, Predictor
 
 _MOST: Final = 4096
 _EQUAL: Final = 1.0 - 1e-9

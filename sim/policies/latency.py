@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 
-from sim.policies.base import DECODE, InstanceState
+from voltana.sim.policies.base import DECODE, InstanceState
 
 
 class LatencyWindow:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from sim.policies.base import Phase, PowerModel, Predictor
+from voltana.sim.policies.base import Phase, PowerModel, Predictor
 
 
 class ScaledPredictor:

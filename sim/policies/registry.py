@@ -13,11 +13,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar, cast, get_type_hints
 
-from profiles.errors import VoltanaError, nearest
-from sim.mdp.router import MdpRouter
-from sim.policies.answers import describe, rehearse
-from sim.policies.base import Controller, PolicyContext, Router
-from sim.policies.controllers import (
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.sim.mdp.router import MdpRouter
+from voltana.sim.policies.answers import describe, rehearse
+from voltana.sim.policies.base import Controller, PolicyContext, Router
+from voltana.sim.policies.controllers import (
     agft,
     dualscale,
     ecofreq,
@@ -29,10 +29,10 @@ from sim.policies.controllers import (
     profiled,
     throttllm,
 )
-from sim.policies.reconstructed import greenllm, kairos, miad, rapid
-from sim.policies.routers import consolidate, ecoroute, packing, simple
-from sim.policies.routers.kairos import KairosRouter
-from sim.policies.spec import (
+from voltana.sim.policies.reconstructed import greenllm, kairos, miad, rapid
+from voltana.sim.policies.routers import consolidate, ecoroute, packing, simple
+from voltana.sim.policies.routers.kairos import KairosRouter
+from voltana.sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
     describe_parameters,
@@ -49,7 +49,7 @@ CONSTANTS: Final[Mapping[Constants, str]] = {
     "ours": "rule and constants are ours",
 }
 """Where a policy's constants come from. Policies with invented ones are in
-`sim.policies.reconstructed`, and in no headline table."""
+`voltana.sim.policies.reconstructed`, and in no headline table."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -182,7 +182,7 @@ def _maker(
             raise VoltanaError(f"cannot make {kind} {text!r}: {describe(error)}") from error
         if not isinstance(made, base):
             raise VoltanaError(
-                f"{kind} {text!r} must be a sim.policies.base.{base.__name__}, got a "
+                f"{kind} {text!r} must be a voltana.sim.policies.base.{base.__name__}, got a "
                 f"{type(made).__name__}: derive your class from it"
             )
         return cast("P", made)

@@ -1,8 +1,8 @@
 """Compute the shipped length histograms and the moments of their sources.
 
-`python -m sim.workload.build_histograms --traces DIR`; DIR holds CSV files with input_tokens and
-output_tokens. Bins are about 9 % wide, so that drawing uniformly within one keeps the means within
-2 % and the percentiles within 5 % of the source.
+`python -m voltana.sim.workload.build_histograms --traces DIR`; DIR holds CSV files with
+input_tokens and output_tokens. Bins are about 9 % wide, so that drawing uniformly within one keeps
+the means within 2 % and the percentiles within 5 % of the source.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from profiles.files import write_csv
-from sim.workload.lengths import DATA
+from voltana.profiles.files import write_csv
+from voltana.sim.workload.lengths import DATA
 
 SOURCES: Final = {
     "sharegpt": ("sharegpt_v3_4k_lengths.csv.gz", 3000),

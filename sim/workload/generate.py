@@ -7,9 +7,9 @@ from typing import Final
 
 import numpy as np
 
-from profiles.errors import VoltanaError
-from sim.workload.lengths import draw_lengths, list_lengths
-from sim.workload.shapes import (
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.workload.lengths import draw_lengths, list_lengths
+from voltana.sim.workload.shapes import (
     DAY_S,
     SWING,
     Cumulative,
@@ -18,7 +18,7 @@ from sim.workload.shapes import (
     rate_shape,
     require_positive,
 )
-from sim.workload.workload import FloatArray, Workload
+from voltana.sim.workload.workload import FloatArray, Workload
 
 _STREAMS = {"arrivals": 101, "lengths": 102}
 """Spawn keys: arrivals and lengths are independent, so that one can change without the other."""

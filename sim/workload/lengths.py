@@ -1,10 +1,10 @@
 """Joint distributions of prompt and output lengths.
 
 A histogram ships as counts of joint bins, `data/NAME.csv.gz` (input_min, input_max, output_min,
-output_max, count; bounds inclusive), computed by `sim.workload.build_histograms` from public
-traces: facts about lengths, no text and no order. A length is drawn uniformly within its bin and
-then held to the source's own limits. `moments.csv` keeps the source's means and spreads, which a
-histogram only nears. `lmsys` and `sharegpt-client` are modelled: see `lmsys_lengths`, `TILT`.
+output_max, count; bounds inclusive), computed by `voltana.sim.workload.build_histograms` from
+public traces: facts about lengths, no text and no order. A length is drawn uniformly within its bin
+and then held to the source's own limits. `moments.csv` keeps the source's means and spreads, which
+a histogram only nears. `lmsys` and `sharegpt-client` are modelled: see `lmsys_lengths`, `TILT`.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import optimize, stats
 
-from profiles.errors import VoltanaError, nearest
-from sim.workload.traces import read_lengths
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.sim.workload.traces import read_lengths
 
 DATA = Path(__file__).parent / "data"
 HISTOGRAMS: Final = {
@@ -67,7 +67,8 @@ def draw_lengths(name: str, count: int, rng: np.random.Generator) -> tuple[IntAr
     """Draw prompt and output lengths.
 
     Args:
-        name: One of `list_lengths`, or a file of lengths (`sim.workload.traces.read_lengths`),
+        name: One of `list_lengths`, or a file of lengths
+        (`voltana.sim.workload.traces.read_lengths`),
             whose requests are drawn with replacement.
         count: How many pairs.
         rng: Random stream; the same stream and count give the same lengths.

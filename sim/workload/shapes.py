@@ -8,8 +8,8 @@ from typing import Final
 
 import numpy as np
 
-from profiles.errors import VoltanaError
-from sim.workload.workload import FloatArray
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.workload.workload import FloatArray
 
 Gaps = Callable[[np.random.Generator, int], FloatArray]
 """Draws that many gaps with mean 1."""

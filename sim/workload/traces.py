@@ -16,9 +16,9 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from profiles.errors import VoltanaError, nearest
-from sim.workload.fetch import MissingTraceError, named_trace, named_traces
-from sim.workload.workload import FloatArray, IntArray, Workload
+from voltana.profiles.errors import VoltanaError, nearest
+from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
+from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
 _MAX_TOKENS: Final = 2**31
 """No request is longer; above it a length is a damaged number."""
@@ -36,10 +36,10 @@ _FIRST_LINE: Final = 2
 def open_trace(
     name_or_path: str, *, unit: str | None = None, drop_failed: bool = False
 ) -> Workload:
-    """A trace file, or a published trace by name (`sim.workload.fetch` says which there are).
+    """A trace file, or a published trace by name (see `voltana.sim.workload.fetch`).
 
     Args:
-        name_or_path: One of `sim.workload.fetch.named_traces`, or a file.
+        name_or_path: One of `voltana.sim.workload.fetch.named_traces`, or a file.
         unit: As of `read_trace`.
         drop_failed: As of `read_trace`.
 

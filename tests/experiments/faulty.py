@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from sim.policies.base import Controller, InstanceState, PolicyContext
-from sim.policies.controllers.fixed import NoParameters
-from sim.policies.registry import Entry
+from voltana.sim.policies.base import Controller, InstanceState, PolicyContext
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.registry import Entry
 
 
 class Faulty(Controller):

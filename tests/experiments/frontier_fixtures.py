@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from experiments.frontier.contenders import parse_contender
-from experiments.frontier.search import Study
-from experiments.frontier.study import make_study
-from experiments.frontier.trial import Load
+from voltana.experiments.frontier.contenders import parse_contender
+from voltana.experiments.frontier.search import Study
+from voltana.experiments.frontier.study import make_study
+from voltana.experiments.frontier.trial import Load
 
 
 def make_small_study(

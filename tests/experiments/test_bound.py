@@ -11,17 +11,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from experiments.frontier.bound import lower_bound
-from experiments.frontier.surface import decode_surface, prefill_knots
-from experiments.runs import cached_profile, run, workload_of
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from profiles.schema import Provenance, SpreadMeta
-from sim.config import make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise
-from sim.policies.registry import CONTROLLERS, ROUTERS
-from sim.workload.workload import Workload
 from tests.profiles.synthetic import (
     ROUGH_CLOCKS,
     constant_time_s,
@@ -29,6 +18,17 @@ from tests.profiles.synthetic import (
     write_synthetic_profile,
 )
 from tests.sim.engine.fixtures import make_requests
+from voltana.experiments.frontier.bound import lower_bound
+from voltana.experiments.frontier.surface import decode_surface, prefill_knots
+from voltana.experiments.runs import cached_profile, run, workload_of
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.schema import Provenance, SpreadMeta
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+from voltana.sim.workload.workload import Workload
 
 
 @pytest.fixture(scope="module")

@@ -9,9 +9,15 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.paper.calibrate import Unknowns, fit, read_fitted, scaled_promises, trial_profile
-from experiments.paper.panel import (
+from voltana.experiments.cli import make_app
+from voltana.experiments.paper.calibrate import (
+    Unknowns,
+    fit,
+    read_fitted,
+    scaled_promises,
+    trial_profile,
+)
+from voltana.experiments.paper.panel import (
     AIMS,
     FITTED,
     VALUES,
@@ -26,10 +32,10 @@ from experiments.paper.panel import (
     score,
     worst,
 )
-from experiments.sweep.run import run_sweep
-from profiles.build.a100 import Tuning
-from profiles.catalog import FILES, load_profile
-from profiles.errors import VoltanaError
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.build.a100 import Tuning
+from voltana.profiles.catalog import FILES, load_profile
+from voltana.profiles.errors import VoltanaError
 
 LLAMA = ("Llama-3.1-8B", "ShareGPT")
 PREDICTION = Path(__file__).parents[2] / "results" / "paper_prediction.csv"
@@ -161,8 +167,8 @@ def test_what_is_fitted_is_what_the_main_figure_runs() -> None:
 def test_panel_profiles_are_what_the_builder_makes(
     model: str, shared_data: Path, tmp_path: Path
 ) -> None:
-    from profiles.build.a100 import build_tuned
-    from profiles.places import DATA
+    from voltana.profiles.build.a100 import build_tuned
+    from voltana.profiles.places import DATA
 
     tuning = read_fitted(FITTED).tuning
     build_tuned(shared_data / "dvfs", tmp_path, model, tuning, "tuned to a published panel")
@@ -186,7 +192,7 @@ def test_the_committed_prediction_is_what_the_command_writes(
         if (p.labels["panel"], p.config.rate_rps) in {("Qwen3-32B, LMSYS", 40.0),
                                                       ("Ministral-3B, ShareGPT", 80.0)}
     ]  # fmt: skip
-    monkeypatch.setattr("experiments.paper.panel.main_figure_points", lambda: chosen)
+    monkeypatch.setattr("voltana.experiments.paper.panel.main_figure_points", lambda: chosen)
     made = predict(tmp_path, jobs=1)
     joined = made.merge(committed, on=keys, suffixes=("", "_committed"))
     assert len(joined) == len(made) == 6

@@ -13,9 +13,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.cli import make_app
-from profiles.errors import VoltanaError
 from tests.conftest import ROOT
+from voltana.experiments.cli import make_app
+from voltana.profiles.errors import VoltanaError
 
 QUICK = ["--rate", "20", "--duration", "5"]
 JSON_KEYS = {
@@ -28,7 +28,7 @@ JSON_KEYS = {
 
 def voltana(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "experiments.cli", *arguments],
+        [sys.executable, "-m", "voltana.experiments.cli", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
@@ -101,7 +101,10 @@ MISTAKES = [
     (["sweep", "experiments/configs/demo.toml", "--out", "README.md"], "README.md: "),
     (["tune", "pid", "--set", "foo=1"], "unknown key 'foo' (tune)"),
     (["experiment", "run", "demo"], "run voltana demo"),
-    (["simulate", "--controller", "experiments.own_policy:high=32"], "own_policy needs low < high"),
+    (
+        ["simulate", "--controller", "voltana.experiments.own_policy:high=32"],
+        "own_policy needs low < high",
+    ),
 ]
 
 
@@ -222,7 +225,7 @@ def test_a_killed_sweep_keeps_what_had_finished(tmp_path: Path) -> None:
     out = tmp_path / "out"
     sweep = str(write_sweep(tmp_path, duration=60))
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.cli", "sweep", sweep, "--out", str(out)],
+        [sys.executable, "-m", "voltana.experiments.cli", "sweep", sweep, "--out", str(out)],
         cwd=ROOT, stderr=subprocess.DEVNULL, start_new_session=True,
     )  # fmt: skip
     deadline = time.monotonic() + 120

@@ -7,10 +7,10 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from experiments.compare.policies import best_pairs, compare
-from experiments.draw.plots import energy_vs_slo
-from experiments.sweep.grid import STATIC_PAIR
-from profiles.errors import VoltanaError
+from voltana.experiments.compare.policies import best_pairs, compare
+from voltana.experiments.draw.plots import energy_vs_slo
+from voltana.experiments.sweep.grid import STATIC_PAIR
+from voltana.profiles.errors import VoltanaError
 
 
 def row(

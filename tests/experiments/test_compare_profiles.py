@@ -9,10 +9,10 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.compare.profiles import compare_profiles
-from profiles.catalog import Profile, load_profile, write_profile
-from profiles.errors import VoltanaError
+from voltana.experiments.cli import make_app
+from voltana.experiments.compare.profiles import compare_profiles
+from voltana.profiles.catalog import Profile, load_profile, write_profile
+from voltana.profiles.errors import VoltanaError
 
 NAME = "a100-80g-sxm/llama-3.1-8b"
 

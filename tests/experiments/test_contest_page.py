@@ -7,8 +7,9 @@ import re
 import pandas as pd
 import pytest
 
-from experiments.frontier.contest import read_contest
-from experiments.frontier.contest_page import (
+from tests.conftest import ROOT
+from voltana.experiments.frontier.contest import read_contest
+from voltana.experiments.frontier.contest_page import (
     BEGIN,
     END,
     page_text,
@@ -16,10 +17,9 @@ from experiments.frontier.contest_page import (
     replaced,
     shares,
 )
-from experiments.frontier.search import DEFAULT, HINDSIGHT, STATIC_FLEET, STATIC_MAX
-from experiments.frontier.table import COLUMNS
-from profiles.errors import VoltanaError
-from tests.conftest import ROOT
+from voltana.experiments.frontier.search import DEFAULT, HINDSIGHT, STATIC_FLEET, STATIC_MAX
+from voltana.experiments.frontier.table import COLUMNS
+from voltana.profiles.errors import VoltanaError
 
 CSV = ROOT / "results" / "contest.csv"
 

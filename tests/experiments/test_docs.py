@@ -14,15 +14,15 @@ import pandas as pd
 import pytest
 import typer
 
-from experiments.cli import make_app
-from experiments.docs_tables import TABLES, table
-from experiments.frontier.report import HEADINGS
-from experiments.show import policy_table
-from experiments.study.suite import list_experiments
-from profiles.errors import VoltanaError
-from sim.config import KEYS
-from sim.policies.registry import CONTROLLERS, ROUTERS
 from tests.conftest import ROOT
+from voltana.experiments.cli import make_app
+from voltana.experiments.docs_tables import TABLES, table
+from voltana.experiments.frontier.report import HEADINGS
+from voltana.experiments.show import policy_table
+from voltana.experiments.study.suite import list_experiments
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import KEYS
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from experiments.extras import needs
-from profiles.errors import VoltanaError
 from tests.conftest import ROOT
+from voltana.experiments.extras import needs
+from voltana.profiles.errors import VoltanaError
 
 BLOCKED = {
     "replay": ("aiohttp", "httptools", "uvloop", "zmq", "prometheus_client"),
@@ -24,7 +24,7 @@ class Missing(importlib.abc.MetaPathFinder):
             raise ModuleNotFoundError("No module named " + name, name=name)
 
 sys.meta_path.insert(0, Missing())
-from experiments.cli import main
+from voltana.experiments.cli import main
 main()
 """
 COMMANDS = {
@@ -63,7 +63,7 @@ def test_commands_of_the_hardware_that_need_none_go_on_without(arguments: list[s
 
 def test_a_module_of_ours_that_is_missing_is_a_fault_and_no_extra() -> None:
     with pytest.raises(ModuleNotFoundError), needs("replay", "voltana router"):
-        raise ModuleNotFoundError("No module named 'sim.gone'", name="sim.gone")
+        raise ModuleNotFoundError("No module named 'voltana.sim.gone'", name="voltana.sim.gone")
     line = r"^voltana x needs zmq: pip install 'voltana\[replay\]'$"
     with pytest.raises(VoltanaError, match=line), needs("replay", "voltana x"):
         raise ModuleNotFoundError("No module named 'zmq.asyncio'", name="zmq.asyncio")

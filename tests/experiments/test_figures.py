@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from matplotlib.axes import Axes
 
-from experiments.compare.policies import BEST_PAIR
-from experiments.draw.profiles import profile_figure, provenance_table
-from experiments.draw.runs import best_of_pairs, energy_against_itl_slo, run_figure
-from experiments.runs import run
-from experiments.stand_in import perturbed_profile
-from experiments.sweep.grid import expand
-from experiments.sweep.run import run_sweep
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
+from voltana.experiments.compare.policies import BEST_PAIR
+from voltana.experiments.draw.profiles import profile_figure, provenance_table
+from voltana.experiments.draw.runs import best_of_pairs, energy_against_itl_slo, run_figure
+from voltana.experiments.runs import run
+from voltana.experiments.stand_in import perturbed_profile
+from voltana.experiments.sweep.grid import expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
 
 NAME = "a100-80g-sxm/llama-3.1-8b"
 

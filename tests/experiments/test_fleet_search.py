@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.frontier.fixed import Fleet, FleetSearch, Side
-from experiments.frontier.search import STATIC_FLEET, STATIC_PAIR, run_task
-from experiments.frontier.trial import Bench, Trial
-from experiments.runs import cached_profile
 from tests.experiments.frontier_fixtures import make_small_study
+from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
+from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_PAIR, run_task
+from voltana.experiments.frontier.trial import Bench, Trial
+from voltana.experiments.runs import cached_profile
 
 CLOCKS = tuple(range(705, 1411, 15))
 KNOTS = (705, 810, 900, 1005, 1095, 1200, 1305, 1350, 1380, 1410)

@@ -13,13 +13,20 @@ import pytest
 from scipy import stats
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.compare.intervals import saving_pct, t_interval
-from experiments.frontier.contenders import parse_contender
-from experiments.frontier.contest import contest_files, read_contest, run_contest, write_contest
-from experiments.frontier.knob import search_knob
-from experiments.frontier.report import HEADINGS, table_rows, text_table
-from experiments.frontier.search import (
+from tests.experiments.frontier_fixtures import make_small_study
+from tests.profiles.synthetic import write_synthetic_profile
+from voltana.experiments.cli import make_app
+from voltana.experiments.compare.intervals import saving_pct, t_interval
+from voltana.experiments.frontier.contenders import parse_contender
+from voltana.experiments.frontier.contest import (
+    contest_files,
+    read_contest,
+    run_contest,
+    write_contest,
+)
+from voltana.experiments.frontier.knob import search_knob
+from voltana.experiments.frontier.report import HEADINGS, table_rows, text_table
+from voltana.experiments.frontier.search import (
     DEFAULT,
     STATIC_FLEET,
     STATIC_MAX,
@@ -27,17 +34,15 @@ from experiments.frontier.search import (
     Found,
     search_frontier,
 )
-from experiments.frontier.study import load_names_of, read_study
-from experiments.frontier.table import COLUMNS, frontier_table
-from experiments.frontier.trial import Trial, pooled
-from experiments.report.collect import collect
-from experiments.runs import workload_of
-from profiles.errors import VoltanaError
-from profiles.markdown import markdown_table
-from sim.config import make_config, read_toml
-from sim.workload.traces import open_trace
-from tests.experiments.frontier_fixtures import make_small_study
-from tests.profiles.synthetic import write_synthetic_profile
+from voltana.experiments.frontier.study import load_names_of, read_study
+from voltana.experiments.frontier.table import COLUMNS, frontier_table
+from voltana.experiments.frontier.trial import Trial, pooled
+from voltana.experiments.report.collect import collect
+from voltana.experiments.runs import workload_of
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.markdown import markdown_table
+from voltana.sim.config import make_config, read_toml
+from voltana.sim.workload.traces import open_trace
 
 Law = Callable[[float, int], tuple[float, float]]
 """Position of the knob and number of the repeat -> attainment and energy."""

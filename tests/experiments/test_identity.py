@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-import profiles
-from experiments.runs import cached_profile
-from experiments.sweep.identity import bound_key, program_files, run_key
-from sim.config import make_config
+from voltana import profiles
+from voltana.experiments.runs import cached_profile
+from voltana.experiments.sweep.identity import bound_key, program_files, run_key
+from voltana.sim.config import make_config
 
 
 def key(**settings: object) -> str:
@@ -64,10 +64,10 @@ def test_every_file_that_a_run_imports_counts() -> None:
     """All of voltana that is loaded after a run of each policy family, but for what makes the key
     and the tables' own folder, which the profile's hash stands for."""
     code = (
-        "import sys, experiments.runs as r; from sim.config import make_config;"
+        "import sys, voltana.experiments.runs as r; from voltana.sim.config import make_config;"
         "r.run(make_config({'duration_s': 1, 'router': 'consolidate', 'controller': 'agft'}));"
         "print(*{m.__file__ for n, m in sys.modules.items()"
-        " if n.partition('.')[0] in ('sim', 'profiles', 'experiments') and m.__file__})"
+        " if n.partition('.')[0] == 'voltana' and m.__file__})"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     loaded = {Path(name) for name in done.stdout.split() if not name.endswith("__init__.py")}

@@ -12,17 +12,17 @@ from typing import Any
 import pandas as pd
 import pytest
 
-from sim.policies import reconstructed
-from sim.policies.registry import CONSTANTS, CONTROLLERS, ROUTERS, Entry
-from sim.policies.spec import describe_parameters
 from tests.conftest import ROOT
+from voltana.sim.policies import reconstructed
+from voltana.sim.policies.registry import CONSTANTS, CONTROLLERS, ROUTERS, Entry
+from voltana.sim.policies.spec import describe_parameters
 
 KINDS: dict[str, Mapping[str, Entry[Any]]] = {"controllers": CONTROLLERS, "routers": ROUTERS}
 
 
 def show(*arguments: str, columns: int = 100) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [sys.executable, "-m", "experiments.cli", "list", *arguments],
+        [sys.executable, "-m", "voltana.experiments.cli", "list", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,
         env=os.environ | {"COLUMNS": str(columns)},
     )  # fmt: skip

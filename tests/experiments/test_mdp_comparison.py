@@ -7,9 +7,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.study import mdp_comparison
-from experiments.study.mdp_comparison import REFERENCE, Setting, compare_setting, markdown
-from experiments.study.train import TrainingPlan
+from voltana.experiments.study import mdp_comparison
+from voltana.experiments.study.mdp_comparison import REFERENCE, Setting, compare_setting, markdown
+from voltana.experiments.study.train import TrainingPlan
 
 SETTING = Setting(name="tiny", num_prefill=1, num_decode=2, rates_rps=(10.0,))
 

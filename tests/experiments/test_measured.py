@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.compare.measured import compare_rows, parse_prompts, parse_range
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from profiles.importing.evidence import Row, read_rows
+from voltana.experiments.cli import make_app
+from voltana.experiments.compare.measured import compare_rows, parse_prompts, parse_range
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.importing.evidence import Row, read_rows
 
 
 def rows_of(shared_data: Path) -> list[Row]:

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from experiments.notebooks import execute, read
 from tests.conftest import ROOT
+from voltana.experiments.notebooks import execute, read
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEASURED = "01_profile_a_gpu"

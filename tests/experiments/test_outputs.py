@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.runs import run
-from experiments.sweep.grid import expand
-from experiments.sweep.run import run_sweep
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.results import read_run, write_run
 from tests.conftest import ROOT
+from voltana.experiments.cli import make_app
+from voltana.experiments.runs import run
+from voltana.experiments.sweep.grid import expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.results import read_run, write_run
 
 GRID = """
 [base]
@@ -132,7 +132,7 @@ def test_a_file_broken_in_its_middle_is_one_line_too(run_directory: Path) -> Non
 def limited(limit_bytes: int, *arguments: str) -> subprocess.CompletedProcess[str]:
     """A command whose files may not grow beyond a limit: it fails where a full disk would."""
     return subprocess.run(
-        [sys.executable, "-m", "experiments.cli", *arguments],
+        [sys.executable, "-m", "voltana.experiments.cli", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=300,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit_bytes, limit_bytes)),
     )  # fmt: skip

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
-from experiments.cli import make_app
-from experiments.promise import (
+from voltana.experiments.cli import make_app
+from voltana.experiments.promise import (
     keeps_promise,
     overload_line,
     overload_of,
@@ -18,12 +18,12 @@ from experiments.promise import (
     overloads_at,
     static_max,
 )
-from experiments.runs import run
-from experiments.study.tune import PidTuner
-from experiments.sweep.grid import Point, expand
-from experiments.sweep.run import run_sweep
-from sim.config import SimConfig, make_config
-from sim.metrics import summarise
+from voltana.experiments.runs import run
+from voltana.experiments.study.tune import PidTuner
+from voltana.experiments.sweep.grid import Point, expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.metrics import summarise
 
 # One prefill and one decode instance serve 60 ms between tokens at 20 requests/s (a sixth of what
 # two of each serve at 36 in README's tables), and not at 60, when each second adds more prompts
@@ -101,7 +101,7 @@ def test_a_kept_promise_and_a_run_of_static_max_cost_no_second_run(
     def refuse(_: SimConfig) -> None:
         raise AssertionError("a run that was not needed")
 
-    monkeypatch.setattr("experiments.promise.run", refuse)
+    monkeypatch.setattr("voltana.experiments.promise.run", refuse)
     assert overload_of(light, of_light) is None
     assert overload_of(top, of_top) is not None
 

@@ -15,18 +15,18 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.compare.policies import add_saving
-from experiments.report.charts import curves, pareto_front, styles_of
-from experiments.report.collect import collect
-from experiments.report.page import write_report
-from experiments.report.series import choose, from_iterations, series_of
-from experiments.runs import run
-from experiments.study.suite import find_experiment, read_experiment
-from experiments.sweep.grid import expand
-from experiments.sweep.run import run_sweep
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.results import write_run
+from voltana.experiments.compare.policies import add_saving
+from voltana.experiments.report.charts import curves, pareto_front, styles_of
+from voltana.experiments.report.collect import collect
+from voltana.experiments.report.page import write_report
+from voltana.experiments.report.series import choose, from_iterations, series_of
+from voltana.experiments.runs import run
+from voltana.experiments.study.suite import find_experiment, read_experiment
+from voltana.experiments.sweep.grid import expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.results import write_run
 
 RATES = (20, 36, 40)
 GRID = {

@@ -8,11 +8,11 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from experiments.runs import run, stream_of, workload_of
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.sketches import RELATIVE_ERROR
-from sim.workload.workload import Workload
+from voltana.experiments.runs import run, stream_of, workload_of
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.sketches import RELATIVE_ERROR
+from voltana.sim.workload.workload import Workload
 
 DAY = {"arrivals": "diurnal:swing=0.5", "rate_rps": 20.0, "duration_s": 120.0, "time_scale": 0.8}
 

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from scipy import signal
 
-from experiments.runs import cached_profile
-from experiments.study.plant import Gains, Plant, linearise, margins, tune_pi
-from experiments.study.step_response import END_S, START_S, disturbed, measure
-from profiles.errors import VoltanaError
+from voltana.experiments.runs import cached_profile
+from voltana.experiments.study.plant import Gains, Plant, linearise, margins, tune_pi
+from voltana.experiments.study.step_response import END_S, START_S, disturbed, measure
+from voltana.profiles.errors import VoltanaError
 
 PLANT = Plant(
     clock_mhz=1000, batch_size=100, time_s=0.02, gain_s_per_mhz=-2e-5, elasticity_ratio=0.5,

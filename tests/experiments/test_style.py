@@ -13,26 +13,26 @@ from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from experiments.compare.policies import compare
-from experiments.draw.plots import energy_vs_slo, save, stretch_attainment
-from experiments.draw.profiles import profile_figure
-from experiments.draw.runs import energy_against_itl_slo, run_figure
-from experiments.frontier.contenders import parse_contender
-from experiments.frontier.contest_page import shares_figure
-from experiments.frontier.report import pareto_figure
-from experiments.frontier.search import DEFAULT, STATIC_FLEET, STATIC_MAX, Found
-from experiments.frontier.study import make_study
-from experiments.frontier.table import COLUMNS
-from experiments.frontier.trial import Load, Trial
-from experiments.paper.figure import draw_panel
-from experiments.runs import run
-from experiments.study.curves import draw_experiment
-from experiments.study.suite import PANEL, Experiment, FigureSpec
-from experiments.sweep.grid import expand
-from experiments.sweep.run import run_sweep
-from profiles.catalog import load_profile
-from profiles.measure.style import COLOURS, HALF_WIDTH_IN, LEAST_PT
-from sim.config import SimConfig
+from voltana.experiments.compare.policies import compare
+from voltana.experiments.draw.plots import energy_vs_slo, save, stretch_attainment
+from voltana.experiments.draw.profiles import profile_figure
+from voltana.experiments.draw.runs import energy_against_itl_slo, run_figure
+from voltana.experiments.frontier.contenders import parse_contender
+from voltana.experiments.frontier.contest_page import shares_figure
+from voltana.experiments.frontier.report import pareto_figure
+from voltana.experiments.frontier.search import DEFAULT, STATIC_FLEET, STATIC_MAX, Found
+from voltana.experiments.frontier.study import make_study
+from voltana.experiments.frontier.table import COLUMNS
+from voltana.experiments.frontier.trial import Load, Trial
+from voltana.experiments.paper.figure import draw_panel
+from voltana.experiments.runs import run
+from voltana.experiments.study.curves import draw_experiment
+from voltana.experiments.study.suite import PANEL, Experiment, FigureSpec
+from voltana.experiments.sweep.grid import expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.measure.style import COLOURS, HALF_WIDTH_IN, LEAST_PT
+from voltana.sim.config import SimConfig
 
 EDGE_PX = 1
 """Letters end on whole pixels."""

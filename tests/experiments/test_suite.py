@@ -8,9 +8,9 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.study import suite
-from experiments.study.suite import (
+from voltana.experiments.cli import make_app
+from voltana.experiments.study import suite
+from voltana.experiments.study.suite import (
     MATCHED_PAIR,
     FigureSpec,
     find_experiment,
@@ -18,7 +18,7 @@ from experiments.study.suite import (
     read_experiment,
     with_saving,
 )
-from profiles.errors import VoltanaError
+from voltana.profiles.errors import VoltanaError
 
 SMALL = """
 question = "Is it so?"

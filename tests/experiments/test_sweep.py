@@ -16,14 +16,14 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import pandas as pd
 import pytest
 
-from experiments.sweep.executors import RayExecutor, run_point
-from experiments.sweep.grid import Point, expand
-from experiments.sweep.run import run_sweep
-from experiments.sweep.store import FolderStore, UrlStore, open_store
-from profiles.errors import VoltanaError
-from sim.policies.base import Controller, InstanceState, PolicyContext
-from sim.policies.controllers.fixed import NoParameters
-from sim.policies.registry import CONTROLLERS, Entry
+from voltana.experiments.sweep.executors import RayExecutor, run_point
+from voltana.experiments.sweep.grid import Point, expand
+from voltana.experiments.sweep.run import run_sweep
+from voltana.experiments.sweep.store import FolderStore, UrlStore, open_store
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import Controller, InstanceState, PolicyContext
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.registry import CONTROLLERS, Entry
 
 if TYPE_CHECKING:
     from ray.cluster_utils import Cluster
@@ -231,7 +231,15 @@ def test_a_ray_cluster_that_loses_a_node_loses_no_point(
         f"[base]\nduration_s = {duration_s}\nrate_rps = 10\n[grid]\nseed = {[*range(RAY_POINTS)]}\n"
     )
     out = tmp_path / "out"
-    command = [sys.executable, "-m", "experiments.cli", "sweep", str(file), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "voltana.experiments.cli",
+        "sweep",
+        str(file),
+        "--out",
+        str(out),
+    ]
     process = subprocess.Popen(
         [*command, "--engine", "ray"],
         env={**os.environ, "RAY_ADDRESS": ray_cluster.address},

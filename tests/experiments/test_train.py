@@ -8,12 +8,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from experiments.study.train import TrainingPlan, train
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.mdp.learn.qlearn import Learner, QSettings, save_checkpoint
-from sim.mdp.policy_file import load_policy
 from tests.experiments.test_cli import voltana
+from voltana.experiments.study.train import TrainingPlan, train
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.mdp.learn.qlearn import Learner, QSettings, save_checkpoint
+from voltana.sim.mdp.policy_file import load_policy
 
 COARSE = ["--width", "32", "--max-requests", "160", "--set", "slo_itl_s=0.045"]
 
@@ -92,11 +92,11 @@ def test_an_interrupted_q_learning_goes_on(tmp_path: Path, monkeypatch: pytest.M
         if learner.episodes == 2:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr("experiments.study.train.save_checkpoint", interrupt)
+    monkeypatch.setattr("voltana.experiments.study.train.save_checkpoint", interrupt)
     with pytest.raises(KeyboardInterrupt):
         train(plan(solver="q"), out)
     assert not out.exists()
-    monkeypatch.setattr("experiments.study.train.save_checkpoint", real)
+    monkeypatch.setattr("voltana.experiments.study.train.save_checkpoint", real)
     resumed = train(plan(solver="q"), out)
     with pytest.raises(VoltanaError, match="exists: remove it"):
         train(plan(solver="q"), out)

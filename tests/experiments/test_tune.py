@@ -7,12 +7,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from experiments.runs import run
-from experiments.study.tune import PidTuner
-from profiles.errors import VoltanaError
-from sim.config import make_config, read_toml
-from sim.metrics import summarise
+from voltana.experiments.cli import make_app
+from voltana.experiments.runs import run
+from voltana.experiments.study.tune import PidTuner
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config, read_toml
+from voltana.sim.metrics import summarise
 
 BASE = {"rate_rps": 36, "duration_s": 15, "slo_itl_s": 0.04, "router": "least-requests"}
 

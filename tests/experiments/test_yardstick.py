@@ -7,15 +7,15 @@ from itertools import pairwise, product
 import numpy as np
 import pytest
 
-from experiments.frontier.search import profile_knots
-from experiments.frontier.yardstick import plan
-from experiments.runs import cached_profile, run, workload_of
-from experiments.study.capacity import highest
-from experiments.study.room import Room, line
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.workload.workload import Workload
+from voltana.experiments.frontier.search import profile_knots
+from voltana.experiments.frontier.yardstick import plan
+from voltana.experiments.runs import cached_profile, run, workload_of
+from voltana.experiments.study.capacity import highest
+from voltana.experiments.study.room import Room, line
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.workload.workload import Workload
 
 BASE = {"profile": "a100-80g-sxm/llama-3.1-8b", "slo_ttft_s": 0.6, "slo_itl_s": 0.045}
 

@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.engines.launch import run_fleet
-from hwreplay.engines.plan import Installation
-from hwreplay.engines.server import Server
 from tests.conftest import ROOT
+from voltana.hwreplay.engines.launch import run_fleet
+from voltana.hwreplay.engines.plan import Installation
+from voltana.hwreplay.engines.server import Server
 
 ENGINE = ROOT / ".engine"
 

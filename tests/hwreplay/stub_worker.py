@@ -25,9 +25,9 @@ import uvloop
 import zmq
 from aiohttp import web
 
-from hwreplay.router.body import CHAT, COMPLETIONS, GENERATE, parse_body
-from sim.policies.base import DECODE, PREFILL, Phase
 from tests.conftest import ROOT
+from voltana.hwreplay.router.body import CHAT, COMPLETIONS, GENERATE, parse_body
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HOST = "127.0.0.1"
 MODEL = str(ROOT / "hwreplay/engines/sglang/llama-3.1-8b")

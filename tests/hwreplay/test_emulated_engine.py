@@ -23,7 +23,14 @@ def cells(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]
     if not (ENGINE / ".installed").is_file():
         pytest.skip("SGLang is not installed: run `make engine`")
     out = tmp_path_factory.mktemp("loop") / "out"
-    command = [sys.executable, "-m", "experiments.hardware.loop", "--short", "--out", str(out)]
+    command = [
+        sys.executable,
+        "-m",
+        "voltana.experiments.hardware.loop",
+        "--short",
+        "--out",
+        str(out),
+    ]
     options = ["--dilation", "3", "--engine", str(ENGINE), "--only", *POLICIES]
     done = subprocess.run(
         [*command, *options], cwd=ROOT, capture_output=True, text=True, check=False

@@ -1,1 +1,1 @@
-"""A second simulator, written from the documents alone; it shares no code with `sim.engine`."""
+"""A second simulator, written from the documents alone: no code of `voltana.sim.engine`."""

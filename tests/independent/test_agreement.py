@@ -14,16 +14,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.runs import cached_profile, workload_of
-from profiles.catalog import DATA
-from sim.config import make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise
-from sim.workload.workload import Workload
 from tests.independent.fleet import Fleet, Job, Noise, Router
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
 from tests.independent.report import Numbers, report
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.profiles.catalog import DATA
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
+from voltana.sim.workload.workload import Workload
 
 REL = 1e-9
 """Sums over some 10^4 iterations, added in another order, differ by 2e-12 at most (as measured); a

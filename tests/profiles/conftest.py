@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.emulated.build import build_library
 from tests.profiles.device.standin import Standin
+from voltana.hwreplay.emulated.build import build_library
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from profiles.catalog import Profile, write_profile
-from profiles.schema import (
+from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.schema import (
     QUANTITIES,
     ClocksMeta,
     EngineMeta,

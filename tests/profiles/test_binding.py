@@ -10,8 +10,8 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 
-from profiles.binding import EXAMPLE, bind, convert, converted, table, tables
-from profiles.errors import VoltanaError
+from voltana.profiles.binding import EXAMPLE, bind, convert, converted, table, tables
+from voltana.profiles.errors import VoltanaError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

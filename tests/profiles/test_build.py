@@ -8,17 +8,17 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from profiles.build.a100 import (
+from voltana.profiles.build.a100 import (
     DECODE_BASE_W,
     DECODE_W_PER_TB_PER_S,
     Builder,
     build,
     fit_clocks,
 )
-from profiles.build.kernels import Gemm, read_a100
-from profiles.build.models import SHAPES
-from profiles.catalog import FILES, Profile, load_profile
-from profiles.places import DATA
+from voltana.profiles.build.kernels import Gemm, read_a100
+from voltana.profiles.build.models import SHAPES
+from voltana.profiles.catalog import FILES, Profile, load_profile
+from voltana.profiles.places import DATA
 
 NAMES = ("llama-3.1-8b", "qwen3-32b-tp2", "ministral-3b")
 

@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles import ecopred
-from profiles.catalog import Profile, list_profiles, load_profile
-from profiles.errors import VoltanaError
 from tests.profiles.synthetic import scaling_power_w, scaling_time_s, write_synthetic_profile
+from voltana.profiles import ecopred
+from voltana.profiles.catalog import Profile, list_profiles, load_profile
+from voltana.profiles.errors import VoltanaError
 
 
 @pytest.fixture(scope="module")

@@ -9,10 +9,10 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from profiles.catalog import list_profiles, load_profile
-from profiles.ecopred import COLUMNS, fit_report
-from profiles.errors import VoltanaError
-from profiles.places import DATA
+from voltana.profiles.catalog import list_profiles, load_profile
+from voltana.profiles.ecopred import COLUMNS, fit_report
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.places import DATA
 
 NAME = "a100-80g-sxm/llama-3.1-8b"
 Edit = Callable[[pd.DataFrame], pd.DataFrame]

@@ -13,7 +13,8 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
-from profiles.files import (
+from tests.conftest import ROOT
+from voltana.profiles.files import (
     replacing,
     write_bytes,
     write_csv,
@@ -21,7 +22,6 @@ from profiles.files import (
     write_parquet,
     write_text,
 )
-from tests.conftest import ROOT
 
 
 def test_a_writer_that_fails_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from profiles.errors import VoltanaError
-from profiles.folders import MARKER, check, claim, held
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.folders import MARKER, check, claim, held
 
 
 def test_a_folder_is_made_and_marked_and_gone_on_with(tmp_path: Path) -> None:

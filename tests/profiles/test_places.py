@@ -11,13 +11,13 @@ import pytest
 import tomli_w
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from profiles.catalog import FILES, list_profiles
-from profiles.errors import VoltanaError
-from profiles.places import serving_settings
-from sim.config import make_config
 from tests.conftest import ROOT
 from tests.profiles.synthetic import write_synthetic_profile
+from voltana.experiments.cli import make_app
+from voltana.profiles.catalog import FILES, list_profiles
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.places import serving_settings
+from voltana.sim.config import make_config
 
 HANDOVER_S = 0.014
 SERVING = {
@@ -90,9 +90,12 @@ IMPORT_TABLES = (
 def test_a_wheel_holds_the_shipped_tables_and_no_stray_profile(tmp_path: Path) -> None:
     """By the build backend itself, on a tree where profiles were measured into the package."""
     wheels = pytest.importorskip("hatchling.builders.wheel")
-    for folder in ("sim", "profiles", "hwreplay", "experiments"):
+    for folder in ("voltana", "sim", "profiles", "hwreplay", "experiments"):
         shutil.copytree(
-            ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__")
+            ROOT / folder,
+            tmp_path / folder,
+            symlinks=True,
+            ignore=shutil.ignore_patterns("__pycache__"),
         )
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
@@ -106,8 +109,11 @@ def test_a_wheel_holds_the_shipped_tables_and_no_stray_profile(tmp_path: Path) -
         (tmp_path / "profiles/cpu" / name).write_text("stray")
     files = wheels.WheelBuilder(str(tmp_path)).recurse_included_files()
     found = {file.distribution_path for file in files}
-    data = {path for path in found if path.startswith("profiles/") and not path.endswith(".py")}
-    tables = {f"profiles/data/{name}/{file}" for name in list_profiles() for file in FILES}
-    imported = {f"profiles/importing/data/{name}.toml" for name in IMPORT_TABLES}
-    assert data == tables | imported | {"profiles/data/a100-80g-sxm/coefficients.toml"}
-    assert {"profiles/catalog.py", "sim/config.py", "hwreplay/engines/sglang/install.sh"} <= found
+    data = {
+        path for path in found if path.startswith("voltana/profiles/") and not path.endswith(".py")
+    }
+    tables = {f"voltana/profiles/data/{name}/{file}" for name in list_profiles() for file in FILES}
+    imported = {f"voltana/profiles/importing/data/{name}.toml" for name in IMPORT_TABLES}
+    assert data == tables | imported | {"voltana/profiles/data/a100-80g-sxm/coefficients.toml"}
+    some = ("profiles/catalog.py", "sim/config.py", "hwreplay/engines/sglang/install.sh")
+    assert {f"voltana/{path}" for path in some} <= found

@@ -12,9 +12,9 @@ from typing import Any
 
 import pytest
 
-from experiments.runs import run
-from sim.config import make_config
-from sim.metrics import summarise
+from voltana.experiments.runs import run
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
 
 FILES = {"golden.json": 0.0, "golden_noise.json": 1.0}
 """Beside this file, with the noise of each: multiples of what the profile states."""

@@ -7,13 +7,13 @@ import itertools
 import numpy as np
 import pytest
 
-import sim.memory
-from experiments.runs import run, stream_of, workload_of
-from profiles.errors import VoltanaError
-from sim.config import SimConfig, make_config
-from sim.memory import memory_bytes, watch_backlog
-from sim.workload.generate import PART_REQUESTS, make_workload, stream_steady
-from sim.workload.workload import Workload
+from voltana.experiments.runs import run, stream_of, workload_of
+from voltana.profiles.errors import VoltanaError
+from voltana.sim import memory
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.memory import memory_bytes, watch_backlog
+from voltana.sim.workload.generate import PART_REQUESTS, make_workload, stream_steady
+from voltana.sim.workload.workload import Workload
 
 
 def test_a_billion_requests_are_refused_with_the_remedy() -> None:
@@ -24,7 +24,7 @@ def test_a_billion_requests_are_refused_with_the_remedy() -> None:
 
 
 def test_the_bound_is_on_rate_times_duration(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sim.memory, "memory_bytes", lambda: 2_000_000)  # room for 1000 requests
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 2_000_000)  # room for 1000 requests
     assert len(workload_of(SimConfig(rate_rps=100, duration_s=10))) == 1000
     for rate, duration in ((101.0, 10.0), (100.0, 10.1), (10.0, None)):
         with pytest.raises(VoltanaError, match=r"a run may have 0\.0 GB \(1,000 requests"):
@@ -59,7 +59,7 @@ def test_a_sketched_run_streams_whatever_its_arrivals() -> None:
 
 
 def test_a_stream_that_the_fleet_cannot_carry_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sim.memory, "memory_bytes", lambda: 2000 * 2 * PART_REQUESTS)
+    monkeypatch.setattr(memory, "memory_bytes", lambda: 2000 * 2 * PART_REQUESTS)
     config = make_config({"rate_rps": 5000, "duration_s": 60, "metrics": "sketch"})
     with pytest.raises(VoltanaError, match=r"requests wait .* more than the fleet can carry"):
         run(config)

@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.metrics import attained, describe, summarise, tpot_s, ttft_s, weighted_quantile
-from sim.policies.base import Phase
-from sim.records import (
+from tests.profiles.synthetic import write_synthetic_profile
+from tests.sim.engine.fixtures import make_requests, run
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.metrics import attained, describe, summarise, tpot_s, ttft_s, weighted_quantile
+from voltana.sim.policies.base import Phase
+from voltana.sim.records import (
     CANCELLED,
     COMPLETED,
     FAILED,
@@ -24,10 +26,8 @@ from sim.records import (
     RequestTable,
     RunRecord,
 )
-from sim.results import read_run, write_run
-from sim.sketches import RELATIVE_ERROR, RunSketch
-from tests.profiles.synthetic import write_synthetic_profile
-from tests.sim.engine.fixtures import make_requests, run
+from voltana.sim.results import read_run, write_run
+from voltana.sim.sketches import RELATIVE_ERROR, RunSketch
 
 
 @given(

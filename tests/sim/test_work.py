@@ -13,12 +13,12 @@ from types import CodeType, FrameType
 
 import pytest
 
-from experiments.runs import cached_profile, workload_of
-from profiles import ecopred, step_model
-from sim.config import SimConfig, make_config
-from sim.engine.fleet import Fleet
-from sim.engine.log import ExactLog
-from sim.records import RunRecord
+from voltana.experiments.runs import cached_profile, workload_of
+from voltana.profiles import ecopred, step_model
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.engine.fleet import Fleet
+from voltana.sim.engine.log import ExactLog
+from voltana.sim.records import RunRecord
 
 
 def fleet_of(config: SimConfig) -> Fleet:

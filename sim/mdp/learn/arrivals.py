@@ -14,14 +14,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.engine.fleet import Fleet
-from sim.engine.instance import Instance
-from sim.engine.log import ExactLog
-from sim.engine.request import SimRequest
-from sim.policies.base import (
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.fleet import Fleet
+from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.log import ExactLog
+from voltana.sim.engine.request import SimRequest
+from voltana.sim.policies.base import (
     Controller,
     IdlePlan,
     InstanceState,
@@ -29,9 +29,9 @@ from sim.policies.base import (
     RequestView,
     Router,
 )
-from sim.policies.routers.simple import least
-from sim.records import RunRecord
-from sim.workload.workload import Workload
+from voltana.sim.policies.routers.simple import least
+from voltana.sim.records import RunRecord
+from voltana.sim.workload.workload import Workload
 
 IDLE_S = 5.0
 """Idle time after which an instance whose clock is held goes to the lowest level, as EcoFreq's."""

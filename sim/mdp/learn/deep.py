@@ -16,8 +16,8 @@ import gymnasium
 import numpy as np
 import numpy.typing as npt
 
-from profiles.errors import VoltanaError
-from sim.mdp.learn.env import RoutingEnv
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.learn.env import RoutingEnv
 
 Algorithm = Literal["dqn", "ppo"]
 Arrays = dict[str, npt.NDArray[np.float32]]
@@ -89,7 +89,7 @@ def fit(
 
 
 def export(model: Any, algorithm: Algorithm) -> Arrays:  # noqa: ANN401 (untyped library)
-    """The acting network's layers, as `sim.mdp.policy_file` has them."""
+    """The acting network's layers, as `voltana.sim.mdp.policy_file` has them."""
     policy = model.policy
     modules = (
         [*policy.mlp_extractor.policy_net, policy.action_net]

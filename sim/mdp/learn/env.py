@@ -1,10 +1,11 @@
 """A `gymnasium` environment over the simulator: one step routes one request.
 
-observation: `sim.mdp.observation`, without unit. Shape (4·decode instances + 2,).
+observation: `voltana.sim.mdp.observation`, without unit. Shape (4·decode instances + 2,).
 action: decode instance · number of levels + clock level of that instance, which holds from its
 next iteration until it is set again; without levels the configured controller keeps the clocks.
 reward: -(energy in J + penalty in J a late token · late tokens) since the arrival before, in J;
-see `sim.mdp.learn.arrivals`. Over an episode that drains the rewards add up to the run's cost.
+see `voltana.sim.mdp.learn.arrivals`. Over an episode that drains the rewards add up to the run's
+cost.
 """
 
 from __future__ import annotations
@@ -16,12 +17,12 @@ import gymnasium
 import numpy as np
 from gymnasium import spaces
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.mdp.learn.arrivals import ArrivalSimulation
-from sim.mdp.observation import LIMIT, Float32Array, RateMeter, observe, size
-from sim.workload.workload import Workload
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.mdp.learn.arrivals import ArrivalSimulation
+from voltana.sim.mdp.observation import LIMIT, Float32Array, RateMeter, observe, size
+from voltana.sim.workload.workload import Workload
 
 
 class RoutingEnv(gymnasium.Env[Float32Array, int]):

@@ -11,13 +11,13 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig
-from sim.mdp.grid import StateGrid
-from sim.mdp.learn.arrivals import ArrivalSimulation
-from sim.mdp.learn.qlearn import Features
-from sim.workload.workload import Workload
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.learn.arrivals import ArrivalSimulation
+from voltana.sim.mdp.learn.qlearn import Features
+from voltana.sim.workload.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
 MAX_TABLE: Final = 200_000

@@ -10,7 +10,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from sim.policies.base import (
+from voltana.sim.policies.base import (
     DECODE,
     UNLOCKED_MHZ,
     Controller,
@@ -18,8 +18,8 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import levels_of
-from sim.policies.spec import parameter
+from voltana.sim.policies.clocks import levels_of
+from voltana.sim.policies.spec import parameter
 
 Vector = npt.NDArray[np.float64]
 NUM_FEATURES: Final = 7

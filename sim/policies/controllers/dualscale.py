@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import least_energy_clock_mhz, levels_of
-from sim.policies.fitting import LowestFitting
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.clocks import least_energy_clock_mhz, levels_of
+from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

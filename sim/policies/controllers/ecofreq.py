@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import (
+from voltana.sim.policies.base import (
     DECODE,
     PREFILL,
     Controller,
@@ -12,9 +12,9 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import clock_list, first_clock_mhz
-from sim.policies.fitting import FOREVER, LowestFitting
-from sim.policies.spec import parameter
+from voltana.sim.policies.clocks import clock_list, first_clock_mhz
+from voltana.sim.policies.fitting import FOREVER, LowestFitting
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

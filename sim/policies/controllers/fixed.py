@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import UNLOCKED_MHZ, Controller, InstanceState, PolicyContext
-from sim.policies.clocks import require_clock
-from sim.policies.fitting import FOREVER
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import UNLOCKED_MHZ, Controller, InstanceState, PolicyContext
+from voltana.sim.policies.clocks import require_clock
+from voltana.sim.policies.fitting import FOREVER
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from profiles.errors import VoltanaError
-from sim.policies.base import (
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import (
     DECODE,
     UNLOCKED_MHZ,
     Controller,
@@ -15,8 +15,8 @@ from sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from sim.policies.clocks import cheapest_clock_mhz, clock_list
-from sim.policies.spec import parameter
+from voltana.sim.policies.clocks import cheapest_clock_mhz, clock_list
+from voltana.sim.policies.spec import parameter
 
 _STEPS: Final = 10
 _SETTLED: Final = 1e-3

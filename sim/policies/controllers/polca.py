@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import (
+from voltana.sim.policies.base import (
     DECODE,
     PREFILL,
     UNLOCKED_MHZ,
@@ -18,8 +18,8 @@ from sim.policies.base import (
     Phase,
     PolicyContext,
 )
-from sim.policies.clocks import fleet_power_w, nearest_clock_mhz
-from sim.policies.spec import parameter
+from voltana.sim.policies.clocks import fleet_power_w, nearest_clock_mhz
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
-from sim.policies.latency import LatencyWindow
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
+from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

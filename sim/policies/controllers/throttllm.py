@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import (
+from voltana.sim.policies.base import (
     DECODE,
     Controller,
     IdlePlan,
@@ -15,8 +15,8 @@ from sim.policies.base import (
     PolicyContext,
     RunningRequest,
 )
-from sim.policies.clocks import clocks_above_floor, first_clock_mhz
-from sim.policies.spec import parameter
+from voltana.sim.policies.clocks import clocks_above_floor, first_clock_mhz
+from voltana.sim.policies.spec import parameter
 
 _SLACK_S: Final = 1e-9
 """Rounding of a sum of times is not a missed deadline."""

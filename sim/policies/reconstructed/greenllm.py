@@ -10,7 +10,7 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import (
+from voltana.sim.policies.base import (
     DECODE,
     Controller,
     IdlePlan,
@@ -20,16 +20,16 @@ from sim.policies.base import (
     Router,
     States,
 )
-from sim.policies.clocks import (
+from voltana.sim.policies.clocks import (
     busy_energy_j,
     cheapest_clock_mhz,
     clock_at_least_mhz,
     clocks_above_floor,
 )
-from sim.policies.fitting import LowestFitting
-from sim.policies.latency import LatencyWindow
-from sim.policies.routers.simple import least
-from sim.policies.spec import parameter
+from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.routers.simple import least
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import clock_at_least_mhz, clocks_above_floor
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.clocks import clock_at_least_mhz, clocks_above_floor
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

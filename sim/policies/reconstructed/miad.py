@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.clocks import clock_at_least_mhz, clocks_above_floor
-from sim.policies.latency import LatencyWindow
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.clocks import clock_at_least_mhz, clocks_above_floor
+from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

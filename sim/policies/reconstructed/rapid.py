@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import (
+from voltana.sim.policies.base import (
     DECODE,
     PREFILL,
     Cluster,
@@ -16,9 +16,9 @@ from sim.policies.base import (
     Phase,
     PolicyContext,
 )
-from sim.policies.clocks import busy_power_w, fastest_within_mhz, fleet_power_w
-from sim.policies.latency import LatencyWindow
-from sim.policies.spec import parameter
+from voltana.sim.policies.clocks import busy_power_w, fastest_within_mhz, fleet_power_w
+from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

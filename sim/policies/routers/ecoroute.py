@@ -10,11 +10,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final
 
-from sim.policies.base import DECODE, PolicyContext, RequestView, Router, States
-from sim.policies.clocks import clock_list, spread_clocks_mhz
-from sim.policies.dice import Dice
-from sim.policies.fitting import LowestFitting
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import DECODE, PolicyContext, RequestView, Router, States
+from voltana.sim.policies.clocks import clock_list, spread_clocks_mhz
+from voltana.sim.policies.dice import Dice
+from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.spec import parameter
 
 REFERENCE_LEVELS_MHZ: Final = (1005, 1095, 1200, 1305, 1410)
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import PolicyContext, RequestView, Router, States
-from sim.policies.routers.simple import least
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import PolicyContext, RequestView, Router, States
+from voltana.sim.policies.routers.simple import least
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

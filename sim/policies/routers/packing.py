@@ -4,13 +4,20 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, Router, States
-from sim.policies.clocks import clock_list
-from sim.policies.dice import Dice
-from sim.policies.fitting import LowestFitting
-from sim.policies.routers.ecoroute import reference_levels, slowest_emptiest
-from sim.policies.routers.simple import least
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import (
+    DECODE,
+    InstanceState,
+    PolicyContext,
+    RequestView,
+    Router,
+    States,
+)
+from voltana.sim.policies.clocks import clock_list
+from voltana.sim.policies.dice import Dice
+from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.routers.ecoroute import reference_levels, slowest_emptiest
+from voltana.sim.policies.routers.simple import least
+from voltana.sim.policies.spec import parameter
 
 
 def predicted_itl_s(context: PolicyContext, state: InstanceState, added_tokens: int) -> float:

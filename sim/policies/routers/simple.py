@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from sim.policies.base import InstanceState, PolicyContext, RequestView, Router, States
-from sim.policies.controllers.fixed import NoParameters
-from sim.policies.dice import Dice
+from voltana.sim.policies.base import InstanceState, PolicyContext, RequestView, Router, States
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.dice import Dice
 
 
 def least(states: States, key: Callable[[InstanceState], float | tuple[float, ...]]) -> int:

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from hwreplay.actuator.client import HelperActuator
-from hwreplay.actuator.helper import Helper, HelperConfig
-from hwreplay.messages.actuation import Operation
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
+from voltana.hwreplay.actuator.client import HelperActuator
+from voltana.hwreplay.actuator.helper import Helper, HelperConfig
+from voltana.hwreplay.messages.actuation import Operation
 
 ALLOWED_MHZ = (705, 1005, 1410)
 
@@ -99,7 +99,16 @@ def recorder() -> Recorder:
 def helper_process(standin: Standin, path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:  # noqa: F811
     """The real command in its own process, on the emulated card; ready when entered."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "experiments.cli", "actuator", str(path), "--gpu", "0", *options],
+        [
+            sys.executable,
+            "-m",
+            "voltana.experiments.cli",
+            "actuator",
+            str(path),
+            "--gpu",
+            "0",
+            *options,
+        ],
         env=standin.env,
         cwd=ROOT,
         stderr=subprocess.PIPE,

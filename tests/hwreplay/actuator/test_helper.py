@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwreplay.actuator.client import ActuatorLostError, DryRunActuator, HelperActuator
-from hwreplay.actuator.helper import Helper, HelperConfig
-from hwreplay.messages.actuation import Operation, Request, Status, parse_answer
-from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, beating, eventually, serving
+from voltana.hwreplay.actuator.client import ActuatorLostError, DryRunActuator, HelperActuator
+from voltana.hwreplay.actuator.helper import Helper, HelperConfig
+from voltana.hwreplay.messages.actuation import Operation, Request, Status, parse_answer
+from voltana.profiles.errors import VoltanaError
 
 
 def confirmed(client: HelperActuator, clock_mhz: int) -> bool:

@@ -10,17 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.actuator.client import ActuatorLostError, HelperActuator
-from hwreplay.messages.actuation import Status
-from profiles.errors import VoltanaError
 from tests.hwreplay.actuator.conftest import beating, eventually, helper_process
 from tests.profiles.device.standin import Standin
+from voltana.hwreplay.actuator.client import ActuatorLostError, HelperActuator
+from voltana.hwreplay.messages.actuation import Status
+from voltana.profiles.errors import VoltanaError
 
 UNKNOWN = 999
 """NVML's word for what passes."""
 CLIENT = (
     "import sys, time\nfrom pathlib import Path\n"
-    "from hwreplay.actuator.client import HelperActuator\n"
+    "from voltana.hwreplay.actuator.client import HelperActuator\n"
     "client = HelperActuator(Path({path!r}), [0])\nclient.set_clock(1005)\n"
     "print('sent', flush=True)\n"
     "while True:\n    client.beat()\n    time.sleep(0.05)\n"
@@ -132,12 +132,19 @@ def test_restoring_is_tried_until_it_works(standin: Standin, tmp_path: Path) -> 
 def test_modules_in_the_working_folder_are_not_run(standin: Standin, tmp_path: Path) -> None:
     """Root may stand in a folder where somebody has put a module of a name that is imported."""
     trap = tmp_path / "trap"
-    for name in ("profiles", "json", "selectors", "pynvml"):
+    for name in ("voltana", "json", "selectors", "pynvml"):
         (trap / name).mkdir(parents=True)
         (trap / name / "__init__.py").write_text(
             f"open({str(tmp_path / 'sprung')!r}, 'a').write({name!r})\n"
         )
-    command = [sys.executable, "-P", "-m", "experiments.cli", "actuator", str(tmp_path / "s")]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "voltana.experiments.cli",
+        "actuator",
+        str(tmp_path / "s"),
+    ]
     process = subprocess.Popen(
         [*command, "--gpu", "0"], env=standin.env, cwd=trap, stderr=subprocess.PIPE, text=True
     )
@@ -158,7 +165,7 @@ def test_modules_in_the_working_folder_are_not_run(standin: Standin, tmp_path: P
 def test_a_clock_the_card_lacks_is_one_line(standin: Standin, tmp_path: Path) -> None:
     out = standin.run(
         "import subprocess, sys\n"
-        f"p = subprocess.run([sys.executable, '-m', 'experiments.cli', 'actuator', "
+        f"p = subprocess.run([sys.executable, '-m', 'voltana.experiments.cli', 'actuator', "
         f"{str(tmp_path / 's')!r}, '--gpu', '0', '--clocks', '1007'], "
         "capture_output=True, text=True)\nprint(p.returncode, p.stderr)"
     )

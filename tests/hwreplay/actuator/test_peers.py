@@ -13,9 +13,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
-from hwreplay.actuator.client import HelperActuator
-from hwreplay.messages.actuation import Operation, Request, Status, parse_answer
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, eventually, serving
+from voltana.hwreplay.actuator.client import HelperActuator
+from voltana.hwreplay.messages.actuation import Operation, Request, Status, parse_answer
 
 GPUS = st.integers(0, 3)
 CLOCKS = st.sampled_from((*ALLOWED_MHZ, 0, 706, 2**32 - 1))

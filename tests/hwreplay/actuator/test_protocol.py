@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwreplay.messages.actuation import (
+from voltana.hwreplay.messages.actuation import (
     SIZE,
     Answer,
     Operation,

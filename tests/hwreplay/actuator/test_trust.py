@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.actuator import trust
-from hwreplay.actuator.trust import check_code, find_changeable, loaded_paths
-from profiles.errors import VoltanaError
 from tests.conftest import ROOT
+from voltana.hwreplay.actuator import trust
+from voltana.hwreplay.actuator.trust import check_code, find_changeable, loaded_paths
+from voltana.profiles.errors import VoltanaError
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def test_what_is_loaded_is_looked_at() -> None:
 
 def test_the_entry_for_root_imports_little_and_serves(tmp_path: Path) -> None:
     code = (
-        "import sys, hwreplay.actuator.__main__\n"
+        "import sys, voltana.hwreplay.actuator.__main__\n"
         "print(sorted({'numpy', 'pandas', 'typer', 'zmq', 'msgspec', 'sim'} & sys.modules.keys()))"
     )
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
@@ -94,7 +94,15 @@ def test_the_entry_for_root_imports_little_and_serves(tmp_path: Path) -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment
     )
     assert done.stdout == "[]\n"
-    command = [sys.executable, "-P", "-m", "hwreplay.actuator", str(tmp_path / "s"), "--gpu", "0"]
+    command = [
+        sys.executable,
+        "-P",
+        "-m",
+        "voltana.hwreplay.actuator",
+        str(tmp_path / "s"),
+        "--gpu",
+        "0",
+    ]
     command += ["--dry-run", str(tmp_path / "changes"), "--allow-writable-code"]
     process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
     try:

@@ -20,18 +20,18 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
-from hwreplay.agent.control import StaleLimits
-from hwreplay.messages.events import Event, EventPublisher
-from hwreplay.messages.reports import ReportFeed
-from hwreplay.view.context import PolicySource
-from profiles.catalog import load_profile
-from sim.config import make_config
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.engine_voice import EngineVoice, repeating
 from tests.hwreplay.messages.test_batch_feed import batch, plugin  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
+from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.messages.events import Event, EventPublisher
+from voltana.hwreplay.messages.reports import ReportFeed
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.catalog import load_profile
+from voltana.sim.config import make_config
 
 pytestmark = pytest.mark.slow
 
@@ -207,7 +207,7 @@ def test_an_agent_ends_with_its_parent(card: Standin, tmp_path: Path, voice: Eng
     config = with_helper(tmp_path, voice)
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from hwreplay.agent.agent import read_agent_config, start_agent\n"
+        "from voltana.hwreplay.agent.agent import read_agent_config, start_agent\n"
         f"d = Path({str(tmp_path)!r})\n"
         "p = start_agent(read_agent_config(d / 'agent-decode-0.json'), d)\n"
         "print(p.pid, flush=True)\ntime.sleep(600)\n"

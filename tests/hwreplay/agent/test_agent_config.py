@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent.agent import read_agent_config
-from profiles.errors import VoltanaError
 from tests.hwreplay.agent.test_agent import SETTINGS, config_of, running, voice, with_helper  # noqa: F401
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
+from voltana.hwreplay.agent.agent import read_agent_config
+from voltana.profiles.errors import VoltanaError
 
 pytestmark = pytest.mark.slow
 
@@ -63,7 +63,7 @@ def test_a_wrong_file_is_one_line(tmp_path: Path) -> None:
     file.write_text('{"phase": "prefil"}')
     with pytest.raises(VoltanaError, match="an agent's file must hold its configuration"):
         read_agent_config(file)
-    command = [sys.executable, "-m", "experiments.cli", "agent", str(file)]
+    command = [sys.executable, "-m", "voltana.experiments.cli", "agent", str(file)]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr.startswith("voltana: an agent's file must hold")

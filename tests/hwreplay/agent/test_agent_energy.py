@@ -13,14 +13,14 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent.agent import AgentConfig, start_agent
-from hwreplay.messages.reports import Report, ReportFeed
-from profiles.catalog import load_profile
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.agent.test_agent import SMALL, config_of, running, voice, with_helper  # noqa: F401 (fixture)
 from tests.hwreplay.engine_voice import repeating
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
+from voltana.hwreplay.agent.agent import AgentConfig, start_agent
+from voltana.hwreplay.messages.reports import Report, ReportFeed
+from voltana.profiles.catalog import load_profile
 
 pytestmark = pytest.mark.slow
 
@@ -136,7 +136,7 @@ def test_cards_in_parts_are_refused_by_agent_and_actuator(
 ) -> None:
     """Power and clocks of a card in MIG mode are those of all its parts."""
     card["mig_mode"] = 2
-    command = [sys.executable, "-m", "experiments.cli", "actuator", str(tmp_path / "s")]
+    command = [sys.executable, "-m", "voltana.experiments.cli", "actuator", str(tmp_path / "s")]
     command += ["--gpu", "0", "--allow-writable-code"]
     done = subprocess.run(
         command, env=card.env, cwd=ROOT, capture_output=True, text=True, timeout=60, check=False

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.agent.control import StaleLimits
 from tests.hwreplay.actuator.conftest import eventually, helper_process
 from tests.hwreplay.conftest import EngineFleet
 from tests.hwreplay.engines.gate import (
@@ -25,6 +24,7 @@ from tests.hwreplay.engines.test_engine_pair import (
 from tests.hwreplay.metrics_relay import MetricsRelay
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
+from voltana.hwreplay.agent.control import StaleLimits
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from hwreplay.actuator.client import ActuatorLostError
-from hwreplay.agent.control import ControlLoop, StaleLimits
-from hwreplay.messages.batch_feed import BatchNotice, Kind
-from hwreplay.view.tracker import InstanceTracker
-from profiles.engines.sglang_metrics import IterationMetrics
-from profiles.errors import VoltanaError
-from sim.policies.base import Controller, IdlePlan, InstanceState, Phase
+from voltana.hwreplay.actuator.client import ActuatorLostError
+from voltana.hwreplay.agent.control import ControlLoop, StaleLimits
+from voltana.hwreplay.messages.batch_feed import BatchNotice, Kind
+from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.engines.sglang_metrics import IterationMetrics
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, Phase
 
 
 class Clock:

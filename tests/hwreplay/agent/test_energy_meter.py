@@ -6,9 +6,9 @@ import time
 
 import pytest
 
-from hwreplay.agent.energy_meter import CardMeter, EnergyMeter
-from profiles.device.constant import ConstantPowerGpu
-from profiles.device.gpu import UnsupportedQueryError
+from voltana.hwreplay.agent.energy_meter import CardMeter, EnergyMeter
+from voltana.profiles.device.constant import ConstantPowerGpu
+from voltana.profiles.device.gpu import UnsupportedQueryError
 
 
 class Uncounted(ConstantPowerGpu):

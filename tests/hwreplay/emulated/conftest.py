@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.emulated.card import Card
-from hwreplay.emulated.state import Behaviour, create_cards, open_cards
 from tests.profiles.conftest import library_dir  # noqa: F401 (fixture)
+from voltana.hwreplay.emulated.card import Card
+from voltana.hwreplay.emulated.state import Behaviour, create_cards, open_cards
 
 PROFILE = "a100-80g-sxm/llama-3.1-8b"
 

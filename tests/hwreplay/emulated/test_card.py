@@ -10,9 +10,9 @@ import math
 import numpy as np
 import pytest
 
-from hwreplay.emulated.state import Behaviour, create_cards
-from profiles.errors import VoltanaError
 from tests.hwreplay.emulated.conftest import PROFILE, Bench, MakeBench
+from voltana.hwreplay.emulated.state import Behaviour, create_cards
+from voltana.profiles.errors import VoltanaError
 
 UNLOCKED_W, W_1005, W_810 = 63.0, 39.4873, 38.1063
 
@@ -158,7 +158,7 @@ def test_the_counter_moves_in_ticks_and_is_exact_at_them(make_bench: MakeBench) 
 
 def test_of_two_ranks_each_rests_at_half_the_instances_power(make_bench: MakeBench) -> None:
     """qwen3-32b-tp2 states an instance of two cards."""
-    from profiles.catalog import load_profile
+    from voltana.profiles.catalog import load_profile
 
     name = "a100-80g-sxm/qwen3-32b-tp2"
     bench = make_bench(num_cards=2, profile=name)

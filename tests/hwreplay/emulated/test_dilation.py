@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.emulated import dilation
-from profiles.errors import VoltanaError
+from voltana.hwreplay.emulated import dilation
+from voltana.profiles.errors import VoltanaError
 
 WAITS = """
 import asyncio, queue, select, socket, sys, threading, time

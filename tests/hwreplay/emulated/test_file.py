@@ -12,12 +12,12 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.emulated.build import environment
-from hwreplay.emulated.card import PAGE_BYTES, Record
-from hwreplay.emulated.state import open_cards
-from profiles.errors import VoltanaError
 from tests.hwreplay.emulated.conftest import Bench, MakeBench
 from tests.profiles.device.standin import ROOT
+from voltana.hwreplay.emulated.build import environment
+from voltana.hwreplay.emulated.card import PAGE_BYTES, Record
+from voltana.hwreplay.emulated.state import open_cards
+from voltana.profiles.errors import VoltanaError
 
 NAME_AT = PAGE_BYTES + Record.fixed.offset
 ACTIVE_AT = PAGE_BYTES + Record.active.offset
@@ -50,7 +50,8 @@ def test_what_is_wrong_is_one_line_here_and_behind_nvml(
     assert "make it anew" in str(done.value)
     assert "\n" not in str(done.value)
     script = (
-        "from profiles.device.nvml import NvmlGpu\nfrom profiles.errors import VoltanaError\n"
+        "from voltana.profiles.device.nvml import NvmlGpu\n"
+        "from voltana.profiles.errors import VoltanaError\n"
         "try:\n    NvmlGpu(0)\nexcept VoltanaError as error:\n    print(error)"
     )
     out = subprocess.check_output(
@@ -82,7 +83,8 @@ def test_a_process_in_another_time_is_refused(
 
 
 WRITER = (
-    "import sys\nfrom hwreplay.emulated.card import Cards\ncard = Cards()[0]\nprint(flush=True)\n"
+    "import sys\nfrom voltana.hwreplay.emulated.card import Cards\n"
+    "card = Cards()[0]\nprint(flush=True)\n"
     "while True:\n"
     "    card.begin_pass(300.0, 0.0005)\n    card.set_power_limit(300.0)\n    card.look()\n"
 )

@@ -10,9 +10,9 @@ import textwrap
 
 import pytest
 
-from hwreplay.emulated.build import environment
 from tests.hwreplay.emulated.conftest import Bench, MakeBench
 from tests.profiles.device.standin import ROOT
+from voltana.hwreplay.emulated.build import environment
 
 
 def run(bench: Bench, code: str) -> str:
@@ -57,7 +57,7 @@ def test_readings_are_the_frozen_cards(make_bench: MakeBench) -> None:
             bench,
             """
             import json
-            from profiles.device.nvml import NvmlGpu
+            from voltana.profiles.device.nvml import NvmlGpu
             gpu = NvmlGpu(0)
             print(json.dumps([gpu.power_w(), gpu.energy_j(), gpu.clock_mhz()]))
             """,
@@ -79,8 +79,8 @@ def test_a_card_that_refuses_locks_stays_unlocked(
     out = run(
         bench,
         f"""
-        from profiles.device import gpu as g
-        from profiles.device.nvml import NvmlGpu
+        from voltana.profiles.device import gpu as g
+        from voltana.profiles.device.nvml import NvmlGpu
         gpu = NvmlGpu(0)
         for call in (lambda: gpu.lock_clock(1005), gpu.unlock_clock):
             try:
@@ -101,8 +101,8 @@ def test_a_lagging_card_is_waited_for(make_bench: MakeBench) -> None:
             bench,
             """
             import json
-            from profiles.device.nvml import NvmlGpu
-            from profiles.device.lock import wait_for_clock
+            from voltana.profiles.device.nvml import NvmlGpu
+            from voltana.profiles.device.lock import wait_for_clock
             gpu = NvmlGpu(0)
             gpu.lock_clock(1005)
             print(json.dumps([wait_for_clock(gpu, 1005), gpu.clock_mhz()]))
@@ -118,7 +118,9 @@ def test_processes_that_have_ended_are_no_longer_on_the_card(make_bench: MakeBen
     child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
     bench.card.add_process(child.pid)
     bench.card.add_process()
-    code = "from profiles.device.nvml import NvmlGpu\nprint(sorted(NvmlGpu(0).process_ids()))"
+    code = (
+        "from voltana.profiles.device.nvml import NvmlGpu\nprint(sorted(NvmlGpu(0).process_ids()))"
+    )
     assert json.loads(run(bench, code)) == sorted([child.pid, os.getpid()])
     child.communicate(b"\n")
     assert json.loads(run(bench, code)) == [os.getpid()]
@@ -132,9 +134,9 @@ def test_the_agents_meter_counts_what_the_card_draws(make_bench: MakeBench) -> N
             bench,
             """
             import json, time
-            from hwreplay.agent.energy_meter import EnergyMeter
-            from hwreplay.emulated.card import Cards
-            from profiles.device.nvml import NvmlGpu
+            from voltana.hwreplay.agent.energy_meter import EnergyMeter
+            from voltana.hwreplay.emulated.card import Cards
+            from voltana.profiles.device.nvml import NvmlGpu
             card = Cards()[0]
             card.begin_pass(300.0, 60.0)
             time.sleep(0.2)

@@ -8,11 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from hwreplay.emulated import silicon
-from hwreplay.emulated.overruns import count_overruns
-from hwreplay.emulated.plan import Passes
-from hwreplay.emulated.silicon import Noise, Pass, Silicon, effective_batch
-from profiles.catalog import load_profile
+from voltana.hwreplay.emulated import silicon
+from voltana.hwreplay.emulated.overruns import count_overruns
+from voltana.hwreplay.emulated.plan import Passes
+from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon, effective_batch
+from voltana.profiles.catalog import load_profile
 
 PROFILE = load_profile("a100-80g-sxm/llama-3.1-8b")
 TRUTH = PROFILE.truth(extrapolate=True)

@@ -16,9 +16,6 @@ import numpy as np
 import tomli_w
 from prometheus_client.parser import text_string_to_metric_families
 
-from hwreplay.clock import RunClock
-from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
-from sim.workload.workload import Workload
 from tests.conftest import ROOT
 from tests.hwreplay.conftest import EngineFleet
 from tests.hwreplay.engines.test_engine_pair import (
@@ -27,6 +24,9 @@ from tests.hwreplay.engines.test_engine_pair import (
     through,
 )
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
+from voltana.sim.workload.workload import Workload
 
 VOCAB_SIZE = 512
 BACK_S = 300.0
@@ -116,7 +116,7 @@ def gate(fleet: EngineFleet, directory: Path, **limits: Any) -> Iterator[Gate]: 
     path.write_text(tomli_w.dumps(whole))
     with (directory / "router.log").open("w") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "hwreplay.router", str(path)],
+            [sys.executable, "-m", "voltana.hwreplay.router", str(path)],
             cwd=ROOT, stdout=subprocess.PIPE, stderr=log, text=True,
         )  # fmt: skip
     try:

@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from hwreplay.agent.agent import AgentConfig, await_agent, start_agent
-from hwreplay.engines.plan import HOST
-from hwreplay.engines.server import Server
-from hwreplay.engines.shared_memory import find_shared_memory
 from tests.hwreplay.conftest import EngineFleet
+from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.engines.plan import HOST
+from voltana.hwreplay.engines.server import Server
+from voltana.hwreplay.engines.shared_memory import find_shared_memory
 
 OUTPUT_TOKENS = 12
 PROMPT = list(range(3, 67))

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from profiles.catalog import Profile
-from sim.config import make_config
-from sim.engine.decode import DecodeInstance
-from sim.engine.log import ExactLog
-from sim.engine.request import SimRequest
-from sim.engine.track import GpuTrack
-from sim.policies.answers import ControllerAnswers
-from sim.policies.base import InstanceState
-from sim.policies.controllers.fixed import NoParameters
 from tests.hwreplay.conftest import ENGINE
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import Falling, make_requests
 from tests.sim.policies.doubles import make_context
+from voltana.profiles.catalog import Profile
+from voltana.sim.config import make_config
+from voltana.sim.engine.decode import DecodeInstance
+from voltana.sim.engine.log import ExactLog
+from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.track import GpuTrack
+from voltana.sim.policies.answers import ControllerAnswers
+from voltana.sim.policies.base import InstanceState
+from voltana.sim.policies.controllers.fixed import NoParameters
 
 Row = list[int]
 """Prompt, output tokens so far, output tokens in all."""

@@ -13,15 +13,15 @@ from typing import Any
 import pytest
 import tomli_w
 
-from hwreplay.clock import RunClock
-from hwreplay.engines.launch import run_fleet, run_profiled
-from hwreplay.engines.plan import Installation, ServerPlan
-from hwreplay.replay.config import ReplayConfig, read_replay_config
-from hwreplay.replay.parts import Run, router
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.policies.base import Phase
 from tests.conftest import ROOT
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.engines.launch import run_fleet, run_profiled
+from voltana.hwreplay.engines.plan import Installation, ServerPlan
+from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
+from voltana.hwreplay.replay.parts import Run, router
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.policies.base import Phase
 
 INSTALLED = Installation(
     python=Path("/opt/sglang/bin/python"),

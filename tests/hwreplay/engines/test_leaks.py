@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import tomli_w
 
-from profiles.signals import stops_as_interrupts, stops_put_off
 from tests.hwreplay.actuator.conftest import eventually
 from tests.hwreplay.conftest import ENGINE
+from voltana.profiles.signals import stops_as_interrupts, stops_put_off
 
 pytestmark = pytest.mark.slow
 
@@ -36,8 +36,8 @@ time.sleep(600)
 
 PROFILED = """
 from pathlib import Path
-from hwreplay.engines.launch import run_profiled
-from hwreplay.engines.plan import Installation
+from voltana.hwreplay.engines.launch import run_profiled
+from voltana.hwreplay.engines.plan import Installation
 with run_profiled(Installation.in_folder(Path({engine!r})), Path({logs!r}), is_pair=False):
     pass
 """
@@ -98,7 +98,7 @@ def test_no_server_outlives_a_replay(tmp_path: Path, started: Path, number: sign
     fleet = {"engine": str(fake_engine(tmp_path, started))}
     whole = {"simulate": {"controller": "static"}, "fleet": fleet, "replay": {"power_w": 50.0}}
     config.write_text(tomli_w.dumps(whole))
-    command = [sys.executable, "-m", "experiments.cli", "replay", "--config", str(config)]
+    command = [sys.executable, "-m", "voltana.experiments.cli", "replay", "--config", str(config)]
     process = subprocess.Popen([*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE)
     assert eventually(lambda: len(groups_of(started)) == 4, 60), process.poll()
     groups = groups_of(started)
@@ -128,7 +128,8 @@ def test_a_server_does_not_run_before_the_reaper_knows_of_it(tmp_path: Path, sta
     """Its owner is killed between the two."""
     log = str(tmp_path / "log")
     code = (
-        "import os, sys\nfrom pathlib import Path\nfrom hwreplay.engines.server import spawn\n"
+        "import os, sys\nfrom pathlib import Path\n"
+        "from voltana.hwreplay.engines.server import spawn\n"
         "class Dying:\n"
         "    def guard(self, group):\n"
         "        print(group, flush=True)\n        os.kill(os.getpid(), 9)\n"
@@ -146,8 +147,8 @@ def test_the_real_engine_is_ended_after_kill_9(tmp_path: Path) -> None:
         pytest.skip("SGLang is not installed: run `make engine`")
     code = (
         "import time\nfrom pathlib import Path\n"
-        "from hwreplay.engines.launch import run_fleet\n"
-        "from hwreplay.engines.plan import Installation\n"
+        "from voltana.hwreplay.engines.launch import run_fleet\n"
+        "from voltana.hwreplay.engines.plan import Installation\n"
         f"engine = Installation.in_folder(Path({str(ENGINE)!r}))\n"
         f"with run_fleet(engine, Path({str(tmp_path)!r}), num_decode=0, start_s=400)"
         " as (server,):\n"
@@ -170,7 +171,7 @@ def test_the_real_engine_is_ended_after_kill_9(tmp_path: Path) -> None:
 def test_a_server_that_has_ended_is_not_reaped(tmp_path: Path) -> None:
     """Its number may be another's by then: here that of a process which is released and lives."""
     code = (
-        "import os, signal, subprocess, sys\nfrom hwreplay.engines.reaper import Reaper\n"
+        "import os, signal, subprocess, sys\nfrom voltana.hwreplay.engines.reaper import Reaper\n"
         "reaper = Reaper()\n"
         "sleep = [sys.executable, '-c', 'import time; time.sleep(600)']\n"
         "kept, lost = (\n"

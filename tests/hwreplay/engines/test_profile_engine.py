@@ -11,17 +11,17 @@ from pathlib import Path
 
 import pytest
 
-from profiles.catalog import load_profile
-from profiles.engines.base import Point
-from profiles.engines.llama_config import load_shape
-from profiles.engines.sglang import SglangEngine, full_runs
-from profiles.engines.sglang_attach import attach
-from sim.config import make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise
 from tests.conftest import ROOT
 from tests.hwreplay.conftest import ENGINE, EngineFleet
 from tests.sim.engine.fixtures import make_requests
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.engines.base import Point
+from voltana.profiles.engines.llama_config import load_shape
+from voltana.profiles.engines.sglang import SglangEngine, full_runs
+from voltana.profiles.engines.sglang_attach import attach
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
 
 
 @pytest.fixture
@@ -69,7 +69,7 @@ def test_a_profile_of_the_real_engine_simulates(fleet_file: Path, tmp_path: Path
     out = tmp_path / "cpu"
     done = subprocess.run(
         [
-            *(sys.executable, "-m", "experiments.cli", "profile", "--engine", "sglang"),
+            *(sys.executable, "-m", "voltana.experiments.cli", "profile", "--engine", "sglang"),
             *("--attach", str(fleet_file), "--model", str(ENGINE / "model"), "--device", "cpu"),
             *("--power-w", "100", "--out", str(out), "--budget", "1s", "--window", "0.01"),
             *("--iterations", "2", "--trials", "1", "--max-batch", "2", "--max-tokens", "256"),

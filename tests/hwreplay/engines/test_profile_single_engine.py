@@ -9,18 +9,18 @@ from pathlib import Path
 
 import pytest
 
-from hwreplay.engines import server
-from hwreplay.engines.launch import run_profiled
-from hwreplay.engines.plan import Installation
-from profiles.catalog import load_profile
-from profiles.device.constant import ConstantPowerGpu
-from profiles.engines.llama_config import load_shape
-from profiles.engines.sglang import SglangEngine
-from profiles.measure.campaign import Plan
-from profiles.measure.progress import Quiet, Standing
-from profiles.measure.run import measure_profile
-from profiles.measure.trial import Protocol
 from tests.conftest import ROOT
+from voltana.hwreplay.engines import server
+from voltana.hwreplay.engines.launch import run_profiled
+from voltana.hwreplay.engines.plan import Installation
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.device.constant import ConstantPowerGpu
+from voltana.profiles.engines.llama_config import load_shape
+from voltana.profiles.engines.sglang import SglangEngine
+from voltana.profiles.measure.campaign import Plan
+from voltana.profiles.measure.progress import Quiet, Standing
+from voltana.profiles.measure.run import measure_profile
+from voltana.profiles.measure.trial import Protocol
 
 ENGINE = ROOT / ".engine"
 KILLED_AT = 3
@@ -55,7 +55,7 @@ def test_a_single_server_is_profiled_and_started_again_when_it_dies(
         return progress.started[-1]
 
     whole = server.spawn
-    monkeypatch.setattr("hwreplay.engines.launch.spawn", spawn)
+    monkeypatch.setattr("voltana.hwreplay.engines.launch.spawn", spawn)
     installation = Installation.in_folder(ENGINE)
     engine = SglangEngine(
         lambda: run_profiled(installation, tmp_path / "logs", is_pair=False),

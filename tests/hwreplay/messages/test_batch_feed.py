@@ -14,9 +14,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwreplay.messages.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, parse_notice
-from profiles.errors import VoltanaError
 from tests.conftest import ROOT
+from voltana.hwreplay.messages.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, parse_notice
+from voltana.profiles.errors import VoltanaError
 
 PLUGIN = ROOT / "hwreplay/engines/sglang/observer/voltana_engine_observer.py"
 

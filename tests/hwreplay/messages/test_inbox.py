@@ -9,7 +9,7 @@ from pathlib import Path
 
 import zmq
 
-from hwreplay.messages.inbox import MAX_BURST, Inbox
+from voltana.hwreplay.messages.inbox import MAX_BURST, Inbox
 
 
 @contextmanager

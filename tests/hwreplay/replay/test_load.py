@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hwreplay.clock import RunClock
-from hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport, Row, read_rows
-from profiles.errors import VoltanaError
-from sim.records import CANCELLED, COMPLETED, FAILED, REJECTED
-from sim.workload.workload import Workload
 from tests.hwreplay.router.test_router import Bench, bench
 from tests.hwreplay.stub_worker import StubTimes
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport, Row, read_rows
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.records import CANCELLED, COMPLETED, FAILED, REJECTED
+from voltana.sim.workload.workload import Workload
 
 
 def workload(arrival_s: list[float], inputs: list[int], outputs: list[int]) -> Workload:

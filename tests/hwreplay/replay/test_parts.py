@@ -14,16 +14,16 @@ from typing import Any, cast
 
 import pytest
 
-from hwreplay.agent.agent import AgentConfig, await_agents, start_agents
-from hwreplay.replay.config import read_replay_config
-from hwreplay.replay.load import LoadGenerator
-from hwreplay.replay.replay import _send
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.results import read_run
 from tests.hwreplay.actuator.conftest import eventually
 from tests.hwreplay.engine_voice import EngineVoice, repeating
 from tests.hwreplay.replay.test_replay import await_rows, start_command, stub_process, write_config
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
+from voltana.hwreplay.replay.config import read_replay_config
+from voltana.hwreplay.replay.load import LoadGenerator
+from voltana.hwreplay.replay.replay import _send
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.results import read_run
 
 POLCA = "polca:budget_w=300,period_s=0.2,lag_s=0.1,brake_lag_s=0.1"
 

@@ -8,14 +8,20 @@ import msgspec
 import numpy as np
 import pytest
 
-from hwreplay.replay.fit import Step, fit_surface, steps_of, write_fitted_profile
-from hwreplay.replay.load import Row
-from hwreplay.replay.probe import MIN_GAP_S, STREAM_TOKENS, ProbePlan, fit_overhead, plan_probe
-from hwreplay.replay.recording import IterationRow
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.records import COMPLETED, FAILED
 from tests.profiles.synthetic import make_meta, write_synthetic_profile
+from voltana.hwreplay.replay.fit import Step, fit_surface, steps_of, write_fitted_profile
+from voltana.hwreplay.replay.load import Row
+from voltana.hwreplay.replay.probe import (
+    MIN_GAP_S,
+    STREAM_TOKENS,
+    ProbePlan,
+    fit_overhead,
+    plan_probe,
+)
+from voltana.hwreplay.replay.recording import IterationRow
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.records import COMPLETED, FAILED
 
 IDLE_S, BUSY_S, STEP_S, PREFILL_S = 0.020, 0.037, 0.004, 0.010
 

@@ -18,20 +18,20 @@ import numpy as np
 import pytest
 import tomli_w
 
-from experiments.hardware.replay import run_replay
-from experiments.hardware.validate import run_validation
-from experiments.runs import run, workload_of
-from hwreplay.engines.plan import Installation
-from hwreplay.replay.assembly import Window, assemble
-from hwreplay.replay.config import ReplayConfig, read_replay_config
-from hwreplay.validate.validate import Thresholds
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.records import COMPLETED, IN_FLIGHT
-from sim.results import read_run, write_run
-from sim.workload.workload import Workload
 from tests.profiles.synthetic import write_synthetic_profile
+from voltana.experiments.hardware.replay import run_replay
+from voltana.experiments.hardware.validate import run_validation
+from voltana.experiments.runs import run, workload_of
+from voltana.hwreplay.engines.plan import Installation
+from voltana.hwreplay.replay.assembly import Window, assemble
+from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
+from voltana.hwreplay.validate.validate import Thresholds
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.records import COMPLETED, IN_FLIGHT
+from voltana.sim.results import read_run, write_run
+from voltana.sim.workload.workload import Workload
 
 POWER_W = 100.0
 CLOCK_MHZ = 1000
@@ -151,7 +151,7 @@ def test_a_replay_leaves_what_a_simulation_leaves(tmp_path: Path) -> None:
 
 def start_command(config: Path, out: Path, *more: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
-        [sys.executable, "-m", "experiments.cli", "replay", "--config", str(config),
+        [sys.executable, "-m", "voltana.experiments.cli", "replay", "--config", str(config),
          "--out", str(out), *more],
         stderr=subprocess.PIPE,
     )  # fmt: skip

@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 import tomli_w
 
-from experiments.hardware.replay import run_probe, run_replay
-from experiments.hardware.validate import run_validation
-from experiments.runs import run, workload_of
-from hwreplay.engines.server import Server
-from hwreplay.replay.config import read_replay_config
-from hwreplay.validate.validate import Thresholds
-from sim.metrics import summarise
-from sim.results import read_run, write_run
 from tests.conftest import ROOT
 from tests.hwreplay.conftest import EngineFleet
+from voltana.experiments.hardware.replay import run_probe, run_replay
+from voltana.experiments.hardware.validate import run_validation
+from voltana.experiments.runs import run, workload_of
+from voltana.hwreplay.engines.server import Server
+from voltana.hwreplay.replay.config import read_replay_config
+from voltana.hwreplay.validate.validate import Thresholds
+from voltana.sim.metrics import summarise
+from voltana.sim.results import read_run, write_run
 
 EXAMPLE = ROOT / "hwreplay/replay-cpu.toml"
 

@@ -13,11 +13,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hwreplay.router.body import PATHS, BadRequestError, parse_body
-from hwreplay.router.errors import engine_error
 from tests.hwreplay.router.test_router import bench, request_body, serving, until
 from tests.hwreplay.router.test_router_faults import settled
 from tests.hwreplay.stub_worker import MODEL, VOCAB_SIZE, stub_fleet
+from voltana.hwreplay.router.body import PATHS, BadRequestError, parse_body
+from voltana.hwreplay.router.errors import engine_error
 
 WRONG: list[tuple[str, Any]] = [
     ("a list", []),

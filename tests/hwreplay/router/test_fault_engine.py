@@ -19,12 +19,6 @@ import aiohttp
 import numpy as np
 import pytest
 
-from hwreplay.agent.control import StaleLimits
-from hwreplay.clock import RunClock
-from hwreplay.engines.launch import restart
-from hwreplay.engines.server import Server
-from hwreplay.messages.metrics_feed import MetricsFeed
-from hwreplay.replay.load import LoadReport
 from tests.hwreplay.actuator.conftest import eventually
 from tests.hwreplay.conftest import EngineFleet
 from tests.hwreplay.engines.gate import (
@@ -46,6 +40,12 @@ from tests.hwreplay.engines.test_engine_pair import (
     through,
 )
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
+from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.engines.launch import restart
+from voltana.hwreplay.engines.server import Server
+from voltana.hwreplay.messages.metrics_feed import MetricsFeed
+from voltana.hwreplay.replay.load import LoadReport
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

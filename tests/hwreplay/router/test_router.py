@@ -17,15 +17,15 @@ import tomli_w
 from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
-from hwreplay.messages.events import EventFeed
-from hwreplay.messages.reports import Report, ReportSender
-from hwreplay.router.config import RouterConfig, read_router_config, read_workers
-from hwreplay.router.service import RouterService
-from hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
 from tests.hwreplay.stub_worker import HOST, StubFleet, StubTimes, stub_fleet
+from voltana.hwreplay.messages.events import EventFeed
+from voltana.hwreplay.messages.reports import Report, ReportSender
+from voltana.hwreplay.router.config import RouterConfig, read_router_config, read_workers
+from voltana.hwreplay.router.service import RouterService
+from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
 
 
 @dataclass(slots=True, kw_only=True)
@@ -341,7 +341,7 @@ def test_the_command_serves_until_told_to_end(tmp_path: Path) -> None:
             token = tmp_path / "token"
             token.write_text("abc\n")
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "experiments.cli", "router", "--config", str(config),
+                sys.executable, "-m", "voltana.experiments.cli", "router", "--config", str(config),
                 "--port", "0", "--token-file", str(token), stderr=asyncio.subprocess.PIPE,
             )  # fmt: skip
             assert process.stderr is not None

@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 
-from sim.policies.base import InstanceState, RequestView
 from tests.hwreplay.router.scripted_server import chunked
 from tests.hwreplay.router.test_router import bench, events, request_body, until
 from tests.hwreplay.router.test_router_edges import TOKEN, between
 from tests.hwreplay.stub_worker import StubTimes
+from voltana.sim.policies.base import InstanceState, RequestView
 
 STALE: dict[str, Any] = {"stale_s": 0.3, "health_period_s": 0.05}
 

@@ -8,8 +8,10 @@ import socket
 
 import pytest
 
-from hwreplay.router import upstream as module
-from hwreplay.router.upstream import (
+from tests.hwreplay.router.scripted_server import chunked, scripted
+from tests.hwreplay.stub_worker import HOST
+from voltana.hwreplay.router import upstream as module
+from voltana.hwreplay.router.upstream import (
     MAX_CHUNK_BYTES,
     PAUSE_BYTES,
     ConnectTimeoutError,
@@ -17,8 +19,6 @@ from hwreplay.router.upstream import (
     Upstream,
     UpstreamError,
 )
-from tests.hwreplay.router.scripted_server import chunked, scripted
-from tests.hwreplay.stub_worker import HOST
 
 JSON = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n"
 CHUNKED = b"Transfer-Encoding: chunked\r\n\r\n"

@@ -14,8 +14,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from hwreplay.validate.report import markdown
-from hwreplay.validate.validate import (
+from tests.conftest import ROOT
+from voltana.hwreplay.validate.report import markdown
+from voltana.hwreplay.validate.validate import (
     Comparison,
     Thresholds,
     Validation,
@@ -23,8 +24,8 @@ from hwreplay.validate.validate import (
     predict_iterations,
     validate,
 )
-from profiles.errors import VoltanaError
-from sim.records import (
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.records import (
     COMPLETED,
     FAILED,
     IN_FLIGHT,
@@ -34,8 +35,7 @@ from sim.records import (
     RequestTable,
     RunRecord,
 )
-from sim.results import write_run
-from tests.conftest import ROOT
+from voltana.sim.results import write_run
 
 
 def instance(energy_j: float, clock_mhz: int) -> InstanceRecord:
@@ -251,7 +251,7 @@ def test_cdf_counts_weights() -> None:
 def test_command_on_two_run_directories(tmp_path: Path) -> None:
     write_run(run(ttft_s=0.11, gap_s=0.02, energy_j=440), tmp_path / "sim")
     write_run(run(ttft_s=0.10, gap_s=0.02, energy_j=400), tmp_path / "real")
-    command = [sys.executable, "-m", "experiments.cli", "validate"]
+    command = [sys.executable, "-m", "voltana.experiments.cli", "validate"]
     command += [str(tmp_path / "sim"), str(tmp_path / "real")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 1, done.stderr

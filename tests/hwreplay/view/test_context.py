@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hwreplay.view import context
-from profiles.catalog import load_profile
-from sim.config import SimConfig, make_config
-from sim.engine import fleet
-from sim.engine.simulate import simulate
-from sim.policies import registry
-from sim.policies.base import PolicyContext
-from sim.workload.workload import Workload
+from voltana.hwreplay.view import context
+from voltana.profiles.catalog import load_profile
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.engine import fleet
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.policies import registry
+from voltana.sim.policies.base import PolicyContext
+from voltana.sim.workload.workload import Workload
 
 SIMULATION_ONLY = {"truth"}
 """For oracles: nobody knows it on hardware."""

@@ -8,17 +8,17 @@ from pathlib import Path
 import pytest
 import zmq
 
-from hwreplay.clock import RunClock
-from hwreplay.messages.events import Event, EventFeed, EventPublisher
-from hwreplay.messages.metrics_feed import MetricsFeed
-from hwreplay.view.tracker import InstanceTracker
-from profiles.engines.sglang_metrics import (
+from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.events import Event, EventFeed, EventPublisher
+from voltana.hwreplay.messages.metrics_feed import MetricsFeed
+from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.engines.sglang_metrics import (
     IterationMetrics,
     MetricsError,
     parse_metrics,
     step_time_s,
 )
-from sim.policies.base import Phase
+from voltana.sim.policies.base import Phase
 
 # Made by SGLang 0.5.23: worker decode-0, counter 7, 3.1 ms, 3 requests of 120 context tokens in
 # the batch, 2 of 33 tokens queued.

@@ -1,1 +1,1 @@
-"""Tests of `profiles.device`."""
+"""Tests of `voltana.profiles.device`."""

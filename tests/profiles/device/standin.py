@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pandas as pd
 
-from hwreplay.emulated.build import environment
-from hwreplay.emulated.card import Card, Cards
-from hwreplay.emulated.state import create_cards, open_cards
-from profiles.catalog import Profile, load_profile
+from voltana.hwreplay.emulated.build import environment
+from voltana.hwreplay.emulated.card import Card, Cards
+from voltana.hwreplay.emulated.state import create_cards, open_cards
+from voltana.profiles.catalog import Profile, load_profile
 
 ROOT = Path(__file__).resolve().parents[3]
 IDLE_W = 250.0

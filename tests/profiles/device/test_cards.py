@@ -6,11 +6,11 @@ import os
 
 import pytest
 
-from profiles.device.cards import ORDER, VISIBLE, open_cards, parse_indices, visible_alone
-from profiles.errors import VoltanaError
 from tests.profiles.device.standin import Standin
+from voltana.profiles.device.cards import ORDER, VISIBLE, open_cards, parse_indices, visible_alone
+from voltana.profiles.errors import VoltanaError
 
-OPEN = "import os\nfrom profiles.device.cards import open_cards\n"
+OPEN = "import os\nfrom voltana.profiles.device.cards import open_cards\n"
 
 
 @pytest.mark.parametrize("text", ["", "a", "0,", "0,0", "0, 0", "0,00", "-1", "0;1"])
@@ -53,7 +53,7 @@ def test_a_partitioned_card_is_refused(standin: Standin, mode: int, *, is_refuse
     """0: a card without MIG, 1: MIG off, 2: on."""
     standin["mig_mode"] = mode
     out = standin.run(
-        OPEN + "from profiles.errors import VoltanaError\n"
+        OPEN + "from voltana.profiles.errors import VoltanaError\n"
         "try:\n    with open_cards('0', None):\n        print('open')\n"
         "except VoltanaError as e:\n    print(e)"
     )

@@ -11,9 +11,9 @@ import pytest
 from tests.profiles.device.standin import Standin
 
 OPEN = (
-    "from profiles.device.nvml import NvmlGpu\n"
-    "from profiles.device.lock import ClockSession\n"
-    "from profiles.device import gpu as g\n"
+    "from voltana.profiles.device.nvml import NvmlGpu\n"
+    "from voltana.profiles.device.lock import ClockSession\n"
+    "from voltana.profiles.device import gpu as g\n"
     "gpu = NvmlGpu(0)\n"
 )
 HOLD = (

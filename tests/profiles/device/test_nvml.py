@@ -6,7 +6,7 @@ import pytest
 
 from tests.profiles.device.standin import Standin
 
-OPEN = "from profiles.device.nvml import NvmlGpu\ngpu = NvmlGpu(0)\n"
+OPEN = "from voltana.profiles.device.nvml import NvmlGpu\ngpu = NvmlGpu(0)\n"
 
 
 def test_readings_arrive_in_si_units(standin: Standin) -> None:
@@ -51,7 +51,7 @@ def test_codes_become_typed_errors_with_a_remedy(
     standin: Standin, field: str, value: int, call: str, error: str, words: str
 ) -> None:
     out = standin.run(
-        OPEN + "from profiles.device import gpu as g\n"
+        OPEN + "from voltana.profiles.device import gpu as g\n"
         "from tests.profiles.device.standin import put\n"
         f"put({field}={value})\n"
         f"try:\n    {call}\nexcept g.{error} as e:\n    print(e)"
@@ -62,8 +62,9 @@ def test_codes_become_typed_errors_with_a_remedy(
 
 def test_missing_driver_and_wrong_index_say_so(standin: Standin) -> None:
     catch = (
-        "from profiles.device.nvml import NvmlGpu\nfrom profiles.device.gpu import *\n"
-        "from profiles.device.gpu import DriverMissingError\n"
+        "from voltana.profiles.device.nvml import NvmlGpu\n"
+        "from voltana.profiles.device.gpu import *\n"
+        "from voltana.profiles.device.gpu import DriverMissingError\n"
         "try:\n    NvmlGpu({index})\nexcept DriverMissingError as e:\n    print(e)"
     )
     assert "0..0, got 7" in standin.run(catch.format(index=7))

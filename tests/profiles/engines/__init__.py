@@ -1,1 +1,1 @@
-"""Tests of `profiles.engines`."""
+"""Tests of `voltana.profiles.engines`."""

@@ -13,10 +13,12 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from profiles.engines.base import EngineCrashError, NotHeldError, Point
-from profiles.engines.llama_config import load_shape
-from profiles.engines.sglang import (
+from tests.profiles.device.standin import Standin
+from tests.profiles.measure.test_measure import FACTS
+from voltana.experiments.cli import make_app
+from voltana.profiles.engines.base import EngineCrashError, NotHeldError, Point
+from voltana.profiles.engines.llama_config import load_shape
+from voltana.profiles.engines.sglang import (
     SglangEngine,
     _Bursts,
     _graph_batch_sizes,
@@ -24,13 +26,11 @@ from profiles.engines.sglang import (
     full_runs,
     steps_s,
 )
-from profiles.engines.sglang_attach import attach
-from profiles.engines.sglang_client import Client, Endpoint, Records, Servers
-from profiles.engines.sglang_metrics import IterationMetrics, is_whole
-from profiles.engines.sglang_serving import Passage, ServingDelays, fit_delays
-from profiles.errors import VoltanaError
-from tests.profiles.device.standin import Standin
-from tests.profiles.measure.test_measure import FACTS
+from voltana.profiles.engines.sglang_attach import attach
+from voltana.profiles.engines.sglang_client import Client, Endpoint, Records, Servers
+from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
+from voltana.profiles.engines.sglang_serving import Passage, ServingDelays, fit_delays
+from voltana.profiles.errors import VoltanaError
 
 NOWHERE = Endpoint(url="http://h:1", metrics="")
 CONFIG = (
@@ -165,7 +165,16 @@ def test_a_server_on_cards_gets_them_alone_and_prefills_long_prompts_whole(
     (tmp_path / "config.json").write_text(CONFIG)
     python = fake_python(tmp_path / "python")
     command = [
-        *(sys.executable, "-m", "experiments.cli", "profile", "--engine", "sglang", "--gpu", "1,0"),
+        *(
+            sys.executable,
+            "-m",
+            "voltana.experiments.cli",
+            "profile",
+            "--engine",
+            "sglang",
+            "--gpu",
+            "1,0",
+        ),
         *("--model", str(tmp_path), "--server-python", str(python), "--out", str(tmp_path / "p")),
         *("--settle", "0", "--window", "0.01", "--trials", "1", "--server-args=--tp-size 4"),
     ]

@@ -13,21 +13,21 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor  # noqa: E402
 
-from profiles.device.constant import ConstantPowerGpu  # noqa: E402
-from profiles.device.lock import ClockSession  # noqa: E402
-from profiles.engines.base import (  # noqa: E402
+from voltana.profiles.device.constant import ConstantPowerGpu  # noqa: E402
+from voltana.profiles.device.lock import ClockSession  # noqa: E402
+from voltana.profiles.engines.base import (  # noqa: E402
     EngineCrashError,
     OutOfMemoryError,
     Point,
 )
-from profiles.engines.llama import KvCache, Llama  # noqa: E402
-from profiles.engines.llama_config import BUILT_IN, load_config  # noqa: E402
-from profiles.engines.torch_llama import NUM_GRAPH_WARM_UP, TorchEngine, captured  # noqa: E402
-from profiles.errors import VoltanaError  # noqa: E402
-from profiles.measure.campaign import Campaign, Plan  # noqa: E402
-from profiles.measure.journal import Journal  # noqa: E402
-from profiles.measure.progress import Quiet  # noqa: E402
-from profiles.measure.trial import Protocol  # noqa: E402
+from voltana.profiles.engines.llama import KvCache, Llama  # noqa: E402
+from voltana.profiles.engines.llama_config import BUILT_IN, load_config  # noqa: E402
+from voltana.profiles.engines.torch_llama import NUM_GRAPH_WARM_UP, TorchEngine, captured  # noqa: E402
+from voltana.profiles.errors import VoltanaError  # noqa: E402
+from voltana.profiles.measure.campaign import Campaign, Plan  # noqa: E402
+from voltana.profiles.measure.journal import Journal  # noqa: E402
+from voltana.profiles.measure.progress import Quiet  # noqa: E402
+from voltana.profiles.measure.trial import Protocol  # noqa: E402
 
 TOY = BUILT_IN["toy"]
 

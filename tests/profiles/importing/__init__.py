@@ -1,1 +1,1 @@
-"""Tests of `profiles.importing`."""
+"""Tests of `voltana.profiles.importing`."""

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from profiles.errors import VoltanaError
-from profiles.importing.evidence import read_rows
-from profiles.importing.fit import derive
-from profiles.importing.systems import DATA
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.importing.evidence import read_rows
+from voltana.profiles.importing.fit import derive
+from voltana.profiles.importing.systems import DATA
 
 
 def configuration(**more: object) -> dict[str, object]:

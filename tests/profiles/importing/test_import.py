@@ -8,23 +8,23 @@ from pathlib import Path
 
 import pytest
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from profiles.importing.build import (
+from tests.profiles.importing import folder as f
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.importing.build import (
     PREFILL_HOST_S,
     Builder,
     Source,
     build_profile,
     kv_capacity_tokens,
 )
-from profiles.importing.decoder import Decoder, load_decoder
-from profiles.importing.power import load_clock_shape, load_power
-from profiles.importing.systems import load_host, load_system
-from profiles.importing.tables import KernelTables, open_tables
-from sim.config import SimConfig
-from sim.engine.simulate import simulate
-from sim.workload.generate import make_workload
-from tests.profiles.importing import folder as f
+from voltana.profiles.importing.decoder import Decoder, load_decoder
+from voltana.profiles.importing.power import load_clock_shape, load_power
+from voltana.profiles.importing.systems import load_host, load_system
+from voltana.profiles.importing.tables import KernelTables, open_tables
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.workload.generate import make_workload
 
 HOST = load_host(load_system("h100_sxm"))
 

@@ -1,1 +1,1 @@
-"""Tests of `profiles.measure`."""
+"""Tests of `voltana.profiles.measure`."""

@@ -6,10 +6,10 @@ from itertools import pairwise
 
 import pytest
 
-from profiles.errors import VoltanaError
-from profiles.measure.budget import clock_s, thinned
-from profiles.measure.campaign import Plan
-from profiles.measure.trial import Protocol
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.budget import clock_s, thinned
+from voltana.profiles.measure.campaign import Plan
+from voltana.profiles.measure.trial import Protocol
 
 CLOCKS_MHZ = tuple(range(345, 1995, 15))
 

@@ -14,14 +14,16 @@ from typing import cast
 
 import pytest
 
-from profiles.device.constant import ConstantPowerGpu
-from profiles.device.gpu import GpuIdentity
-from profiles.engines.base import Engine, Point, Workload
-from profiles.engines.sglang import _Bursts
-from profiles.engines.sglang_client import Client, Endpoint, Records, Servers
-from profiles.measure.assemble import _power_provenance
-from profiles.measure.power import Reading
-from profiles.measure.trial import (
+from tests.hwreplay.engine_voice import EngineVoice, repeating
+from tests.profiles.measure.test_measure import FACTS
+from voltana.profiles.device.constant import ConstantPowerGpu
+from voltana.profiles.device.gpu import GpuIdentity
+from voltana.profiles.engines.base import Engine, Point, Workload
+from voltana.profiles.engines.sglang import _Bursts
+from voltana.profiles.engines.sglang_client import Client, Endpoint, Records, Servers
+from voltana.profiles.measure.assemble import _power_provenance
+from voltana.profiles.measure.power import Reading
+from voltana.profiles.measure.trial import (
     GAPS,
     NOT_MEASURED,
     Protocol,
@@ -29,8 +31,6 @@ from profiles.measure.trial import (
     measure_point,
     without_pauses,
 )
-from tests.hwreplay.engine_voice import EngineVoice, repeating
-from tests.profiles.measure.test_measure import FACTS
 
 BUSY_W = 400.0
 IDLE_W = 60.0

@@ -13,11 +13,11 @@ from typing import Any, Self
 
 import pytest
 
-from profiles.catalog import load_profile
-from profiles.device.constant import ConstantPowerGpu
-from profiles.device.gpu import ClockTimeoutError, GpuBusyError
-from profiles.device.lock import ClockSession
-from profiles.engines.base import (
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.device.constant import ConstantPowerGpu
+from voltana.profiles.device.gpu import ClockTimeoutError, GpuBusyError
+from voltana.profiles.device.lock import ClockSession
+from voltana.profiles.engines.base import (
     EngineCrashError,
     EngineFacts,
     OutOfMemoryError,
@@ -26,15 +26,15 @@ from profiles.engines.base import (
     Window,
     Workload,
 )
-from profiles.errors import VoltanaError
-from profiles.measure import trial as trial_module
-from profiles.measure.assemble import assemble
-from profiles.measure.campaign import Campaign, Plan
-from profiles.measure.journal import Journal
-from profiles.measure.power import SampleGapError
-from profiles.measure.progress import Quiet, Standing
-from profiles.measure.run import check_parallel, measure_profile
-from profiles.measure.trial import Protocol, Trial
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure import trial as trial_module
+from voltana.profiles.measure.assemble import assemble
+from voltana.profiles.measure.campaign import Campaign, Plan
+from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.power import SampleGapError
+from voltana.profiles.measure.progress import Quiet, Standing
+from voltana.profiles.measure.run import check_parallel, measure_profile
+from voltana.profiles.measure.trial import Protocol, Trial
 
 FAST = Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=2)
 BIG = Point(phase="decode", batch_size=2, tokens=2)
@@ -427,7 +427,7 @@ def test_pauses_of_prefill_are_idle_and_those_of_decode_are_not(
         seen[args[2].phase].add(options["pause_w"])
         return whole(*args, **options)
 
-    monkeypatch.setattr("profiles.measure.campaign.measure_point", watched)
+    monkeypatch.setattr("voltana.profiles.measure.campaign.measure_point", watched)
     log = run(Fake(), tmp_path / "j")
     idle_w = statistics.median(log.idle_w[0, True])
     assert seen == {"prefill": {idle_w}, "decode": {None}}

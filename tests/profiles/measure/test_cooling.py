@@ -11,9 +11,9 @@ POWER_BIT = 0x4
 SETUP = """
 import json, threading, time
 from contextlib import contextmanager
-from profiles.device.nvml import NvmlGpu
-from profiles.engines.base import Point, Window
-from profiles.measure.trial import Protocol, measure_point
+from voltana.profiles.device.nvml import NvmlGpu
+from voltana.profiles.engines.base import Point, Window
+from voltana.profiles.measure.trial import Protocol, measure_point
 from tests.profiles.device.standin import put
 
 class Busy:
@@ -46,8 +46,8 @@ def test_a_repeat_that_cannot_be_metered_leaves_the_first(standin: Standin) -> N
     """The sampler stalls in the second run: the throttled window stays, flagged."""
     standin["temperature_c"], standin["throttle_bits"] = 88, THERMAL_BIT
     out = standin.run(
-        SETUP + "import profiles.measure.trial as trial\n"
-        "from profiles.measure.power import SampleGapError\n"
+        SETUP + "import voltana.profiles.measure.trial as trial\n"
+        "from voltana.profiles.measure.power import SampleGapError\n"
         "real = trial._run_trial\n"
         "def stalls(*given):\n"
         "    if Busy.num_runs > 1:\n        raise SampleGapError('stalled')\n"

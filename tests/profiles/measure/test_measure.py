@@ -12,13 +12,13 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
-from profiles.device.constant import ConstantPowerGpu
-from profiles.engines.base import Engine, EngineFacts, Point, Window
-from profiles.errors import VoltanaError
-from profiles.measure.grid import batch_sizes, design, next_refinement
-from profiles.measure.journal import Journal
-from profiles.measure.power import PowerMeter, Sample, integrate_j, summarise
-from profiles.measure.trial import (
+from voltana.profiles.device.constant import ConstantPowerGpu
+from voltana.profiles.engines.base import Engine, EngineFacts, Point, Window
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.grid import batch_sizes, design, next_refinement
+from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.power import PowerMeter, Sample, integrate_j, summarise
+from voltana.profiles.measure.trial import (
     Protocol,
     Trial,
     measure_idle_w,

@@ -14,19 +14,19 @@ import pandas as pd
 import pytest
 from typer.testing import CliRunner
 
-from experiments.cli import make_app
-from profiles.catalog import Profile, load_profile
-from profiles.device.constant import ConstantPowerGpu
-from profiles.engines.base import PHASES, Point
-from profiles.errors import VoltanaError
-from profiles.measure.assemble import assemble
-from profiles.measure.journal import Journal
-from profiles.measure.trial import GAPS
 from tests.profiles.device.standin import ROOT, Standin
 from tests.profiles.measure.test_measure import FACTS
 from tests.profiles.measure.test_measure import TRIAL as PLAIN
 from tests.sim.engine.fixtures import make_requests
 from tests.sim.engine.fixtures import run as simulate_run
+from voltana.experiments.cli import make_app
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.device.constant import ConstantPowerGpu
+from voltana.profiles.engines.base import PHASES, Point
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.measure.assemble import assemble
+from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.trial import GAPS
 
 pytest.importorskip("torch")
 
@@ -40,7 +40,16 @@ SMALL = (
 
 
 def command(out: Path, *extra: str) -> list[str]:
-    return [sys.executable, "-m", "experiments.cli", "profile", *SMALL, "--out", str(out), *extra]
+    return [
+        sys.executable,
+        "-m",
+        "voltana.experiments.cli",
+        "profile",
+        *SMALL,
+        "--out",
+        str(out),
+        *extra,
+    ]
 
 
 def run(out: Path, env: dict[str, str], *extra: str) -> subprocess.CompletedProcess[str]:

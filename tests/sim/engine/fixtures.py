@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from profiles.catalog import Profile
-from sim.config import make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise
-from sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from sim.policies.controllers.fixed import NoParameters
-from sim.records import RunRecord
-from sim.workload.workload import Workload
+from voltana.profiles.catalog import Profile
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.records import RunRecord
+from voltana.sim.workload.workload import Workload
 
 
 def make_requests(*rows: tuple[float, int, int]) -> Workload:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sim.policies.base import Controller, InstanceState, PolicyContext
-from sim.policies.registry import Entry
-from sim.policies.spec import parameter
+from voltana.sim.policies.base import Controller, InstanceState, PolicyContext
+from voltana.sim.policies.registry import Entry
+from voltana.sim.policies.spec import parameter
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

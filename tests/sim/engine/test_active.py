@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from experiments.runs import cached_profile, run
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.metrics import summarise
+from voltana.experiments.runs import cached_profile, run
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
 
 BASE = {"rate_rps": 12, "duration_s": 20, "controller": "static:f=1005"}
 

@@ -8,16 +8,16 @@ from typing import ClassVar
 import numpy as np
 import pytest
 
-from profiles.catalog import Profile
-from sim.engine import decode
-from sim.engine.decode import DecodeInstance
-from sim.engine.request import SimRequest
-from sim.policies.base import Controller, InstanceState, PolicyContext
-from sim.policies.controllers.fixed import NoParameters
-from sim.policies.registry import CONTROLLERS, Entry
-from sim.workload.workload import Workload
 from tests.profiles.synthetic import Surface, write_synthetic_profile
 from tests.sim.engine.fixtures import Falling, make_requests, run
+from voltana.profiles.catalog import Profile
+from voltana.sim.engine import decode
+from voltana.sim.engine.decode import DecodeInstance
+from voltana.sim.engine.request import SimRequest
+from voltana.sim.policies.base import Controller, InstanceState, PolicyContext
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.registry import CONTROLLERS, Entry
+from voltana.sim.workload.workload import Workload
 
 
 @pytest.fixture

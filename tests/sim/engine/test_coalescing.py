@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from profiles.catalog import Profile
-from sim.policies.registry import CONTROLLERS, ROUTERS
-from sim.records import FloatArray, IntArray, RunRecord
 from tests.profiles.synthetic import Surface, rough_profile, write_synthetic_profile
 from tests.sim.engine.fixtures import run
 from tests.sim.engine.test_properties import POLICY, REQUEST, workload_of
+from voltana.profiles.catalog import Profile
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+from voltana.sim.records import FloatArray, IntArray, RunRecord
 
 REL = 1e-9
 """The two add up the same times in another order; doubles keep far more than nine digits."""

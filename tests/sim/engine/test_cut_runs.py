@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles.catalog import Profile
-from sim.records import COMPLETED, IN_FLIGHT, REJECTED, RequestTable
-from sim.workload.workload import Workload
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import run
+from voltana.profiles.catalog import Profile
+from voltana.sim.records import COMPLETED, IN_FLIGHT, REJECTED, RequestTable
+from voltana.sim.workload.workload import Workload
 
 SLO_TTFT_S, SLO_ITL_S = 0.3, 0.0062
 SETTINGS = {"slo_ttft_s": SLO_TTFT_S, "slo_itl_s": SLO_ITL_S, "kv_capacity_tokens": 390}

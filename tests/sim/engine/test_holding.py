@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles.catalog import Profile
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
 from tests.sim.engine.test_coalescing import assert_same, busy_rows, crooked
+from voltana.profiles.catalog import Profile
 
 NAME = "tests.sim.engine.holding"
 DRIVERS = ("reference", "coalesced")

@@ -10,16 +10,16 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from profiles.catalog import Profile
-from sim.config import make_config
-from sim.engine.noise import BLOCK, IterationNoise
-from sim.metrics import summarise
-from sim.policies.controllers.fixed import NoParameters
-from sim.policies.prediction import SkewedPower
-from sim.policies.registry import CONTROLLERS, Entry
-from sim.records import FloatArray, RunRecord
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import Falling, make_requests, run
+from voltana.profiles.catalog import Profile
+from voltana.sim.config import make_config
+from voltana.sim.engine.noise import BLOCK, IterationNoise
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.prediction import SkewedPower
+from voltana.sim.policies.registry import CONTROLLERS, Entry
+from voltana.sim.records import FloatArray, RunRecord
 
 DRIVERS = ("reference", "coalesced")
 SPREADS = {700: 0.02, 1000: 0.03, 1400: 0.05}

@@ -13,15 +13,15 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from profiles.catalog import Profile
-from sim.metrics import summarise
-from sim.policies.controllers.fixed import NoParameters
-from sim.policies.registry import CONTROLLERS, ROUTERS, Entry
-from sim.records import COMPLETED, IN_FLIGHT, REJECTED, RunRecord
-from sim.workload.workload import Workload
 from tests.conftest import ROOT
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import Falling, make_requests, run
+from voltana.profiles.catalog import Profile
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from voltana.sim.records import COMPLETED, IN_FLIGHT, REJECTED, RunRecord
+from voltana.sim.workload.workload import Workload
 
 
 @pytest.fixture(scope="module")
@@ -147,8 +147,8 @@ def check_tokens(record: RunRecord, first_token: str) -> None:
 
 def test_same_seed_same_bytes_in_another_process(tmp_path: Path) -> None:
     """Interpreters with different string hashing print the same summary, but for the wall time."""
-    command = [sys.executable, "-m", "experiments.cli", "simulate", "--rate", "20", "--duration",
-               "10", "--router", "random", "--json"]  # fmt: skip
+    command = [sys.executable, "-m", "voltana.experiments.cli", "simulate", "--rate", "20",
+               "--duration", "10", "--router", "random", "--json"]  # fmt: skip
     outputs = []
     for hash_seed in ("1", "2"):
         done = subprocess.run(

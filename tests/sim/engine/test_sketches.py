@@ -10,17 +10,17 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 
-from profiles.catalog import Profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.engine.simulate import simulate
-from sim.metrics import summarise, weighted_quantile
-from sim.records import COMPLETED, IN_FLIGHT, REJECTED
-from sim.results import read_run, write_run
-from sim.sketches import RELATIVE_ERROR, Sketch
-from sim.workload.generate import make_workload, stream_diurnal
-from sim.workload.workload import Workload
 from tests.profiles.synthetic import write_synthetic_profile
+from voltana.profiles.catalog import Profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise, weighted_quantile
+from voltana.sim.records import COMPLETED, IN_FLIGHT, REJECTED
+from voltana.sim.results import read_run, write_run
+from voltana.sim.sketches import RELATIVE_ERROR, Sketch
+from voltana.sim.workload.generate import make_workload, stream_diurnal
+from voltana.sim.workload.workload import Workload
 
 QUANTILES = ("p50", "p90", "p99")
 

@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from profiles.catalog import Profile
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import run
 from tests.sim.engine.test_coalescing import assert_same
 from tests.sim.engine.test_properties import workload_of
+from voltana.profiles.catalog import Profile
 
 TICK_S = 1 / 512
 ROUTERS = ("least-kv", "kairos:fill=0.1", "ecoroute:tile=2", "slo-pack", "round-robin")

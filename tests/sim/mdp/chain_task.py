@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 import numpy.typing as npt
 
-from sim.mdp.learn.qlearn import Features
-from sim.mdp.solve import JointModel
+from voltana.sim.mdp.learn.qlearn import Features
+from voltana.sim.mdp.solve import JointModel
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from sim.mdp.grid import StateGrid
-from sim.mdp.model import InstanceModel, ModelParameters, build_instance
 from tests.sim.policies.doubles import Formula, make_context
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.model import InstanceModel, ModelParameters, build_instance
 
 IDLE_W, BUSY_W, PER_REQUEST_W = 40.0, 100.0, 10.0
 

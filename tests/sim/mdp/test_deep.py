@@ -7,16 +7,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.mdp.grid import StateGrid
-from sim.mdp.learn.deep import Algorithm, DeepSettings, export, fit
-from sim.mdp.learn.env import RoutingEnv
-from sim.mdp.observation import size
-from sim.mdp.policy_file import PolicyFile, load_policy
-from sim.mdp.router import forward
-from sim.workload.generate import make_workload
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.learn.deep import Algorithm, DeepSettings, export, fit
+from voltana.sim.mdp.learn.env import RoutingEnv
+from voltana.sim.mdp.observation import size
+from voltana.sim.mdp.policy_file import PolicyFile, load_policy
+from voltana.sim.mdp.router import forward
+from voltana.sim.workload.generate import make_workload
 
 pytest.importorskip("stable_baselines3", exc_type=ImportError)
 torch = pytest.importorskip("torch", exc_type=ImportError)

@@ -8,21 +8,21 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.catalog import Profile, load_profile
-from profiles.errors import VoltanaError
-from sim.config import SimConfig, make_config
-from sim.engine.simulate import simulate
-from sim.mdp.learn.arrivals import ArrivalSimulation, count_above
-from sim.metrics import summarise, ttft_s
-from sim.records import RunRecord
-from sim.workload.generate import make_workload
-from sim.workload.workload import Workload
 from tests.sim.engine.fixtures import make_requests
 from tests.sim.engine.test_coalescing import same_instances, same_requests
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.mdp.learn.arrivals import ArrivalSimulation, count_above
+from voltana.sim.metrics import summarise, ttft_s
+from voltana.sim.records import RunRecord
+from voltana.sim.workload.generate import make_workload
+from voltana.sim.workload.workload import Workload
 
 gymnasium = pytest.importorskip("gymnasium")
 env_checker = pytest.importorskip("gymnasium.utils.env_checker")
-RoutingEnv = pytest.importorskip("sim.mdp.learn.env").RoutingEnv
+RoutingEnv = pytest.importorskip("voltana.sim.mdp.learn.env").RoutingEnv
 
 TIGHT = {"slo_ttft_s": 0.1, "slo_itl_s": 0.012, "router": "least-requests", "num_decode": 3}
 """Promises that many tokens break, so that penalties are there to be counted."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from sim.mdp.factored import (
+from tests.sim.mdp.small import one_level
+from voltana.sim.mdp.factored import (
     GroupPolicy,
     delta_of,
     lower_bound_w,
@@ -13,9 +14,8 @@ from sim.mdp.factored import (
     solve_groups,
     splits,
 )
-from sim.mdp.model import InstanceModel
-from sim.mdp.solve import JointModel, evaluate, policy_iteration, sum_over_axes
-from tests.sim.mdp.small import one_level
+from voltana.sim.mdp.model import InstanceModel
+from voltana.sim.mdp.solve import JointModel, evaluate, policy_iteration, sum_over_axes
 
 CASES = [
     (one_level(4, penalty_j=5.0), 2.0, 2, 1),

@@ -7,18 +7,18 @@ import dataclasses
 import numpy as np
 import pytest
 
-from experiments.study.train import policy_context
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.mdp.clock_rule import ControllerClock
-from sim.mdp.factored import solve_group
-from sim.mdp.grid import StateGrid, batch_edges
-from sim.mdp.model import InstanceModel, ModelParameters, build_instance
-from sim.policies.clocks import levels_of
-from sim.policies.registry import make_controller
 from tests.sim.mdp.small import AffinePower
 from tests.sim.policies.doubles import Formula, decode_state, make_context
+from voltana.experiments.study.train import policy_context
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.mdp.clock_rule import ControllerClock
+from voltana.sim.mdp.factored import solve_group
+from voltana.sim.mdp.grid import StateGrid, batch_edges
+from voltana.sim.mdp.model import InstanceModel, ModelParameters, build_instance
+from voltana.sim.policies.clocks import levels_of
+from voltana.sim.policies.registry import make_controller
 
 PARAMETERS = ModelParameters(
     slo_itl_s=0.15, input_tokens=5, output_tokens=10, context_tokens=15, penalty_j=2.0

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles.catalog import load_profile
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.mdp.grid import StateGrid
-from sim.mdp.learn.qlearn import (
+from tests.sim.mdp.chain_task import ChainTask
+from tests.sim.mdp.test_solve import CASES
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.learn.qlearn import (
     Features,
     Learner,
     QSettings,
@@ -21,11 +23,9 @@ from sim.mdp.learn.qlearn import (
     q_learn,
     save_checkpoint,
 )
-from sim.mdp.learn.simulator_task import SimulatorTask
-from sim.mdp.solve import JointModel, evaluate, value_iteration
-from sim.workload.generate import make_workload
-from tests.sim.mdp.chain_task import ChainTask
-from tests.sim.mdp.test_solve import CASES
+from voltana.sim.mdp.learn.simulator_task import SimulatorTask
+from voltana.sim.mdp.solve import JointModel, evaluate, value_iteration
+from voltana.sim.workload.generate import make_workload
 
 QUICK = QSettings(episodes=4, exploration=0.5)
 

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from profiles.errors import VoltanaError
-from sim.mdp.grid import StateGrid, batch_edges, kv_nodes
-from sim.mdp.observation import RateMeter, observe
-from sim.mdp.policy_file import PolicyFile, PolicyKind, load_policy
-from sim.mdp.router import nearest_rate
-from sim.policies.base import InstanceState, RequestView, Router
-from sim.policies.registry import make_router
 from tests.sim.policies.doubles import decode_state, make_context
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.grid import StateGrid, batch_edges, kv_nodes
+from voltana.sim.mdp.observation import RateMeter, observe
+from voltana.sim.mdp.policy_file import PolicyFile, PolicyKind, load_policy
+from voltana.sim.mdp.router import nearest_rate
+from voltana.sim.policies.base import InstanceState, RequestView, Router
+from voltana.sim.policies.registry import make_router
 
 GRID = StateGrid(
     batch_edges_requests=(0, 1, 5, 9), kv_nodes_tokens=(100.0, 200.0), levels_mhz=(1000, 1400)

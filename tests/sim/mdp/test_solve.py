@@ -7,10 +7,10 @@ import numpy.typing as npt
 import pytest
 from scipy.optimize import linprog
 
-from profiles.errors import VoltanaError
-from sim.mdp.model import InstanceModel
-from sim.mdp.solve import JointModel, evaluate, policy_iteration, value_iteration
 from tests.sim.mdp.small import one_level
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.mdp.model import InstanceModel
+from voltana.sim.mdp.solve import JointModel, evaluate, policy_iteration, value_iteration
 
 
 def test_two_single_servers_by_hand() -> None:

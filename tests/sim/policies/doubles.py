@@ -6,7 +6,14 @@ from collections.abc import Callable
 
 import numpy as np
 
-from sim.policies.base import Cluster, InstanceState, Phase, PolicyContext, PowerModel, Predictor
+from voltana.sim.policies.base import (
+    Cluster,
+    InstanceState,
+    Phase,
+    PolicyContext,
+    PowerModel,
+    Predictor,
+)
 
 CLOCKS = (1000, 1200, 1400)
 

@@ -9,10 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from sim.policies.base import InstanceState
-from sim.policies.controllers.agft import NUM_FEATURES, Agft, AgftParameters, Arm, _Window
-from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import decode_state, make_context
+from voltana.sim.policies.base import InstanceState
+from voltana.sim.policies.controllers.agft import NUM_FEATURES, Agft, AgftParameters, Arm, _Window
+from voltana.sim.policies.registry import make_controller
 
 
 def test_an_arm_is_ridge_regression_with_its_confidence() -> None:

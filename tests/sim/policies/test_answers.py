@@ -11,14 +11,21 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles.catalog import Profile, load_profile
-from profiles.errors import VoltanaError
-from sim.policies.answers import MAX_CHARACTERS, ControllerAnswers, describe, route
-from sim.policies.base import Controller, IdlePlan, InstanceState, RequestView, Router, States
-from sim.policies.registry import check_policies, make_controller, make_router
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
 from tests.sim.policies.doubles import CLOCKS, decode_state, make_context
+from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.answers import MAX_CHARACTERS, ControllerAnswers, describe, route
+from voltana.sim.policies.base import (
+    Controller,
+    IdlePlan,
+    InstanceState,
+    RequestView,
+    Router,
+    States,
+)
+from voltana.sim.policies.registry import check_policies, make_controller, make_router
 
 Write = Callable[[str], str]
 
@@ -26,8 +33,8 @@ HEAD = """
 import math
 from dataclasses import dataclass
 import numpy as np
-from sim.policies.base import Controller, IdlePlan, Router
-from sim.policies.registry import Entry
+from voltana.sim.policies.base import Controller, IdlePlan, Router
+from voltana.sim.policies.registry import Entry
 
 @dataclass(frozen=True)
 class Parameters:
@@ -263,7 +270,7 @@ def test_describe_names_the_last_place_in_the_policys_file() -> None:
 
 IMPORTS = [
     ("import nosuchlib", "ModuleNotFoundError: No module named 'nosuchlib'"),
-    ("from sim.policies import nosuch", "ImportError: cannot import name 'nosuch'"),
+    ("from voltana.sim.policies import nosuch", "ImportError: cannot import name 'nosuch'"),
     ("def f(:", "SyntaxError: invalid syntax"),
     ("x = 1 / 0", "ZeroDivisionError: division by zero"),
 ]
@@ -283,7 +290,10 @@ def test_a_module_that_fails_to_import_says_where(write: Write, line: str, words
 
 
 NOT_MADE = [
-    (CONTROLLER.format("").replace("(Controller)", ""), "must be a sim.policies.base.Controller"),
+    (
+        CONTROLLER.format("").replace("(Controller)", ""),
+        "must be a voltana.sim.policies.base.Controller",
+    ),
     (CONTROLLER.format("").replace(", context)", ")"), "cannot make controller"),
     (CONTROLLER.format("").replace("def decide", "def decided"), "abstract method decide"),
     (CONTROLLER.format("").replace("=Parameters", "=dict"), "must be a dataclass of numbers"),

@@ -7,13 +7,14 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.runs import run
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.policies.base import Cluster, Phase, PolicyContext
-from sim.policies.clocks import fleet_power_w
-from sim.policies.controllers.polca import (
+from tests.sim.policies.doubles import make_cluster, make_context, require_point
+from voltana.experiments.runs import run
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import Cluster, Phase, PolicyContext
+from voltana.sim.policies.clocks import fleet_power_w
+from voltana.sim.policies.controllers.polca import (
     BRAKE,
     FREE,
     HARD,
@@ -22,9 +23,8 @@ from sim.policies.controllers.polca import (
     PolcaParameters,
     PolcaPlan,
 )
-from sim.policies.reconstructed.rapid import RapidParameters, RapidPlan
-from sim.policies.registry import make_controller
-from tests.sim.policies.doubles import make_cluster, make_context, require_point
+from voltana.sim.policies.reconstructed.rapid import RapidParameters, RapidPlan
+from voltana.sim.policies.registry import make_controller
 
 CLOCKS = (700, 1100, 1275, 1305, 1410)
 

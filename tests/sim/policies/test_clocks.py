@@ -8,9 +8,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from profiles.catalog import load_profile
-from sim.policies.base import InstanceState, Phase, PolicyContext
-from sim.policies.clocks import (
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from voltana.profiles.catalog import load_profile
+from voltana.sim.policies.base import InstanceState, Phase, PolicyContext
+from voltana.sim.policies.clocks import (
     cheapest_clock_mhz,
     clock_at_least_mhz,
     clock_list,
@@ -21,9 +22,8 @@ from sim.policies.clocks import (
     nearest_clock_mhz,
     spread_clocks_mhz,
 )
-from sim.policies.fitting import LowestFitting
-from sim.policies.registry import make_controller
-from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.registry import make_controller
 
 
 class CubicPower:

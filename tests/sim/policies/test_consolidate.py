@@ -7,13 +7,13 @@ from typing import Any
 
 import pytest
 
-from experiments.runs import run
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.policies.base import InstanceState, RequestView
-from sim.policies.registry import make_router
 from tests.sim.policies.doubles import Formula, make_context
 from tests.sim.policies.test_ecomin import CubicPower
+from voltana.experiments.runs import run
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import InstanceState, RequestView
+from voltana.sim.policies.registry import make_router
 
 
 def time_s(phase: str, clock: int, batch: int, tokens: int) -> float:

@@ -15,20 +15,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from profiles.catalog import Profile
-from sim.mdp.grid import StateGrid
-from sim.mdp.policy_file import PolicyFile
-from sim.policies.base import (
-    UNLOCKED_MHZ,
-    InstanceState,
-    Phase,
-    PolicyContext,
-    RequestView,
-    RunningRequest,
-    WaitingRequest,
-)
-from sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
-from sim.records import COMPLETED, RunRecord
 from tests.conftest import ROOT
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
@@ -41,6 +27,20 @@ from tests.sim.policies.doubles import (
     make_cluster,
     make_context,
 )
+from voltana.profiles.catalog import Profile
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.policy_file import PolicyFile
+from voltana.sim.policies.base import (
+    UNLOCKED_MHZ,
+    InstanceState,
+    Phase,
+    PolicyContext,
+    RequestView,
+    RunningRequest,
+    WaitingRequest,
+)
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
+from voltana.sim.records import COMPLETED, RunRecord
 
 PHASES: tuple[Phase, ...] = ("prefill", "decode")
 ALLOWED = {UNLOCKED_MHZ, *CLOCKS}

@@ -8,10 +8,10 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from experiments.runs import run
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.policies.correction import TimeCorrection
+from voltana.experiments.runs import run
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.correction import TimeCorrection
 
 SCALE_S = 0.05
 

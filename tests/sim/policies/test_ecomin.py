@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from experiments.runs import run
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.policies.base import IdlePlan, InstanceState, Phase, WaitingRequest
-from sim.policies.fullest import FullestBatch
-from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
+from voltana.experiments.runs import run
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import IdlePlan, InstanceState, Phase, WaitingRequest
+from voltana.sim.policies.fullest import FullestBatch
+from voltana.sim.policies.registry import make_controller
 
 PLAIN = "ecomin:headroom=0.0,dwell=0.0"
 EXACT = f"{PLAIN},reserve=3"

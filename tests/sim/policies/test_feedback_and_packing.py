@@ -8,13 +8,13 @@ from itertools import pairwise
 
 import pytest
 
-from experiments.runs import run
-from sim.config import make_config
-from sim.metrics import summarise
-from sim.policies.base import InstanceState, RequestView
-from sim.policies.latency import LatencyWindow
-from sim.policies.registry import make_controller, make_router
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from voltana.experiments.runs import run
+from voltana.sim.config import make_config
+from voltana.sim.metrics import summarise
+from voltana.sim.policies.base import InstanceState, RequestView
+from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.registry import make_controller, make_router
 
 ALL = "frequencies=1000+1200+1400"
 """Every clock of the doubles: left to themselves these controllers keep above the floor."""

@@ -6,9 +6,9 @@ from dataclasses import replace
 
 import pytest
 
-from sim.policies.base import InstanceState, Phase, PolicyContext
-from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from voltana.sim.policies.base import InstanceState, Phase, PolicyContext
+from voltana.sim.policies.registry import make_controller
 
 ALL = "frequencies=1000+1200+1400"
 

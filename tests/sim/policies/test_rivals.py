@@ -6,11 +6,21 @@ from dataclasses import replace
 
 import pytest
 
-from sim.policies.base import InstanceState, Phase, PolicyContext, RequestView, WaitingRequest
-from sim.policies.controllers.dualscale import DualScale, DualScaleParameters, ProjectedBatch
-from sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
-from sim.policies.spec import describe_parameters
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from voltana.sim.policies.base import (
+    InstanceState,
+    Phase,
+    PolicyContext,
+    RequestView,
+    WaitingRequest,
+)
+from voltana.sim.policies.controllers.dualscale import (
+    DualScale,
+    DualScaleParameters,
+    ProjectedBatch,
+)
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
+from voltana.sim.policies.spec import describe_parameters
 
 
 class CubicPower:

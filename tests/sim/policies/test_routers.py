@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.errors import VoltanaError
-from sim.policies.base import InstanceState, RequestView, Router
-from sim.policies.registry import ROUTERS, make_router
 from tests.sim.policies.doubles import Formula, decode_state, make_context
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.base import InstanceState, RequestView, Router
+from voltana.sim.policies.registry import ROUTERS, make_router
 
 FIVE = (1005, 1095, 1200, 1305, 1410)
 

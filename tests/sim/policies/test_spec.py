@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 import pytest
 
-from profiles.errors import VoltanaError
-from sim.policies.registry import make_controller, make_router
-from sim.policies.spec import bind_parameters, describe_parameters, parameter, parse_spec
 from tests.sim.policies.doubles import make_context
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.policies.registry import make_controller, make_router
+from voltana.sim.policies.spec import bind_parameters, describe_parameters, parameter, parse_spec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -6,10 +6,10 @@ from typing import Any
 
 import pytest
 
-from sim.policies.base import InstanceState, RunningRequest, WaitingRequest
-from sim.policies.controllers.throttllm import Segment, Throttllm, ThrottllmParameters
-from sim.policies.registry import make_controller
 from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
+from voltana.sim.policies.base import InstanceState, RunningRequest, WaitingRequest
+from voltana.sim.policies.controllers.throttllm import Segment, Throttllm, ThrottllmParameters
+from voltana.sim.policies.registry import make_controller
 
 ALL = "frequencies=1000+1200+1400"
 

@@ -12,20 +12,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy import stats
 
-from experiments.runs import stream_of, workload_of
-from profiles.errors import VoltanaError
-from sim.config import make_config
-from sim.workload.build_histograms import SOURCES, histogram, moments
-from sim.workload.generate import list_workloads, make_workload, stream_diurnal
-from sim.workload.lengths import (
+from voltana.experiments.runs import stream_of, workload_of
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.workload.build_histograms import SOURCES, histogram, moments
+from voltana.sim.workload.generate import list_workloads, make_workload, stream_diurnal
+from voltana.sim.workload.lengths import (
     DATA,
     LMSYS_MEAN_TOKENS,
     SHAREGPT_CLIENT_MEAN_TOKENS,
     draw_lengths,
     source_moments,
 )
-from sim.workload.shapes import diurnal_rate
-from sim.workload.workload import Workload
+from voltana.sim.workload.shapes import diurnal_rate
+from voltana.sim.workload.workload import Workload
 
 
 def test_poisson_gaps_are_exponential() -> None:

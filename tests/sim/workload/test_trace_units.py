@@ -9,12 +9,12 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from experiments.runs import workload_of
-from experiments.sweep.identity import run_key
-from profiles.errors import VoltanaError
-from sim.config import SimConfig, make_config
-from sim.workload.generate import make_workload
-from sim.workload.traces import open_trace, read_lengths
+from voltana.experiments.runs import workload_of
+from voltana.experiments.sweep.identity import run_key
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.config import SimConfig, make_config
+from voltana.sim.workload.generate import make_workload
+from voltana.sim.workload.traces import open_trace, read_lengths
 
 GAPS_S = np.array([0.0, 0.25, 0.5, 3.0])
 START_S = 1_700_000_000

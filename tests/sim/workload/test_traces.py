@@ -13,10 +13,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from profiles.errors import VoltanaError
-from sim.workload.fetch import NamedTrace, named_trace
-from sim.workload.generate import make_workload
-from sim.workload.traces import open_trace, read_trace
+from voltana.profiles.errors import VoltanaError
+from voltana.sim.workload.fetch import NamedTrace, named_trace
+from voltana.sim.workload.generate import make_workload
+from voltana.sim.workload.traces import open_trace, read_trace
 
 FORMATS = {
     "azure2023.csv": "TIMESTAMP,ContextTokens,GeneratedTokens\n"

@@ -6,7 +6,7 @@ the batch and the card's clock, books the energy, and answers with fixed logits.
 text. An idle scheduler with requests under way polls without a pause; here it naps, as it would
 take the cores from the other servers.
 
-VOLTANA_EMULATE holds JSON, written by `hwreplay.emulated.plan`. Without it nothing happens.
+VOLTANA_EMULATE holds JSON, written by `voltana.hwreplay.emulated.plan`. Without it nothing happens.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class EmulatedModel:
 
     def __init__(self, plan: dict, model: object, rank: int) -> None:
         import torch
-        from hwreplay.emulated.plan import Passes, open_silicon
+        from voltana.hwreplay.emulated.plan import Passes, open_silicon
         from sglang.srt.layers.logits_processor import LogitsProcessorOutput
 
         self._answer = LogitsProcessorOutput
@@ -51,7 +51,7 @@ class EmulatedModel:
 
     @staticmethod
     def _work(forward_batch, mode):  # noqa: ANN001, ANN205
-        from hwreplay.emulated.silicon import effective_batch
+        from voltana.hwreplay.emulated.silicon import effective_batch
 
         if mode.is_decode():
             return "decode", forward_batch.batch_size, int(forward_batch.seq_lens_sum)

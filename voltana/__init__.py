@@ -1,0 +1,1 @@
+"""voltana: LLM serving on as little energy as its latency promises allow."""
