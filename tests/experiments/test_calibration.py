@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from voltana.experiments.cli import make_app
+from voltana.experiments.paper.bands import CENTRAL, band_points, central, predict_by_rule
 from voltana.experiments.paper.calibrate import (
     Unknowns,
     fit,
@@ -26,7 +27,6 @@ from voltana.experiments.paper.panel import (
     main_figure_points,
     panel_points,
     panel_residuals,
-    predict,
     read_panel,
     residuals,
     score,
@@ -149,7 +149,7 @@ def test_a_synthetic_panel_is_explained_by_its_own_unknowns_only(
 def test_what_is_fitted_is_what_the_main_figure_runs() -> None:
     """The panel's promises as fitted, the other models' by the rule; profiles say their tuning."""
     fitted = read_fitted(FITTED)
-    llama = load_profile("a100-80g-sxm-panel/llama-3.1-8b")
+    llama = load_profile("a100-80g-sxm-awake/llama-3.1-8b")
     promised = {
         (p.config.profile, p.config.slo_ttft_s, p.config.slo_itl_s) for p in main_figure_points()
     }
@@ -164,16 +164,18 @@ def test_what_is_fitted_is_what_the_main_figure_runs() -> None:
 
 
 @pytest.mark.parametrize("model", ["llama-3.1-8b", "ministral-3b", "qwen3-32b-tp2"])
-def test_panel_profiles_are_what_the_builder_makes(
-    model: str, shared_data: Path, tmp_path: Path
+@pytest.mark.parametrize("kind", ["panel", "awake"])
+def test_tuned_profiles_are_what_the_builder_makes(
+    kind: str, model: str, shared_data: Path, tmp_path: Path
 ) -> None:
     from voltana.profiles.build.a100 import build_tuned
     from voltana.profiles.places import DATA
 
-    tuning = read_fitted(FITTED).tuning
+    fitted = read_fitted(FITTED)
+    tuning = fitted.tuning if kind == "panel" else fitted.with_mechanisms
     build_tuned(shared_data / "dvfs", tmp_path, model, tuning, "tuned to a published panel")
     for file in FILES:
-        shipped = DATA / "a100-80g-sxm-panel" / model / file
+        shipped = DATA / f"a100-80g-sxm-{kind}" / model / file
         assert (tmp_path / file).read_bytes() == shipped.read_bytes(), file
 
 
@@ -183,8 +185,8 @@ def test_the_committed_prediction_is_what_the_command_writes(
 ) -> None:
     """Complete by keys; six runs of it are made again and agree to the last digit written."""
     committed = pd.read_csv(PREDICTION)
-    whole = main_figure_points()
-    assert len(committed) == len(whole)
+    whole = band_points()
+    assert len(committed) == len(main_figure_points())
     keys = ["model", "dataset", "rps", "series"]
     assert not committed.duplicated(keys).any()
     chosen = [
@@ -192,8 +194,9 @@ def test_the_committed_prediction_is_what_the_command_writes(
         if (p.labels["panel"], p.config.rate_rps) in {("Qwen3-32B, LMSYS", 40.0),
                                                       ("Ministral-3B, ShareGPT", 80.0)}
     ]  # fmt: skip
-    monkeypatch.setattr("voltana.experiments.paper.panel.main_figure_points", lambda: chosen)
-    made = predict(tmp_path, jobs=1)
+    chosen = [p for p in chosen if p.labels["promises"] == CENTRAL]
+    monkeypatch.setattr("voltana.experiments.paper.bands.band_points", lambda: chosen)
+    made = central(predict_by_rule(tmp_path, jobs=1))
     joined = made.merge(committed, on=keys, suffixes=("", "_committed"))
     assert len(joined) == len(made) == 6
     for value in VALUES:
