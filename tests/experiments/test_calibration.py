@@ -10,7 +10,14 @@ import pytest
 from typer.testing import CliRunner
 
 from voltana.experiments.cli import make_app
-from voltana.experiments.paper.bands import CENTRAL, band_points, central, predict_by_rule
+from voltana.experiments.paper.bands import (
+    CENTRAL,
+    RULES,
+    band_points,
+    bands,
+    central,
+    predict_by_rule,
+)
 from voltana.experiments.paper.calibrate import (
     Unknowns,
     fit,
@@ -18,6 +25,7 @@ from voltana.experiments.paper.calibrate import (
     scaled_promises,
     trial_profile,
 )
+from voltana.experiments.paper.mechanisms import awake_top_w, errors_with
 from voltana.experiments.paper.panel import (
     AIMS,
     FITTED,
@@ -205,13 +213,55 @@ def test_the_committed_prediction_is_what_the_command_writes(
 
 @pytest.mark.slow
 def test_agreement_with_the_published_panel(shared_data: Path, tmp_path: Path) -> None:
-    """What docs/paper.md claims, at three rates below overload."""
+    """What docs/paper.md claims, at three rates below overload; energy within 5 %."""
     published = read_panel(shared_data / "paper" / "main_result_llama8b_sharegpt.csv")
     some = published[published["rps"].isin([50, 65, 80])]
     compared = panel_residuals(some, tmp_path, jobs=1)
     for value, aim in AIMS.items():
         error = compared.loc[compared["series"] == "voltanallm", f"{value}_error"].abs()
         assert error.max() <= aim, value
+    energy = compared["energy_kj_error"] / compared["energy_kj_published"]
+    assert energy.abs().max() <= 0.05
+
+
+def test_awake_power_is_derived_from_what_energy_lacks() -> None:
+    """Cells that lack 20 and 42 kJ where a watt adds 10 and 20: (200 + 840) / (100 + 400) = 2.08.
+
+    With 1 and 2 W the energies are 160 + 20 and 100 + 20 kJ against 200 and 120 published: 10 %
+    and nothing too low; savings 1/3 and 40 %.
+    """
+    keys = {"model": "m", "dataset": "d", "rps": 50}
+    without = pd.DataFrame([
+        {**keys, "series": "static-1410", "energy_kj_ours": 160.0, "energy_kj_error": -42.0,
+         "energy_kj_published": 200.0, "saving_pct_published": np.nan},
+        {**keys, "series": "voltanallm", "energy_kj_ours": 100.0, "energy_kj_error": -20.0,
+         "energy_kj_published": 120.0, "saving_pct_published": 40.0},
+    ])  # fmt: skip
+    per_w = without.assign(energy_kj_ours=[20.0, 10.0])
+    everywhere = pd.Series([True, True])
+    assert awake_top_w(without, per_w, everywhere) == pytest.approx(2.08)
+    saving, energy = errors_with(without, per_w, pd.Series([1.0, 2.0]))
+    assert list(energy) == pytest.approx([-10.0, 0.0])
+    assert saving[1] == pytest.approx(100 / 3 - 40)
+
+
+def test_bands_reach_over_the_rules_and_never_over_the_fitted_model() -> None:
+    """The middle is the central rule's value; the fitted model's promises are its own."""
+    rows = [
+        {"model": "M", "dataset": "D", "rps": 50, "series": "static-1410", "promises": rule,
+         "saving_pct": np.nan, "ttft_attainment_pct": at, "itl_attainment_pct": 50.0,
+         "energy_kj": 9.0}
+        for rule, at in ((CENTRAL, 70.0), ("TTFT = 9 ITL", 60.0), ("the same for all", 95.0))
+    ]  # fmt: skip
+    found = bands(pd.DataFrame(rows)).iloc[0]
+    ends = [found[f"ttft_attainment_pct{end}"] for end in ("_low", "", "_high")]
+    assert ends == [60.0, 70.0, 95.0]
+    promises: dict[str, set[tuple[float, float]]] = {}
+    for point in band_points():
+        made = promises.setdefault(point.config.profile, set())
+        made.add((point.config.slo_ttft_s, point.config.slo_itl_s))
+    assert promises["a100-80g-sxm-awake/llama-3.1-8b"] == {(0.499, 0.0553)}
+    assert len(promises["a100-80g-sxm-awake/ministral-3b"]) == len(RULES)
 
 
 @pytest.mark.parametrize(
