@@ -255,7 +255,9 @@ def run_all(seeds: Sequence[int] = SEEDS) -> tuple[pd.DataFrame, dict[tuple[str,
     Returns:
         The table of measures, one row a run, and the responses by (disturbance, controller).
     """
-    specs = {(shape, name): spec for shape in SHAPES for name, spec in CONTROLLERS.items()}
+    specs: dict[tuple[str, str], str | Mapping[str, str]] = {
+        (shape, name): spec for shape in SHAPES for name, spec in CONTROLLERS.items()
+    }
     specs |= {("step", d.name): d.controller for d in pid_designs()}
     responses = {key: respond(spec, key[0], seeds) for key, spec in specs.items()}
     rows = [
