@@ -37,8 +37,8 @@ import tomli_w
 import uvloop
 import zmq
 
+from voltana.hwreplay.messages.agent_reports import Report, ReportSender
 from voltana.hwreplay.messages.events import topic_of
-from voltana.hwreplay.messages.reports import Report, ReportSender
 from voltana.sim.policies.base import Phase
 
 ROOT = Path(__file__).parents[1]

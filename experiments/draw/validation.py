@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from voltana.experiments.draw.plots import add_legend
 from voltana.hwreplay.validate.validate import Validation, cdf
-from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN
+from voltana.profiles.draw.style import COLOURS, GREY, STYLE, WIDTH_IN
 from voltana.sim.metrics import tpot_s, ttft_s
 from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.records import RunRecord

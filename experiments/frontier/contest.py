@@ -13,8 +13,8 @@ from typing import Final
 
 import pandas as pd
 
-from voltana.experiments.frontier.report import text_table
 from voltana.experiments.frontier.search import search_frontier
+from voltana.experiments.frontier.search_page import text_table
 from voltana.experiments.frontier.study import load_names_of, read_study
 from voltana.experiments.frontier.table import COLUMNS, frontier_table
 from voltana.experiments.study.suite import CONFIGS

@@ -21,10 +21,10 @@ from voltana.experiments.frontier.search import (
     STATIC_MAX,
     STATIC_PAIR,
 )
+from voltana.profiles.draw.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_text
 from voltana.profiles.markdown import markdown_table
-from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
 
 PAGE: Final = "contest.md"
 FIGURE: Final = "contest-shares"

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from voltana.hwreplay.actuator.client import Actuator, ActuatorLostError
-from voltana.hwreplay.agent.loop_report import LoopReport, SafeState
+from voltana.hwreplay.agent.loop_record import LoopReport, SafeState
 from voltana.hwreplay.messages.batch_feed import BatchNotice, Kind
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.engines.sglang_metrics import IterationMetrics

@@ -16,9 +16,9 @@ from voltana.hwreplay.actuator.client import ActuatorLostError
 from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.hwreplay.agent.make import caps_w, connect, make_loop, make_meter
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.agent_reports import Report, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
 from voltana.hwreplay.messages.events import Event, topic_of
-from voltana.hwreplay.messages.reports import Report, ReportSender
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from voltana.profiles.errors import VoltanaError

@@ -12,9 +12,9 @@ from typing import Final
 import aiohttp
 
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
 from voltana.hwreplay.messages.metrics_feed import MetricsFeed
-from voltana.hwreplay.messages.reports import ReportFeed
 from voltana.hwreplay.router.attempt import AttemptError, NoWorkerError, Worker
 from voltana.hwreplay.router.body import Body
 from voltana.hwreplay.router.config import RouterConfig

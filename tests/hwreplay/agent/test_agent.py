@@ -30,8 +30,8 @@ from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures
 from tests.profiles.device.standin import Standin
 from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
 from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import Event, EventPublisher
-from voltana.hwreplay.messages.reports import ReportFeed
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
 from voltana.sim.config import make_config

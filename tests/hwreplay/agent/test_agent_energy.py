@@ -19,7 +19,7 @@ from tests.hwreplay.engine_voice import repeating
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
 from voltana.hwreplay.agent.agent import AgentConfig, start_agent
-from voltana.hwreplay.messages.reports import Report, ReportFeed
+from voltana.hwreplay.messages.agent_reports import Report, ReportFeed
 from voltana.profiles.catalog import load_profile
 
 pytestmark = pytest.mark.slow

@@ -18,8 +18,8 @@ from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.hwreplay.stub_worker import HOST, StubFleet, StubTimes, stub_fleet
+from voltana.hwreplay.messages.agent_reports import Report, ReportSender
 from voltana.hwreplay.messages.events import EventFeed
-from voltana.hwreplay.messages.reports import Report, ReportSender
 from voltana.hwreplay.router.config import RouterConfig, read_router_config, read_workers
 from voltana.hwreplay.router.service import RouterService
 from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER

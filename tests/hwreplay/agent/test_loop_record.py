@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from voltana.hwreplay.agent.loop_report import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
+from voltana.hwreplay.agent.loop_record import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
 
 
 def test_histogram_counts_every_value() -> None:
