@@ -248,7 +248,7 @@ class Bench:
         log = self.directory / f"actuator-{self._num_starts}.log"
         gpus = [word for card in self.cards.values() for word in ("--gpu", str(card.index))]
         self._spawn(
-            *("actuator", "voltana.hwreplay.actuator", str(self.directory / "helper"), *gpus),
+            *("actuator", "voltana.hwreplay.actuator", str(self.directory / "actuator"), *gpus),
             *("--allow-writable-code",),
             log=log,
         )
@@ -303,7 +303,7 @@ class Bench:
             metrics_address=self._metrics(name),
             event_address=self._ipc("events"),
             report_address=self._ipc("reports"),
-            actuator_socket=str(self.directory / "helper"),
+            actuator_socket=str(self.directory / "actuator"),
             gpus=(self.cards[name].index,),
             stale=STALE,
         )

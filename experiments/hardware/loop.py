@@ -147,7 +147,7 @@ def config_of(field: Field, policy: str, host: HostTimes) -> SimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """Servers on emulated cards, and the helper that sets their clocks."""
+    """Servers on emulated cards, and the actuator that sets their clocks."""
 
     machine: Machine
     servers: Sequence[Server]

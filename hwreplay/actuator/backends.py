@@ -1,4 +1,4 @@
-"""What the helper acts on: clock locks, power limits, or a file that records what it would do."""
+"""What the actuator acts on: clock locks, power limits, or a file that records what it would do."""
 
 from __future__ import annotations
 

@@ -49,7 +49,7 @@ class AgentConfig:
     batch_socket: str | None = None
     """Where the engine's plug-in announces batches; `prefill_metrics = "before"` needs it."""
     actuator_socket: str | None = None
-    """The helper's socket; None records decisions and touches nothing."""
+    """The actuator's socket; None records decisions and touches nothing."""
     gpus: tuple[int, ...] = ()
     report_address: str | None = None
     """ZMQ address where the router takes clocks, energy and decisions."""

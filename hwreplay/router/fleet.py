@@ -13,7 +13,7 @@ import aiohttp
 
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import ReportFeed
-from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
+from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventKind, EventPublisher
 from voltana.hwreplay.messages.metrics_feed import MetricsFeed
 from voltana.hwreplay.router.attempt import AttemptError, NoWorkerError, Worker
 from voltana.hwreplay.router.body import Body
@@ -236,7 +236,7 @@ class RouterFleet:
 
     def _publish(
         self,
-        kind: Kind,
+        kind: EventKind,
         worker: Worker,
         request_id: int,
         at_s: float,

@@ -52,7 +52,7 @@ class Window:
     """Start and end (monotonic clock) of each stretch that held the point: energy counts there."""
 
 
-class Workload(Protocol):
+class PreparedPoint(Protocol):
     """One point, prepared."""
 
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
@@ -113,7 +113,7 @@ class Engine(Protocol):
     def measure_serving(self) -> Mapping[str, Any] | None:
         """What a request spends outside the iterations, as `serving.toml` holds it; or nothing."""
 
-    def open(self, point: Point) -> AbstractContextManager[Workload]:
+    def open(self, point: Point) -> AbstractContextManager[PreparedPoint]:
         """Prepare a point.
 
         Raises:

@@ -45,7 +45,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Servers:
+class Endpoints:
     """Who prefills and who decodes; the same server twice where it does both."""
 
     prefill: Endpoint
@@ -135,7 +135,7 @@ class Records:
 class Client:
     """Sends batches of random prompts. Random, so that no prefix cache answers for them."""
 
-    servers: Servers
+    servers: Endpoints
     vocabulary: int
     """Token ids below this one exist."""
     handshake_s: float = HANDSHAKE_S

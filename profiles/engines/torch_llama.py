@@ -17,8 +17,8 @@ from voltana.profiles.engines.base import (
     EngineFacts,
     OutOfMemoryError,
     Point,
+    PreparedPoint,
     Window,
-    Workload,
 )
 from voltana.profiles.engines.llama import KvCache, Llama
 from voltana.profiles.engines.llama_config import LlamaConfig
@@ -137,7 +137,7 @@ class TorchEngine:
         )
 
     @contextmanager
-    def open(self, point: Point) -> Iterator[Workload]:
+    def open(self, point: Point) -> Iterator[PreparedPoint]:
         """Allocate and warm the point up; free it afterwards."""
         if point.tokens % point.batch_size:
             raise VoltanaError(

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from voltana.profiles.device.gpu import THERMAL, Gpu
-from voltana.profiles.engines.base import Engine, Point, Window, Workload
+from voltana.profiles.engines.base import Engine, Point, PreparedPoint, Window
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
 
@@ -255,7 +255,7 @@ def _await_phase(gpus: Sequence[Gpu], share: float) -> None:
 
 
 def _run_trial(
-    workload: Workload,
+    workload: PreparedPoint,
     gpus: Sequence[Gpu],
     protocol: Protocol,
     number: int,

@@ -9,7 +9,7 @@ import pytest
 
 from voltana.hwreplay.actuator.client import ActuatorLostError
 from voltana.hwreplay.agent.control import ControlLoop, StaleLimits
-from voltana.hwreplay.messages.batch_feed import BatchNotice, Kind
+from voltana.hwreplay.messages.batch_feed import BatchNotice, NoticeKind
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.engines.sglang_metrics import IterationMetrics
 from voltana.profiles.errors import VoltanaError
@@ -123,7 +123,9 @@ def prefill(sequence: int, at_s: float) -> IterationMetrics:
 
 
 def notice(at_s: float, tokens: int = 50) -> BatchNotice:
-    return BatchNotice(kind=Kind.PREFILL, num_requests=1, tokens=tokens, num_waiting=0, sent_ns=0)
+    return BatchNotice(
+        kind=NoticeKind.PREFILL, num_requests=1, tokens=tokens, num_waiting=0, sent_ns=0
+    )
 
 
 def with_requests(tracker: InstanceTracker, count: int) -> None:
@@ -178,7 +180,7 @@ def test_prefill_after_decides_on_the_batch_that_has_ended() -> None:
 def test_decode_before_needs_the_notice() -> None:
     loop, controller, _, tracker = make("decode", decides_before=True)
     with_requests(tracker, 4)
-    told = BatchNotice(kind=Kind.DECODE, num_requests=4, tokens=90, num_waiting=0, sent_ns=0)
+    told = BatchNotice(kind=NoticeKind.DECODE, num_requests=4, tokens=90, num_waiting=0, sent_ns=0)
     assert loop.on_notice(told, 2.0)
     assert not loop.on_record(decode(0, 2.01))
     assert controller.seen == [(2.0, 4, 90, 0.0, 705)]
@@ -305,7 +307,7 @@ def test_silence_under_load_counts_from_the_load() -> None:
     """A prefill server has a request that waits for its pair: its silence says nothing, for 8 s.
     When its batch is announced it has the predictor's 10 ms and 50 more."""
     loop, _, _, tracker = make("prefill")
-    hello = BatchNotice(kind=Kind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
+    hello = BatchNotice(kind=NoticeKind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
     loop.on_notice(hello, 0.5)
     loop.on_record(record(0, 1.0))
     tracker.on_assigned(1, 1.9, 50)
@@ -356,7 +358,7 @@ def test_requests_of_a_router_that_was_killed_are_no_reason_to_wait(phase: Phase
     """It was last heard at 2 s, with a request here that nobody will end: its word holds to 5 s,
     and at 8 s the engine has been silent for as long as one at rest may be."""
     loop, _, clock, tracker = make(phase)
-    hello = BatchNotice(kind=Kind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
+    hello = BatchNotice(kind=NoticeKind.HELLO, num_requests=0, tokens=0, num_waiting=0, sent_ns=0)
     loop.on_notice(hello, 0.5)
     loop.on_record(record(0, 1.0))
     tracker.on_assigned(1, 1.5, 5000)
@@ -399,7 +401,7 @@ def test_idle_plan_comes_due_and_work_cancels_it() -> None:
     assert clock.wishes[-1] == 1001
 
 
-def test_a_lost_helper_is_safe_and_can_come_back() -> None:
+def test_a_lost_actuator_is_safe_and_can_come_back() -> None:
     loop, _, clock, tracker = make("decode")
     with_requests(tracker, 2)
     loop.on_record(decode(0, 1.0))

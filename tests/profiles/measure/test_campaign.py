@@ -23,8 +23,8 @@ from voltana.profiles.engines.base import (
     OutOfMemoryError,
     Phase,
     Point,
+    PreparedPoint,
     Window,
-    Workload,
 )
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure import trial as trial_module
@@ -87,7 +87,7 @@ class Fake:
         self.num_starts += 1
 
     @contextmanager
-    def open(self, point: Point) -> Iterator[Workload]:
+    def open(self, point: Point) -> Iterator[PreparedPoint]:
         self.opened.append(point)
         if point in self.deadly:
             raise EngineCrashError(f"died of {point.tokens} tokens")
