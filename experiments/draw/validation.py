@@ -24,7 +24,13 @@ WIDE: Final = 30.0
 
 
 def validation_figure(simulated: RunRecord, observed: RunRecord, found: Validation) -> Figure:
-    """CDFs of TTFT, ITL and TPOT; predicted against observed iterations; clock residency."""
+    """CDFs of TTFT, ITL and TPOT; predicted against observed iterations; clock residency.
+
+    Args:
+        simulated: The simulated run.
+        observed: The real one, of the same requests.
+        found: How the two compare.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 8.0), layout="constrained")
         axes = figure.subplots(3, 2)

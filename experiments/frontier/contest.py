@@ -79,7 +79,13 @@ def run_contest(
 
 
 def write_contest(lines: pd.DataFrame, csv: Path, order: Sequence[str] = ()) -> None:
-    """Replace the lines of a load; loads come in that order, others after them as they were."""
+    """Replace the lines of a load; loads come in that order, others after them as they were.
+
+    Args:
+        lines: New lines; they replace those of the same load and policy.
+        csv: The table, made if it is missing.
+        order: Names of loads in the order that the table shall have.
+    """
     if csv.exists():
         before = read_contest(csv)
         is_same = before[KEY].apply(tuple, axis=1).isin([*lines[KEY].apply(tuple, axis=1)])

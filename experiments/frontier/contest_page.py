@@ -57,7 +57,13 @@ def _save(figure: Figure, directory: Path) -> Path:
 
 
 def replaced(page: str, block: str, name: str = PAGE) -> str:
-    """The page with that block between its marks. Raises VoltanaError if it has no marks."""
+    """The page with that block between its marks. Raises VoltanaError if it has no marks.
+
+    Args:
+        page: Its text.
+        block: Markdown to put in.
+        name: Of the page, for the message.
+    """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

@@ -163,7 +163,15 @@ def write_frontier(
     out: Path,
     question: str,
 ) -> list[str]:
-    """Write frontier.csv, frontier.md, results.csv and the figure; returns what to print."""
+    """Write frontier.csv, frontier.md, results.csv and the figure; returns what to print.
+
+    Args:
+        study: What was asked.
+        found: By load, what was found for each policy.
+        frame: The same as a table, a row a load and policy.
+        out: Folder of the files.
+        question: Put above everything; empty for none.
+    """
     write_csv(frame, out / "frontier.csv")
     write_csv(report_rows(found), out / RESULTS)
     said, parts = [], [question] if question else []

@@ -129,7 +129,13 @@ def _cut(work: Workload) -> Workload:
 
 
 def config_of(field: Field, policy: str, host: HostTimes) -> SimConfig:
-    """One cell's configuration, simulated and replayed."""
+    """One cell's configuration, simulated and replayed.
+
+    Args:
+        field: Fleet, load and promises.
+        policy: A name of `POLICIES`.
+        host: What the host adds.
+    """
     made = make_config(
         MEASURED
         | dict(POLICIES[policy])
@@ -227,7 +233,13 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
 
 
 def measure_host(fleet: Fleet, field: Field, out: Path) -> HostTimes:
-    """What the host adds on a field's fleet, see `voltana.experiments.hardware.loop_probe`."""
+    """What the host adds on a field's fleet, see `voltana.experiments.hardware.loop_probe`.
+
+    Args:
+        fleet: Servers that run.
+        field: Fleet, load and promises.
+        out: Takes the folder of the probe.
+    """
     config = config_of(field, BASELINE, HostTimes())
     folder = out / loop_verdict.slug(f"{field.name} probe")
     return loop_probe.measure(
@@ -238,7 +250,15 @@ def measure_host(fleet: Fleet, field: Field, out: Path) -> HostTimes:
 
 
 def play(fleet: Fleet, field: Field, policy: str, host: HostTimes, out: Path) -> dict[str, Any]:
-    """Simulate and replay one cell, keep both runs, and return how they compare."""
+    """Simulate and replay one cell, keep both runs, and return how they compare.
+
+    Args:
+        fleet: Servers that run.
+        field: Fleet, load and promises.
+        policy: A name of `POLICIES`.
+        host: What the host adds, for the simulation.
+        out: Takes the folder of the cell.
+    """
     config = config_of(field, policy, host)
     work = workload_of(config)
     simulated = simulate(config, cached_profile(PROFILE), work)
@@ -271,7 +291,14 @@ def _cards(fleet: Fleet, config: SimConfig) -> list[dict[str, Any]]:
 
 
 def play_all(engine: Path, out: Path, *, is_short: bool, only: Sequence[str]) -> None:
-    """The second and third circle, in a process whose time is dilated; leaves `cells.json`."""
+    """The second and third circle, in a process whose time is dilated; leaves `cells.json`.
+
+    Args:
+        engine: What `make engine` fills.
+        out: Folder of all cells.
+        is_short: One instance a phase and fewer requests.
+        only: Names of `POLICIES`; empty for all.
+    """
     size = 1 if is_short else 2
     times: dict[str, dict[str, float]] = {}
     with open_fleet(engine, out, num_prefill=size, num_decode=size) as fleet:

@@ -119,7 +119,14 @@ def panel_residuals(
     jobs: int | None = None,
     changes: Mapping[str, ConfigValue] = MappingProxyType({}),
 ) -> pd.DataFrame:
-    """Run the published panel's rates and compare; see `panel_points` and `residuals`."""
+    """Run the published panel's rates and compare; see `panel_points` and `residuals`.
+
+    Args:
+        published: The panel, one row a rate and policy.
+        directory: Of the runs.
+        jobs: Processes; all cores by default.
+        changes: Configuration keys to set otherwise.
+    """
     row = published.iloc[0]
     points = panel_points(
         str(row["model"]), str(row["dataset"]), rates=sorted(set(published["rps"])), changes=changes

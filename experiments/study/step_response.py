@@ -105,7 +105,13 @@ class Response:
 
 
 def respond(controller: str, shape: str, seeds: Sequence[int] = SEEDS) -> Response:
-    """Run a controller under a disturbance."""
+    """Run a controller under a disturbance.
+
+    Args:
+        controller: As in a configuration.
+        shape: Shape of the arrivals, as in a configuration.
+        seeds: Runs to average over.
+    """
     runs = [_run(make_config({**BASE, "controller": controller, "seed": s}), shape) for s in seeds]
     return Response(
         itl_s=np.nanmean([r.itl_s for r in runs], axis=0),

@@ -268,6 +268,11 @@ def _has_word_from(connection: socket.socket) -> bool:
 def run_actuator(backend: Backend, config: ActuatorConfig, *, ready: Callable[[], None]) -> None:
     """Serve until a signal ends it; `ready` is called once the socket can be reached.
 
+    Args:
+        backend: What it acts on; closed at the end.
+        config: Who may ask, and how.
+        ready: Called once the socket can be reached.
+
     Raises:
         VoltanaError: The socket cannot be made; the backend is closed then too.
     """

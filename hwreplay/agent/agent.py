@@ -111,7 +111,14 @@ def await_agents(
     *,
     limit_s: float = 60.0,
 ) -> None:
-    """The same of all agents of one process."""
+    """The same of all agents of one process.
+
+    Args:
+        process: Runs them all.
+        configs: In the order in which they get ready.
+        directory: Of their logs and ready files.
+        limit_s: Longest wait, in s.
+    """
     deadline_s = time.monotonic() + limit_s
     config = configs[-1]  # the last to be ready
     log = directory / f"{configs[0].name}.log"

@@ -99,6 +99,11 @@ def replay(
 def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunRecord:
     """The record of a replay that has ended, in whatever way, from its folder.
 
+    Args:
+        config: As it was replayed.
+        workload: As it was replayed.
+        directory: What the replay wrote.
+
     Raises:
         VoltanaError: No replay there, one that never began, or one of another workload.
     """

@@ -47,7 +47,14 @@ class RouterFleet:
     def __init__(
         self, config: RouterConfig, source: PolicySource, metrics: RouterMetrics, clock: RunClock
     ) -> None:
-        """Make the policy and the trackers; `start` opens the sockets."""
+        """Make the policy and the trackers; `start` opens the sockets.
+
+        Args:
+            config: Of the router.
+            source: Makes routers and trackers.
+            metrics: Counts what happens.
+            clock: The run's.
+        """
         self._config = config
         self._clock = clock
         self._metrics = metrics
@@ -130,6 +137,12 @@ class RouterFleet:
     def choose(self, request_id: int, arrival_s: float, body: Body, excluded: set[Worker]) -> Pair:
         """Ask the policy for a pair and book the request there.
 
+        Args:
+            request_id: Of the request.
+            arrival_s: On the run's clock.
+            body: Tells its lengths in tokens.
+            excluded: Servers that it has failed on.
+
         Raises:
             NoWorkerError: A phase has no healthy server left to try.
         """
@@ -173,7 +186,13 @@ class RouterFleet:
             self._publish("prefilled", worker, request_id, now_s)
 
     def first_token(self, worker: Worker, request_id: int, at_s: float) -> None:
-        """The decode server's stream has begun."""
+        """The decode server's stream has begun.
+
+        Args:
+            worker: The decode server.
+            request_id: Of the request.
+            at_s: On the run's clock.
+        """
         worker.tracker.on_first_token(request_id, at_s)
         self._publish("first_token", worker, request_id, at_s)
 

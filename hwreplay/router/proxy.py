@@ -42,7 +42,13 @@ class Sink(Protocol):
     """Where the answer goes."""
 
     async def begin(self, status: int, content_type: str, pair: Pair) -> None:
-        """The decode server has begun to answer."""
+        """The decode server has begun to answer.
+
+        Args:
+            status: HTTP status.
+            content_type: HTTP header.
+            pair: The servers that serve it.
+        """
 
     async def write(self, piece: bytes) -> None:
         """A piece of the answer; waits while the client is slow."""

@@ -34,7 +34,13 @@ class ClientSink:
         self.response: web.StreamResponse | None = None
 
     async def begin(self, status: int, content_type: str, pair: Pair) -> None:
-        """The head of the answer; it leaves with the first piece."""
+        """The head of the answer; it leaves with the first piece.
+
+        Args:
+            status: HTTP status.
+            content_type: HTTP header.
+            pair: The servers that serve it.
+        """
         headers = {"Content-Type": content_type} | {
             name: str(worker.config.instance_id)
             for name, worker in zip((PREFILL_HEADER, DECODE_HEADER), pair, strict=True)

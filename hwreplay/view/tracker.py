@@ -87,7 +87,14 @@ class InstanceTracker:
         input_tokens: int,
         output_tokens: int | None = None,
     ) -> None:
-        """The router has chosen this instance; a decode instance's request is in prefill now."""
+        """The router has chosen this instance; a decode instance's request is in prefill now.
+
+        Args:
+            request_id: Of the request.
+            arrival_s: On the run's clock.
+            input_tokens: Of its prompt.
+            output_tokens: Its length, where the policy may know it.
+        """
         self._hear_router()
         if request_id in self._open:
             return

@@ -73,6 +73,12 @@ def wait_for_clock(
 ) -> float:
     """Read the clock back until it is there.
 
+    Args:
+        gpu: The card.
+        clock_mhz: What it should reach.
+        timeout_s: Longest wait, in s.
+        tolerance_mhz: How far off still counts.
+
     Returns:
         Seconds it took.
 

@@ -135,6 +135,11 @@ def is_whole(record: IterationMetrics, batch_size: int, tokens: int) -> bool:
 
     A prefix cache may know the first token of a random prompt: one a prompt, or `MAX_CACHED` of all
     tokens, may be missing.
+
+    Args:
+        record: One iteration.
+        batch_size: Requests that were sent.
+        tokens: New tokens (prefill) or context tokens (decode) of all of them.
     """
     missing = tokens - record.sum_prefill_tokens
     return (

@@ -40,6 +40,12 @@ def assemble(
 
     Points measured with the clock left alone (clock 0 in the journal) go under the one clock that
     was read most often while they ran.
+
+    Args:
+        directory: Of the profile.
+        log: What was measured.
+        identities: Of the cards.
+        facts: Of engine and model.
     """
     alone_mhz = _observed_clock_mhz(log)
     frames = {phase: _phase_frame(log, phase, alone_mhz, facts) for phase in ("prefill", "decode")}
@@ -138,6 +144,11 @@ def write_bare_idle(directory: Path, log: Journal, alone_mhz: int) -> None:
     """Write `idle_bare.csv`: idle power before the model was loaded, columns as in `idle.csv`.
 
     Nothing is written where the model was there first (attached servers).
+
+    Args:
+        directory: Of the profile.
+        log: What was measured.
+        alone_mhz: Clock of idle power without a model.
     """
     rows = [
         {"frequency_mhz": clock, "trial": trial, "power_w": power_w}

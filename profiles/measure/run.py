@@ -124,7 +124,13 @@ def check_parallel(cards: Sequence[Gpu], facts: EngineFacts) -> None:
 
 
 def identity(cards: Sequence[Gpu], facts: EngineFacts, plan: Plan) -> dict[str, Any]:
-    """What must not change from a run to the one that resumes it."""
+    """What must not change from a run to the one that resumes it.
+
+    Args:
+        cards: All of the engine.
+        facts: Of engine and model.
+        plan: What is measured.
+    """
     return {
         **_of_cards(cards, plan),
         "engine": facts.engine_name,

@@ -199,6 +199,11 @@ def _retried(
 def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
     """Let the cards rest until the hottest is at `target_c` or below, or the limit has passed.
 
+    Args:
+        gpus: The cards.
+        target_c: Temperature to wait for, in °C.
+        limit_s: Longest wait, in s.
+
     Returns:
         Temperature of the hottest card at the end.
     """
