@@ -17,7 +17,7 @@ from voltana.experiments.frontier.search import search_frontier
 from voltana.experiments.frontier.search_page import text_table
 from voltana.experiments.frontier.study import load_names_of, read_study
 from voltana.experiments.frontier.table import COLUMNS, frontier_table
-from voltana.experiments.study.suite import CONFIGS
+from voltana.experiments.sweep.grid import CONFIGS
 from voltana.profiles.binding import check_names
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_csv
