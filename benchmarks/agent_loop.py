@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -66,7 +66,7 @@ class Instance:
             gpus=(gpu,),
             power_w=1.0,
         )
-        self.process = start_agent(self.config, directory)
+        self.process = start_agents([self.config], directory)
         self._announcer = _announcer(self.config.batch_socket)
         self._scheduler = SimpleNamespace(waiting_queue=[])
 
@@ -140,7 +140,7 @@ def run(directory: Path, num_instances: int, rate_per_s: float, seconds: float) 
             phase: Phase = PREFILL if gpu % 2 == 0 else DECODE
             instances.append(Instance(phase, gpu // 2, gpu, directory, actuator_path))
         for instance in instances:
-            await_agent(instance.process, instance.config, directory)
+            await_agents(instance.process, [instance.config], directory)
         play(instances, rate_per_s, seconds)
     finally:
         for instance in instances:

@@ -24,7 +24,7 @@ import aiohttp
 import numpy as np
 import tomli_w
 
-from voltana.hwreplay.agent.agent import AgentConfig, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, start_agents
 from voltana.hwreplay.agent.agent import ready_file as ready_file_of
 from voltana.hwreplay.agent.control import StaleLimits
 from voltana.hwreplay.emulated.card import Card
@@ -308,7 +308,7 @@ class Bench:
             stale=STALE,
         )
         part = f"agent {name}"
-        process = self._processes[part] = start_agent(config, self.directory)
+        process = self._processes[part] = start_agents([config], self.directory)
         ready = ready_file_of(config, self.directory)
 
         def is_ready() -> bool:

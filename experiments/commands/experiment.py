@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from voltana.experiments.study.suite import Experiment
 
 STEP_RESPONSE = "step-response"
-"""Run by its name only: it is no file with a grid, which is what `all` goes through."""
+"""Runs only when named: `all` runs the experiments that are files with a grid."""
 
 experiment = typer.Typer(
     name="experiment",

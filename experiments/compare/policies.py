@@ -186,7 +186,7 @@ def _over_seeds(frame: pd.DataFrame, loads: Sequence[str]) -> pd.DataFrame:
 
 
 def _measured(table: pd.DataFrame) -> set[str]:
-    """Columns of results: numbers that are no configuration."""
+    """Columns of measured numbers: those that are not configuration keys."""
     numbers = table.select_dtypes("number").columns
     labels = set(labels_of(table)) if any(key in table for key in KEYS) else set()
     return {n for n in map(str, numbers) if n not in KEYS and n not in labels}

@@ -185,7 +185,7 @@ def load_names_of(path: Path) -> list[str]:
 
 
 def _in_data(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A trace that is no file here may be one of that name in the user's data folder."""
+    """Find a trace in the user's data folder if there is no such file here."""
     trace = values.get("trace")
     is_bare = isinstance(trace, str) and not Path(trace).is_file()
     found = in_data_folder(trace) if is_bare and trace is not None else None

@@ -28,7 +28,7 @@ FAILURES = "failures.json"
 POINTS = "points"
 RESIDENCY = "residency.json"
 NEEDED = ("energy_j", "ttft_attainment", "itl_attainment")
-"""Numbers without which a table is none of results."""
+"""Columns that a table of results must have."""
 
 Configs = dict[str, SimConfig]
 Failures = dict[str, dict[str, Any]]

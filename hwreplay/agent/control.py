@@ -30,7 +30,7 @@ class StaleLimits:
     num_iterations: float = 5.0
     """Under load: so many expected iterations after the one that runs, or records lost in a row."""
     least_s: float = 0.1
-    """The allowance is never shorter: a moment without the CPU is no dead engine."""
+    """Shortest allowance: an engine that gets no CPU for a moment is not dead."""
     most_s: float = 1.0
     """Nor longer."""
     dead_s: float = 3.0

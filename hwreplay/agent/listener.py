@@ -80,7 +80,7 @@ class Agent:
 
     @property
     def state(self) -> InstanceState:
-        """Of its instance."""
+        """What the controller sees of the instance."""
         return self._tracker.state
 
     def turn(self) -> None:

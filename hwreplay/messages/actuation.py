@@ -25,7 +25,7 @@ Code = TypeVar("Code", bound=IntEnum)
 
 
 class ProtocolError(VoltanaError):
-    """Bytes that are no message."""
+    """Bytes that cannot be read as a message."""
 
 
 class Operation(IntEnum):

@@ -41,7 +41,7 @@ _decoder: Final = msgspec.msgpack.Decoder(Event)
 
 
 def topic_of(phase: Phase, instance_id: int) -> bytes:
-    """Topic of one instance; it ends in a slash so that 1 is no prefix of 10."""
+    """Topic of one instance. It ends in a slash, so that instance 1 does not match instance 10."""
     return f"{phase}/{instance_id}/".encode()
 
 

@@ -27,7 +27,7 @@ MAX_TOP_LOGPROBS: Final = 128
 
 
 class BadRequestError(VoltanaError):
-    """A body that is no request; the message goes to the client."""
+    """A body that cannot be read as a request; the message goes to the client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -58,7 +58,7 @@ class RouterFleet:
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self._router = source.make_router()
+        self.policy = source.make_router()
         self._fallback = source.make_router(FALLBACK)
         self._has_routing_failed = False
         self.workers: dict[Phase, list[Worker]] = {
@@ -170,7 +170,7 @@ class RouterFleet:
     ) -> tuple[int, int]:
         """The policy's positions; round-robin's where it fails, which is counted."""
         try:
-            return route(self._router, view, prefill, decode)
+            return route(self.policy, view, prefill, decode)
         except VoltanaError as error:
             self._metrics.routing_errors.inc()
             if not self._has_routing_failed:  # once: a broken policy fails at every request

@@ -18,7 +18,7 @@ PREFILL_HEADER: Final = "X-Voltana-Prefill"
 DECODE_HEADER: Final = "X-Voltana-Decode"
 BAD_GATEWAY: Final = 502
 UNBUFFERED_BYTES: Final = 2**14
-"""So much in the transport makes no writer wait: it says stop at four times that."""
+"""With less in the send buffer a write need not wait: it is full at four times as much."""
 
 
 class ClientSink:

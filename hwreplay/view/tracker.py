@@ -133,7 +133,7 @@ class InstanceTracker:
         self._follow_own_counts()
 
     def on_tokens(self, request_id: int, count: int) -> None:
-        """So many tokens of it came out of the decode instance's stream, the first one included."""
+        """The decode server has streamed `count` more tokens of a request, the first included."""
         request = self._open.get(request_id)
         if request is None or self.has_feed or self._is_prefill:
             return

@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Final, Self
 
 from voltana.profiles.device.gpu import (
@@ -157,12 +157,7 @@ class ClockSession:
             self._install_handlers()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum in self._old_handlers:
             signal.signal(signum, signal.SIG_IGN)  # a second Ctrl-C must not stop the restoring
         try:

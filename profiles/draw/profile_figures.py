@@ -28,7 +28,7 @@ MIN_CONTEXT_TOKENS: Final = 2
 """A context of 1 is the far edge of a table; drawn on a log scale it would fill the figure."""
 MAX_LINES: Final = 6
 MIN_POINTS: Final = 2
-"""Fewer are no figure."""
+"""With fewer points no figure is drawn."""
 MIN_R2: Final = 0.9
 MAX_MAPE_PCT: Final = 10.0
 """Ours: the shipped profiles' fits have an R2 of 0.975 and more, a MAPE of 3.2 % and less."""

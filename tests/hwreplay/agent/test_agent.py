@@ -28,7 +28,7 @@ from tests.hwreplay.engine_voice import EngineVoice, repeating
 from tests.hwreplay.messages.test_batch_feed import batch, plugin  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
-from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.hwreplay.agent.control import StaleLimits
 from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import Event, EventPublisher
@@ -62,9 +62,9 @@ def config_of(tmp_path: Path, voice: EngineVoice, **values: Any) -> AgentConfig:
 
 @contextmanager
 def running(config: AgentConfig, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = start_agent(config, directory)
+    process = start_agents([config], directory)
     try:
-        await_agent(process, config, directory)
+        await_agents(process, [config], directory)
         yield process
     finally:
         process.send_signal(signal.SIGCONT)
@@ -212,9 +212,9 @@ def test_an_agent_ends_with_its_parent(card: Standin, tmp_path: Path, voice: Eng
     config = with_actuator(tmp_path, voice)
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from voltana.hwreplay.agent.agent import read_agent_config, start_agent\n"
+        "from voltana.hwreplay.agent.agent import read_agent_config, start_agents\n"
         f"d = Path({str(tmp_path)!r})\n"
-        "p = start_agent(read_agent_config(d / 'agent-decode-0.json'), d)\n"
+        "p = start_agents([read_agent_config(d / 'agent-decode-0.json')], d)\n"
         "print(p.pid, flush=True)\ntime.sleep(600)\n"
     )
     with running(config, tmp_path):
@@ -252,8 +252,8 @@ def test_a_killed_actuator_restores_and_a_new_one_is_found(
         monkeypatch.setenv(key, value)
     config = with_actuator(tmp_path, voice)
     with actuator_process(standin, tmp_path / "actuator") as actuator:
-        agent = start_agent(config, tmp_path)
-        await_agent(agent, config, tmp_path)
+        agent = start_agents([config], tmp_path)
+        await_agents(agent, [config], tmp_path)
         with repeating(lambda: voice.decode(*SMALL)):
             assert eventually(lambda: standin["locked_mhz"] == 1005)
             actuator.kill()

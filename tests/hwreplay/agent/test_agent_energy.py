@@ -18,7 +18,7 @@ from tests.hwreplay.agent.test_agent import SMALL, config_of, running, voice, wi
 from tests.hwreplay.engine_voice import repeating
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
-from voltana.hwreplay.agent.agent import AgentConfig, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, start_agents
 from voltana.hwreplay.messages.agent_reports import AgentReport, ReportFeed
 from voltana.profiles.catalog import load_profile
 
@@ -144,6 +144,6 @@ def test_cards_in_parts_are_refused_by_agent_and_actuator(
     assert done.returncode == 2
     assert "must not be partitioned" in done.stderr
     config = config_of(tmp_path, voice, gpus=(0,))
-    process = start_agent(config, tmp_path)
+    process = start_agents([config], tmp_path)
     assert process.wait(60) == 2
     assert "must not be partitioned" in (tmp_path / f"{config.name}.log").read_text()

@@ -6,9 +6,9 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
 from typing import Self
 
+from tests.profiles.measure.quiet import Quiet
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.lock import ClockSession
 from voltana.profiles.engines.base import (
@@ -22,7 +22,6 @@ from voltana.profiles.engines.base import (
 )
 from voltana.profiles.measure.campaign import Campaign, Plan
 from voltana.profiles.measure.journal import Journal
-from voltana.profiles.measure.progress import Quiet
 from voltana.profiles.measure.trial import Protocol
 
 FAST = Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=2)
@@ -46,12 +45,7 @@ class Fake:
         self.num_starts += 1
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         pass
 
     @property

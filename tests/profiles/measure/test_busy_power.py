@@ -21,7 +21,7 @@ from voltana.profiles.device.gpu import GpuIdentity
 from voltana.profiles.engines.base import Engine, Point, PreparedPoint
 from voltana.profiles.engines.sglang import _Bursts
 from voltana.profiles.engines.sglang_client import Client, Endpoint, Endpoints, Records
-from voltana.profiles.measure.assemble import _power_provenance
+from voltana.profiles.measure.assemble import power_provenance
 from voltana.profiles.measure.power import Reading
 from voltana.profiles.measure.trial import (
     GAPS,
@@ -211,9 +211,9 @@ def test_one_such_trial_and_the_phases_power_is_modelled(tmp_path: Path) -> None
         temperature_c=40.0, clock_mhz=1005, num_iterations=5, flags=(GAPS,),
     )  # fmt: skip
     bad = replace(good, flags=(NOT_MEASURED,))
-    made = _power_provenance([good, good], identities, facts)
+    made = power_provenance([good, good], identities, facts)
     assert made.status == "measured"
     assert "pauses were taken out at the idle power" in made.uncertainty
-    made = _power_provenance([good, bad], identities, facts)
+    made = power_provenance([good, bad], identities, facts)
     assert made.status == "modelled"
     assert "in 1 of 2 trials the engine paused too long" in made.source

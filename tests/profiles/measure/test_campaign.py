@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.profiles.measure.fake_engine import BIG, FAST, Fake, plan, run
+from tests.profiles.measure.quiet import Quiet
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.gpu import ClockTimeoutError, GpuBusyError
@@ -23,7 +24,7 @@ from voltana.profiles.measure.assemble import assemble
 from voltana.profiles.measure.campaign import Campaign, Plan
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.power import SampleGapError
-from voltana.profiles.measure.progress import Quiet, Standing
+from voltana.profiles.measure.progress import Standing
 from voltana.profiles.measure.run import check_parallel, measure_profile
 
 
@@ -112,7 +113,7 @@ def test_a_window_that_cannot_be_metered_is_dropped_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first trial of the run fails, then every trial of one point."""
-    whole = trial_module._run_trial
+    whole = trial_module.run_trial
     failing = iter([True, False, True, True])
 
     def stalled(*args: object) -> object:
@@ -120,7 +121,7 @@ def test_a_window_that_cannot_be_metered_is_dropped_and_recorded(
             raise SampleGapError("the machine is overloaded")
         return whole(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trial_module, "_run_trial", stalled)
+    monkeypatch.setattr(trial_module, "run_trial", stalled)
     log = run(Fake(), tmp_path / "j")
     first, *rest = log.points.values()
     assert len(first) == 1

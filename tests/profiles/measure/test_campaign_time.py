@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from tests.profiles.measure.fake_engine import FAST, Fake, plan, run
+from tests.profiles.measure.quiet import Quiet
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.lock import ClockSession
 from voltana.profiles.measure import trial as trial_module
 from voltana.profiles.measure.campaign import Campaign
 from voltana.profiles.measure.journal import Journal
-from voltana.profiles.measure.progress import Quiet, Standing
+from voltana.profiles.measure.progress import Standing
 from voltana.profiles.measure.trial import Trial
 
 
