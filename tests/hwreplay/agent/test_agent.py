@@ -1,6 +1,4 @@
-"""The agent's process on real sockets, the real actuator and the emulated card: what it does to a
-card while all is well, and what the card is left with when something is not.
-"""
+"""The agent's process with the real actuator on the emulated card, while all is well or is not."""
 
 from __future__ import annotations
 
