@@ -52,7 +52,7 @@ figures: $(STAMP)
 
 # PyTorch is for the first one alone, which without it shows no profile of this machine.
 notebooks: $(STAMP)
-	$(BIN)/python -m voltana.experiments.notebooks
+	$(BIN)/python -m voltana.experiments.documentation.notebooks
 
 test: lint types contracts unit
 

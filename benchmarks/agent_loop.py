@@ -3,10 +3,10 @@
 python benchmarks/agent_loop.py [--instances N] [--rate R] [--seconds S]
 
 Everything is real but the engine and the card: per instance an agent process, a ZMQ socket with
-SGLang's records at a steady rate, and for prefill the plug-in's datagrams; one helper process that
-records instead of locking. The batches alternate so that every decision changes the clock. Two
+SGLang's records at a steady rate, and for prefill the plug-in's datagrams; one actuator process
+that records instead of locking. The batches alternate so that every decision changes the clock. Two
 times are measured: inside the agent, from taking a message off its socket to the decision in the
-kernel; and over all, from this program's sending to the helper's acting, both hops included.
+kernel; and over all, from this program's sending to the actuator's acting, both hops included.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import msgspec
 import numpy as np
 import zmq
 
-from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -44,7 +44,9 @@ GOAL_P99_S: Final = 0.004
 class Instance:
     """One engine's voice and its agent."""
 
-    def __init__(self, phase: Phase, number: int, gpu: int, directory: Path, helper: Path) -> None:
+    def __init__(
+        self, phase: Phase, number: int, gpu: int, directory: Path, actuator: Path
+    ) -> None:
         self.phase: Phase = phase
         self.gpu = gpu
         self.sent_s: list[float] = []
@@ -60,11 +62,11 @@ class Instance:
             settings=SETTINGS,
             metrics_address=address,
             batch_socket=str(directory / f"{phase}-{number}.batches") if phase == PREFILL else None,
-            actuator_socket=str(helper),
+            actuator_socket=str(actuator),
             gpus=(gpu,),
             power_w=1.0,
         )
-        self.process = start_agent(self.config, directory)
+        self.process = start_agents([self.config], directory)
         self._announcer = _announcer(self.config.batch_socket)
         self._scheduler = SimpleNamespace(waiting_queue=[])
 
@@ -123,29 +125,29 @@ def main() -> None:
 
 def run(directory: Path, num_instances: int, rate_per_s: float, seconds: float) -> None:
     """Start everything, play the records, end everything, print."""
-    helper_path, actions = directory / "helper", directory / "actions.jsonl"
+    actuator_path, actions = directory / "actuator", directory / "actions.jsonl"
     gpus = [argument for gpu in range(num_instances) for argument in ("--gpu", str(gpu))]
-    helper = subprocess.Popen(
-        [sys.executable, "-m", "voltana.experiments.cli", "actuator", str(helper_path), *gpus,
+    actuator = subprocess.Popen(
+        [sys.executable, "-m", "voltana.experiments.cli", "actuator", str(actuator_path), *gpus,
          "--dry-run", str(actions)],
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     instances: list[Instance] = []
     try:
-        assert helper.stderr is not None
-        helper.stderr.readline()
+        assert actuator.stderr is not None
+        actuator.stderr.readline()
         for gpu in range(num_instances):
             phase: Phase = PREFILL if gpu % 2 == 0 else DECODE
-            instances.append(Instance(phase, gpu // 2, gpu, directory, helper_path))
+            instances.append(Instance(phase, gpu // 2, gpu, directory, actuator_path))
         for instance in instances:
-            await_agent(instance.process, instance.config, directory)
+            await_agents(instance.process, [instance.config], directory)
         play(instances, rate_per_s, seconds)
     finally:
         for instance in instances:
             instance.process.terminate()
             instance.process.wait()
-        helper.send_signal(signal.SIGTERM)
-        helper.wait()
+        actuator.send_signal(signal.SIGTERM)
+        actuator.wait()
     acted = [json.loads(line) for line in actions.read_text().splitlines()]
     print(f"{num_instances} agents, {rate_per_s:g} iterations/s each, {seconds:g} s")
     for instance in instances:
@@ -188,7 +190,7 @@ def report_on(instance: Instance, directory: Path, acted: list[dict[str, float]]
     p50_s, p99_s = np.quantile(over_all_s, (0.5, 0.99))
     verdict = "under" if p99_s < GOAL_P99_S else "OVER"
     print(
-        f"engine to helper p50 {p50_s * 1e3:.2f} ms, p99 {p99_s * 1e3:.2f} ms, "
+        f"engine to actuator p50 {p50_s * 1e3:.2f} ms, p99 {p99_s * 1e3:.2f} ms, "
         f"max {over_all_s.max() * 1e3:.2f} ms: {verdict} {GOAL_P99_S * 1e3:g} ms"
     )
 

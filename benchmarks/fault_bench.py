@@ -24,7 +24,7 @@ import aiohttp
 import numpy as np
 import tomli_w
 
-from voltana.hwreplay.agent.agent import AgentConfig, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, start_agents
 from voltana.hwreplay.agent.agent import ready_file as ready_file_of
 from voltana.hwreplay.agent.control import StaleLimits
 from voltana.hwreplay.emulated.card import Card
@@ -248,7 +248,7 @@ class Bench:
         log = self.directory / f"actuator-{self._num_starts}.log"
         gpus = [word for card in self.cards.values() for word in ("--gpu", str(card.index))]
         self._spawn(
-            *("actuator", "voltana.hwreplay.actuator", str(self.directory / "helper"), *gpus),
+            *("actuator", "voltana.hwreplay.actuator", str(self.directory / "actuator"), *gpus),
             *("--allow-writable-code",),
             log=log,
         )
@@ -303,12 +303,12 @@ class Bench:
             metrics_address=self._metrics(name),
             event_address=self._ipc("events"),
             report_address=self._ipc("reports"),
-            actuator_socket=str(self.directory / "helper"),
+            actuator_socket=str(self.directory / "actuator"),
             gpus=(self.cards[name].index,),
             stale=STALE,
         )
         part = f"agent {name}"
-        process = self._processes[part] = start_agent(config, self.directory)
+        process = self._processes[part] = start_agents([config], self.directory)
         ready = ready_file_of(config, self.directory)
 
         def is_ready() -> bool:

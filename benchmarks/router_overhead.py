@@ -37,8 +37,8 @@ import tomli_w
 import uvloop
 import zmq
 
+from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.events import topic_of
-from voltana.hwreplay.messages.reports import Report, ReportSender
 from voltana.sim.policies.base import Phase
 
 ROOT = Path(__file__).parents[1]
@@ -164,7 +164,7 @@ class Agents:
         """Report at an agent's rate; the events are taken by ZMQ's own thread."""
         for count in itertools.count():
             for sender, instance in zip(self._senders, self._instances, strict=True):
-                sender.send(Report(*instance, time.monotonic(), 1005, float(count), count))
+                sender.send(AgentReport(*instance, time.monotonic(), 1005, float(count), count))
             await asyncio.sleep(TICK_S)
 
     def close(self) -> None:

@@ -25,11 +25,11 @@ class Bar:
         self._task = progress.add_task(what, total=total)
 
     def advance(self, steps: float = 1, what: str | None = None) -> None:
-        """So many more steps are done; `what` says what is going on now."""
+        """Add finished steps; `what` says what is going on now."""
         self._progress.update(self._task, advance=steps, description=what)
 
     def at(self, done: float, total: float) -> None:
-        """So many steps of so many are done."""
+        """Set how many steps of how many are done."""
         self._progress.update(self._task, completed=done, total=total)
 
 

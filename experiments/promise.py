@@ -71,6 +71,11 @@ def tell(found: Sequence[Overload]) -> None:
 def end_with(found: Sequence[Overload], *, require_slo: bool, says: bool = True) -> None:
     """Say it, and end the command if its `--require-slo` is given.
 
+    Args:
+        found: Loads that are too much, if any.
+        require_slo: Whether that is an error.
+        says: Whether to name them on standard error.
+
     Raises:
         typer.Exit: With code 1.
     """

@@ -274,7 +274,7 @@ def _fit_prefill(table: pd.DataFrame, seed: int) -> Iterator[tuple[object, ...]]
         used = chosen if chosen["tokens"].nunique() >= 3 else part
         x = np.column_stack([np.zeros(len(used)), used["tokens"].to_numpy(float)])
         y = used["time_s"].to_numpy(float)
-        coefficients = _ransac(x, y, PREFILL_RANSAC, seed)
+        coefficients = ransac(x, y, PREFILL_RANSAC, seed)
         yield ("prefill", clock, 1, _ALL_BATCHES, *coefficients, *_errors(x, y, coefficients))
 
 
@@ -287,7 +287,7 @@ def _fit_decode(table: pd.DataFrame, seed: int) -> Iterator[tuple[object, ...]]:
             used = kept if len(kept) >= 3 else chosen
             x = used[list(POINT[1:])].to_numpy(dtype=float)
             y = used["time_s"].to_numpy(dtype=float)
-            coefficients = _ransac(x, y, DECODE_RANSAC, seed)
+            coefficients = ransac(x, y, DECODE_RANSAC, seed)
             yield ("decode", clock, low, high, *coefficients, *_errors(x, y, coefficients))
 
 
@@ -306,10 +306,15 @@ def _ranges_with_points(table: pd.DataFrame) -> list[tuple[int, int]]:
     return bounds
 
 
-def _ransac(
-    x: FloatArray, y: FloatArray, settings: Ransac, seed: int
-) -> tuple[float, float, float]:
-    """Least squares over the inliers of the subset that has most of them; times in s."""
+def ransac(x: FloatArray, y: FloatArray, settings: Ransac, seed: int) -> tuple[float, float, float]:
+    """Least squares over the inliers of the subset that has most of them.
+
+    Args:
+        x: Batch size and tokens, shape (points, 2).
+        y: Times in s, shape (points,).
+        settings: Subset size and number of tries.
+        seed: Of the subsets.
+    """
     size, count = settings.subset_points, len(y)
     if count <= size:
         return _least_squares(x, y)

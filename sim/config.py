@@ -187,7 +187,7 @@ class SimConfig:
 
     @property
     def aimed_itl_s(self) -> float:
-        """The same of the time between tokens."""
+        """The time between tokens that policies are told to keep: the promise times `aim_ratio`."""
         return self.slo_itl_s * (self.aim_ratio or 1.0)
 
     def as_dict(self) -> dict[str, Any]:

@@ -26,7 +26,8 @@ def compare(
     Example: voltana compare-profiles profiles/data/h200/llama-3.1-8b a100-80g-sxm/llama-3.1-8b
     --out results/h200-beside-a100
     """
-    from voltana.experiments.compare.profiles import compare_profiles, note_text, write_comparison
+    from voltana.experiments.compare.profiles import compare_profiles, note_text
+    from voltana.experiments.draw.comparison import write_comparison
     from voltana.profiles.catalog import load_profile
 
     found = compare_profiles(load_profile(measured), load_profile(model))

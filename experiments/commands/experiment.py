@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from voltana.experiments.study.suite import Experiment
 
 STEP_RESPONSE = "step-response"
-"""Run by its name only: it is no file with a grid, which is what `all` goes through."""
+"""Runs only when named: `all` runs the experiments that are files with a grid."""
 
 experiment = typer.Typer(
     name="experiment",
@@ -97,7 +97,7 @@ def _run_step_response(out: Path, *, quick: bool) -> Path:
     Its loads are disturbances that are meant to overload: nobody is warned of that.
     """
     from voltana.experiments.draw.plots import save
-    from voltana.experiments.draw.responses import draw_responses
+    from voltana.experiments.study.responses import draw_responses
     from voltana.experiments.study.step_response import SEEDS, describe_plant, run_all
 
     directory = out / (f"{STEP_RESPONSE}-quick" if quick else STEP_RESPONSE)

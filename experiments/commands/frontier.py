@@ -129,8 +129,8 @@ def _search(study: Study, question: str, out: Path, jobs: int | None) -> bool:
     """One frontier, of a file or of the options; whether the top clocks carry every load."""
     import pandas as pd
 
-    from voltana.experiments.frontier.report import write_frontier
     from voltana.experiments.frontier.search import search_frontier
+    from voltana.experiments.frontier.search_page import write_frontier
     from voltana.experiments.frontier.table import carries, frontier_table
     from voltana.profiles.folders import claim
 

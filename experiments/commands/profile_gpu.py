@@ -2,29 +2,11 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-from voltana.experiments.extras import needs
-from voltana.profiles.errors import VoltanaError, nearest
-
-if TYPE_CHECKING:
-    from voltana.profiles.catalog import Profile
-    from voltana.profiles.device.gpu import Gpu
-    from voltana.profiles.engines.base import Engine, Phase
-    from voltana.profiles.measure.campaign import Plan
-    from voltana.profiles.measure.progress import Progress
-
-ENGINES = ("torch", "sglang")
-DEVICES = ("cuda", "cpu")
-_UNITS_S = {"s": 1.0, "m": 60.0, "h": 3600.0}
 
 
 def profile(
@@ -33,7 +15,7 @@ def profile(
     gpu: Annotated[
         str, typer.Option(help="NVML indices of all the cards of the engine: 0, or 0,1 for two")
     ] = "0",
-    engine: Annotated[str, typer.Option(help=" or ".join(ENGINES))] = "torch",
+    engine: Annotated[str, typer.Option(help="torch or sglang")] = "torch",
     frequencies: Annotated[
         str, typer.Option(help="MHz list (1005,1200,1410), all, or current: touch no clock")
     ] = "current",
@@ -102,194 +84,34 @@ def profile(
 
     Every finished point is kept in OUT/journal.jsonl; run the same command again to go on.
     """
-    from voltana.profiles.device.cards import open_cards
-    from voltana.profiles.measure.campaign import Plan
-    from voltana.profiles.measure.progress import open_progress
-    from voltana.profiles.measure.run import measure_profile
+    from voltana.experiments.hardware.profiling import Wish, run
     from voltana.profiles.measure.trial import Protocol
 
-    _check(engine, device, is_pair=pair, is_attached=attach is not None)
-    check_out(out)
-    protocol = Protocol(
-        window_s=window,
-        min_iterations=iterations,
-        num_trials=trials,
-        warm_up_s=warm_up,
-        settle_s=settle,
+    wish = Wish(
+        model=model,
+        out=out,
+        cards=gpu,
+        engine=engine,
+        frequencies=frequencies,
+        phases=phases,
+        budget=budget,
+        device=device,
+        dtype=dtype,
+        power_w=power_w,
+        max_batch_size=max_batch,
+        max_tokens=max_tokens,
+        attach=attach,
+        is_pair=pair,
+        server_python=server_python,
+        server_args=server_args,
+        allows_shared=allow_shared,
+        restored_clock_mhz=restore_clock,
+        protocol=Protocol(
+            window_s=window,
+            min_iterations=iterations,
+            num_trials=trials,
+            warm_up_s=warm_up,
+            settle_s=settle,
+        ),
     )
-    with open_cards(gpu, power_w) as cards, open_progress() as progress:
-        plan = Plan(
-            clocks_mhz=_clocks(frequencies, cards[0]),
-            phases=_phases(phases),
-            budget_s=_seconds(budget),
-            max_batch_size=max_batch,
-            max_tokens=max_tokens,
-            protocol=protocol,
-        )
-        if frequencies == "all":
-            plan = _thinned(plan, progress)
-        if engine == "torch":
-            chosen = _torch(model, device, dtype, len(cards))
-        else:
-            gpus = () if device == "cpu" else tuple(card.identity.index for card in cards)
-            chosen = (
-                _started(model, server_python, server_args, out / "logs", is_pair=pair, gpus=gpus)
-                if attach is None
-                else _attached(model, attach)
-            )
-        made = measure_profile(
-            cards,
-            chosen,
-            plan,
-            out,
-            progress,
-            allow_shared=allow_shared,
-            previous_clock_mhz=_restored_clock(restore_clock, cards),
-        )
-    typer.echo(_summary(made, out))
-
-
-def _thinned(plan: Plan, progress: Progress) -> Plan:
-    """Of all clocks those that the budget holds, and a line that says so."""
-    from voltana.profiles.measure.budget import clock_s, thinned
-
-    known_mhz = plan.clocks_mhz or ()
-    clocks_mhz = thinned(known_mhz, plan)
-    if len(clocks_mhz) < len(known_mhz):
-        progress.say(
-            f"--frequencies all: {len(known_mhz)} clocks of about {clock_s(plan):.0f} s each are "
-            f"more than the budget of {plan.budget_s:.0f} s, {len(clocks_mhz)} evenly spaced ones "
-            f"are measured: {', '.join(map(str, clocks_mhz))} MHz"
-        )
-    return replace(plan, clocks_mhz=clocks_mhz)
-
-
-def _check(engine: str, device: str, *, is_pair: bool, is_attached: bool) -> None:
-    if engine not in ENGINES:
-        raise VoltanaError(f"--engine must be known, got {engine!r}{nearest(engine, ENGINES)}")
-    if device not in DEVICES:
-        raise VoltanaError(
-            f"--device must be cuda or cpu, got {device!r}: choose the card with --gpu"
-        )
-    if engine != "sglang" and (is_pair or is_attached):
-        option = "--pair" if is_pair else "--attach"
-        raise VoltanaError(f"{option} must go with --engine sglang, got --engine {engine}")
-    if is_pair and device != "cpu":
-        raise VoltanaError(
-            "--pair must go with --device cpu, got --device cuda: two servers would share one card "
-            "and its power; leave --pair out, or --attach to a pair on cards of its own"
-        )
-
-
-def check_out(out: Path) -> None:
-    """Refuse a place inside the installed package: its journals and logs would ship with it."""
-    from voltana import profiles
-
-    package = Path(profiles.__file__).parent
-    if out.resolve().is_relative_to(package.resolve()):
-        raise VoltanaError(
-            f"--out must lie outside the package {package}, got {out}: name e.g. "
-            f"{Path('results/profiles') / out.name}"
-        )
-
-
-def _restored_clock(clock_mhz: int | None, cards: Sequence[Gpu]) -> int | None:
-    known_mhz = cards[0].supported_clocks_mhz() if clock_mhz is not None else ()
-    if clock_mhz is not None and clock_mhz not in known_mhz:
-        raise VoltanaError(
-            f"--restore-clock must be a clock the card supports ({known_mhz[0]}..{known_mhz[-1]} "
-            f"MHz in its steps), got {clock_mhz}: see nvidia-smi -q -d SUPPORTED_CLOCKS"
-        )
-    return clock_mhz
-
-
-def _attached(model: str, fleet: Path) -> Engine:
-    """Servers that run already, from a TOML file."""
-    with needs("replay", "--engine sglang"):
-        from voltana.profiles.engines.sglang import SglangEngine
-        from voltana.profiles.engines.sglang_attach import attach
-    from voltana.profiles.engines.llama_config import load_shape
-
-    return SglangEngine(lambda: attach(fleet), load_shape(model), is_attached=True)
-
-
-def _started(
-    model: str, python: Path, arguments: str, logs: Path, *, is_pair: bool, gpus: tuple[int, ...]
-) -> Engine:
-    """Servers to start: one, or a pair, on the cards that are named or on the CPU."""
-    with needs("replay", "--engine sglang"):
-        from voltana.hwreplay.engines.launch import run_profiled
-        from voltana.hwreplay.engines.plan import Installation
-        from voltana.profiles.engines.sglang import SglangEngine
-    from voltana.profiles.engines.llama_config import load_shape
-
-    shape = load_shape(model)
-    if not Path(model).is_dir():
-        raise VoltanaError(
-            f"--model must be the folder of a model that SGLang can serve, got {model!r}: download "
-            "it, or name servers that run already with --attach"
-        )
-    installation = Installation(
-        python=python, model=Path(model), arguments=tuple(shlex.split(arguments))
-    )
-    return SglangEngine(lambda: run_profiled(installation, logs, is_pair=is_pair, gpus=gpus), shape)
-
-
-def _torch(model: str, device: str, dtype: str, num_gpus: int) -> Engine:
-    if num_gpus > 1:
-        raise VoltanaError(
-            f"--engine torch runs on one card, --gpu names {num_gpus}: name one, or take sglang"
-        )
-    try:
-        from voltana.profiles.engines.torch_llama import TorchEngine
-    except ModuleNotFoundError as error:
-        raise VoltanaError(
-            f"--engine torch needs {error.name}: pip install 'voltana[torch]'"
-        ) from None
-    from voltana.profiles.engines.llama_config import load_config
-
-    return TorchEngine(load_config(model), device=device, dtype=dtype)
-
-
-def _clocks(text: str, card: Gpu) -> tuple[int, ...] | None:
-    if text == "current":
-        return None
-    if text == "all":
-        return card.supported_clocks_mhz()
-    try:
-        return tuple(sorted({int(part) for part in text.split(",")}))
-    except ValueError:
-        raise VoltanaError(
-            f"--frequencies must be MHz separated by commas, all or current, got {text!r}"
-        ) from None
-
-
-def _phases(text: str) -> tuple[Phase, ...]:
-    from voltana.profiles.engines.base import PHASES
-
-    wanted = text.split(",")
-    for name in wanted:
-        if name not in PHASES:
-            raise VoltanaError(f"--phases must be phases, got {name!r}{nearest(name, PHASES)}")
-    return tuple(phase for phase in PHASES if phase in wanted)
-
-
-def _seconds(text: str) -> float:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text)
-    if found is None:
-        raise VoltanaError(f"--budget must be a number with s, m or h, got {text!r}: e.g. 60m")
-    seconds = float(found[1]) * _UNITS_S[found[2]]
-    if seconds <= 0:
-        raise VoltanaError(f"--budget must be > 0, got {text!r}: e.g. 60m")
-    return seconds
-
-
-def _summary(made: Profile, out: Path) -> str:
-    status = made.meta.provenance["decode_power"].status
-    points = len(made.prefill.drop_duplicates(["frequency_mhz", "batch_size", "tokens"]))
-    steps = len(made.decode.drop_duplicates(["frequency_mhz", "batch_size", "tokens"]))
-    clocks = ", ".join(map(str, made.clocks_mhz))
-    return (
-        f"{out}: {points} prefill and {steps} decode points at {clocks} MHz; "
-        f"time measured, power {status}; fit and plots in {out / 'report'}"
-    )
+    typer.echo(run(wish))

@@ -42,7 +42,7 @@ def import_profile(
     Example: voltana profile import --system h100_sxm --model Qwen/Qwen3-8B --power-from h100
     --clock-shape a100 --out results/profiles/h100-qwen3-8b
     """
-    from voltana.experiments.commands.profile_gpu import check_out
+    from voltana.experiments.hardware.profiling import check_out
     from voltana.profiles.importing.build import Source, build_profile
     from voltana.profiles.importing.decoder import load_decoder
     from voltana.profiles.importing.power import load_clock_shape, load_power

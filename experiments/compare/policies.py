@@ -46,6 +46,11 @@ def load_columns(table: pd.DataFrame, series: str, x: str | None = None) -> tupl
     """Columns that make up a load point: those that vary within a series, repeats apart.
 
     What follows from a label, or from `x`, is not named twice.
+
+    Args:
+        table: A sweep's results, one row a run.
+        series: Column that names the policy.
+        x: Column of the horizontal axis, a label or a key; None for none.
     """
     labels = [name for name in labels_of(table) if name != series]
     keys = [key for key in KEYS if key in table and key not in (SEED, series)]
@@ -68,6 +73,12 @@ def add_saving(
     """Add `saving_pct`: energy saved against the baseline at the same load and seed, in %.
 
     NaN where the baseline has no run of that load and seed.
+
+    Args:
+        table: One row a run, with `energy_j`.
+        loads: Columns of the load point, see `load_columns`.
+        series: Column that names the policy.
+        baseline: Value of `series` that is compared with.
     """
     keys = [*loads, *([SEED] if SEED in table and SEED not in loads else [])]
     base = table[table[series].astype(str) == baseline]
@@ -85,6 +96,12 @@ def best_pairs(
 
     The best is the one with the least energy among those that keep the SLO; where none does, the
     one with the highest worse attainment.
+
+    Args:
+        pairs: Runs of static pairs, one row a seed.
+        loads: Columns of the load point.
+        series: Column that names the pair.
+        target: Attainment, in 0..1, that keeps the SLO.
 
     Returns:
         Its rows, a seed each, with `clocks`; the series is called `BEST_PAIR`.
@@ -169,7 +186,7 @@ def _over_seeds(frame: pd.DataFrame, loads: Sequence[str]) -> pd.DataFrame:
 
 
 def _measured(table: pd.DataFrame) -> set[str]:
-    """Columns of results: numbers that are no configuration."""
+    """Columns of measured numbers: those that are not configuration keys."""
     numbers = table.select_dtypes("number").columns
     labels = set(labels_of(table)) if any(key in table for key in KEYS) else set()
     return {n for n in map(str, numbers) if n not in KEYS and n not in labels}

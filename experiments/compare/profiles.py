@@ -7,23 +7,16 @@ compared point by point after one factor for the whole phase (the median ratio) 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from itertools import pairwise
-from pathlib import Path
 from typing import Final
 
-import matplotlib as mpl
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from scipy.optimize import nnls
 
-from voltana.experiments.draw.plots import COLOURS, STYLE, save
 from voltana.profiles.catalog import Profile
 from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_csv, write_text
-from voltana.profiles.folders import claim
 from voltana.profiles.markdown import markdown_table
 
 PHASES: Final = ("prefill", "decode")
@@ -103,21 +96,6 @@ def compare_profiles(ours: Profile, theirs: Profile) -> ProfileComparison:
         costs=(_costs(ours, decode, "time_s"), _costs(theirs, decode, "time_s_theirs")),
         steps=tuple(_steps(decode)),
     )
-
-
-def write_comparison(found: ProfileComparison, directory: Path) -> list[Path]:
-    """Write `note.md`, `shape.csv`, `points.csv` and the figure it shows."""
-    claim(directory, "comparison")
-    figures = save(_figure(found), directory, "comparison")
-    tables = {
-        "shape.csv": pd.DataFrame([asdict(s) for s in found.shapes]),
-        "points.csv": found.points,
-    }
-    for name, table in tables.items():
-        write_csv(table, directory / name, float_format="%.6g")
-    note = directory / "note.md"
-    write_text(note_text(found), note)
-    return [note, *figures, *(directory / name for name in tables)]
 
 
 def note_text(found: ProfileComparison) -> str:
@@ -252,7 +230,7 @@ def _costs(profile: Profile, rows: pd.DataFrame, column: str) -> Costs:
 
 
 def _steps(decode: pd.DataFrame) -> list[Step]:
-    rows = _at_context(decode).sort_values("batch_size")
+    rows = at_context(decode).sort_values("batch_size")
     found = []
     for low, high in pairwise(rows.itertuples(index=False)):
         if int(str(high.batch_size)) != int(str(low.batch_size)) + 1:
@@ -264,7 +242,7 @@ def _steps(decode: pd.DataFrame) -> list[Step]:
     return found
 
 
-def _at_context(rows: pd.DataFrame) -> pd.DataFrame:
+def at_context(rows: pd.DataFrame) -> pd.DataFrame:
     """Of each batch size the point nearest to the context, none beyond a factor of 2."""
     context = rows["tokens"] / rows["batch_size"]
     target = context.iloc[int((context - CONTEXT_TOKENS).abs().argmin())]
@@ -272,38 +250,3 @@ def _at_context(rows: pd.DataFrame) -> pd.DataFrame:
     nearest = off.groupby(rows["batch_size"]).idxmin()
     found: pd.DataFrame = rows.loc[nearest[(off.loc[nearest] <= np.log(2.0)).to_numpy()]]
     return found
-
-
-def _figure(found: ProfileComparison) -> Figure:
-    points = found.points.dropna()
-    decode = _at_context(points[points["phase"] == "decode"])
-    prefill = points[(points["phase"] == "prefill")]
-    prefill = prefill[prefill["batch_size"] == prefill["batch_size"].min()]
-    time_scale = {s.phase: s.scale for s in found.shapes if s.quantity == "time_s"}
-    with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9.6, 3.2), layout="constrained")
-        left, middle, right = figure.subplots(1, 3)
-        _pair(left, found, decode, "batch_size", "time_s", time_scale["decode"])
-        left.set(xlabel="batch (requests)", ylabel="decode iteration (ms)")
-        _pair(middle, found, prefill, "tokens", "time_s", time_scale["prefill"])
-        middle.set(
-            xlabel="prompt (tokens)", ylabel="prefill iteration (ms)", xscale="log", yscale="log"
-        )
-        _pair(right, found, decode, "batch_size", "power_w", 1.0)
-        right.set(xlabel="batch (requests)", ylabel="decode power (W)")
-        for axes in (left, right):
-            axes.set_ylim(bottom=0)
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
-    return figure
-
-
-def _pair(
-    axes: Axes, found: ProfileComparison, rows: pd.DataFrame, x: str, y: str, scale: float
-) -> None:
-    """Ours, and theirs times the scale: what is left between them is the shape."""
-    unit = 1e3 if y == "time_s" else 1.0
-    ordered = rows.sort_values(x)
-    label = f"{found.theirs.name}, times scaled to it"
-    axes.plot(ordered[x], unit * ordered[y], "o", ms=3.5, color=COLOURS[2], label=found.ours.name)
-    axes.plot(ordered[x], unit * scale * ordered[f"{y}_theirs"], color=COLOURS[1], label=label)

@@ -17,9 +17,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from voltana.experiments.compare.policies import BEST_PAIR, TARGET, load_columns, worse_attainment
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_figure
-from voltana.profiles.measure.style import (
+from voltana.profiles.draw.style import (
     COLOURS,
     GREY,
     MARKERS,
@@ -29,6 +27,8 @@ from voltana.profiles.measure.style import (
     legend_height_in,
     line_style,
 )
+from voltana.profiles.errors import VoltanaError
+from voltana.profiles.files import write_figure
 from voltana.sim.policies.base import DECODE, PREFILL
 
 __all__ = ["COLOURS", "MARKERS", "STYLE", "energy_vs_slo", "save"]
@@ -85,7 +85,13 @@ def energy_vs_slo(frame: pd.DataFrame, *, target: float = TARGET) -> Figure:
 
 
 def save(figure: Figure, directory: Path, name: str) -> list[Path]:
-    """Write PNG and SVG; the same figure gives the same bytes."""
+    """Write PNG and SVG; the same figure gives the same bytes.
+
+    Args:
+        figure: What to write.
+        directory: Made if it is missing.
+        name: Of the files, without suffix.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     paths = [directory / f"{name}.png", directory / f"{name}.svg"]
     with mpl.rc_context(STYLE):
@@ -104,7 +110,13 @@ def hollow(label: str) -> Line2D:
 def add_legend(
     figure: Figure, handles: Sequence[Line2D], where: Place = "outside lower center"
 ) -> None:
-    """A legend as wide as the figure allows."""
+    """A legend as wide as the figure allows.
+
+    Args:
+        figure: Gets the legend.
+        handles: Its entries, in order.
+        where: Where matplotlib puts it.
+    """
     labels = [str(handle.get_label()) for handle in handles]
     figure.legend(handles=list(handles), loc=where, ncols=legend_columns(labels))
 
@@ -112,7 +124,15 @@ def add_legend(
 def plot_kept(
     axes: Axes, x: pd.Series[Any], y: pd.Series[Any], kept: pd.Series[bool], style: dict[str, Any]
 ) -> None:
-    """A curve whose markers are hollow where the promise is broken."""
+    """A curve whose markers are hollow where the promise is broken.
+
+    Args:
+        axes: Where to draw.
+        x: Positions, shape (points,).
+        y: Heights, shape (points,).
+        kept: Whether each point keeps the promise, shape (points,).
+        style: Colour, marker and line, as of `line_style`.
+    """
     axes.plot(x, y, **(style | {"marker": ""}))
     for is_kept, face in ((True, style["color"]), (False, "white")):
         dots = kept == is_kept

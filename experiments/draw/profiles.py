@@ -10,8 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.measure.report import decode_at_context
-from voltana.profiles.measure.style import FONT_PT, STYLE, WIDTH_IN, line_style
+from voltana.profiles.draw.profile_figures import decode_at_context
+from voltana.profiles.draw.style import FONT_PT, STYLE, WIDTH_IN, line_style
 
 CONTEXT_TOKENS: Final = 1024
 """Context per request at which decode is drawn, or the nearest that was profiled."""

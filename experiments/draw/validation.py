@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from voltana.experiments.draw.plots import add_legend
 from voltana.hwreplay.validate.validate import Validation, cdf
-from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN
+from voltana.profiles.draw.style import COLOURS, GREY, STYLE, WIDTH_IN
 from voltana.sim.metrics import tpot_s, ttft_s
 from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.records import RunRecord
@@ -24,7 +24,13 @@ WIDE: Final = 30.0
 
 
 def validation_figure(simulated: RunRecord, observed: RunRecord, found: Validation) -> Figure:
-    """CDFs of TTFT, ITL and TPOT; predicted against observed iterations; clock residency."""
+    """CDFs of TTFT, ITL and TPOT; predicted against observed iterations; clock residency.
+
+    Args:
+        simulated: The simulated run.
+        observed: The real one, of the same requests.
+        found: How the two compare.
+    """
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(WIDTH_IN, 8.0), layout="constrained")
         axes = figure.subplots(3, 2)

@@ -47,7 +47,7 @@ class Contender:
     controller: str
     """As it is called in tables: its given name, or its text without what the knob sets."""
     router: str
-    """The same of the router: static pairs are held against the policy under this one."""
+    """The router's name in tables; static pairs are run under it too, to be compared."""
     plain: Mapping[str, str]
     """Configuration keys with the knob at its default."""
     settings: Mapping[str, str]

@@ -13,11 +13,11 @@ from typing import Final
 
 import pandas as pd
 
-from voltana.experiments.frontier.report import text_table
 from voltana.experiments.frontier.search import search_frontier
+from voltana.experiments.frontier.search_page import text_table
 from voltana.experiments.frontier.study import load_names_of, read_study
 from voltana.experiments.frontier.table import COLUMNS, frontier_table
-from voltana.experiments.study.suite import CONFIGS
+from voltana.experiments.sweep.grid import CONFIGS
 from voltana.profiles.binding import check_names
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_csv
@@ -79,7 +79,13 @@ def run_contest(
 
 
 def write_contest(lines: pd.DataFrame, csv: Path, order: Sequence[str] = ()) -> None:
-    """Replace the lines of a load; loads come in that order, others after them as they were."""
+    """Replace the lines of a load; loads come in that order, others after them as they were.
+
+    Args:
+        lines: New lines; they replace those of the same load and policy.
+        csv: The table, made if it is missing.
+        order: Names of loads in the order that the table shall have.
+    """
     if csv.exists():
         before = read_contest(csv)
         is_same = before[KEY].apply(tuple, axis=1).isin([*lines[KEY].apply(tuple, axis=1)])

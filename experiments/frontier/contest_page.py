@@ -21,10 +21,10 @@ from voltana.experiments.frontier.search import (
     STATIC_MAX,
     STATIC_PAIR,
 )
+from voltana.profiles.draw.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_text
 from voltana.profiles.markdown import markdown_table
-from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN, legend_height_in
 
 PAGE: Final = "contest.md"
 FIGURE: Final = "contest-shares"
@@ -57,7 +57,13 @@ def _save(figure: Figure, directory: Path) -> Path:
 
 
 def replaced(page: str, block: str, name: str = PAGE) -> str:
-    """The page with that block between its marks. Raises VoltanaError if it has no marks."""
+    """The page with that block between its marks. Raises VoltanaError if it has no marks.
+
+    Args:
+        page: Its text.
+        block: Markdown to put in.
+        name: Of the page, for the message.
+    """
     before, begin, rest = page.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):

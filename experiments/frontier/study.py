@@ -125,6 +125,14 @@ def quick_study(
 ) -> Study:
     """The study of the command line's options; None is the default of each.
 
+    Args:
+        settings: Configuration keys that all runs share.
+        rates_rps: Loads, in requests/s.
+        policies: Pairs, as in a study's file.
+        num_seeds: Seeds to judge on, at most as many to tune on.
+        target: Attainment, in 0..1.
+        attainment: Which attainment is meant, a metric's name.
+
     Raises:
         VoltanaError: A setting that would change nothing, or a bad value.
     """
@@ -149,6 +157,12 @@ def check_settings(
 ) -> None:
     """Refuse a setting that loads, repeats or policies would set again.
 
+    Args:
+        settings: Keys that all runs share.
+        loads: Keys of each load.
+        of_repeats: Keys that repeats set.
+        where: What to do instead: the end of the message.
+
     Raises:
         VoltanaError: There is one.
     """
@@ -171,7 +185,7 @@ def load_names_of(path: Path) -> list[str]:
 
 
 def _in_data(values: Mapping[str, Any]) -> dict[str, Any]:
-    """A trace that is no file here may be one of that name in the user's data folder."""
+    """Find a trace in the user's data folder if there is no such file here."""
     trace = values.get("trace")
     is_bare = isinstance(trace, str) and not Path(trace).is_file()
     found = in_data_folder(trace) if is_bare and trace is not None else None

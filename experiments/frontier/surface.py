@@ -57,6 +57,11 @@ class DecodeSurface:
 
         On a piece P and T are linear in t, so that this is a quadratic: least at an end, or at
         its vertex if it is convex and that lies inside.
+
+        Args:
+            floor_w: Power that is not counted, in W.
+            beta: Price of a context token, in J.
+            lam: Price of a second of each request, in W.
         """
         b = self.batch_size
         first_w, last_w = self.start_w - floor_w + lam * b, self.end_w - floor_w + lam * b
@@ -117,6 +122,12 @@ def prefill_knots(
     Batch sizes between which a batch of at most `most_requests` prompts can lie. With
     `extrapolate` the ranges before and after a row follow as rows of their own, lower bounds of
     the time there.
+
+    Args:
+        profile: Whose tables.
+        most_tokens: Largest batch, in new tokens.
+        most_requests: Largest batch, in prompts.
+        extrapolate: Whether batches may lie outside the tables.
     """
     truth = profile.truth(extrapolate=extrapolate)
     for clock in profile.clocks_mhz:

@@ -80,7 +80,7 @@ def _attainment(study: Study, found: Found) -> float:
 
 
 def _reference(found: Iterable[Found], controller: str, router: str) -> Found | None:
-    """The last of that name: a static fleet of hindsight comes after the one that fell."""
+    """The last of this name: a static fleet found in hindsight follows one that failed."""
     wanted = (controller, router)
     return next((f for f in [*found][::-1] if (f.controller, f.router) == wanted), None)
 
@@ -133,7 +133,7 @@ def _keys(rows: pd.DataFrame) -> list[str]:
 
 
 def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -> dict[str, float]:
-    """Bounds by key; kept in the directory by what they depend on, which is no policy."""
+    """Lower bounds by key, kept in the directory; a bound does not depend on the policy."""
     store = directory / "bounds"
     store.mkdir(parents=True, exist_ok=True)
     wanted: dict[str, tuple[SimConfig, float]] = {}

@@ -21,7 +21,6 @@ from voltana.sim.config import make_config
 ATTAINMENTS: Final = ("attainment", "ttft_attainment", "itl_attainment", "worse")
 """What can be held equal: see NOMENCLATURE.md; `worse` is the lower of TTFT's and ITL's."""
 POINTS: Final = "points"
-REPEAT: Final = "repeat"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,8 +84,6 @@ class Bench:
         self._load = load
         self._attainment = attainment
         self._store = FolderStore(directory / POINTS)
-        self.num_runs = 0
-        """Runs asked for, those known already among them."""
 
     def run(
         self,
@@ -110,7 +107,6 @@ class Bench:
             values = {**self._base, **self._load.settings, **repeat, **settings}
             where = f"load {self._load.name!r}"
             point = Point(labels={}, config=make_config(values, where=where))
-            self.num_runs += 1
             try:
                 summary = self._summary(point)
             except VoltanaError as error:
@@ -135,12 +131,12 @@ class Bench:
 
 
 def attained(row: Mapping[str, Any], attainment: str) -> float:
-    """The attainment of one run that is held equal."""
+    """Attainment of one run."""
     return min(float(row[name]) for name in _columns(attainment))
 
 
 def pooled(rows: pd.DataFrame, attainment: str) -> float:
-    """The same of all requests (ITL: gaps) of several runs together; NaN without one."""
+    """Attainment over all requests (ITL: all gaps) of several runs; NaN without a run."""
     if rows.empty:
         return math.nan
     return min(_pooled(rows, name) for name in _columns(attainment))

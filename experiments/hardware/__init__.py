@@ -1,1 +1,1 @@
-"""Replays and their validation, as the command line runs them."""
+"""Measuring cards, replays and their validation, as the command line runs them."""

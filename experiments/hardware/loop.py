@@ -24,9 +24,9 @@ from typing import Any, Final
 
 import numpy as np
 
-from voltana.experiments.hardware import loop_probe, loop_profile, loop_report
+from voltana.experiments.hardware import loop_probe, loop_profile, loop_verdict
 from voltana.experiments.hardware.loop_probe import HostTimes
-from voltana.experiments.hardware.loop_report import BASELINE
+from voltana.experiments.hardware.loop_verdict import BASELINE
 from voltana.experiments.runs import cached_profile, workload_of
 from voltana.hwreplay.emulated import dilation
 from voltana.hwreplay.emulated.fleet import AGENT_S, LIBRARY, emulated_arguments
@@ -129,7 +129,13 @@ def _cut(work: Workload) -> Workload:
 
 
 def config_of(field: Field, policy: str, host: HostTimes) -> SimConfig:
-    """One cell's configuration, simulated and replayed."""
+    """One cell's configuration, simulated and replayed.
+
+    Args:
+        field: Fleet, load and promises.
+        policy: A name of `POLICIES`.
+        host: What the host adds.
+    """
     made = make_config(
         MEASURED
         | dict(POLICIES[policy])
@@ -147,7 +153,7 @@ def config_of(field: Field, policy: str, host: HostTimes) -> SimConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Fleet:
-    """Servers on emulated cards, and the helper that sets their clocks."""
+    """Servers on emulated cards, and the actuator that sets their clocks."""
 
     machine: Machine
     servers: Sequence[Server]
@@ -227,9 +233,15 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
 
 
 def measure_host(fleet: Fleet, field: Field, out: Path) -> HostTimes:
-    """What the host adds on a field's fleet, see `voltana.experiments.hardware.loop_probe`."""
+    """What the host adds on a field's fleet, see `voltana.experiments.hardware.loop_probe`.
+
+    Args:
+        fleet: Servers that run.
+        field: Fleet, load and promises.
+        out: Takes the folder of the probe.
+    """
     config = config_of(field, BASELINE, HostTimes())
-    folder = out / loop_report.slug(f"{field.name} probe")
+    folder = out / loop_verdict.slug(f"{field.name} probe")
     return loop_probe.measure(
         config,
         lambda work: replay(fleet.config(config), work, folder, _silent),
@@ -238,22 +250,30 @@ def measure_host(fleet: Fleet, field: Field, out: Path) -> HostTimes:
 
 
 def play(fleet: Fleet, field: Field, policy: str, host: HostTimes, out: Path) -> dict[str, Any]:
-    """Simulate and replay one cell, keep both runs, and return how they compare."""
+    """Simulate and replay one cell, keep both runs, and return how they compare.
+
+    Args:
+        fleet: Servers that run.
+        field: Fleet, load and promises.
+        policy: A name of `POLICIES`.
+        host: What the host adds, for the simulation.
+        out: Takes the folder of the cell.
+    """
     config = config_of(field, policy, host)
     work = workload_of(config)
     simulated = simulate(config, cached_profile(PROFILE), work)
-    folder = out / loop_report.slug(f"{field.name} {policy}")
+    folder = out / loop_verdict.slug(f"{field.name} {policy}")
     for name in ("simulated", "replayed"):
         claim(folder / name, "run")
     write_run(simulated, folder / "simulated")
     observed = replay(fleet.config(config), work, folder / "replayed", _silent)
     write_run(observed, folder / "replayed")
-    found = loop_report.compare(field.name, policy, simulated, observed, folder / "replayed")
+    found = loop_verdict.compare(field.name, policy, simulated, observed, folder / "replayed")
     found |= {"cards": _cards(fleet, config)}
     if any(card["locked_mhz"] or card["wanted_mhz"] for card in found["cards"]):
         found["failed"].append("a clock was left locked")
     write_json(found, folder / "cell.json")
-    sys.stderr.write(loop_report.line(found) + "\n")
+    sys.stderr.write(loop_verdict.line(found) + "\n")
     return found
 
 
@@ -271,7 +291,14 @@ def _cards(fleet: Fleet, config: SimConfig) -> list[dict[str, Any]]:
 
 
 def play_all(engine: Path, out: Path, *, is_short: bool, only: Sequence[str]) -> None:
-    """The second and third circle, in a process whose time is dilated; leaves `cells.json`."""
+    """The second and third circle, in a process whose time is dilated; leaves `cells.json`.
+
+    Args:
+        engine: What `make engine` fills.
+        out: Folder of all cells.
+        is_short: One instance a phase and fewer requests.
+        only: Names of `POLICIES`; empty for all.
+    """
     size = 1 if is_short else 2
     times: dict[str, dict[str, float]] = {}
     with open_fleet(engine, out, num_prefill=size, num_decode=size) as fleet:
@@ -326,7 +353,7 @@ def _outside(told: argparse.Namespace, engine: Path) -> int:
             return done.returncode
     found = json.loads((told.out / "cells.json").read_text())
     tables = [] if told.short else json.loads((told.out / "tables.json").read_text())
-    passes, text = loop_report.report(found, tables)
+    passes, text = loop_verdict.report(found, tables)
     write_text(text, told.out / "report.md")
     sys.stdout.write(text)
     return 0 if passes else 1

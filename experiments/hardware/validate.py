@@ -7,8 +7,8 @@ from pathlib import Path
 
 from voltana.experiments.draw.validation import validation_figure
 from voltana.experiments.runs import cached_profile
-from voltana.hwreplay.validate.report import markdown
 from voltana.hwreplay.validate.validate import IterationModel, Thresholds, validate
+from voltana.hwreplay.validate.verdict_page import markdown
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_figure, write_text
 from voltana.profiles.folders import claim

@@ -29,7 +29,7 @@ from voltana.experiments.paper.panel import (
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.measure.style import STYLE, WIDTH_IN, line_style
+from voltana.profiles.draw.style import STYLE, WIDTH_IN, line_style
 from voltana.sim.config import make_config
 
 Promises = tuple[float, float]

@@ -156,7 +156,14 @@ def fit_panel(
 
 
 def trial_profile(data: Path, directory: Path, tuning: Tuning, model: str = MODEL) -> Path:
-    """The profile of one tuning, built if it is not there."""
+    """The profile of one tuning, built if it is not there.
+
+    Args:
+        data: Folder of the measured kernels.
+        directory: Folder of the profiles that are tried.
+        tuning: What to build it with.
+        model: Name of the model.
+    """
     name = "-".join(f"{value:g}" for value in asdict(tuning).values())
     made = directory / f"{model}-{name}"
     if not all((made / file).is_file() for file in FILES):
@@ -171,6 +178,11 @@ def scaled_promises(unknowns: Unknowns, profile: Profile, of_fit: Profile) -> tu
     before any other panel is looked at: the promise is the same multiple of the unloaded latency
     at the top clock. Unloaded ITL is a decode step of one request with 512 tokens of context,
     unloaded TTFT a prefill of 250 tokens and such a step.
+
+    Args:
+        unknowns: The fitted promises, in s.
+        profile: Of the other model.
+        of_fit: Of the model that was fitted.
     """
     itl_s, of_fit_itl_s = _unloaded_itl_s(profile), _unloaded_itl_s(of_fit)
     ttft_s, of_fit_ttft_s = _unloaded_ttft_s(profile), _unloaded_ttft_s(of_fit)

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from voltana.experiments.draw.plots import add_legend, display_name
-from voltana.profiles.measure.style import GREY, STYLE, WIDTH_IN, line_style
+from voltana.profiles.draw.style import GREY, STYLE, WIDTH_IN, line_style
 
 _ROWS: Final = {
     "saving_pct": "energy saved (%)",

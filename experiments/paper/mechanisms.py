@@ -32,8 +32,7 @@ from voltana.experiments.paper.panel import (
     with_saving_pct,
 )
 from voltana.experiments.study.script import run_script
-from voltana.experiments.study.suite import CONFIGS
-from voltana.experiments.sweep.grid import Point, read_sweep
+from voltana.experiments.sweep.grid import CONFIGS, Point, read_sweep
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.build.a100 import AS_SOURCES, Tuning
 from voltana.profiles.markdown import markdown_table
@@ -93,7 +92,13 @@ def awake_top_w(without: pd.DataFrame, per_w: pd.DataFrame, kept: pd.Series[bool
 def errors_with(
     without: pd.DataFrame, per_w: pd.DataFrame, watts: pd.Series[float]
 ) -> tuple[pd.Series[float], pd.Series[float]]:
-    """Error of the saving in points, of the energy in percent, with so much awake power a cell."""
+    """Errors of each cell with awake power: of the saving in points, of the energy in percent.
+
+    Args:
+        without: Residuals without awake power, one row a cell of the panel.
+        per_w: The same cells, their energy what one watt of awake power adds.
+        watts: Awake power of each cell, in W.
+    """
     ours = without["energy_kj_ours"] + watts * per_w["energy_kj_ours"]
     table = without.assign(energy_kj=ours)[[*PANEL_KEYS, "energy_kj"]]
     saving = with_saving_pct(table)["saving_pct"] - without["saving_pct_published"]

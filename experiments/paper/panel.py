@@ -17,8 +17,8 @@ import numpy as np
 import pandas as pd
 
 from voltana.experiments.draw.plots import VOLTANALLM
-from voltana.experiments.study.suite import CONFIGS, PANEL, read_experiment
-from voltana.experiments.sweep.grid import Point
+from voltana.experiments.study.suite import PANEL, read_experiment
+from voltana.experiments.sweep.grid import CONFIGS, Point
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.config import make_config
@@ -30,7 +30,7 @@ FITTED: Final = CONFIGS / "paper.toml"
 BASELINE: Final = "static-1410"
 PANEL_KEYS: Final = ("model", "dataset", "rps", "series")
 VALUES: Final = ("ttft_attainment_pct", "itl_attainment_pct", "energy_kj")
-AIMS: Final = {"saving_pct": 3.0, "ttft_attainment_pct": 8.0, "itl_attainment_pct": 8.0}
+TOLERANCES: Final = {"saving_pct": 3.0, "ttft_attainment_pct": 8.0, "itl_attainment_pct": 8.0}
 """Largest error that counts as agreement, in points."""
 OVERLOAD_ITL_PCT: Final = 95.0
 """Above the rate from which the published static-1410 misses this, the system is overloaded."""
@@ -119,7 +119,14 @@ def panel_residuals(
     jobs: int | None = None,
     changes: Mapping[str, ConfigValue] = MappingProxyType({}),
 ) -> pd.DataFrame:
-    """Run the published panel's rates and compare; see `panel_points` and `residuals`."""
+    """Run the published panel's rates and compare; see `panel_points` and `residuals`.
+
+    Args:
+        published: The panel, one row a rate and policy.
+        directory: Of the runs.
+        jobs: Processes; all cores by default.
+        changes: Configuration keys to set otherwise.
+    """
     row = published.iloc[0]
     points = panel_points(
         str(row["model"]), str(row["dataset"]), rates=sorted(set(published["rps"])), changes=changes
@@ -154,24 +161,26 @@ def residuals(ours: pd.DataFrame, published: pd.DataFrame) -> pd.DataFrame:
 
 
 def score(compared: pd.DataFrame) -> float:
-    """How far the residuals are from the aims: mean of 2·(sqrt(1 + z²) - 1), z = error / aim.
+    """How far the residuals are off, z = error / tolerance: mean of 2·(sqrt(1 + z²) - 1).
 
     Quadratic near zero and linear far out, so that the cliff of an overloaded series does not
     outweigh all else. Empty cells do not count.
     """
-    parts = [compared[f"{value}_error"].dropna() / aim for value, aim in AIMS.items()]
+    parts = [
+        compared[f"{value}_error"].dropna() / tolerance for value, tolerance in TOLERANCES.items()
+    ]
     z = np.concatenate(parts)
     return float(np.mean(2 * (np.sqrt(1 + z * z) - 1)))
 
 
 def worst(compared: pd.DataFrame) -> pd.DataFrame:
-    """Largest absolute error by series, and how many cells keep the aim of how many."""
+    """Largest absolute error by series, and how many cells keep the tolerance of how many."""
     rows = []
     for series, part in compared.groupby("series", sort=False):
         row: dict[str, Any] = {"series": series}
-        for value, aim in AIMS.items():
+        for value, tolerance in TOLERANCES.items():
             error = part[f"{value}_error"].dropna().abs()
             row[f"{value}_worst"] = round(float(error.max()), 1) if len(error) else np.nan
-            row[f"{value}_kept"] = f"{int((error <= aim).sum())}/{len(error)}"
+            row[f"{value}_kept"] = f"{int((error <= tolerance).sum())}/{len(error)}"
         rows.append(row)
     return pd.DataFrame(rows)

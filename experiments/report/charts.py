@@ -67,7 +67,13 @@ def pareto_front(energy: npt.ArrayLike, attainment: npt.ArrayLike) -> npt.NDArra
 
 
 def pareto(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
-    """Energy against the worse attainment, and against the worse tail over its SLO."""
+    """Energy against the worse attainment, and against the worse tail over its SLO.
+
+    Args:
+        results: What is reported.
+        rows: One row a run.
+        styles: Colour and marker of each series.
+    """
     rows = rows.assign(
         _kj=rows["energy_j"] / 1e3,
         _worse=100 * rows[["ttft_attainment", "itl_attainment"]].min(axis=1),
@@ -96,7 +102,13 @@ def pareto(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
 
 
 def curves(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
-    """Energy, saving and both attainments along the horizontal axis, a line a series."""
+    """Energy, saving and both attainments along the horizontal axis, a line a series.
+
+    Args:
+        results: What is reported.
+        rows: One row a run.
+        styles: Colour and marker of each series.
+    """
     names = ["energy", *(["saving"] if SAVING in rows else []), "ttft", "itl"]
     measures = [MEASURES[name] for name in names]
     figure = make_subplots(

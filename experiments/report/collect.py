@@ -19,8 +19,8 @@ from voltana.experiments.compare.policies import (
     labels_of,
     load_columns,
 )
-from voltana.experiments.study.suite import CONFIGS as EXPERIMENTS
 from voltana.experiments.study.suite import FigureSpec, list_experiments, read_experiment
+from voltana.experiments.sweep.grid import CONFIGS as EXPERIMENTS
 from voltana.experiments.sweep.run import (
     RESULTS,
     Residency,

@@ -64,7 +64,13 @@ SETTINGS: Final = (
 
 
 def compare_setting(setting: Setting, out: Path, *, jobs: int | None = None) -> pd.DataFrame:
-    """Train, run and average over seeds: one row a rate and policy."""
+    """Train, run and average over seeds: one row a rate and policy.
+
+    Args:
+        setting: Fleet, loads and promises.
+        out: Takes the trained policy and the runs.
+        jobs: Processes; all cores by default.
+    """
     policy = out / f"{setting.name}.npz"
     if not policy.exists():
         plan = TrainingPlan(

@@ -141,7 +141,13 @@ class Gains:
 
 
 def open_loop(plant: Plant, gains: Gains, setpoint_s: float) -> tuple[FloatArray, ComplexArray]:
-    """Frequencies (rad/s) and the complex open loop at them."""
+    """Frequencies (rad/s) and the complex open loop at them.
+
+    Args:
+        plant: What the clock acts on.
+        gains: Of the controller.
+        setpoint_s: ITL that the controller holds, in s.
+    """
     omega = _FREQUENCIES
     controller = gains.kp_mhz + gains.ki_mhz_per_s / (1j * omega)
     return omega, np.asarray(-plant.response(omega) * controller / setpoint_s)
@@ -149,6 +155,11 @@ def open_loop(plant: Plant, gains: Gains, setpoint_s: float) -> tuple[FloatArray
 
 def margins(plant: Plant, gains: Gains, setpoint_s: float) -> Margins:
     """Gain and phase margin of the loop that `pid` closes around a stable plant.
+
+    Args:
+        plant: What the clock acts on.
+        gains: Of the controller.
+        setpoint_s: ITL that the controller holds, in s.
 
     Raises:
         VoltanaError: The plant is unstable: margins of its open loop say nothing.
@@ -178,6 +189,12 @@ def tune_pi(
 
     The batch answers far more slowly than the dead time, so that the plant is a gain beyond its
     pole; the integral time is the dead time and Kp is the largest that keeps both margins.
+
+    Args:
+        plant: What the clock acts on.
+        setpoint_s: ITL that the controller holds, in s.
+        phase_deg: Least phase margin, in degrees.
+        gain_ratio: Least gain margin, as a factor.
     """
     low, high = 0.0, 1e5
     for _ in range(60):

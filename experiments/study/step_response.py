@@ -115,7 +115,13 @@ class Response:
 def respond(
     controller: str | Mapping[str, str], shape: str, seeds: Sequence[int] = SEEDS
 ) -> Response:
-    """Run a controller, or one a phase by configuration key, under a disturbance."""
+    """Run a controller under a disturbance.
+
+    Args:
+        controller: As in a configuration; or one for each phase, by configuration key.
+        shape: Of the disturbance, one of `SHAPES`.
+        seeds: Runs to average over.
+    """
     keys = {"controller": controller} if isinstance(controller, str) else controller
     runs = [_run(make_config({**BASE, **keys, "seed": s}), shape) for s in seeds]
     return Response(

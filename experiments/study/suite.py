@@ -32,12 +32,11 @@ import pandas as pd
 
 from voltana.experiments.compare.measures import find_measure
 from voltana.experiments.compare.policies import SEED, add_saving, is_static_pair
-from voltana.experiments.sweep.grid import STATIC_PAIR, Point, expand
+from voltana.experiments.sweep.grid import CONFIGS, STATIC_PAIR, Point, expand
 from voltana.profiles.binding import check_names, table, tables, value, values
 from voltana.profiles.errors import VoltanaError, nearest
 from voltana.sim.config import KEYS, read_toml
 
-CONFIGS: Final = Path(__file__).parents[1] / "configs"
 QUICK_DURATION_S: Final = 10.0
 QUICK_POINTS: Final = 3
 """Points of the horizontal axis that a smoke run keeps: the first, the middle, the last."""

@@ -163,7 +163,7 @@ def check_engine(engine: str) -> None:
 
 @contextmanager
 def open_executor(engine: str, jobs: int) -> Iterator[Executor]:
-    """The executor of that name; `jobs` processes, where it is of processes.
+    """Open the executor with this name; `processes` gets `jobs` of them.
 
     Raises:
         VoltanaError: There is no such engine, or no cluster for it.

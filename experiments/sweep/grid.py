@@ -29,6 +29,9 @@ from voltana.profiles.binding import check_names, table
 from voltana.profiles.errors import VoltanaError, nearest
 from voltana.sim.config import KEYS, SimConfig, make_config, read_toml
 
+CONFIGS: Final = Path(__file__).parents[1] / "configs"
+"""The sweep files that are shipped."""
+
 STATIC_PAIR: Final = "static pair"
 _SECTIONS: Final = ("base", "grid", "static_pairs")
 

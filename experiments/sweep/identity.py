@@ -17,7 +17,6 @@ from typing import Any, Final
 
 from voltana import sim
 from voltana.experiments import runs
-from voltana.experiments.frontier import bound, surface
 from voltana.experiments.runs import cached_profile
 from voltana.profiles import step_model
 from voltana.profiles.errors import VoltanaError
@@ -32,6 +31,9 @@ _SHARED: Final = (
     "workload/data/*",
     "policies/**/*.py",
     "mdp/*.py",
+)
+_OF_BOUND: Final = tuple(
+    Path(__file__).parents[1] / "frontier" / name for name in ("bound.py", "surface.py")
 )
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
@@ -57,7 +59,7 @@ def run_key(config: SimConfig) -> str:
 def bound_key(config: SimConfig, attainment: float) -> str:
     """Like `run_key`, of a lower bound: it knows no policy, and has a program of its own."""
     program, profile, trace = _world(config)
-    own = [_content(Path(module.__file__ or "")) for module in (bound, surface)]
+    own = [_content(path) for path in _OF_BOUND]
     plain = {k: v for k, v in config.as_dict().items() if k not in POLICY_KEYS}
     text = json.dumps([plain, attainment], sort_keys=True)
     return _short("\n".join([text, program, profile, *trace, *own]))

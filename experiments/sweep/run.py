@@ -28,7 +28,7 @@ FAILURES = "failures.json"
 POINTS = "points"
 RESIDENCY = "residency.json"
 NEEDED = ("energy_j", "ttft_attainment", "itl_attainment")
-"""Numbers without which a table is none of results."""
+"""Columns that a table of results must have."""
 
 Configs = dict[str, SimConfig]
 Failures = dict[str, dict[str, Any]]
@@ -88,7 +88,14 @@ def run_missing(
     jobs: int | None = None,
     engine: str = "processes",
 ) -> Failures:
-    """Run the points that a store lacks into it; what failed, by key."""
+    """Run the points that a store lacks into it; what failed, by key.
+
+    Args:
+        points: What to run.
+        results: Where results are kept.
+        jobs: Processes; all cores by default.
+        engine: One of `voltana.experiments.sweep.executors.ENGINES`.
+    """
     missing = {p.key: p.config for p in points if not results.has(p.key)}
     if not missing:
         return {}
@@ -128,6 +135,11 @@ def read_results(directory: Path) -> pd.DataFrame:
 
 def check_results(table: pd.DataFrame, path: Path, needed: Sequence[str]) -> None:
     """Whether it has rows, and numbers in the columns that are needed.
+
+    Args:
+        table: What was read.
+        path: Where from, for the message.
+        needed: Columns of numbers.
 
     Raises:
         VoltanaError: It has not.

@@ -28,11 +28,11 @@ class ResultStore(Protocol):
     """Summaries of runs by key."""
 
     def has(self, key: str) -> bool:
-        """True if the result of that key is there."""
+        """Whether a result is kept under this key."""
         ...
 
     def get(self, key: str) -> Summary:
-        """The result of that key. Raises VoltanaError if it is not there or cannot be read."""
+        """The result kept under this key. Raises VoltanaError if it is missing or unreadable."""
         ...
 
     def put(self, key: str, summary: Summary) -> None:

@@ -1,4 +1,4 @@
-"""What the helper acts on: clock locks, power limits, or a file that records what it would do."""
+"""What the actuator acts on: clock locks, power limits, or a file that records what it would do."""
 
 from __future__ import annotations
 
@@ -229,6 +229,13 @@ def open_backend(
     dry_run: Path | None = None,
 ) -> Backend:
     """The backend a command line asks for. With `dry_run` no driver is needed.
+
+    Args:
+        gpu_indices: Cards that may be set, as NVML numbers them.
+        clocks_mhz: Clocks that may be locked; None for all.
+        previous_clock_mhz: Lock to return to; None gives the clock back to the driver.
+        is_power_cap: Lower power limits where clocks cannot be locked.
+        dry_run: File that records each change; nothing is touched then.
 
     Raises:
         VoltanaError: No such GPU, no driver, or a clock the card does not have.

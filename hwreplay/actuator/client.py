@@ -1,4 +1,4 @@
-"""The agent's side: one interface for a helper that acts and for a file that only records.
+"""The agent's side: one interface for an actuator that acts and for a file that only records.
 
 Writing never waits for the device: `set_clock` hands the message to the kernel and returns, the
 answer is collected by a later `beat`. `clock_mhz` is what has been confirmed.
@@ -32,10 +32,10 @@ CONNECT_S: Final = 5.0
 
 
 class ActuatorLostError(VoltanaError):
-    """The helper is gone or has dropped us; it restores the clocks by itself."""
+    """The actuator is gone or has dropped us; it restores the clocks by itself."""
 
 
-class Actuator(Protocol):
+class ClockSetter(Protocol):
     """Sets the clock of one instance."""
 
     @property
@@ -54,7 +54,7 @@ class Actuator(Protocol):
         """Ask for a clock (0 unlocks). Does not wait. Repeating the last wish costs nothing."""
 
     def beat(self) -> None:
-        """Say "alive" and collect answers. Call it several times within the helper's silence."""
+        """Say "alive" and collect answers. Call it several times within the actuator's silence."""
 
     def collect(self) -> None:
         """Take the answers that wait."""
@@ -66,7 +66,7 @@ class Actuator(Protocol):
         """Unlock and end."""
 
 
-class DryRunActuator:
+class DryRun:
     """Writes one JSON line a wish, `{"time_s": …, "clock_mhz": …}`, and touches nothing.
 
     What it would have set is no clock: `clock_mhz` stays what it is, unlocked.
@@ -102,8 +102,8 @@ class DryRunActuator:
         self._file.close()
 
 
-class HelperActuator:
-    """Asks the helper to set the clocks, or the power limits, of an instance's GPUs."""
+class ActuatorClient:
+    """Asks the actuator to set the clocks, or the power limits, of an instance's GPUs."""
 
     def __init__(
         self,
@@ -116,15 +116,15 @@ class HelperActuator:
         """Connect and shake hands.
 
         Args:
-            path: The helper's socket.
+            path: The actuator's socket.
             gpus: The instance's GPUs; they move together.
-            uuids: Theirs, as this process's NVML has them; the helper's number of each is asked for
-                then. None: both count alike.
+            uuids: Of these GPUs, as this process's NVML has them: the actuator is asked for its own
+                number of each. None: both count alike.
             make_caps_w: Gives the power limit of one GPU that stands for each clock, in W; called
-                if the helper limits power because clocks cannot be locked there.
+                if the actuator limits power because clocks cannot be locked there.
 
         Raises:
-            ActuatorLostError: No helper there, or it does not answer this user.
+            ActuatorLostError: No actuator there, or it does not answer this user.
             VoltanaError: It limits power and no limits are known, or it does not have a card.
         """
         self._gpus = tuple(gpus)
@@ -139,7 +139,7 @@ class HelperActuator:
         self._next: dict[int, int] = {}
         """Newest wish of a GPU whose answer is awaited; it replaces the one before it."""
         self._held: dict[int, int] = {}
-        """Clock that each GPU has confirmed, by the helper's number."""
+        """Clock that each GPU has confirmed, by the actuator's number."""
         self.refused: Counter[Status] = Counter()
         self.num_refused = 0
         self.last_refusal = ""
@@ -206,7 +206,7 @@ class HelperActuator:
         try:
             self._send(Request(operation=Operation.RELEASE))
         except ActuatorLostError:
-            return  # a helper that is gone has restored already
+            return  # an actuator that is gone has restored already
         finally:
             self._socket.close()
 
@@ -271,7 +271,7 @@ class HelperActuator:
         return operation, answer.value * 1e-3
 
     def _find(self, gpu: int, uuid: str, path: Path) -> int:
-        """The helper's number of a card."""
+        """The actuator's number of a card."""
         try:
             request = Request(operation=Operation.FIND, gpu=gpu, value=card_code(uuid))
             self._socket.send(request.pack())

@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 import sys
 
+from voltana.hwreplay.actuator.actuator import ActuatorConfig, run_actuator
 from voltana.hwreplay.actuator.backends import open_backend
-from voltana.hwreplay.actuator.helper import HelperConfig, run_helper
 from voltana.hwreplay.actuator.options import Options
 from voltana.hwreplay.actuator.trust import check_code
 from voltana.profiles.errors import VoltanaError
@@ -23,7 +23,7 @@ def start(options: Options) -> None:
     uid = options.uid
     if uid is None:
         uid = int(os.environ.get("SUDO_UID", os.geteuid()))
-    config = HelperConfig(
+    config = ActuatorConfig(
         socket_path=options.socket,
         allowed_uids=frozenset({uid}),
         owner_uid=uid,
@@ -38,7 +38,7 @@ def start(options: Options) -> None:
         dry_run=options.dry_run,
     )
     greeting = f"listening on {options.socket} for user {uid}\n"
-    run_helper(backend, config, ready=lambda: _tell(greeting))
+    run_actuator(backend, config, ready=lambda: _tell(greeting))
 
 
 def _tell(text: str) -> None:

@@ -49,7 +49,7 @@ class AgentConfig:
     batch_socket: str | None = None
     """Where the engine's plug-in announces batches; `prefill_metrics = "before"` needs it."""
     actuator_socket: str | None = None
-    """The helper's socket; None records decisions and touches nothing."""
+    """The actuator's socket; None records decisions and touches nothing."""
     gpus: tuple[int, ...] = ()
     report_address: str | None = None
     """ZMQ address where the router takes clocks, energy and decisions."""
@@ -64,19 +64,12 @@ class AgentConfig:
         return f"agent-{self.phase}-{self.instance_id}"
 
 
-def start_agent(config: AgentConfig, directory: Path) -> subprocess.Popen[bytes]:
-    """Start an agent in a process of its own; it ends with its parent or by SIGTERM.
-
-    It leaves in `directory`: NAME.json (this configuration), NAME.clocks.jsonl (each confirmed
-    change of the clock), NAME.report.json (latencies, safe states) at its end, and NAME.log.
-    """
-    return start_agents([config], directory)
-
-
 def start_agents(configs: Sequence[AgentConfig], directory: Path) -> subprocess.Popen[bytes]:
-    """Start several in one process, for controllers that look at the whole fleet.
+    """Start agents in one process; it ends with its parent or by SIGTERM.
 
-    Each leaves what `start_agent` says; the log is the first one's.
+    Each leaves in `directory`: NAME.json (its configuration), NAME.clocks.jsonl (each confirmed
+    change of the clock) and, at its end, NAME.report.json (latencies, safe states). The log is
+    NAME.log of the first one.
     """
     paths = [directory / f"{config.name}.json" for config in configs]
     for config, path in zip(configs, paths, strict=True):
@@ -93,17 +86,6 @@ def start_agents(configs: Sequence[AgentConfig], directory: Path) -> subprocess.
         )
 
 
-def await_agent(
-    process: subprocess.Popen[bytes], config: AgentConfig, directory: Path, *, limit_s: float = 60.0
-) -> None:
-    """Wait until an agent listens on all its sockets and has set the initial clock.
-
-    Raises:
-        VoltanaError: It ended, or was not ready in time.
-    """
-    await_agents(process, [config], directory, limit_s=limit_s)
-
-
 def await_agents(
     process: subprocess.Popen[bytes],
     configs: Sequence[AgentConfig],
@@ -111,7 +93,14 @@ def await_agents(
     *,
     limit_s: float = 60.0,
 ) -> None:
-    """The same of all agents of one process."""
+    """Wait until all agents of a process listen on their sockets and have set the initial clock.
+
+    Args:
+        process: Runs them all.
+        configs: In the order in which they get ready.
+        directory: Of their logs and ready files.
+        limit_s: Longest wait, in s.
+    """
     deadline_s = time.monotonic() + limit_s
     config = configs[-1]  # the last to be ready
     log = directory / f"{configs[0].name}.log"

@@ -1,7 +1,7 @@
 """The controller's loop of one instance, without sockets: messages and times in, clocks out.
 
 Two states. While the metrics are fresh the controller's word goes to the actuator. When they are
-stale, the engine or the helper is gone, or the controller has failed, the clock is unlocked (the
+stale, the engine or the actuator is gone, or the controller has failed, the clock is unlocked (the
 driver boosts: the promise is kept at the cost of energy) until a fresh record comes.
 """
 
@@ -13,9 +13,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from voltana.hwreplay.actuator.client import Actuator, ActuatorLostError
-from voltana.hwreplay.agent.loop_report import LoopReport, SafeState
-from voltana.hwreplay.messages.batch_feed import BatchNotice, Kind
+from voltana.hwreplay.actuator.client import ActuatorLostError, ClockSetter
+from voltana.hwreplay.agent.loop_record import LoopReport, SafeState
+from voltana.hwreplay.messages.batch_feed import BatchNotice, NoticeKind
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.engines.sglang_metrics import IterationMetrics
 from voltana.profiles.errors import VoltanaError
@@ -30,7 +30,7 @@ class StaleLimits:
     num_iterations: float = 5.0
     """Under load: so many expected iterations after the one that runs, or records lost in a row."""
     least_s: float = 0.1
-    """The allowance is never shorter: a moment without the CPU is no dead engine."""
+    """Shortest allowance: an engine that gets no CPU for a moment is not dead."""
     most_s: float = 1.0
     """Nor longer."""
     dead_s: float = 3.0
@@ -62,7 +62,7 @@ class ControlLoop:
         self,
         controller: Controller,
         tracker: InstanceTracker,
-        actuator: Actuator,
+        actuator: ClockSetter,
         *,
         predictor: Predictor,
         clocks_mhz: Sequence[int],
@@ -93,7 +93,7 @@ class ControlLoop:
         where = f"{state.phase} {state.instance_id}"
         self._controller = ControllerAnswers(controller, clocks_mhz, where)
         self._tracker = tracker
-        self._actuator: Actuator | None = actuator
+        self._actuator: ClockSetter | None = actuator
         self._predictor = predictor
         self._limits = limits or StaleLimits()
         self._decides_before = decides_before
@@ -120,8 +120,8 @@ class ControlLoop:
         """Whether the clock is unlocked for safety."""
         return self._safe is not None
 
-    def attach(self, actuator: Actuator) -> None:
-        """A new connection to the helper, after the old one was lost."""
+    def attach(self, actuator: ClockSetter) -> None:
+        """A new connection to the actuator, after the old one was lost."""
         self._actuator = actuator
         self._num_refused = 0
         self.report.counts["actuator_reconnected"] += 1
@@ -146,10 +146,10 @@ class ControlLoop:
         """
         self._has_plugin = True
         self.report.counts["notices"] += 1
-        if notice.kind == Kind.HELLO:
+        if notice.kind == NoticeKind.HELLO:
             return False
         self._heard_s = now_s
-        if notice.kind == Kind.PREFILL:
+        if notice.kind == NoticeKind.PREFILL:
             self._tracker.on_batch(notice.num_requests, notice.tokens, now_s, notice.num_waiting)
         else:
             state = self._tracker.observe(now_s)
@@ -209,7 +209,7 @@ class ControlLoop:
         self._note_load(now_s)
 
     def tick(self, now_s: float) -> None:
-        """Time passes: stale metrics, due idle plans, a heartbeat to the helper."""
+        """Time passes: stale metrics, due idle plans, a heartbeat to the actuator."""
         self._tracker.observe(now_s)
         self._note_load(now_s)
         is_loaded = self._loaded_s is not None
@@ -225,7 +225,7 @@ class ControlLoop:
         self.beat(now_s)
 
     def beat(self, now_s: float) -> None:
-        """Tell the helper that we live; learn what it has done."""
+        """Tell the actuator that we live; learn what it has done."""
         if self._actuator is None:
             return
         try:
@@ -236,7 +236,7 @@ class ControlLoop:
         self._follow_clock(now_s)
 
     def collect(self, now_s: float) -> None:
-        """Take the helper's answers."""
+        """Take the actuator's answers."""
         if self._actuator is None:
             return
         try:
@@ -314,7 +314,7 @@ class ControlLoop:
             self.go_safe(now_s, f"the actuator refused a clock: {actuator.last_refusal}")
 
     def _lose_actuator(self, now_s: float, error: ActuatorLostError) -> None:
-        """The helper restores the clocks of a lost connection by itself."""
+        """The actuator restores the clocks of a lost connection by itself."""
         assert self._actuator is not None
         self._actuator.close()
         self._actuator = None

@@ -16,9 +16,9 @@ from voltana.hwreplay.actuator.client import ActuatorLostError
 from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.hwreplay.agent.make import caps_w, connect, make_loop, make_meter
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
 from voltana.hwreplay.messages.events import Event, topic_of
-from voltana.hwreplay.messages.reports import Report, ReportSender
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
 from voltana.profiles.errors import VoltanaError
@@ -44,7 +44,7 @@ class Agent:
             poller: Wakes the process up; this agent's sockets are put there.
 
         Raises:
-            VoltanaError: A wrong setting, or the helper does not answer.
+            VoltanaError: A wrong setting, or the actuator does not answer.
         """
         self._config = config
         self._clock = RunClock(start_ns=config.start_ns)
@@ -80,7 +80,7 @@ class Agent:
 
     @property
     def state(self) -> InstanceState:
-        """Of its instance."""
+        """What the controller sees of the instance."""
         return self._tracker.state
 
     def turn(self) -> None:
@@ -97,7 +97,7 @@ class Agent:
             self._tell_clock(now_s)
 
     def poll_actuator(self) -> None:
-        """Wake up for the helper's answers; its connection comes and goes."""
+        """Wake up for the actuator's answers; its connection comes and goes."""
         fd = self._loop.actuator_fd
         if fd == self._polled_fd:
             return
@@ -183,7 +183,7 @@ class Agent:
         if self._reports is not None:
             state = self._tracker.state
             self._reports.send(
-                Report(
+                AgentReport(
                     state.phase,
                     state.instance_id,
                     now_s,

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 
 from voltana.hwreplay.actuator.client import (
-    Actuator,
+    ActuatorClient,
     ActuatorLostError,
-    DryRunActuator,
-    HelperActuator,
+    ClockSetter,
+    DryRun,
     caps_from_power,
 )
 from voltana.hwreplay.agent.agent import AgentConfig
@@ -57,8 +57,8 @@ def make_loop(
             f"an agent's actuator must have gpus to set, {config.name} has none: list them, or "
             "leave actuator_socket out for a dry run"
         )
-    actuator: Actuator = (
-        DryRunActuator(directory / f"{config.name}.decisions.jsonl")
+    actuator: ClockSetter = (
+        DryRun(directory / f"{config.name}.decisions.jsonl")
         if config.actuator_socket is None
         else connect(config, make_caps_w)
     )
@@ -81,15 +81,15 @@ def make_meter(config: AgentConfig) -> EnergyMeter | None:
     return EnergyMeter(gpus) if gpus else None
 
 
-def connect(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
+def connect(config: AgentConfig, make_caps_w: MakeCaps) -> ActuatorClient:
     """A connection to the actuator; `make_caps_w` is asked where it limits power.
 
     Raises:
         ActuatorLostError: A dry run has none, or it does not answer.
     """
     if config.actuator_socket is None:
-        raise ActuatorLostError("a dry run has no helper")
-    return HelperActuator(
+        raise ActuatorLostError("a dry run has no actuator")
+    return ActuatorClient(
         Path(config.actuator_socket),
         config.gpus,
         uuids=_uuids(config),
@@ -98,7 +98,7 @@ def connect(config: AgentConfig, make_caps_w: MakeCaps) -> HelperActuator:
 
 
 def _uuids(config: AgentConfig) -> list[str]:
-    """Of the instance's cards: beyond a container's border the helper numbers them otherwise."""
+    """Of the instance's cards: beyond a container's border the actuator numbers them otherwise."""
     found = []
     for index in config.gpus:
         with open_gpu(index) as gpu:

@@ -60,7 +60,7 @@ def run_agents(paths: Sequence[Path], parent_pid: int) -> None:
     The clocks are given back, however this ends.
 
     Raises:
-        VoltanaError: A wrong setting, or the helper does not answer.
+        VoltanaError: A wrong setting, or the actuator does not answer.
     """
     for signum in SIGNALS:
         signal.signal(signum, _on_signal)

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 LIBRARY: Final = "emulated"
 """In the engine's folder: the compiled libraries."""
 AGENT_S: Final = 0.001
-"""From the engine's record to the clock's call, agent and helper together; the rest of the
+"""From the engine's record to the clock's call, agent and actuator together; the rest of the
 simulated latency is the card's own."""
 CONTEXT: Final = ("--context-length", "131072")
 
@@ -55,10 +55,10 @@ def emulated_arguments(sim: SimConfig, profile: str) -> tuple[str, ...]:
 
 @contextmanager
 def emulated(config: ReplayConfig, directory: Path) -> Iterator[ReplayConfig]:
-    """Make the cards of a replay that starts its servers, and the helper that sets their clocks.
+    """Make the cards of a replay that starts its servers, and the actuator that sets their clocks.
 
     Yields:
-        The configuration with servers that stand on them, and the helper's socket.
+        The configuration with servers that stand on them, and the actuator's socket.
     """
     assert config.engine is not None
     assert config.emulate is not None

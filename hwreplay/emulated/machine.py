@@ -1,4 +1,4 @@
-"""A machine of emulated cards: their file, the engine's plans, and the helper that sets clocks."""
+"""A machine of emulated cards: their file, the engine's plans, the actuator that sets clocks."""
 
 from __future__ import annotations
 
@@ -98,13 +98,13 @@ class Machine:
 
 @contextmanager
 def run_machine(machine: Machine, behaviour: Behaviour | None = None) -> Iterator[Path]:
-    """Make the cards, show them to this process and those it starts, and run the helper.
+    """Make the cards, show them to this process and those it starts, and run the actuator.
 
     Yields:
-        The helper's socket.
+        The actuator's socket.
 
     Raises:
-        VoltanaError: The library does not compile, or the helper does not come up.
+        VoltanaError: The library does not compile, or the actuator does not come up.
     """
     build_library(machine.library)
     create_cards(machine.state, machine.profile, machine.num_cards, machine.library, behaviour)
@@ -114,19 +114,19 @@ def run_machine(machine: Machine, behaviour: Behaviour | None = None) -> Iterato
     command = [sys.executable, "-m", "voltana.hwreplay.actuator", str(socket), *gpus]
     command += ["--allow-writable-code", "--max-rate", "5000"]
     with log.open("wb") as out:
-        helper = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
+        actuator = subprocess.Popen(command, stdout=out, stderr=out, start_new_session=True)
     try:
-        _await(helper, socket, log)
+        _await(actuator, socket, log)
         yield socket
     finally:
-        helper.terminate()
-        helper.wait()
+        actuator.terminate()
+        actuator.wait()
 
 
-def _await(helper: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
+def _await(actuator: subprocess.Popen[bytes], socket: Path, log: Path) -> None:
     deadline_s = time.monotonic() + HELPER_S
     while not socket.exists():
-        if helper.poll() is not None or time.monotonic() > deadline_s:
+        if actuator.poll() is not None or time.monotonic() > deadline_s:
             said = log.read_text(errors="replace").strip().splitlines()
             raise VoltanaError(said[-1] if said else f"the actuator did not start: see {log}")
         time.sleep(POLL_S)

@@ -20,9 +20,9 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.step_model import StepModel
 
 SLICE_S: Final = 1e-3
-"""Between two looks at the clock."""
+"""Time between two looks at the clock."""
 SPIN_S: Final = 100e-6
-"""So long before the end of a pass sleeping gives way to spinning: a sleeper wakes up late."""
+"""Before the end of a pass: from here on it spins, as a sleeping process wakes up late."""
 BLOCK: Final = 1024
 STREAMS: Final = {"prefill": 4, "decode": 5}
 """Spawn keys of the noise, as in the simulator: the k-th pass has the k-th iteration's draw."""

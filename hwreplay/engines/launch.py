@@ -25,7 +25,7 @@ from voltana.hwreplay.engines.plan import (
 )
 from voltana.hwreplay.engines.reaper import Reaper
 from voltana.hwreplay.engines.server import Server, end, spawn, wait_ready
-from voltana.profiles.engines.sglang_client import Endpoint, Servers
+from voltana.profiles.engines.sglang_client import Endpoint, Endpoints
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 CPU_START_S: Final = 180.0
@@ -138,7 +138,7 @@ def run_fleet(
 @contextmanager
 def run_profiled(
     installation: Installation, logs: Path, *, is_pair: bool, gpus: Sequence[int] = ()
-) -> Iterator[Servers]:
+) -> Iterator[Endpoints]:
     """What the profiler measures: one server, or a pair as the replay serves.
 
     Args:
@@ -157,7 +157,7 @@ def run_profiled(
     plans = [plan_server(role, gpus=gpus, sockets=sockets, purpose=PROFILE) for role in roles]
     try:
         with run_servers(installation, plans, logs, start_s=PROFILE_START_S):
-            yield Servers(prefill=_endpoint(plans[0]), decode=_endpoint(plans[-1]))
+            yield Endpoints(prefill=_endpoint(plans[0]), decode=_endpoint(plans[-1]))
     finally:
         shutil.rmtree(sockets, ignore_errors=True)
 

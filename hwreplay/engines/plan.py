@@ -187,7 +187,7 @@ class ServerPlan:
         )
 
     def environment(self) -> dict[str, str]:
-        """What its environment has beyond ours; the KV transfer's sockets stay on loopback."""
+        """Variables added to our environment; the KV transfer's sockets stay on loopback."""
         found = cuda_environment(self.gpus) if self.gpus else dict(CPU_ENVIRONMENT)
         found["SGLANG_HOST_IP"] = HOST
         if self.batch_socket is not None:

@@ -1,4 +1,4 @@
-"""Messages between the privileged helper and its clients: 16 bytes each way, nothing else.
+"""Messages between the privileged actuator and its clients: 16 bytes each way, nothing else.
 
 A request is (magic, version, operation, GPU, value, sequence); an answer repeats GPU, value and
 sequence and puts a status in place of the operation. Every bit pattern is either a valid message
@@ -25,14 +25,14 @@ Code = TypeVar("Code", bound=IntEnum)
 
 
 class ProtocolError(VoltanaError):
-    """Bytes that are no message."""
+    """Bytes that cannot be read as a message."""
 
 
 class Operation(IntEnum):
     """What a client may ask for."""
 
     HELLO = 1
-    """Value of the answer: silence the helper allows, in ms; its GPU: what it sets, LOCK or CAP."""
+    """Value of the answer: silence that is allowed, in ms; its GPU: what is set, LOCK or CAP."""
     BEAT = 2
     LOCK = 3
     """Value in MHz; 0 gives the clock back to the driver."""
@@ -41,7 +41,7 @@ class Operation(IntEnum):
     RELEASE = 5
     """Give back every GPU this connection holds."""
     FIND = 6
-    """Value: `card_code` of a card's UUID; the answer's GPU is the helper's number of that card."""
+    """Value: `card_code` of a card's UUID; the answer's GPU: the actuator's number of that card."""
 
 
 class Status(IntEnum):
@@ -56,7 +56,7 @@ class Status(IntEnum):
     """Another connection holds that GPU."""
     DEVICE_FAILED = 6
     UNSUPPORTED = 7
-    """This helper locks clocks and was asked to cap power, or the other way round."""
+    """This actuator locks clocks and was asked to cap power, or the other way round."""
     RECORDED = 8
     """A dry run has written it down and touched nothing: the clock is what it was."""
 

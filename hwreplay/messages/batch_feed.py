@@ -22,7 +22,7 @@ LAYOUT: Final = struct.Struct("<4sBBHIIQ")
 RECEIVE_BYTES: Final = 1 << 20
 
 
-class Kind(IntEnum):
+class NoticeKind(IntEnum):
     """What a datagram announces."""
 
     HELLO = 0
@@ -35,7 +35,7 @@ class Kind(IntEnum):
 class BatchNotice:
     """A batch that is about to run."""
 
-    kind: Kind
+    kind: NoticeKind
     num_requests: int
     tokens: int
     """New tokens (prefill) or context (decode)."""
@@ -53,13 +53,13 @@ def parse_notice(data: bytes) -> BatchNotice:
     if len(data) != LAYOUT.size:
         raise VoltanaError(f"a batch notice must have {LAYOUT.size} bytes, got {len(data)}")
     magic, version, kind, num_requests, tokens, num_waiting, sent_ns = LAYOUT.unpack(data)
-    if magic != MAGIC or version != VERSION or kind not in set(Kind):
+    if magic != MAGIC or version != VERSION or kind not in set(NoticeKind):
         raise VoltanaError(
             f"a batch notice must begin {MAGIC!r} {VERSION}, got {magic!r} {version} kind {kind}: "
             "install hwreplay/engines/sglang/observer of this version beside SGLang"
         )
     return BatchNotice(
-        kind=Kind(kind),
+        kind=NoticeKind(kind),
         num_requests=num_requests,
         tokens=tokens,
         num_waiting=num_waiting,

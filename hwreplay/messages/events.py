@@ -16,14 +16,14 @@ from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 
-Kind = Literal["assigned", "prefilled", "first_token", "finished", "open"]
+EventKind = Literal["assigned", "prefilled", "first_token", "finished", "open"]
 SNAPSHOT_S: Final = 1.0
 
 
 class Event(msgspec.Struct, frozen=True, array_like=True):
     """One thing that happened to one request at one instance."""
 
-    kind: Kind
+    kind: EventKind
     phase: Phase
     instance_id: int
     at_s: float
@@ -41,7 +41,7 @@ _decoder: Final = msgspec.msgpack.Decoder(Event)
 
 
 def topic_of(phase: Phase, instance_id: int) -> bytes:
-    """Topic of one instance; it ends in a slash so that 1 is no prefix of 10."""
+    """Topic of one instance. It ends in a slash, so that instance 1 does not match instance 10."""
     return f"{phase}/{instance_id}/".encode()
 
 

@@ -45,7 +45,7 @@ class ReplayConfig:
     """Stated power of each instance, on a machine without cards that count."""
     emulate: str | None = None
     """Profile of the emulated cards in `gpus`: energy is modelled by it and never called measured.
-    Where the servers are started here, so are the cards, and a helper that sets their clocks."""
+    Where the servers are started here, so are the cards, and an actuator that sets their clocks."""
     dilation: float = 1.0
     """How many times slower all clocks of an emulated run go."""
     vocabulary: tuple[int, int] = field(

@@ -52,7 +52,13 @@ _encode: Final = msgspec.json.Encoder().encode
 
 
 async def record_iterations(worker: WorkerConfig, clock: RunClock, out: BinaryIO) -> None:
-    """Append each iteration of one engine to a file until cancelled; strange messages are left."""
+    """Append each iteration of one engine to a file until cancelled; strange messages are left.
+
+    Args:
+        worker: Whose; it must publish its metrics.
+        clock: The run's.
+        out: Takes one line an iteration.
+    """
     assert worker.metrics is not None
     previous: IterationMetrics | None = None
     async with MetricsFeed(worker.metrics, clock) as feed:
@@ -91,7 +97,13 @@ class EnergyRecorder:
     def __init__(
         self, gpus: Mapping[tuple[Phase, int], Sequence[Gpu]], clock: RunClock, path: Path
     ) -> None:
-        """Start reading. Raises DeviceError if a card can tell neither energy nor power."""
+        """Start reading. Raises DeviceError if a card can tell neither energy nor power.
+
+        Args:
+            gpus: Cards of each instance, by phase and number.
+            clock: The run's.
+            path: Takes one line a reading.
+        """
         self._clock = clock
         self._is_measured = all(
             card.identity.is_power_measured for cards in gpus.values() for card in cards

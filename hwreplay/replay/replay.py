@@ -99,6 +99,11 @@ def replay(
 def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunRecord:
     """The record of a replay that has ended, in whatever way, from its folder.
 
+    Args:
+        config: As it was replayed.
+        workload: As it was replayed.
+        directory: What the replay wrote.
+
     Raises:
         VoltanaError: No replay there, one that never began, or one of another workload.
     """
@@ -208,7 +213,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
             run.directory / REQUESTS,
         )
         try:
-            await _send(generator, recorders, lambda: progress("replaying", 1))
+            await send_all(generator, recorders, lambda: progress("replaying", 1))
             await asyncio.sleep(run.config.rest_s)  # the last records and readings are on their way
         finally:
             if run.config.emulate is not None:
@@ -217,8 +222,19 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
             write_json(state | ended, run.directory / STATE)
 
 
-async def _send(generator: LoadGenerator, recorders: Recorders, on_end: Callable[[], None]) -> None:
-    """Send the whole workload, as long as every engine is recorded."""
+async def send_all(
+    generator: LoadGenerator, recorders: Recorders, on_end: Callable[[], None]
+) -> None:
+    """Send the whole workload, as long as every engine is recorded.
+
+    Args:
+        generator: Sends it.
+        recorders: Tasks that record iterations, by instance.
+        on_end: Called at the end of each request.
+
+    Raises:
+        VoltanaError: A recorder has ended.
+    """
     load = asyncio.create_task(generator.run(on_end))
     try:
         await asyncio.wait({load, *recorders.values()}, return_when=asyncio.FIRST_COMPLETED)

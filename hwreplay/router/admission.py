@@ -19,7 +19,7 @@ TOO_LARGE: Final = 413
 
 
 class Admission:
-    """So many requests in flight, so many waiting in order of arrival, no more."""
+    """Limit the requests in flight and those that wait, in order of arrival."""
 
     def __init__(self, config: RouterConfig, metrics: RouterMetrics) -> None:
         self._config = config

@@ -27,7 +27,7 @@ MAX_TOP_LOGPROBS: Final = 128
 
 
 class BadRequestError(VoltanaError):
-    """A body that is no request; the message goes to the client."""
+    """A body that cannot be read as a request; the message goes to the client."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,7 +44,13 @@ class Body:
     is_stream: bool
 
     def encode(self, bootstrap_host: str, bootstrap_port: int, room: int) -> bytes:
-        """The body for both servers of a pair; a client's own bootstrap fields are overwritten."""
+        """The body for both servers of a pair; a client's own bootstrap fields are overwritten.
+
+        Args:
+            bootstrap_host: Where the decode server asks for the KV.
+            bootstrap_port: Its port.
+            room: Number that pairs both halves of the request.
+        """
         bootstrap = {
             "bootstrap_host": bootstrap_host,
             "bootstrap_port": bootstrap_port,

@@ -12,9 +12,9 @@ from typing import Final
 import aiohttp
 
 from voltana.hwreplay.clock import RunClock
-from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventPublisher, Kind
+from voltana.hwreplay.messages.agent_reports import ReportFeed
+from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventKind, EventPublisher
 from voltana.hwreplay.messages.metrics_feed import MetricsFeed
-from voltana.hwreplay.messages.reports import ReportFeed
 from voltana.hwreplay.router.attempt import AttemptError, NoWorkerError, Worker
 from voltana.hwreplay.router.body import Body
 from voltana.hwreplay.router.config import RouterConfig
@@ -47,11 +47,18 @@ class RouterFleet:
     def __init__(
         self, config: RouterConfig, source: PolicySource, metrics: RouterMetrics, clock: RunClock
     ) -> None:
-        """Make the policy and the trackers; `start` opens the sockets."""
+        """Make the policy and the trackers; `start` opens the sockets.
+
+        Args:
+            config: Of the router.
+            source: Makes routers and trackers.
+            metrics: Counts what happens.
+            clock: The run's.
+        """
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self._router = source.make_router()
+        self.policy = source.make_router()
         self._fallback = source.make_router(FALLBACK)
         self._has_routing_failed = False
         self.workers: dict[Phase, list[Worker]] = {
@@ -130,6 +137,12 @@ class RouterFleet:
     def choose(self, request_id: int, arrival_s: float, body: Body, excluded: set[Worker]) -> Pair:
         """Ask the policy for a pair and book the request there.
 
+        Args:
+            request_id: Of the request.
+            arrival_s: On the run's clock.
+            body: Tells its lengths in tokens.
+            excluded: Servers that it has failed on.
+
         Raises:
             NoWorkerError: A phase has no healthy server left to try.
         """
@@ -157,7 +170,7 @@ class RouterFleet:
     ) -> tuple[int, int]:
         """The policy's positions; round-robin's where it fails, which is counted."""
         try:
-            return route(self._router, view, prefill, decode)
+            return route(self.policy, view, prefill, decode)
         except VoltanaError as error:
             self._metrics.routing_errors.inc()
             if not self._has_routing_failed:  # once: a broken policy fails at every request
@@ -173,7 +186,13 @@ class RouterFleet:
             self._publish("prefilled", worker, request_id, now_s)
 
     def first_token(self, worker: Worker, request_id: int, at_s: float) -> None:
-        """The decode server's stream has begun."""
+        """The decode server's stream has begun.
+
+        Args:
+            worker: The decode server.
+            request_id: Of the request.
+            at_s: On the run's clock.
+        """
         worker.tracker.on_first_token(request_id, at_s)
         self._publish("first_token", worker, request_id, at_s)
 
@@ -236,7 +255,7 @@ class RouterFleet:
 
     def _publish(
         self,
-        kind: Kind,
+        kind: EventKind,
         worker: Worker,
         request_id: int,
         at_s: float,

@@ -32,9 +32,9 @@ from voltana.hwreplay.router.upstream import (
 )
 
 DRAIN_S: Final = 1.0
-"""How long a prefill server may take to its last word after the answer and keep its connection."""
+"""Time for a prefill server to end its answer after decode's; then its request is cancelled."""
 NUM_SERVERS: Final = 2
-"""That a request is sent to."""
+"""Servers that a request is sent to: one for each phase."""
 CLIENT_ERROR: Final = 400
 
 
@@ -42,7 +42,13 @@ class Sink(Protocol):
     """Where the answer goes."""
 
     async def begin(self, status: int, content_type: str, pair: Pair) -> None:
-        """The decode server has begun to answer."""
+        """The decode server has begun to answer.
+
+        Args:
+            status: HTTP status.
+            content_type: HTTP header.
+            pair: The servers that serve it.
+        """
 
     async def write(self, piece: bytes) -> None:
         """A piece of the answer; waits while the client is slow."""

@@ -202,6 +202,11 @@ async def serve_router(
 ) -> None:
     """Serve until SIGTERM or SIGINT. `ready` is called with the base URL.
 
+    Args:
+        config: Of the router.
+        profile: What its policy believes in.
+        ready: Called with the base URL once it listens.
+
     Raises:
         VoltanaError: The address cannot be bound.
     """

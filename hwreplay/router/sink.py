@@ -18,7 +18,7 @@ PREFILL_HEADER: Final = "X-Voltana-Prefill"
 DECODE_HEADER: Final = "X-Voltana-Decode"
 BAD_GATEWAY: Final = 502
 UNBUFFERED_BYTES: Final = 2**14
-"""So much in the transport makes no writer wait: it says stop at four times that."""
+"""With less in the send buffer a write need not wait: it is full at four times as much."""
 
 
 class ClientSink:
@@ -34,7 +34,13 @@ class ClientSink:
         self.response: web.StreamResponse | None = None
 
     async def begin(self, status: int, content_type: str, pair: Pair) -> None:
-        """The head of the answer; it leaves with the first piece."""
+        """The head of the answer; it leaves with the first piece.
+
+        Args:
+            status: HTTP status.
+            content_type: HTTP header.
+            pair: The servers that serve it.
+        """
         headers = {"Content-Type": content_type} | {
             name: str(worker.config.instance_id)
             for name, worker in zip((PREFILL_HEADER, DECODE_HEADER), pair, strict=True)

@@ -25,7 +25,7 @@ KEEP_ALIVE_S: Final = 2.0
 MAX_HEAD_BYTES: Final = 2**16
 MAX_CHUNK_BYTES: Final = 2**24
 PAUSE_BYTES: Final = 2**18
-"""So much of an answer may wait for a slow client; then the server has to."""
+"""Bytes of an answer kept for a slow client; beyond that, reading from the server pauses."""
 
 
 class UpstreamError(VoltanaError):
@@ -208,7 +208,7 @@ class Upstream:
         parts = urlsplit(url)
         self._host = parts.hostname or ""
         self._ssl = ssl.create_default_context() if parts.scheme == "https" else None
-        self._port = parts.port or (443 if self._ssl else 80)
+        self.port = parts.port or (443 if self._ssl else 80)
         self._start = f"POST {parts.path.rstrip('/')}"
         self._end = (
             f" HTTP/1.1\r\nHost: {parts.netloc.rpartition('@')[2]}\r\n"
@@ -265,7 +265,7 @@ class Upstream:
         try:
             async with asyncio.timeout(self._connect_s):
                 _, connection = await loop.create_connection(
-                    Connection, self._host, self._port, ssl=self._ssl
+                    Connection, self._host, self.port, ssl=self._ssl
                 )
         except TimeoutError:
             raise ConnectTimeoutError(f"no connection within {self._connect_s:g} s") from None

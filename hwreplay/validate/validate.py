@@ -29,7 +29,7 @@ from voltana.sim.records import (
     RunRecord,
 )
 
-Kind = Literal["energy", "p50", "p90", "p99", "other"]
+LimitKind = Literal["energy", "p50", "p90", "p99", "other"]
 MAX_ITERATIONS: Final = 20_000
 SAME_ARRIVAL_S: Final = 0.05
 """Arrivals within this are the same workload's: a real sender is late by milliseconds."""
@@ -43,7 +43,7 @@ _ENERGY: Final = (
 )
 _JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j"})
 _LATENCIES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
-_LEVELS: Final[Mapping[str, Kind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
+_LEVELS: Final[Mapping[str, LimitKind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
 POWER_EMULATED: Final = (
     "the observed run's cards were emulated from a profile: iteration times, power and energy are"
     " modelled, not measured"
@@ -51,7 +51,7 @@ POWER_EMULATED: Final = (
 POWER_STATED: Final = "energy, as power was stated and not measured"
 _NOT_ENDED: Final = (IN_FLIGHT, FAILED, CANCELLED)
 """A request that a limit of the model rejects has ended; one that broke off has not."""
-_UNJUDGED: Final[Mapping[str, Kind]] = dict.fromkeys(_LEVELS, "other")
+_UNJUDGED: Final[Mapping[str, LimitKind]] = dict.fromkeys(_LEVELS, "other")
 _OTHERS: Final = (
     ("attainment", "fraction"),
     ("ttft_attainment", "fraction"),
@@ -84,7 +84,7 @@ class Thresholds:
             if limit is not None and not (limit >= 0 and math.isfinite(limit)):
                 raise VoltanaError(f"{name} must be >= 0 and finite, got {limit}")
 
-    def limit_frac(self, kind: Kind) -> float | None:
+    def limit_frac(self, kind: LimitKind) -> float | None:
         """The limit of one kind of metric."""
         return None if kind == "other" else getattr(self, f"{kind}_frac")
 
@@ -295,9 +295,9 @@ def _compare(
     *,
     judges_energy: bool,
 ) -> list[Comparison]:
-    rows: list[tuple[str, str, Kind, float, float]] = []
+    rows: list[tuple[str, str, LimitKind, float, float]] = []
     for name, unit in _ENERGY:
-        kind: Kind = "energy" if judges_energy and name in _JUDGED_ENERGY else "other"
+        kind: LimitKind = "energy" if judges_energy and name in _JUDGED_ENERGY else "other"
         rows.append((name, unit, kind, ours[name], theirs[name]))
     rows += [
         (f"{name}.{level}", "s", kind_of_level, ours[name][level], theirs[name][level])

@@ -36,6 +36,12 @@ def decides_before(config: SimConfig, phase: Phase) -> bool:
 def check_notices(config: SimConfig, phase: Phase, name: str, *, has_socket: bool) -> None:
     """Refuse decisions on a batch about to run where nobody announces it.
 
+    Args:
+        config: Says when each phase decides.
+        phase: Of the instance.
+        name: Of the instance, for the message.
+        has_socket: Whether its engine announces batches.
+
     Raises:
         VoltanaError: The configuration asks for them and there is no socket for the notices.
     """

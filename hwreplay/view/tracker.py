@@ -87,7 +87,14 @@ class InstanceTracker:
         input_tokens: int,
         output_tokens: int | None = None,
     ) -> None:
-        """The router has chosen this instance; a decode instance's request is in prefill now."""
+        """The router has chosen this instance; a decode instance's request is in prefill now.
+
+        Args:
+            request_id: Of the request.
+            arrival_s: On the run's clock.
+            input_tokens: Of its prompt.
+            output_tokens: Its length, where the policy may know it.
+        """
         self._hear_router()
         if request_id in self._open:
             return
@@ -126,7 +133,7 @@ class InstanceTracker:
         self._follow_own_counts()
 
     def on_tokens(self, request_id: int, count: int) -> None:
-        """So many tokens of it came out of the decode instance's stream, the first one included."""
+        """The decode server has streamed `count` more tokens of a request, the first included."""
         request = self._open.get(request_id)
         if request is None or self.has_feed or self._is_prefill:
             return

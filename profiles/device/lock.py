@@ -12,7 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import FrameType
 from typing import Final, Self
 
 from voltana.profiles.device.gpu import (
@@ -72,6 +72,12 @@ def wait_for_clock(
     gpu: Gpu, clock_mhz: int, *, timeout_s: float = 5.0, tolerance_mhz: int = 15
 ) -> float:
     """Read the clock back until it is there.
+
+    Args:
+        gpu: The card.
+        clock_mhz: What it should reach.
+        timeout_s: Longest wait, in s.
+        tolerance_mhz: How far off still counts.
 
     Returns:
         Seconds it took.
@@ -151,12 +157,7 @@ class ClockSession:
             self._install_handlers()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         for signum in self._old_handlers:
             signal.signal(signum, signal.SIG_IGN)  # a second Ctrl-C must not stop the restoring
         try:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Final, Literal, Protocol, Self
 
 from voltana.profiles.errors import VoltanaError
@@ -52,7 +51,7 @@ class Window:
     """Start and end (monotonic clock) of each stretch that held the point: energy counts there."""
 
 
-class Workload(Protocol):
+class PreparedPoint(Protocol):
     """One point, prepared."""
 
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
@@ -89,12 +88,7 @@ class Engine(Protocol):
 
     def __enter__(self) -> Self: ...
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None: ...
+    def __exit__(self, *_: object) -> None: ...
 
     @property
     def facts(self) -> EngineFacts: ...
@@ -113,7 +107,7 @@ class Engine(Protocol):
     def measure_serving(self) -> Mapping[str, Any] | None:
         """What a request spends outside the iterations, as `serving.toml` holds it; or nothing."""
 
-    def open(self, point: Point) -> AbstractContextManager[Workload]:
+    def open(self, point: Point) -> AbstractContextManager[PreparedPoint]:
         """Prepare a point.
 
         Raises:

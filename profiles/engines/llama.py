@@ -25,13 +25,27 @@ class KvCache:
 
     @staticmethod
     def zeros(config: LlamaConfig, batch_size: int, length: int, like: Tensor) -> KvCache:
-        """An empty cache on the device and in the type of `like`."""
+        """An empty cache on the device and in the type of `like`.
+
+        Args:
+            config: Of the model.
+            batch_size: Sequences.
+            length: Tokens that each can hold.
+            like: Gives type and device.
+        """
         shape = (config.num_layers, batch_size, config.num_kv_heads, length, config.head_dim)
         return KvCache(keys=like.new_zeros(shape), values=like.new_zeros(shape))
 
     @staticmethod
     def random(config: LlamaConfig, batch_size: int, length: int, like: Tensor) -> KvCache:
-        """A cache full of normal noise: reading zeros toggles no bits, and draws less power."""
+        """A cache full of normal noise: reading zeros toggles no bits, and draws less power.
+
+        Args:
+            config: Of the model.
+            batch_size: Sequences.
+            length: Tokens that each can hold.
+            like: Gives type and device.
+        """
         cache = KvCache.zeros(config, batch_size, length, like)
         cache.keys.normal_()
         cache.values.normal_()
@@ -103,7 +117,13 @@ class Llama:
 
     @torch.inference_mode()
     def hidden(self, ids: Tensor, start: int, cache: KvCache) -> Tensor:
-        """As `forward`, but the normed hidden states of all new positions."""
+        """As `forward`, but the normed hidden states of all new positions.
+
+        Args:
+            ids: Token ids, shape (batch, new tokens).
+            start: Position of the first of them.
+            cache: Takes their keys and values.
+        """
         end = start + ids.shape[1]
         cos, sin = self._rope[0][start:end], self._rope[1][start:end]
         x = F.embedding(ids, self.embedding)

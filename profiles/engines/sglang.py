@@ -18,7 +18,6 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, Final, Self
 
 from voltana.profiles.engines.base import (
@@ -26,8 +25,8 @@ from voltana.profiles.engines.base import (
     EngineFacts,
     NotHeldError,
     Point,
+    PreparedPoint,
     Window,
-    Workload,
 )
 from voltana.profiles.engines.llama_config import ModelShape
 from voltana.profiles.engines.sglang_client import (
@@ -36,8 +35,8 @@ from voltana.profiles.engines.sglang_client import (
     Answer,
     Client,
     Endpoint,
+    Endpoints,
     Records,
-    Servers,
     get_json,
 )
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
@@ -67,7 +66,7 @@ class SglangEngine:
 
     def __init__(
         self,
-        open_servers: Callable[[], AbstractContextManager[Servers]],
+        open_servers: Callable[[], AbstractContextManager[Endpoints]],
         shape: ModelShape,
         *,
         is_attached: bool = False,
@@ -83,7 +82,7 @@ class SglangEngine:
         self._shape = shape
         self._is_attached = is_attached
         self._stack = ExitStack()
-        self._servers: Servers | None = None
+        self._servers: Endpoints | None = None
         self._client: Client | None = None
         self._records: dict[Endpoint, Records] = {}
         self._info: dict[Endpoint, dict[str, Any]] = {}
@@ -101,12 +100,7 @@ class SglangEngine:
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._stack.close()
         self._servers = self._client = None
 
@@ -129,7 +123,7 @@ class SglangEngine:
         return serving_table(delays, self.facts, self.kv_reserve_tokens)
 
     @property
-    def servers(self) -> Servers:
+    def servers(self) -> Endpoints:
         """The servers, while they are open."""
         assert self._servers is not None, "enter the engine first"
         return self._servers
@@ -181,8 +175,8 @@ class SglangEngine:
         )
 
     @contextmanager
-    def open(self, point: Point) -> Iterator[Workload]:
-        """A point, held by repeated batches of prompts; nothing runs before `Workload.run`."""
+    def open(self, point: Point) -> Iterator[PreparedPoint]:
+        """A point, held by repeated batches of prompts; nothing runs before `PreparedPoint.run`."""
         if point.tokens % point.batch_size:
             raise VoltanaError(
                 f"tokens must be a multiple of batch_size, got {point.tokens} and "

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
-from voltana.profiles.engines.sglang_client import Endpoint, Servers
+from voltana.profiles.engines.sglang_client import Endpoint, Endpoints
 from voltana.profiles.errors import VoltanaError
 
 UNIFIED: Final = "unified"
@@ -16,7 +16,7 @@ UNIFIED: Final = "unified"
 
 
 @contextmanager
-def attach(path: Path) -> Iterator[Servers]:
+def attach(path: Path) -> Iterator[Endpoints]:
     """Servers that run already, from a TOML file; they are left running.
 
     The file has `[[fleet.prefill]]` and `[[fleet.decode]]` as for `voltana replay` (the first of
@@ -32,12 +32,12 @@ def attach(path: Path) -> Iterator[Servers]:
         raise VoltanaError(f"cannot read {path}: {error}") from None
     if UNIFIED in fleet:
         found = _endpoint(fleet, UNIFIED, path)
-        yield Servers(prefill=found, decode=found)
+        yield Endpoints(prefill=found, decode=found)
     else:
         prefill, decode = (_endpoint(fleet, role, path) for role in ("prefill", "decode"))
         if prefill.bootstrap_port is None:
             raise VoltanaError(f"[[fleet.prefill]] must name its bootstrap_port ({path})")
-        yield Servers(prefill=prefill, decode=decode)
+        yield Endpoints(prefill=prefill, decode=decode)
 
 
 def _endpoint(fleet: dict[str, Any], role: str, path: Path) -> Endpoint:

@@ -9,7 +9,6 @@ import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Any, Final, Self
 from urllib.parse import urlsplit
 
@@ -45,7 +44,7 @@ class Endpoint:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Servers:
+class Endpoints:
     """Who prefills and who decodes; the same server twice where it does both."""
 
     prefill: Endpoint
@@ -88,12 +87,7 @@ class Records:
             )
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -135,7 +129,7 @@ class Records:
 class Client:
     """Sends batches of random prompts. Random, so that no prefix cache answers for them."""
 
-    servers: Servers
+    servers: Endpoints
     vocabulary: int
     """Token ids below this one exist."""
     handshake_s: float = HANDSHAKE_S

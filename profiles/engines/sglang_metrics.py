@@ -17,8 +17,6 @@ import msgspec
 from voltana.profiles.errors import VoltanaError
 
 SCHEMA_VERSION: Final = 1
-HEARTBEAT_S: Final = 1.0
-"""How often an idle server repeats an empty record."""
 MAX_QUEUED_RECORDS: Final = 100_000
 """What a subscriber keeps before it reads."""
 MAX_CACHED: Final = 0.02
@@ -27,7 +25,7 @@ BACK_TO_BACK_S: Final = 0.005
 
 
 class MetricsError(VoltanaError):
-    """A message that is no record of the known version."""
+    """A message that is not a record of the version we know."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -135,6 +133,11 @@ def is_whole(record: IterationMetrics, batch_size: int, tokens: int) -> bool:
 
     A prefix cache may know the first token of a random prompt: one a prompt, or `MAX_CACHED` of all
     tokens, may be missing.
+
+    Args:
+        record: One iteration.
+        batch_size: Requests that were sent.
+        tokens: New tokens (prefill) or context tokens (decode) of all of them.
     """
     missing = tokens - record.sum_prefill_tokens
     return (

@@ -117,7 +117,13 @@ def fit_delays(passages: Sequence[Passage], kv_bytes_per_token: int) -> ServingD
 def serving_table(
     delays: ServingDelays, facts: EngineFacts, kv_reserve_tokens: int | None
 ) -> Mapping[str, Any]:
-    """What `serving.toml` holds: the measurement, and the `voltana simulate` keys it amounts to."""
+    """What `serving.toml` holds: the measurement, and the `voltana simulate` keys it amounts to.
+
+    Args:
+        delays: What was measured.
+        facts: Of the engine.
+        kv_reserve_tokens: KV tokens that a request reserves ahead.
+    """
     simulate: dict[str, Any] = {
         "first_token": "prefill",
         "kv_transfer_latency_s": round(delays.fixed_s, 6),

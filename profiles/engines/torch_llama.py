@@ -7,7 +7,6 @@ import itertools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
-from types import TracebackType
 from typing import Any, Final, Protocol, Self
 
 import torch
@@ -17,8 +16,8 @@ from voltana.profiles.engines.base import (
     EngineFacts,
     OutOfMemoryError,
     Point,
+    PreparedPoint,
     Window,
-    Workload,
 )
 from voltana.profiles.engines.llama import KvCache, Llama
 from voltana.profiles.engines.llama_config import LlamaConfig
@@ -84,12 +83,7 @@ class TorchEngine:
             raise self._told(error, f"the model {self._config.name}") from None
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self._model = None
         self._give_memory_back()
 
@@ -137,7 +131,7 @@ class TorchEngine:
         )
 
     @contextmanager
-    def open(self, point: Point) -> Iterator[Workload]:
+    def open(self, point: Point) -> Iterator[PreparedPoint]:
         """Allocate and warm the point up; free it afterwards."""
         if point.tokens % point.batch_size:
             raise VoltanaError(

@@ -104,7 +104,14 @@ class Builder:
     def rows_at(
         self, phase: str, batch: int, tokens: float, clocks_mhz: Sequence[int]
     ) -> list[tuple[float, ...]]:
-        """Rows of one point at some clocks, from the model itself."""
+        """Rows of one point at some clocks, from the model itself.
+
+        Args:
+            phase: "prefill" or "decode".
+            batch: Requests.
+            tokens: New tokens (prefill) or context tokens (decode) of the batch.
+            clocks_mhz: A row each.
+        """
         work = getattr(self._cost, phase)(batch, tokens)
         host_s = PREFILL_HOST_S if phase == "prefill" else 0.0
         return [

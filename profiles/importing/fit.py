@@ -101,7 +101,13 @@ def usable(rows: Sequence[Row], gpu: str) -> list[Row]:
 
 
 def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float, float, float]:
-    """Time a layer, time a request (s), and the mean error of the gaps with them."""
+    """Time a layer, time a request (s), and the mean error of the gaps with them.
+
+    Args:
+        rows: Measured iterations.
+        data: Folder of the kernel tables; None for the installed ones.
+        system: Name of the card there.
+    """
     tables = open_tables(load_system(system), "sglang", "0.5.14", data)
     gemm = Gemm(tables.read("gemm"))
     attention = tables.read("decode_attention")

@@ -100,7 +100,13 @@ class ClockShape:
         return (1.0 - share) * (1.0 + self.sag * x * x) + share * (1.0 + x)
 
     def share(self, phase: str, batch: float, tokens: float) -> float:
-        """Clock-bound share of an iteration."""
+        """Clock-bound share of an iteration.
+
+        Args:
+            phase: "prefill" or "decode".
+            batch: Requests.
+            tokens: New tokens (prefill) or context tokens (decode) of the batch.
+        """
         if phase == "decode":
             return _interpolate(self.decode_share, batch)
         log = {float(np.log(t)): s for t, s in self.prefill_share.items()}

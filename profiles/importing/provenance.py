@@ -17,7 +17,14 @@ NO_POWER: Final = "the board's power limit throughout: no power model was given 
 def provenance(
     tables: KernelTables, decoder: Decoder, power: PowerModel | None, clocks: ClockShape | None
 ) -> dict[str, Provenance]:
-    """What `profile.toml` says of an imported profile."""
+    """What `profile.toml` says of an imported profile.
+
+    Args:
+        tables: What kernel times come from.
+        decoder: The model on its cards.
+        power: Model of its power; None where nothing tells energy.
+        clocks: How time and power move with the clock; None if no card tells.
+    """
     host = load_host(tables.system)
     is_alike = not decoder.experts and decoder.tensor_parallel == 1
     kernels = (

@@ -37,7 +37,7 @@ class System:
     """Its name in the tables, such as h100_sxm."""
     name: str
     devices: tuple[str, ...]
-    """What its tables may say they were measured on."""
+    """Names of the device that its tables may state."""
     memory_bytes: int
     bandwidth_bytes_per_s: float
     power_limit_w: float

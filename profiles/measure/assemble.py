@@ -40,6 +40,12 @@ def assemble(
 
     Points measured with the clock left alone (clock 0 in the journal) go under the one clock that
     was read most often while they ran.
+
+    Args:
+        directory: Of the profile.
+        log: What was measured.
+        identities: Of the cards.
+        facts: Of engine and model.
     """
     alone_mhz = _observed_clock_mhz(log)
     frames = {phase: _phase_frame(log, phase, alone_mhz, facts) for phase in ("prefill", "decode")}
@@ -138,6 +144,11 @@ def write_bare_idle(directory: Path, log: Journal, alone_mhz: int) -> None:
     """Write `idle_bare.csv`: idle power before the model was loaded, columns as in `idle.csv`.
 
     Nothing is written where the model was there first (attached servers).
+
+    Args:
+        directory: Of the profile.
+        log: What was measured.
+        alone_mhz: Clock of idle power without a model.
     """
     rows = [
         {"frequency_mhz": clock, "trial": trial, "power_w": power_w}
@@ -171,7 +182,7 @@ def _provenance(
         uncertainty=f"iteration times spread by {_time_spread(log):.1%} (median half "
         "interquartile range); trials kept in the tables",
     )
-    power = {phase: _power_provenance(_trials(log, phase), identities, facts) for phase in PHASES}
+    power = {phase: power_provenance(_trials(log, phase), identities, facts) for phase in PHASES}
     clocks = (
         f"locked and read back{_off_text(log)}"
         if has_control
@@ -182,7 +193,7 @@ def _provenance(
         "decode_time": timed,
         "prefill_power": power["prefill"],
         "decode_power": power["decode"],
-        "idle_power": _power_provenance([], identities, facts),
+        "idle_power": power_provenance([], identities, facts),
         "kv_capacity": Provenance(
             status="modelled", source=f"memory left by the weights, as {facts.engine_name} has it"
         ),
@@ -192,9 +203,16 @@ def _provenance(
     }
 
 
-def _power_provenance(
+def power_provenance(
     trials: Sequence[Trial], identities: Sequence[GpuIdentity], facts: EngineFacts
 ) -> Provenance:
+    """Where the power of a phase comes from: measured, unless a card or a trial forbids it.
+
+    Args:
+        trials: All of the phase.
+        identities: Of the cards.
+        facts: Of engine and model.
+    """
     identity = identities[0]
     if not identity.is_power_measured:
         return Provenance(

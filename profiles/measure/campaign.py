@@ -50,7 +50,15 @@ class Plan:
 def measure_bare_idle(
     gpus: Sequence[Gpu], plan: Plan, session: ClockSession, log: Journal, progress: Progress
 ) -> None:
-    """Idle power before the model is loaded; call before entering the engine."""
+    """Idle power before the model is loaded; call before entering the engine.
+
+    Args:
+        gpus: The cards.
+        plan: Which clocks.
+        session: Locks them.
+        log: Takes the result.
+        progress: Shows it.
+    """
     _measure_idle(gpus, plan, session, log, progress, is_loaded=False)
 
 
@@ -245,6 +253,12 @@ class Campaign:
 
 def lock_or_drop(session: ClockSession, plan: Plan, log: Journal, clock_mhz: int) -> bool:
     """Lock a clock of the plan; one that the cards do not reach in time is recorded.
+
+    Args:
+        session: Locks the cards.
+        plan: What is measured.
+        log: Takes the reason.
+        clock_mhz: To be locked.
 
     Returns:
         Whether the cards are at it; always where the clock is left alone.

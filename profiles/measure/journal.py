@@ -80,7 +80,13 @@ class Journal:
             )
 
     def add_point(self, clock_mhz: int, point: Point, trials: list[Trial]) -> None:
-        """Record a finished point."""
+        """Record a finished point.
+
+        Args:
+            clock_mhz: Lock in force; 0 for none.
+            point: What was held.
+            trials: What was measured, one a trial.
+        """
         self.points[clock_mhz, point] = trials
         rows = [dataclasses.asdict(trial) for trial in trials]
         self._append({"kind": "point", **_key_json(clock_mhz, point), "trials": rows})
@@ -92,19 +98,37 @@ class Journal:
 
         Unless it is final, a later one does, until it has failed `MAX_TRIES` times: a point that
         kills the engine every time must not keep all runs from what comes after it.
+
+        Args:
+            clock_mhz: Lock in force; 0 for none.
+            point: What was held.
+            reason: In one line.
+            is_final: Whether it is not to be tried again.
         """
         self.failures[clock_mhz, point] = reason
         entry = {**_key_json(clock_mhz, point), "reason": reason, "is_final": is_final}
         self._append({"kind": "failure", **entry})
 
     def add_dropped(self, clock_mhz: int, reason: str, point: Point | None = None) -> None:
-        """Record a trial of a point, or a whole clock, that was given up; it may be tried again."""
+        """Record a trial of a point, or a whole clock, that was given up; it may be tried again.
+
+        Args:
+            clock_mhz: That was left out.
+            reason: In one line.
+            point: Where; None for the whole clock.
+        """
         where = {"clock_mhz": clock_mhz} if point is None else _key_json(clock_mhz, point)
         self.dropped.append(reason)
         self._append({"kind": "dropped", **where, "reason": reason})
 
     def add_idle(self, clock_mhz: int, *, is_loaded: bool, power_w: list[float]) -> None:
-        """Record idle power."""
+        """Record idle power.
+
+        Args:
+            clock_mhz: Lock in force; 0 for none.
+            is_loaded: Whether the model was in memory.
+            power_w: Of all cards, in W.
+        """
         self.idle_w[clock_mhz, is_loaded] = power_w
         entry = {"clock_mhz": clock_mhz, "is_loaded": is_loaded, "power_w": power_w}
         self._append({"kind": "idle", **entry})

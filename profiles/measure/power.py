@@ -172,7 +172,7 @@ class PowerMeter:
     """Samples in a thread while the with-block runs; `reading` afterwards."""
 
     gpus: Sequence[Gpu]
-    _samples: list[Sample] = field(default_factory=list)
+    samples: list[Sample] = field(default_factory=list)
     _stop: threading.Event = field(default_factory=threading.Event)
     _thread: threading.Thread | None = None
     _error: DeviceError | None = None
@@ -180,7 +180,7 @@ class PowerMeter:
 
     def __enter__(self) -> Self:
         self._has_counter = has_energy_counter(self.gpus)
-        self._samples.append(take_sample(self.gpus, has_counter=self._has_counter))
+        self.samples.append(take_sample(self.gpus, has_counter=self._has_counter))
         self._thread = threading.Thread(target=self._run, daemon=True)
         self._thread.start()
         return self
@@ -195,19 +195,19 @@ class PowerMeter:
         assert self._thread is not None
         self._thread.join()
         if error is None and self._error is None:
-            self._samples.append(take_sample(self.gpus, has_counter=self._has_counter))
+            self.samples.append(take_sample(self.gpus, has_counter=self._has_counter))
 
     @property
     def reading(self) -> Reading:
         """Energy and conditions from start to stop. Raises what the sampler ran into."""
         if self._error is not None:
             raise self._error
-        return summarise(self._samples)
+        return summarise(self.samples)
 
     @property
     def shortest_span_s(self) -> float:
         """See `shortest_span_s`, by the samples of this meter."""
-        return shortest_span_s(self._samples)
+        return shortest_span_s(self.samples)
 
     def reading_within(self, spans_ns: Sequence[tuple[int, int]]) -> tuple[Reading, bool]:
         """The same of the stretches alone that held a point.
@@ -225,7 +225,7 @@ class PowerMeter:
             (end - start, self._samples_within(start - EDGE_NS, end + EDGE_NS))
             for start, end in spans_ns
         ]
-        busy = [sample for _, samples in inside for sample in samples] or self._samples
+        busy = [sample for _, samples in inside for sample in samples] or self.samples
         whole = replace(whole, median_clock_mhz=_median_clock_mhz(busy))
         shortest_ns = self.shortest_span_s * 1e9
         parts = [
@@ -245,12 +245,12 @@ class PowerMeter:
         return own, True
 
     def _samples_within(self, start_ns: int, end_ns: int) -> list[Sample]:
-        return [sample for sample in self._samples if start_ns <= sample.at_ns <= end_ns]
+        return [sample for sample in self.samples if start_ns <= sample.at_ns <= end_ns]
 
     def _run(self) -> None:
         while not self._stop.wait(SAMPLE_S):
             try:
-                self._samples.append(take_sample(self.gpus, has_counter=self._has_counter))
+                self.samples.append(take_sample(self.gpus, has_counter=self._has_counter))
             except DeviceError as error:
                 self._error = error
                 return

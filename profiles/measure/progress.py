@@ -47,16 +47,6 @@ class Progress(Protocol):
         """The next point begins."""
 
 
-class Quiet:
-    """Tells nobody."""
-
-    def say(self, text: str) -> None:
-        pass
-
-    def at(self, standing: Standing) -> None:
-        pass
-
-
 class Lines:
     """A line each, for logs."""
 

@@ -12,6 +12,7 @@ import tomli_w
 from voltana.profiles.catalog import Profile
 from voltana.profiles.device.gpu import Gpu
 from voltana.profiles.device.lock import ClockSession
+from voltana.profiles.draw.profile_figures import poor_fits, write_report
 from voltana.profiles.engines.base import PHASES, Engine, EngineFacts, NotHeldError
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_text
@@ -19,7 +20,6 @@ from voltana.profiles.measure.assemble import assemble
 from voltana.profiles.measure.campaign import Campaign, Plan, measure_bare_idle
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.progress import Progress
-from voltana.profiles.measure.report import poor_fits, write_report
 from voltana.profiles.places import SERVING
 
 JOURNAL: Final = "journal.jsonl"
@@ -124,7 +124,13 @@ def check_parallel(cards: Sequence[Gpu], facts: EngineFacts) -> None:
 
 
 def identity(cards: Sequence[Gpu], facts: EngineFacts, plan: Plan) -> dict[str, Any]:
-    """What must not change from a run to the one that resumes it."""
+    """What must not change from a run to the one that resumes it.
+
+    Args:
+        cards: All of the engine.
+        facts: Of engine and model.
+        plan: What is measured.
+    """
     return {
         **_of_cards(cards, plan),
         "engine": facts.engine_name,

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from voltana.profiles.device.gpu import THERMAL, Gpu
-from voltana.profiles.engines.base import Engine, Point, Window, Workload
+from voltana.profiles.engines.base import Engine, Point, PreparedPoint, Window
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
 
@@ -18,7 +18,7 @@ NVML_PERIOD_S: Final = 0.1
 """Power readings are published every 100 ms; trials start at different phases of it."""
 TICK_POLL_S: Final = 0.002
 MAX_TICK_S: Final = 0.5
-"""Longest wait for the counter to move; one that does not is no reason to give up."""
+"""Longest wait for the energy counter to move; after it the trial goes on all the same."""
 COOLING_POLL_S: Final = 0.5
 GAPS: Final = "power-without-pauses"
 """Flag: the stretches at the point were too short to be metered alone; power is that of the window,
@@ -142,7 +142,7 @@ def measure_point(
         for number in range(protocol.num_trials):
 
             def again(number: int = number) -> Trial:
-                return _off_lock(_run_trial(workload, gpus, protocol, number, pause_w), locked_mhz)
+                return _off_lock(run_trial(workload, gpus, protocol, number, pause_w), locked_mhz)
 
             try:
                 trial = again()
@@ -199,6 +199,11 @@ def _retried(
 def cool_down(gpus: Sequence[Gpu], target_c: float, *, limit_s: float) -> float:
     """Let the cards rest until the hottest is at `target_c` or below, or the limit has passed.
 
+    Args:
+        gpus: The cards.
+        target_c: Temperature to wait for, in °C.
+        limit_s: Longest wait, in s.
+
     Returns:
         Temperature of the hottest card at the end.
     """
@@ -254,13 +259,25 @@ def _await_phase(gpus: Sequence[Gpu], share: float) -> None:
     time.sleep(NVML_PERIOD_S * share)
 
 
-def _run_trial(
-    workload: Workload,
+def run_trial(
+    workload: PreparedPoint,
     gpus: Sequence[Gpu],
     protocol: Protocol,
     number: int,
     pause_w: float | None,
 ) -> Trial:
+    """Hold a point for one window, and meter it.
+
+    Args:
+        workload: The point, prepared.
+        gpus: Cards that run it.
+        protocol: How long, how many.
+        number: Of the trial, from 0: each begins at another phase of the meter's interval.
+        pause_w: Power of the pauses between iterations, in W, to be taken out; None: they count.
+
+    Raises:
+        SampleGapError: The cards could not be read often enough.
+    """
     _await_phase(gpus, number / protocol.num_trials)
     with PowerMeter(gpus) as meter:
         window = workload.run(

@@ -79,16 +79,16 @@ class Fleet:
         self._log = log
         self._truth = profile.truth(extrapolate=config.extrapolate)
         # a policy may wonder about batches that never run: its tables must not refuse them
-        self._known = profile.truth(extrapolate=True)
+        self._truth_beyond = profile.truth(extrapolate=True)
         self._spread = profile.spread()
         self._power = SkewedPower.wrap(
-            self._known,
+            self._truth_beyond,
             scale=config.predictor_power_scale,
             clock_error=config.predictor_power_clock_error,
             top_mhz=profile.clocks_mhz[-1],
         )
         self._predictor = ScaledPredictor.wrap(
-            profile.predictor() if config.predictor == "ecopred" else self._known,
+            profile.predictor() if config.predictor == "ecopred" else self._truth_beyond,
             config.predictor_scale,
         )
         engine = profile.meta.engine
@@ -332,7 +332,7 @@ class Fleet:
             actuation_s=self._config.actuation_latency_s,
             num_prefill=self._config.num_prefill,
             num_decode=self._config.num_decode,
-            truth=self._known,
+            truth=self._truth_beyond,
             cluster=self._cluster,
         )
 

@@ -75,7 +75,7 @@ class Instance(ABC):
         state.clock_mhz = self.track.clock_mhz
 
     def park(self, now_s: float) -> None:
-        """There is no work: be idle until a request comes."""
+        """Go idle until a request comes."""
         state = self.state
         state.is_busy = False
         state.now_s = now_s

@@ -40,7 +40,6 @@ class Predictor(Protocol):
             batch_size: Requests.
             tokens: New tokens (prefill) or context tokens (decode) of the whole batch.
         """
-        ...
 
 
 @runtime_checkable
@@ -58,7 +57,6 @@ class LinePredictor(Predictor, Protocol):
         Returns:
             Constant in s and slope in s/token.
         """
-        ...
 
 
 class PowerModel(Protocol):
@@ -88,7 +86,6 @@ class Truth(Protocol):
         Returns:
             Duration in s and power in W.
         """
-        ...
 
     def idle_power_w(self, clock_mhz: int) -> float: ...
 

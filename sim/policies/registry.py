@@ -1,7 +1,7 @@
 """Policies by name: what `voltana list` shows and what a configuration may name.
 
 Any other name is a module of yours that python can import; it holds `CONTROLLER = Entry(…)` or
-`ROUTER = Entry(…)`, as `experiments/own_policy.py` does.
+`ROUTER = Entry(…)`, as `experiments/examples/own_policy.py` does.
 """
 
 from __future__ import annotations

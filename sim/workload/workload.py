@@ -47,11 +47,6 @@ class Workload:
         return float(self.arrival_s[-1]) if len(self) else 0.0
 
     @property
-    def mean_rate_rps(self) -> float:
-        """Requests per second up to the last arrival; 0 when that is at time 0."""
-        return len(self) / self.duration_s if self.duration_s > 0 else 0.0
-
-    @property
     def content_hash(self) -> str:
         """SHA-256 over the three arrays, in hex; the name does not count."""
         digest = hashlib.sha256()

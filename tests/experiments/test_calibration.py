@@ -27,8 +27,8 @@ from voltana.experiments.paper.calibrate import (
 )
 from voltana.experiments.paper.mechanisms import awake_top_w, errors_with
 from voltana.experiments.paper.panel import (
-    AIMS,
     FITTED,
+    TOLERANCES,
     VALUES,
     as_panel,
     below_overload,
@@ -95,7 +95,7 @@ def test_residuals_by_hand() -> None:
 
 
 def test_score_by_hand() -> None:
-    """Errors in units of the aims: -1; -1/8, -1, 0, 1/2; -3/8, 1/2. Energy has no weight."""
+    """Errors in units of the tolerances: -1; -1/8, -1, 0, 1/2; -3/8, 1/2. Energy has no weight."""
     z = np.array([-1, -1 / 8, -1, 0, 1 / 2, -3 / 8, 1 / 2])
     expected = np.mean(2 * (np.sqrt(1 + z * z) - 1))
     assert score(residuals(OURS, PUBLISHED)) == pytest.approx(expected)
@@ -217,9 +217,9 @@ def test_agreement_with_the_published_panel(shared_data: Path, tmp_path: Path) -
     published = read_panel(shared_data / "paper" / "main_result_llama8b_sharegpt.csv")
     some = published[published["rps"].isin([50, 65, 80])]
     compared = panel_residuals(some, tmp_path, jobs=1)
-    for value, aim in AIMS.items():
+    for value, tolerance in TOLERANCES.items():
         error = compared.loc[compared["series"] == "voltanallm", f"{value}_error"].abs()
-        assert error.max() <= aim, value
+        assert error.max() <= tolerance, value
     energy = compared["energy_kj_error"] / compared["energy_kj_published"]
     assert energy.abs().max() <= 0.05
 

@@ -102,7 +102,7 @@ MISTAKES = [
     (["tune", "pid", "--set", "foo=1"], "unknown key 'foo' (tune)"),
     (["experiment", "run", "demo"], "run voltana demo"),
     (
-        ["simulate", "--controller", "voltana.experiments.own_policy:high=32"],
+        ["simulate", "--controller", "voltana.experiments.examples.own_policy:high=32"],
         "own_policy needs low < high",
     ),
 ]

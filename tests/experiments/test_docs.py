@@ -16,8 +16,8 @@ import typer
 
 from tests.conftest import ROOT
 from voltana.experiments.cli import make_app
-from voltana.experiments.docs_tables import TABLES, table
-from voltana.experiments.frontier.report import HEADINGS
+from voltana.experiments.documentation.tables import TABLES, table
+from voltana.experiments.frontier.search_page import HEADINGS
 from voltana.experiments.show import policy_table
 from voltana.experiments.study.suite import list_experiments
 from voltana.profiles.errors import VoltanaError

@@ -11,10 +11,10 @@ import pytest
 from matplotlib.axes import Axes
 
 from voltana.experiments.compare.policies import BEST_PAIR
+from voltana.experiments.documentation.wrong_profile import perturbed_profile
 from voltana.experiments.draw.profiles import profile_figure, provenance_table
 from voltana.experiments.draw.runs import best_of_pairs, energy_against_itl_slo, run_figure
 from voltana.experiments.runs import run
-from voltana.experiments.stand_in import perturbed_profile
 from voltana.experiments.sweep.grid import expand
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.catalog import load_profile

@@ -25,7 +25,6 @@ from voltana.experiments.frontier.contest import (
     write_contest,
 )
 from voltana.experiments.frontier.knob import search_knob
-from voltana.experiments.frontier.report import HEADINGS, table_rows, text_table
 from voltana.experiments.frontier.search import (
     DEFAULT,
     STATIC_FLEET,
@@ -34,6 +33,7 @@ from voltana.experiments.frontier.search import (
     Found,
     search_frontier,
 )
+from voltana.experiments.frontier.search_page import HEADINGS, table_rows, text_table
 from voltana.experiments.frontier.study import load_names_of, read_study
 from voltana.experiments.frontier.table import COLUMNS, frontier_table
 from voltana.experiments.frontier.trial import Trial, pooled

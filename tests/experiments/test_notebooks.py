@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tests.conftest import ROOT
-from voltana.experiments.notebooks import execute, read
+from voltana.experiments.documentation.notebooks import execute, read
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 MEASURED = "01_profile_a_gpu"

@@ -22,7 +22,7 @@ RAMP = [(0, 1000), (32, 1000), (33, 1200), (112, 1200), (113, 1400), (500, 1400)
 
 @pytest.mark.parametrize(("load", "clock"), RAMP)
 def test_the_ramp_by_hand(load: int, clock: int) -> None:
-    controller = make_controller("voltana.experiments.own_policy", make_context())
+    controller = make_controller("voltana.experiments.examples.own_policy", make_context())
     state = decode_state(waiting=load % 7)
     state.num_running = load - load % 7
     assert controller.decide(state) == clock
@@ -31,7 +31,9 @@ def test_the_ramp_by_hand(load: int, clock: int) -> None:
 def test_it_runs_in_the_simulator_by_its_module() -> None:
     record = run(
         SimConfig(
-            rate_rps=30, duration_s=10, controller="voltana.experiments.own_policy:low=1,high=2"
+            rate_rps=30,
+            duration_s=10,
+            controller="voltana.experiments.examples.own_policy:low=1,high=2",
         )
     )
     # from two requests on it asks for the top clock, below for the lowest listed one
@@ -49,16 +51,20 @@ def test_the_router_by_hand() -> None:
     decode = [decode_state(index=i, kv=kv) for i, kv in ((4, 1000), (5, 200))]
     decode[1].waiting_tokens = 600  # 1000 to 800, at half weight 500 to 700
     for weight, expected in (("1", (1, 1)), ("0.5", (1, 0))):
-        router = make_router(f"voltana.experiments.own_router:weight={weight}", make_context())
+        router = make_router(
+            f"voltana.experiments.examples.own_router:weight={weight}", make_context()
+        )
         assert router.route(view, prefill, decode) == expected
     decode[1].waiting_tokens = 800
     decode[0].open_requests = 1
-    router = make_router("voltana.experiments.own_router", make_context())
+    router = make_router("voltana.experiments.examples.own_router", make_context())
     assert router.route(view, prefill, decode) == (1, 1)  # as much work: the fewer requests
 
 
 def test_the_router_runs_in_the_simulator_by_its_module() -> None:
-    record = run(SimConfig(rate_rps=30, duration_s=10, router="voltana.experiments.own_router"))
+    record = run(
+        SimConfig(rate_rps=30, duration_s=10, router="voltana.experiments.examples.own_router")
+    )
     for ids in (record.requests.prefill_id, record.requests.decode_id):
         assert set(ids.tolist()) == {0, 1}
     assert (record.requests.status == COMPLETED).all()
@@ -67,12 +73,12 @@ def test_the_router_runs_in_the_simulator_by_its_module() -> None:
 def test_a_module_needs_no_dot_in_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """As the README says: `--controller my_module:key=value`."""
     source = tmp_path / "my_ramp.py"
-    source.write_text("from voltana.experiments.own_policy import CONTROLLER\n")
+    source.write_text("from voltana.experiments.examples.own_policy import CONTROLLER\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     controller = make_controller("my_ramp:high=120", make_context())
     assert controller.decide(decode_state(waiting=0)) == 1000
     before = run_key(SimConfig(controller="my_ramp"))
-    source.write_text("from voltana.experiments.own_policy import CONTROLLER  # changed\n")
+    source.write_text("from voltana.experiments.examples.own_policy import CONTROLLER  # changed\n")
     assert run_key(SimConfig(controller="my_ramp")) != before
 
 
@@ -80,7 +86,7 @@ def test_mistakes_are_one_line() -> None:
     for spec, words in (
         ("no.such.module", "cannot import controller 'no.such.module': no module 'no'"),
         ("voltana.experiments.draw.plots", "holds no controller: it needs CONTROLLER = Entry"),
-        ("voltana.experiments.own_policy:hi=3", "did you mean 'high'"),
+        ("voltana.experiments.examples.own_policy:hi=3", "did you mean 'high'"),
         ("ecofrek", "unknown controller 'ecofrek': did you mean 'ecofreq'?"),
         ("eco-freq", "unknown controller 'eco-freq': did you mean 'ecofreq'?"),
         # a router's name, and a module of the standard library

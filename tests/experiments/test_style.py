@@ -19,8 +19,8 @@ from voltana.experiments.draw.profiles import profile_figure
 from voltana.experiments.draw.runs import energy_against_itl_slo, run_figure
 from voltana.experiments.frontier.contenders import parse_contender
 from voltana.experiments.frontier.contest_page import shares_figure
-from voltana.experiments.frontier.report import pareto_figure
 from voltana.experiments.frontier.search import DEFAULT, STATIC_FLEET, STATIC_MAX, Found
+from voltana.experiments.frontier.search_page import pareto_figure
 from voltana.experiments.frontier.study import make_study
 from voltana.experiments.frontier.table import COLUMNS
 from voltana.experiments.frontier.trial import Load, Trial
@@ -31,7 +31,7 @@ from voltana.experiments.study.suite import PANEL, Experiment, FigureSpec
 from voltana.experiments.sweep.grid import expand
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.measure.style import COLOURS, HALF_WIDTH_IN, LEAST_PT
+from voltana.profiles.draw.style import COLOURS, HALF_WIDTH_IN, LEAST_PT
 from voltana.sim.config import SimConfig
 
 EDGE_PX = 1

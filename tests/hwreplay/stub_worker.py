@@ -26,6 +26,7 @@ import zmq
 from aiohttp import web
 
 from tests.conftest import ROOT
+from tests.hwreplay.stub_rooms import FileRooms, Room
 from voltana.hwreplay.router.body import CHAT, COMPLETIONS, GENERATE, parse_body
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
@@ -50,40 +51,6 @@ class StubTimes:
 
     def decode_s(self, batch_size: int) -> float:
         return self.decode_base_s + self.decode_request_s * batch_size
-
-
-class Room(asyncio.Event):
-    """Where a pair meets; set once the prompt is prefilled."""
-
-    asked_ns = 0
-    """When the later of both servers was asked."""
-
-
-class FileRoom(Room):
-    """The same for servers in two processes: a file that prefill makes."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path = path
-
-    def set(self) -> None:
-        self._path.touch()
-
-    def is_set(self) -> bool:
-        return self._path.exists()
-
-
-class FileRooms(dict[int, Room]):
-    """Rooms in a folder."""
-
-    def __init__(self, directory: Path) -> None:
-        super().__init__()
-        self._directory = directory
-
-    def setdefault(self, key: int, default: Room | None = None) -> Room:
-        if key not in self:
-            self[key] = FileRoom(self._directory / str(key))
-        return self[key]
 
 
 @dataclass(slots=True, kw_only=True, eq=False)

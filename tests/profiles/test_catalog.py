@@ -223,7 +223,7 @@ def test_ecopred_fits_what_scikit_learn_fits() -> None:
     made = ecopred.fit(table.assign(batch_size=tokens // 500), table)
     # the reference's ranges part batches 1 to 4 from 5 to 8: all in one for this comparison
     x = np.column_stack([batch, tokens]).astype(float)
-    fitted = ecopred._ransac(x, 1e-3 * times_ms, ecopred.DECODE_RANSAC, 1)
+    fitted = ecopred.ransac(x, 1e-3 * times_ms, ecopred.DECODE_RANSAC, 1)
     assert [1e3 * c for c in fitted] == pytest.approx(
         [1.8382226353588345, 0.00080398595477003, 2.5429644921815324], rel=1e-9
     )

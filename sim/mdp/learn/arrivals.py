@@ -126,7 +126,7 @@ class ArrivalSimulation:
 
     @property
     def is_over(self) -> bool:
-        """There is no request left to route."""
+        """Whether all requests have been routed."""
         return self._request is None
 
     def accept(self, decode_id: int, clock_mhz: int | None = None) -> Cost:

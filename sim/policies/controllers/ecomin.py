@@ -106,9 +106,21 @@ class EcoMin(Controller):
     """
 
     __slots__ = (
-        "_bottom_mhz", "_came_s", "_changed_s", "_context", "_correction", "_decision_mhz",
-        "_fullest", "_gap_s", "_levels_mhz", "_open", "_park_mhz", "_park_w", "_predicted_at_mhz",
-        "_settings", "_top_mhz",
+        "_bottom_mhz",
+        "_came_s",
+        "_changed_s",
+        "_context",
+        "_decision_mhz",
+        "_fullest",
+        "_gap_s",
+        "_levels_mhz",
+        "_open",
+        "_park_mhz",
+        "_park_w",
+        "_predicted_at_mhz",
+        "_settings",
+        "_top_mhz",
+        "correction",
     )  # fmt: skip
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
@@ -118,7 +130,7 @@ class EcoMin(Controller):
         self._top_mhz = self._levels_mhz[-1]
         self._settings = parameters
         self._context = context
-        self._correction = TimeCorrection(
+        self.correction = TimeCorrection(
             context.slo_s,
             memory_iterations=parameters.memory_iterations,
             quantile_ratio=parameters.quantile_ratio,
@@ -166,8 +178,8 @@ class EcoMin(Controller):
         """Corrected over predicted time of an iteration as long as promised, and the error left."""
         slo_s = self._context.slo_s
         return {
-            "correction": self._correction.correct_s(slo_s) / slo_s,
-            "error_quantile": self._correction.ratio,
+            "correction": self.correction.correct_s(slo_s) / slo_s,
+            "error_quantile": self.correction.ratio,
         }
 
     def _learn(self, state: InstanceState) -> None:
@@ -179,7 +191,7 @@ class EcoMin(Controller):
             state.ended_batch_size,
             state.ended_tokens,
         )
-        self._correction.observe(predicted_s, state.last_duration_s)
+        self.correction.observe(predicted_s, state.last_duration_s)
 
     def _for_decode(self, state: InstanceState) -> int:
         settings = self._settings
@@ -204,7 +216,7 @@ class EcoMin(Controller):
     def _most(self, context_tokens: float) -> int:
         """The fullest batch, by times as they are observed."""
         slo_s = self._context.slo_itl_s
-        error = self._correction.bound_s(slo_s) / slo_s
+        error = self.correction.bound_s(slo_s) / slo_s
         limit_s = math.ceil(self._limit_s(1.0) / error / _LIMIT_STEP) * _LIMIT_STEP * slo_s
         return self._fullest.requests(context_tokens, limit_s)
 
@@ -236,7 +248,7 @@ class EcoMin(Controller):
 
     def _bound_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
         context = self._context
-        return self._correction.bound_s(
+        return self.correction.bound_s(
             context.predictor.predict_s(context.phase, clock_mhz, batch_size, tokens)
         )
 

@@ -68,7 +68,7 @@ class PolcaPlan:
         p, clocks = parameters, context.clocks_mhz
         self._parameters = p
         self._fleet = fleet
-        self._budget_w = p.share_frac * fleet_power_w(context) if p.budget_w is None else p.budget_w
+        self.budget_w = p.share_frac * fleet_power_w(context) if p.budget_w is None else p.budget_w
         mild, hard, prefill = (
             nearest_clock_mhz(clocks, f) for f in (p.mild_mhz, p.hard_mhz, p.prefill_mhz)
         )
@@ -91,7 +91,7 @@ class PolcaPlan:
             for state in (*self._fleet.prefill, *self._fleet.decode):
                 state.refresh()
                 energy_j += state.energy_j
-            use = (energy_j - self._energy_j) / elapsed_s / self._budget_w
+            use = (energy_j - self._energy_j) / elapsed_s / self.budget_w
             self._measured_s, self._energy_j = now_s, energy_j
             self._command(self.next_level(use), now_s)
         return self._caps_mhz[phase][self.level]
@@ -135,14 +135,14 @@ class Polca(Controller):
     brake's clock is the profile's lowest, where the source brakes to 288 MHz, and its release.
     """
 
-    __slots__ = ("_phase", "_plan")
+    __slots__ = ("_phase", "plan")
 
     def __init__(self, parameters: PolcaParameters, context: PolicyContext) -> None:
         fleet = context.observe_cluster("polca")
         self._phase = context.phase
-        self._plan = fleet.share(
+        self.plan = fleet.share(
             f"polca {parameters}", lambda: PolcaPlan(parameters, context, fleet)
         )
 
     def decide(self, state: InstanceState) -> int:
-        return self._plan.clock_mhz(self._phase, state.now_s)
+        return self.plan.clock_mhz(self._phase, state.now_s)

@@ -52,7 +52,7 @@ class RapidPlan:
     def __init__(self, parameters: RapidParameters, context: PolicyContext, fleet: Cluster) -> None:
         p, clocks = parameters, context.clocks_mhz
         self._parameters = p
-        self._fleet = fleet
+        self.fleet = fleet
         self._count = {PREFILL: context.num_prefill, DECODE: context.num_decode}
         self._limit_s = {PREFILL: context.prefill_budget_s, DECODE: context.slo_itl_s}
         self._most_w = {f: busy_power_w(context, f, clocks[-1]) for f in (PREFILL, DECODE)}
@@ -82,7 +82,7 @@ class RapidPlan:
     def _move(self) -> bool:
         prefill, decode = self._load(PREFILL), self._load(DECODE)
         p = self._parameters
-        queued = sum(state.num_waiting for state in self._fleet.prefill)
+        queued = sum(state.num_waiting for state in self.fleet.prefill)
         pressed = prefill > p.pressure_ratio or queued > p.queue_requests * self._count[PREFILL]
         if pressed and decode < p.slack_ratio:
             return self.shift(DECODE, PREFILL)

@@ -173,15 +173,21 @@ class Consolidate(Router):
         """Least power above idle at that token rate; infinite if the promise can't be kept."""
         best_w = float("inf")
         for clock in self._levels_mhz:
-            batch = self._settled_batch(rate, context_tokens, clock)
+            batch = self.settled_batch(rate, context_tokens, clock)
             if batch is not None:
                 tokens = max(int(batch * context_tokens), 1)
                 power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
                 best_w = min(best_w, power_w - self._park_w)
         return best_w
 
-    def _settled_batch(self, rate: float, context_tokens: float, clock: int) -> int | None:
-        """The least b (in steps) with b >= rate·T(b), if the promise is kept there."""
+    def settled_batch(self, rate: float, context_tokens: float, clock: int) -> int | None:
+        """The least b (in steps) with b >= rate·T(b), if the promise is kept there.
+
+        Args:
+            rate: Tokens/s that come to the instance.
+            context_tokens: Of a request.
+            clock: In MHz.
+        """
         predict_s = self._context.predictor.predict_s
         for batch in range(_STEP, int(rate * self._limit_s) + 2 * _STEP, _STEP):
             time_s = predict_s(DECODE, clock, batch, max(int(batch * context_tokens), 1))

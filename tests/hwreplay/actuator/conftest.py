@@ -16,8 +16,8 @@ import pytest
 
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
-from voltana.hwreplay.actuator.client import HelperActuator
-from voltana.hwreplay.actuator.helper import Helper, HelperConfig
+from voltana.hwreplay.actuator.actuator import Actuator, ActuatorConfig
+from voltana.hwreplay.actuator.client import ActuatorClient
 from voltana.hwreplay.messages.actuation import Operation
 
 ALLOWED_MHZ = (705, 1005, 1410)
@@ -58,15 +58,17 @@ class Recorder:
 
 @contextmanager
 def serving(path: Path, backend: Recorder, **settings: Any) -> Iterator[None]:  # noqa: ANN401
-    """A helper in a thread."""
+    """An actuator in a thread."""
     settings.setdefault("allowed_uids", frozenset({os.getuid()}))
-    helper = Helper(backend, HelperConfig(socket_path=path, owner_uid=os.getuid(), **settings))
-    thread = threading.Thread(target=helper.serve)
+    actuator = Actuator(
+        backend, ActuatorConfig(socket_path=path, owner_uid=os.getuid(), **settings)
+    )
+    thread = threading.Thread(target=actuator.serve)
     thread.start()
     try:
         yield
     finally:
-        helper.stop()
+        actuator.stop()
         thread.join()
 
 
@@ -80,7 +82,7 @@ def eventually(is_so: Callable[[], bool], limit_s: float = 60.0) -> bool:
     return False
 
 
-def beating(client: HelperActuator, is_so: Callable[[], bool], limit_s: float = 20.0) -> bool:
+def beating(client: ActuatorClient, is_so: Callable[[], bool], limit_s: float = 20.0) -> bool:
     """Whether something becomes true while the client goes on saying that it lives."""
 
     def beat_and_look() -> bool:
@@ -96,7 +98,11 @@ def recorder() -> Recorder:
 
 
 @contextmanager
-def helper_process(standin: Standin, path: Path, *options: str) -> Iterator[subprocess.Popen[str]]:  # noqa: F811
+def actuator_process(
+    standin: Standin,  # noqa: F811
+    path: Path,
+    *options: str,
+) -> Iterator[subprocess.Popen[str]]:
     """The real command in its own process, on the emulated card; ready when entered."""
     process = subprocess.Popen(
         [

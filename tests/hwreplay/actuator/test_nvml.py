@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.hwreplay.actuator.conftest import beating, eventually, helper_process
+from tests.hwreplay.actuator.conftest import actuator_process, beating, eventually
 from tests.profiles.device.standin import Standin
-from voltana.hwreplay.actuator.client import ActuatorLostError, HelperActuator
+from voltana.hwreplay.actuator.client import ActuatorClient, ActuatorLostError
 from voltana.hwreplay.messages.actuation import Status
 from voltana.profiles.errors import VoltanaError
 
@@ -20,25 +20,25 @@ UNKNOWN = 999
 """NVML's word for what passes."""
 CLIENT = (
     "import sys, time\nfrom pathlib import Path\n"
-    "from voltana.hwreplay.actuator.client import HelperActuator\n"
-    "client = HelperActuator(Path({path!r}), [0])\nclient.set_clock(1005)\n"
+    "from voltana.hwreplay.actuator.client import ActuatorClient\n"
+    "client = ActuatorClient(Path({path!r}), [0])\nclient.set_clock(1005)\n"
     "print('sent', flush=True)\n"
     "while True:\n    client.beat()\n    time.sleep(0.05)\n"
 )
 
 
-def locked(standin: Standin, client: HelperActuator, clock_mhz: int) -> None:
+def locked(standin: Standin, client: ActuatorClient, clock_mhz: int) -> None:
     client.set_clock(clock_mhz)
     assert beating(client, lambda: client.clock_mhz == clock_mhz)
     assert standin["locked_mhz"] == clock_mhz
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGKILL])
-def test_clocks_come_back_whatever_ends_the_helper(
+def test_clocks_come_back_whatever_ends_the_actuator(
     standin: Standin, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    with helper_process(standin, tmp_path / "s") as process:
-        client = HelperActuator(tmp_path / "s", [0])
+    with actuator_process(standin, tmp_path / "s") as process:
+        client = ActuatorClient(tmp_path / "s", [0])
         locked(standin, client, 1005)
         locked(standin, client, 705)
         process.send_signal(signum)
@@ -54,7 +54,7 @@ def test_clocks_come_back_whatever_ends_the_helper(
 def test_clocks_come_back_when_the_client_dies_or_freezes(
     standin: Standin, tmp_path: Path, signum: signal.Signals
 ) -> None:
-    with helper_process(standin, tmp_path / "s", "--silence-s", "0.5"):
+    with actuator_process(standin, tmp_path / "s", "--silence-s", "0.5"):
         client = standin.popen(CLIENT.format(path=str(tmp_path / "s")))
         try:
             assert client.stdout is not None
@@ -69,8 +69,8 @@ def test_clocks_come_back_when_the_client_dies_or_freezes(
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGKILL])
 def test_power_limit_comes_back(standin: Standin, tmp_path: Path, signum: signal.Signals) -> None:
-    with helper_process(standin, tmp_path / "s", "--power-cap") as process:
-        client = HelperActuator(tmp_path / "s", [0], make_caps_w=lambda: {705: 180.0, 1410: 401.0})
+    with actuator_process(standin, tmp_path / "s", "--power-cap") as process:
+        client = ActuatorClient(tmp_path / "s", [0], make_caps_w=lambda: {705: 180.0, 1410: 401.0})
         client.set_clock(705)
         assert beating(client, lambda: client.clock_mhz == 705)
         assert standin["limit_mw"] == 180_000
@@ -85,19 +85,19 @@ def test_power_limit_comes_back(standin: Standin, tmp_path: Path, signum: signal
     assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
 
 
-def test_who_knows_no_limits_cannot_use_a_helper_that_sets_them(
+def test_who_knows_no_limits_cannot_use_an_actuator_that_sets_them(
     standin: Standin, tmp_path: Path
 ) -> None:
     with (
-        helper_process(standin, tmp_path / "s", "--power-cap"),
+        actuator_process(standin, tmp_path / "s", "--power-cap"),
         pytest.raises(VoltanaError, match="limits power"),
     ):
-        HelperActuator(tmp_path / "s", [0])
+        ActuatorClient(tmp_path / "s", [0])
 
 
 def test_allowed_clocks_are_the_commands(standin: Standin, tmp_path: Path) -> None:
-    with helper_process(standin, tmp_path / "s", "--clocks", "705,1410"):
-        client = HelperActuator(tmp_path / "s", [0])
+    with actuator_process(standin, tmp_path / "s", "--clocks", "705,1410"):
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(1005)
         assert beating(client, lambda: bool(client.refused))
         locked(standin, client, 1410)
@@ -107,8 +107,8 @@ def test_allowed_clocks_are_the_commands(standin: Standin, tmp_path: Path) -> No
 
 def test_a_card_that_refuses_is_reported_and_not_touched(standin: Standin, tmp_path: Path) -> None:
     standin["deny_lock"] = 1
-    with helper_process(standin, tmp_path / "s") as process:
-        client = HelperActuator(tmp_path / "s", [0])
+    with actuator_process(standin, tmp_path / "s") as process:
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(1005)
         assert beating(client, lambda: bool(client.refused))
         assert client.refused == {Status.DEVICE_FAILED: 1}
@@ -119,8 +119,8 @@ def test_a_card_that_refuses_is_reported_and_not_touched(standin: Standin, tmp_p
 
 
 def test_restoring_is_tried_until_it_works(standin: Standin, tmp_path: Path) -> None:
-    with helper_process(standin, tmp_path / "s"):
-        client = HelperActuator(tmp_path / "s", [0])
+    with actuator_process(standin, tmp_path / "s"):
+        client = ActuatorClient(tmp_path / "s", [0])
         locked(standin, client, 1005)
         standin["lock_error"] = UNKNOWN
         client.close()
@@ -151,7 +151,7 @@ def test_modules_in_the_working_folder_are_not_run(standin: Standin, tmp_path: P
     try:
         assert process.stderr is not None
         assert "listening on" in process.stderr.readline()
-        client = HelperActuator(tmp_path / "s", [0])
+        client = ActuatorClient(tmp_path / "s", [0])
         locked(standin, client, 1005)
         process.kill()
         assert eventually(lambda: standin["locked_mhz"] == 0)
@@ -177,8 +177,8 @@ def test_a_clock_the_card_lacks_is_one_line(standin: Standin, tmp_path: Path) ->
 def test_dry_run_needs_no_driver(standin: Standin, tmp_path: Path) -> None:
     standin.env["LD_LIBRARY_PATH"] = ""
     record = tmp_path / "record.jsonl"
-    with helper_process(standin, tmp_path / "s", "--dry-run", str(record)):
-        client = HelperActuator(tmp_path / "s", [0])
+    with actuator_process(standin, tmp_path / "s", "--dry-run", str(record)):
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(1005)
         assert beating(client, lambda: record.read_text() != "" and not client.unanswered)
         assert (client.clock_mhz, client.num_refused) == (0, 0)  # nothing was touched

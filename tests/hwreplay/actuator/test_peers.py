@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, invariant, rule
 
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, eventually, serving
-from voltana.hwreplay.actuator.client import HelperActuator
+from voltana.hwreplay.actuator.client import ActuatorClient
 from voltana.hwreplay.messages.actuation import Operation, Request, Status, parse_answer
 
 GPUS = st.integers(0, 3)
@@ -125,10 +125,10 @@ def test_descriptors_in_a_message_are_closed_and_a_flood_starves_nobody(tmp_path
         harmful.sendmsg([beat], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
         assert parse_answer(harmful.recv(64)).status == Status.OK
         os.close(write)
-        assert os.read(read, 1) == b""  # the helper holds no other end
+        assert os.read(read, 1) == b""  # the actuator holds no other end
         os.close(read)
         harmful.setblocking(False)
-        good = HelperActuator(tmp_path / "s", [0])
+        good = ActuatorClient(tmp_path / "s", [0])
         good.set_clock(1005)
         is_dropped = False
 

@@ -1,6 +1,4 @@
-"""The agent's process on real sockets, the real helper and the emulated card: what it does to a
-card while all is well, and what the card is left with when something is not.
-"""
+"""The agent's process with the real actuator on the emulated card, while all is well or is not."""
 
 from __future__ import annotations
 
@@ -23,15 +21,15 @@ from typing import Any
 
 import pytest
 
-from tests.hwreplay.actuator.conftest import eventually, helper_process
+from tests.hwreplay.actuator.conftest import actuator_process, eventually
 from tests.hwreplay.engine_voice import EngineVoice, repeating
 from tests.hwreplay.messages.test_batch_feed import batch, plugin  # noqa: F401 (fixture)
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
-from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import Event, EventPublisher
-from voltana.hwreplay.messages.reports import ReportFeed
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
 from voltana.sim.config import make_config
@@ -62,9 +60,9 @@ def config_of(tmp_path: Path, voice: EngineVoice, **values: Any) -> AgentConfig:
 
 @contextmanager
 def running(config: AgentConfig, directory: Path) -> Iterator[subprocess.Popen[bytes]]:
-    process = start_agent(config, directory)
+    process = start_agents([config], directory)
     try:
-        await_agent(process, config, directory)
+        await_agents(process, [config], directory)
         yield process
     finally:
         process.send_signal(signal.SIGCONT)
@@ -89,15 +87,17 @@ def card(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> Iterator[Standin]:
-    """The emulated card with a helper on tmp_path/helper; agents see the same card."""
+    """The emulated card with an actuator on tmp_path/actuator; agents see the same card."""
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
-    with helper_process(standin, tmp_path / "helper", "--silence-s", "0.6"):
+    with actuator_process(standin, tmp_path / "actuator", "--silence-s", "0.6"):
         yield standin
 
 
-def with_helper(tmp_path: Path, voice: EngineVoice, **values: Any) -> AgentConfig:  # noqa: ANN401
-    return config_of(tmp_path, voice, actuator_socket=str(tmp_path / "helper"), gpus=(0,), **values)
+def with_actuator(tmp_path: Path, voice: EngineVoice, **values: Any) -> AgentConfig:  # noqa: ANN401
+    return config_of(
+        tmp_path, voice, actuator_socket=str(tmp_path / "actuator"), gpus=(0,), **values
+    )
 
 
 def report_of(config: AgentConfig, directory: Path) -> dict[str, Any]:
@@ -112,7 +112,7 @@ def lines_of(path: Path) -> list[dict[str, Any]]:
 def test_the_card_follows_the_engine_and_is_given_back(
     card: Standin, tmp_path: Path, voice: EngineVoice
 ) -> None:
-    config = with_helper(tmp_path, voice)
+    config = with_actuator(tmp_path, voice)
     with running(config, tmp_path) as process:
         for load, clock_mhz in ((SMALL, 1005), (LARGE, 1410), (SMALL, 1005)):
             with repeating(lambda load=load: voice.decode(*load)):  # type: ignore[misc]
@@ -147,8 +147,8 @@ def test_where_clocks_cannot_be_locked_the_agent_limits_power(
     limit_w = math.ceil(table[table["frequency_mhz"] == 1005]["power_w"].max())
     assert 100 < limit_w < 400  # within the card's range, so that it is the table's word
     with (
-        helper_process(standin, tmp_path / "helper", "--power-cap"),
-        running(with_helper(tmp_path, voice, stale=GENEROUS), tmp_path),
+        actuator_process(standin, tmp_path / "actuator", "--power-cap"),
+        running(with_actuator(tmp_path, voice, stale=GENEROUS), tmp_path),
     ):
         with repeating(lambda: voice.decode(*SMALL)):
             assert eventually(lambda: standin["limit_mw"] == limit_w * 1000)
@@ -161,7 +161,7 @@ def test_a_frozen_agent_loses_its_clock_and_takes_it_again(
 ) -> None:
     """Its metrics never count as stale: only the actuator's patience ends."""
     never = StaleLimits(least_s=600.0, most_s=600.0, dead_s=600.0)
-    config = with_helper(tmp_path, voice, stale=never)
+    config = with_actuator(tmp_path, voice, stale=never)
     with (
         running(config, tmp_path) as process,
         repeating(lambda: voice.decode(*SMALL)),
@@ -179,7 +179,7 @@ def test_a_frozen_agent_loses_its_clock_and_takes_it_again(
 def test_metrics_that_stop_unlock_and_that_come_again_lock(
     card: Standin, tmp_path: Path, voice: EngineVoice
 ) -> None:
-    config = with_helper(tmp_path, voice, stale=GENEROUS)
+    config = with_actuator(tmp_path, voice, stale=GENEROUS)
     with running(config, tmp_path):
         with repeating(lambda: voice.decode(*SMALL)):
             assert eventually(lambda: card["locked_mhz"] == 1005)
@@ -196,7 +196,7 @@ def test_a_dead_agent_leaves_no_lock(
     card: Standin, tmp_path: Path, voice: EngineVoice, signum: signal.Signals
 ) -> None:
     with (
-        running(with_helper(tmp_path, voice), tmp_path) as process,
+        running(with_actuator(tmp_path, voice), tmp_path) as process,
         repeating(lambda: voice.decode(*SMALL)),
     ):
         assert eventually(lambda: card["locked_mhz"] == 1005)
@@ -207,12 +207,12 @@ def test_a_dead_agent_leaves_no_lock(
 
 
 def test_an_agent_ends_with_its_parent(card: Standin, tmp_path: Path, voice: EngineVoice) -> None:
-    config = with_helper(tmp_path, voice)
+    config = with_actuator(tmp_path, voice)
     code = (
         "import sys, time\nfrom pathlib import Path\n"
-        "from voltana.hwreplay.agent.agent import read_agent_config, start_agent\n"
+        "from voltana.hwreplay.agent.agent import read_agent_config, start_agents\n"
         f"d = Path({str(tmp_path)!r})\n"
-        "p = start_agent(read_agent_config(d / 'agent-decode-0.json'), d)\n"
+        "p = start_agents([read_agent_config(d / 'agent-decode-0.json')], d)\n"
         "print(p.pid, flush=True)\ntime.sleep(600)\n"
     )
     with running(config, tmp_path):
@@ -240,7 +240,7 @@ def is_alive(pid: int) -> bool:
     return state not in "ZX"
 
 
-def test_a_killed_helper_restores_and_a_new_one_is_found(
+def test_a_killed_actuator_restores_and_a_new_one_is_found(
     standin: Standin,  # noqa: F811
     tmp_path: Path,
     voice: EngineVoice,
@@ -248,15 +248,15 @@ def test_a_killed_helper_restores_and_a_new_one_is_found(
 ) -> None:
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
-    config = with_helper(tmp_path, voice)
-    with helper_process(standin, tmp_path / "helper") as helper:
-        agent = start_agent(config, tmp_path)
-        await_agent(agent, config, tmp_path)
+    config = with_actuator(tmp_path, voice)
+    with actuator_process(standin, tmp_path / "actuator") as actuator:
+        agent = start_agents([config], tmp_path)
+        await_agents(agent, [config], tmp_path)
         with repeating(lambda: voice.decode(*SMALL)):
             assert eventually(lambda: standin["locked_mhz"] == 1005)
-            helper.kill()
+            actuator.kill()
             assert eventually(lambda: standin["locked_mhz"] == 0)  # the watchdog
-            with helper_process(standin, tmp_path / "helper"):
+            with actuator_process(standin, tmp_path / "actuator"):
                 assert eventually(lambda: standin["locked_mhz"] == 1005)
                 agent.terminate()
                 agent.wait(20)
@@ -270,7 +270,7 @@ def test_nonsense_on_every_socket_unlocks_and_is_survived(
     card: Standin, tmp_path: Path, voice: EngineVoice
 ) -> None:
     events = EventPublisher(f"ipc://{tmp_path}/events")
-    config = with_helper(
+    config = with_actuator(
         tmp_path,
         voice,
         event_address=f"ipc://{tmp_path}/events",

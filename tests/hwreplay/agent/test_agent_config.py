@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.hwreplay.agent.test_agent import SETTINGS, config_of, running, voice, with_helper  # noqa: F401
+from tests.hwreplay.agent.test_agent import SETTINGS, config_of, running, voice, with_actuator  # noqa: F401
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 from voltana.hwreplay.agent.agent import read_agent_config
@@ -38,7 +38,7 @@ def test_who_starts_an_agent_learns_why_it_ended(
         running(shared, tmp_path),
     ):
         pass
-    cardless = config_of(tmp_path, voice, actuator_socket=str(tmp_path / "helper"), power_w=50.0)
+    cardless = config_of(tmp_path, voice, actuator_socket=str(tmp_path / "actuator"), power_w=50.0)
     with (
         pytest.raises(
             VoltanaError, match="actuator must have gpus to set, agent-decode-0 has none"
@@ -48,9 +48,9 @@ def test_who_starts_an_agent_learns_why_it_ended(
         pass
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)  # there is a card, and no actuator
-    lonely = with_helper(tmp_path, voice)
+    lonely = with_actuator(tmp_path, voice)
     with (
-        pytest.raises(VoltanaError, match=r"the actuator must answer at .*/helper"),
+        pytest.raises(VoltanaError, match=r"the actuator must answer at .*/actuator"),
         running(lonely, tmp_path),
     ):
         pass

@@ -13,13 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.hwreplay.actuator.conftest import eventually, helper_process
-from tests.hwreplay.agent.test_agent import SMALL, config_of, running, voice, with_helper  # noqa: F401 (fixture)
+from tests.hwreplay.actuator.conftest import actuator_process, eventually
+from tests.hwreplay.agent.test_agent import SMALL, config_of, running, voice, with_actuator  # noqa: F401 (fixture)
 from tests.hwreplay.engine_voice import repeating
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import ROOT, Standin
-from voltana.hwreplay.agent.agent import AgentConfig, start_agent
-from voltana.hwreplay.messages.reports import Report, ReportFeed
+from voltana.hwreplay.agent.agent import AgentConfig, start_agents
+from voltana.hwreplay.messages.agent_reports import AgentReport, ReportFeed
 from voltana.profiles.catalog import load_profile
 
 pytestmark = pytest.mark.slow
@@ -27,7 +27,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def card(standin: Standin, monkeypatch: pytest.MonkeyPatch) -> Standin:  # noqa: F811
-    """The emulated card, which agents see; there is no helper."""
+    """The emulated card, which agents see; there is no actuator."""
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
     return standin
@@ -45,9 +45,9 @@ def test_a_left_over_cap_is_no_ceiling_after_a_reconnection(
     table = load_profile("a100-80g-sxm/llama-3.1-8b").decode
     limit_w = math.ceil(table[table["frequency_mhz"] == 1005]["power_w"].max())
     assert limit_w > 120
-    config = with_helper(tmp_path, voice)
+    config = with_actuator(tmp_path, voice)
     with (
-        helper_process(card, tmp_path / "helper", "--power-cap", "--silence-s", "0.6"),
+        actuator_process(card, tmp_path / "actuator", "--power-cap", "--silence-s", "0.6"),
         running(config, tmp_path) as process,
         repeating(lambda: voice.decode(*SMALL)),
     ):
@@ -59,7 +59,7 @@ def test_a_left_over_cap_is_no_ceiling_after_a_reconnection(
         assert eventually(lambda: card["limit_mw"] == limit_w * 1000)
 
 
-async def reports_over(address: str, seconds: float) -> tuple[Report, Report]:
+async def reports_over(address: str, seconds: float) -> tuple[AgentReport, AgentReport]:
     """The first report, and the first one that is so much later."""
     feed = ReportFeed(address)
     try:
@@ -99,10 +99,10 @@ def test_the_router_is_told_of_clock_decisions_and_energy(
 ) -> None:
     """The emulated card draws 250 W: so many joules between two reports."""
     address = f"ipc://{tmp_path}/reports"
-    config = with_helper(tmp_path, voice, report_address=address)
+    config = with_actuator(tmp_path, voice, report_address=address)
     assert card["power_mw"] == 250_000
 
-    async def collect() -> list[Report]:
+    async def collect() -> list[AgentReport]:
         feed = ReportFeed(address)
         try:
             found = [await feed.receive()]
@@ -113,7 +113,7 @@ def test_the_router_is_told_of_clock_decisions_and_energy(
             feed.close()
 
     with (
-        helper_process(card, tmp_path / "helper"),
+        actuator_process(card, tmp_path / "actuator"),
         running(config, tmp_path),
         repeating(lambda: voice.decode(*SMALL)),
     ):
@@ -144,6 +144,6 @@ def test_cards_in_parts_are_refused_by_agent_and_actuator(
     assert done.returncode == 2
     assert "must not be partitioned" in done.stderr
     config = config_of(tmp_path, voice, gpus=(0,))
-    process = start_agent(config, tmp_path)
+    process = start_agents([config], tmp_path)
     assert process.wait(60) == 2
     assert "must not be partitioned" in (tmp_path / f"{config.name}.log").read_text()

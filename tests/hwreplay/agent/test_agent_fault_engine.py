@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.hwreplay.actuator.conftest import eventually, helper_process
+from tests.hwreplay.actuator.conftest import actuator_process, eventually
 from tests.hwreplay.conftest import EngineFleet
 from tests.hwreplay.engines.gate import (
     LONG_S,
@@ -38,9 +38,9 @@ def test_a_frozen_agent_loses_the_clock_while_its_engine_serves(
     for key, value in standin.env.items():
         monkeypatch.setenv(key, value)
     server = engine_fleet.decode[0]
-    config = agent_config(server, actuator_socket=str(tmp_path / "helper"), gpus=(0,))
+    config = agent_config(server, actuator_socket=str(tmp_path / "actuator"), gpus=(0,))
     with (
-        helper_process(standin, tmp_path / "helper", "--silence-s", "0.6"),
+        actuator_process(standin, tmp_path / "actuator", "--silence-s", "0.6"),
         agents([config], tmp_path) as (agent,),
     ):
         time.sleep(2.0)

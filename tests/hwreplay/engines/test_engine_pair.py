@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 
 from tests.hwreplay.conftest import EngineFleet
-from voltana.hwreplay.agent.agent import AgentConfig, await_agent, start_agent
+from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.hwreplay.engines.plan import HOST
 from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.engines.shared_memory import find_shared_memory
@@ -90,11 +90,11 @@ def agents(configs: list[AgentConfig], directory: Path) -> Iterator[list[subproc
     with ExitStack() as stack:
         processes = []
         for config in configs:
-            processes.append(start_agent(config, directory))
+            processes.append(start_agents([config], directory))
             stack.callback(processes[-1].wait)
             stack.callback(processes[-1].terminate)
         for process, config in zip(processes, configs, strict=True):
-            await_agent(process, config, directory)
+            await_agents(process, [config], directory)
         yield processes
 
 

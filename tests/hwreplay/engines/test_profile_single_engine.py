@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.profiles.measure.quiet import Quiet
 from voltana.hwreplay.engines import server
 from voltana.hwreplay.engines.launch import run_profiled
 from voltana.hwreplay.engines.plan import Installation
@@ -18,7 +19,7 @@ from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.engines.llama_config import load_shape
 from voltana.profiles.engines.sglang import SglangEngine
 from voltana.profiles.measure.campaign import Plan
-from voltana.profiles.measure.progress import Quiet, Standing
+from voltana.profiles.measure.progress import Standing
 from voltana.profiles.measure.run import measure_profile
 from voltana.profiles.measure.trial import Protocol
 

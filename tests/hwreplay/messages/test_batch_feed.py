@@ -15,7 +15,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.conftest import ROOT
-from voltana.hwreplay.messages.batch_feed import ENVIRONMENT, LAYOUT, BatchFeed, Kind, parse_notice
+from voltana.hwreplay.messages.batch_feed import (
+    ENVIRONMENT,
+    LAYOUT,
+    BatchFeed,
+    NoticeKind,
+    parse_notice,
+)
 from voltana.profiles.errors import VoltanaError
 
 PLUGIN = ROOT / "hwreplay/engines/sglang/observer/voltana_engine_observer.py"
@@ -58,7 +64,7 @@ SCHEDULER = SimpleNamespace(waiting_queue=[1, 2, 3, 4])
 def test_both_sides_agree(plugin: ModuleType) -> None:
     assert plugin.ENVIRONMENT == ENVIRONMENT
     assert plugin.LAYOUT.format == LAYOUT.format
-    assert tuple(Kind) == (plugin.HELLO, plugin.PREFILL, plugin.DECODE)
+    assert tuple(NoticeKind) == (plugin.HELLO, plugin.PREFILL, plugin.DECODE)
 
 
 def test_hello_then_batches(plugin: ModuleType, tmp_path: Path) -> None:
@@ -70,7 +76,11 @@ def test_hello_then_batches(plugin: ModuleType, tmp_path: Path) -> None:
     notices = [feed.receive() for _ in range(4)]
     assert notices[3] is None
     found = [(n.kind, n.num_requests, n.tokens, n.num_waiting) for n in notices if n]
-    assert found == [(Kind.HELLO, 0, 0, 0), (Kind.PREFILL, 3, 700, 4), (Kind.DECODE, 2, 100, 4)]
+    assert found == [
+        (NoticeKind.HELLO, 0, 0, 0),
+        (NoticeKind.PREFILL, 3, 700, 4),
+        (NoticeKind.DECODE, 2, 100, 4),
+    ]
     assert all(before_ns <= n.sent_ns <= time.monotonic_ns() for n in notices if n)
     feed.close()
     announcer._socket.close()
@@ -112,7 +122,7 @@ def test_no_reader_a_full_socket_and_a_strange_batch_are_survived(
         announcer.announce(SCHEDULER, PREFILL)
     first = feed.receive()
     assert first is not None
-    assert first.kind == Kind.HELLO
+    assert first.kind == NoticeKind.HELLO
     feed.close()
     announcer._socket.close()
 

@@ -20,7 +20,7 @@ from tests.hwreplay.replay.test_replay import await_rows, start_command, stub_pr
 from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.hwreplay.replay.config import read_replay_config
 from voltana.hwreplay.replay.load import LoadGenerator
-from voltana.hwreplay.replay.replay import _send
+from voltana.hwreplay.replay.replay import send_all
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.results import read_run
@@ -78,7 +78,7 @@ def test_a_recorder_that_fails_ends_the_run() -> None:
 
     async def play(generator: Endless) -> None:
         recorders = {"decode-0": asyncio.create_task(fail())}
-        await _send(cast("LoadGenerator", generator), recorders, lambda: None)
+        await send_all(cast("LoadGenerator", generator), recorders, lambda: None)
 
     generator = Endless()
     with pytest.raises(VoltanaError, match=r"iterations of decode-0 .* \(OSError: disk full\)"):

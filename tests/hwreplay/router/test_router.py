@@ -18,8 +18,8 @@ from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from tests.hwreplay.stub_worker import HOST, StubFleet, StubTimes, stub_fleet
+from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.events import EventFeed
-from voltana.hwreplay.messages.reports import Report, ReportSender
 from voltana.hwreplay.router.config import RouterConfig, read_router_config, read_workers
 from voltana.hwreplay.router.service import RouterService
 from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
@@ -276,8 +276,8 @@ def test_agents_reports_reach_metrics_and_policy(tmp_path: Path) -> None:
         address = f"ipc://{tmp_path}/reports"
         async with bench(1, 2, reports=address) as b:
             sender = ReportSender(address)
-            sender.send(Report("decode", 1, 2.5, 1005, 321.5, 17))
-            sender.send(Report("decode", 9, 2.5, 1005, 321.5, 17))  # no such instance: ignored
+            sender.send(AgentReport("decode", 1, 2.5, 1005, 321.5, 17))
+            sender.send(AgentReport("decode", 9, 2.5, 1005, 321.5, 17))  # no such instance: ignored
 
             async def is_there() -> bool:
                 return (await b.samples()).get(("voltana_decisions", "decode-1")) == 17

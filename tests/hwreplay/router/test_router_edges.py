@@ -265,7 +265,7 @@ def test_routing_ends_when_both_servers_have_been_asked() -> None:
             assert (await b.samples())[("voltana_routing_seconds_count", "")] == 1
             upstream = b.service.fleet.workers["decode"][0].upstream
             upstream.close()
-            upstream._port = 1  # nobody listens there
+            upstream.port = 1  # nobody listens there
             await b.generate(2, 1)
             assert (await b.samples())[("voltana_routing_seconds_count", "")] == 1
 

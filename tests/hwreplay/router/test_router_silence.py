@@ -131,7 +131,7 @@ def test_a_policy_that_fails_is_counted_and_requests_go_round_robin(
 ) -> None:
     async def play() -> None:
         async with bench(2, 2) as b:
-            b.service.fleet._router = Broken(answer)  # type: ignore[assignment]
+            b.service.fleet.policy = Broken(answer)  # type: ignore[assignment]
             for _ in range(4):
                 async with b.client.post(b.url + "/generate", json=request_body(4, 2)) as response:
                     assert response.status == 200

@@ -15,7 +15,6 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
-from voltana.hwreplay.validate.report import markdown
 from voltana.hwreplay.validate.validate import (
     Comparison,
     Thresholds,
@@ -24,6 +23,7 @@ from voltana.hwreplay.validate.validate import (
     predict_iterations,
     validate,
 )
+from voltana.hwreplay.validate.verdict_page import markdown
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.records import (
     COMPLETED,

@@ -27,7 +27,7 @@ from voltana.profiles.engines.sglang import (
     steps_s,
 )
 from voltana.profiles.engines.sglang_attach import attach
-from voltana.profiles.engines.sglang_client import Client, Endpoint, Records, Servers
+from voltana.profiles.engines.sglang_client import Client, Endpoint, Endpoints, Records
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from voltana.profiles.engines.sglang_serving import Passage, ServingDelays, fit_delays
 from voltana.profiles.errors import VoltanaError
@@ -235,7 +235,7 @@ def test_a_refused_batch_is_no_crash(
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
     endpoint = Endpoint(url=f"http://127.0.0.1:{server.server_port}", metrics="")
-    client = Client(Servers(prefill=endpoint, decode=endpoint), 100)
+    client = Client(Endpoints(prefill=endpoint, decode=endpoint), 100)
     try:
         asked = client.start([4], 2)
         if kind is None:
@@ -253,7 +253,7 @@ def test_a_refused_batch_is_no_crash(
 
 def test_a_window_of_bursts_is_as_long_as_asked_pauses_included() -> None:
     """Bursts of 20 ms whose pass takes 1 ms: 0.1 s hold 5 of them, not 100."""
-    client = Client(Servers(prefill=NOWHERE, decode=NOWHERE), 100)
+    client = Client(Endpoints(prefill=NOWHERE, decode=NOWHERE), 100)
     bursts = _Bursts(Point(phase="prefill", batch_size=2, tokens=8), client, Records(""), FACTS)
     number = 0
 
@@ -283,7 +283,7 @@ def test_streams_run_long_enough_for_an_energy_of_their_own(
     context: int, wanted_s: float, output_tokens: int
 ) -> None:
     """Answers of 128 tokens run together for 0.1 s."""
-    client = Client(Servers(prefill=NOWHERE, decode=NOWHERE), 100)
+    client = Client(Endpoints(prefill=NOWHERE, decode=NOWHERE), 100)
     point = Point(phase="decode", batch_size=2, tokens=2 * context)
     streams = _HeldStreams(point, client, Records(""), FACTS)
     streams._stretch(0.1, wanted_s)

@@ -13,6 +13,7 @@ torch = pytest.importorskip("torch")
 
 from torch import Tensor  # noqa: E402
 
+from tests.profiles.measure.quiet import Quiet  # noqa: E402
 from voltana.profiles.device.constant import ConstantPowerGpu  # noqa: E402
 from voltana.profiles.device.lock import ClockSession  # noqa: E402
 from voltana.profiles.engines.base import (  # noqa: E402
@@ -26,7 +27,6 @@ from voltana.profiles.engines.torch_llama import NUM_GRAPH_WARM_UP, TorchEngine,
 from voltana.profiles.errors import VoltanaError  # noqa: E402
 from voltana.profiles.measure.campaign import Campaign, Plan  # noqa: E402
 from voltana.profiles.measure.journal import Journal  # noqa: E402
-from voltana.profiles.measure.progress import Quiet  # noqa: E402
 from voltana.profiles.measure.trial import Protocol  # noqa: E402
 
 TOY = BUILT_IN["toy"]

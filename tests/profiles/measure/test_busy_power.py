@@ -18,10 +18,10 @@ from tests.hwreplay.engine_voice import EngineVoice, repeating
 from tests.profiles.measure.test_measure import FACTS
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.gpu import GpuIdentity
-from voltana.profiles.engines.base import Engine, Point, Workload
+from voltana.profiles.engines.base import Engine, Point, PreparedPoint
 from voltana.profiles.engines.sglang import _Bursts
-from voltana.profiles.engines.sglang_client import Client, Endpoint, Records, Servers
-from voltana.profiles.measure.assemble import _power_provenance
+from voltana.profiles.engines.sglang_client import Client, Endpoint, Endpoints, Records
+from voltana.profiles.measure.assemble import power_provenance
 from voltana.profiles.measure.power import Reading
 from voltana.profiles.measure.trial import (
     GAPS,
@@ -121,7 +121,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serving(tmp_path: Path, pass_s: float) -> Iterator[tuple[Card, Servers, EngineVoice]]:
+def serving(tmp_path: Path, pass_s: float) -> Iterator[tuple[Card, Endpoints, EngineVoice]]:
     card, voice = Card(), EngineVoice(tmp_path / "metrics")
     prefiller = Prefiller(card, voice, pass_s)
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -132,7 +132,7 @@ def serving(tmp_path: Path, pass_s: float) -> Iterator[tuple[Card, Servers, Engi
     url = f"http://127.0.0.1:{server.server_port}"
     endpoint = Endpoint(url=url, metrics=voice.address, bootstrap_port=1)
     try:
-        yield card, Servers(prefill=endpoint, decode=endpoint), voice
+        yield card, Endpoints(prefill=endpoint, decode=endpoint), voice
     finally:
         prefiller.ended.set()
         server.shutdown()
@@ -149,7 +149,7 @@ class Bursting:
         self._client, self._records = client, records
 
     @contextmanager
-    def open(self, point: Point) -> Iterator[Workload]:
+    def open(self, point: Point) -> Iterator[PreparedPoint]:
         yield _Bursts(point, self._client, self._records, FACTS)
 
 
@@ -211,9 +211,9 @@ def test_one_such_trial_and_the_phases_power_is_modelled(tmp_path: Path) -> None
         temperature_c=40.0, clock_mhz=1005, num_iterations=5, flags=(GAPS,),
     )  # fmt: skip
     bad = replace(good, flags=(NOT_MEASURED,))
-    made = _power_provenance([good, good], identities, facts)
+    made = power_provenance([good, good], identities, facts)
     assert made.status == "measured"
     assert "pauses were taken out at the idle power" in made.uncertainty
-    made = _power_provenance([good, bad], identities, facts)
+    made = power_provenance([good, bad], identities, facts)
     assert made.status == "modelled"
     assert "in 1 of 2 trials the engine paused too long" in made.source

@@ -3,28 +3,20 @@
 from __future__ import annotations
 
 import json
-import statistics
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import pytest
 
+from tests.profiles.measure.fake_engine import BIG, FAST, Fake, plan, run
+from tests.profiles.measure.quiet import Quiet
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.gpu import ClockTimeoutError, GpuBusyError
 from voltana.profiles.device.lock import ClockSession
 from voltana.profiles.engines.base import (
     EngineCrashError,
-    EngineFacts,
-    OutOfMemoryError,
-    Phase,
     Point,
     Window,
-    Workload,
 )
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure import trial as trial_module
@@ -32,89 +24,8 @@ from voltana.profiles.measure.assemble import assemble
 from voltana.profiles.measure.campaign import Campaign, Plan
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.power import SampleGapError
-from voltana.profiles.measure.progress import Quiet, Standing
+from voltana.profiles.measure.progress import Standing
 from voltana.profiles.measure.run import check_parallel, measure_profile
-from voltana.profiles.measure.trial import Protocol, Trial
-
-FAST = Protocol(window_s=0.001, warm_up_s=0, settle_s=0, min_iterations=1, num_trials=2)
-BIG = Point(phase="decode", batch_size=2, tokens=2)
-
-
-@dataclass(slots=True)
-class Fake:
-    """An engine whose iterations take no time; it dies where it is told to."""
-
-    deadly: Sequence[Point] = ()
-    too_big: Sequence[Point] = ()
-    stops_at: Point | None = None
-    """Where the user presses Ctrl-C."""
-    has_attached: bool = False
-    can_restart: bool = True
-    num_starts: int = 0
-    opened: list[Point] = field(default_factory=list)
-
-    def __enter__(self) -> Self:
-        self.num_starts += 1
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        pass
-
-    @property
-    def facts(self) -> EngineFacts:
-        return EngineFacts(
-            engine_name="fake", engine_version="1", model_name="m", tensor_parallel=1,
-            kv_bytes_per_token=8, max_context_tokens=16, max_prefill_tokens=16,
-            max_running_requests=2, kv_capacity_tokens=32, graph_batch_sizes=(), notes={},
-            is_on_gpu=True,
-        )  # fmt: skip
-
-    @property
-    def is_attached(self) -> bool:
-        return self.has_attached
-
-    def measure_serving(self) -> None:
-        return None
-
-    def restart(self) -> None:
-        if not self.can_restart:
-            raise EngineCrashError("run the same command again")
-        self.num_starts += 1
-
-    @contextmanager
-    def open(self, point: Point) -> Iterator[Workload]:
-        self.opened.append(point)
-        if point in self.deadly:
-            raise EngineCrashError(f"died of {point.tokens} tokens")
-        if point in self.too_big:
-            raise OutOfMemoryError("does not fit")
-        if point == self.stops_at:
-            raise KeyboardInterrupt
-        yield self
-
-    def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
-        tokens = float(self.opened[-1].tokens)
-        return Window(iteration_s=(0.01,), elapsed_s=0.01, tokens=tokens, spans_ns=((0, 1),))
-
-
-def plan(phases: tuple[Phase, ...] = ("prefill", "decode"), budget_s: float = 60.0) -> Plan:
-    return Plan(
-        clocks_mhz=None, phases=phases, budget_s=budget_s, max_batch_size=2, max_tokens=32,
-        protocol=FAST,
-    )  # fmt: skip
-
-
-def run(engine: Fake, path: Path, wanted: Plan | None = None) -> Journal:
-    log = Journal.open(path)
-    card = ConstantPowerGpu(100.0)
-    with ClockSession([card]) as session, engine:
-        Campaign(engine, [card], wanted or plan(), session, log, Quiet()).run()
-    return log
 
 
 def test_a_crash_is_recorded_the_engine_restarted_and_the_point_tried_by_the_next_run(
@@ -202,7 +113,7 @@ def test_a_window_that_cannot_be_metered_is_dropped_and_recorded(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first trial of the run fails, then every trial of one point."""
-    whole = trial_module._run_trial
+    whole = trial_module.run_trial
     failing = iter([True, False, True, True])
 
     def stalled(*args: object) -> object:
@@ -210,7 +121,7 @@ def test_a_window_that_cannot_be_metered_is_dropped_and_recorded(
             raise SampleGapError("the machine is overloaded")
         return whole(*args)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(trial_module, "_run_trial", stalled)
+    monkeypatch.setattr(trial_module, "run_trial", stalled)
     log = run(Fake(), tmp_path / "j")
     first, *rest = log.points.values()
     assert len(first) == 1
@@ -367,67 +278,3 @@ def test_all_cards_of_the_engine_are_metered_and_no_other(
         return
     with pytest.raises(VoltanaError, match=r"got 2 for a tensor parallelism of 1.*--gpu 0,1"):
         check_parallel(cards, facts)
-
-
-def test_time_left_is_the_budget_or_less(tmp_path: Path) -> None:
-    """At first the budget; when the first points took a moment each, that times their number."""
-    seen: list[Standing] = []
-
-    class Watching(Quiet):
-        def at(self, standing: Standing) -> None:
-            seen.append(standing)
-
-    card, engine = ConstantPowerGpu(100.0), Fake()
-    log = Journal.open(tmp_path / "j")
-    with ClockSession([card]) as session, engine:
-        Campaign(engine, [card], plan(budget_s=3600.0), session, log, Watching()).run()
-    assert seen[0].left_s == pytest.approx(3600.0, abs=60.0)
-    assert all(standing.left_s < 600.0 for standing in seen[1:])
-    assert [standing.num_done for standing in seen] == list(range(len(seen)))
-
-
-@dataclass(slots=True)
-class Heard:
-    """Keeps what it is told."""
-
-    lines: list[str] = field(default_factory=list)
-
-    def say(self, text: str) -> None:
-        self.lines.append(text)
-
-    def at(self, standing: Standing) -> None:
-        self.lines.append(standing.text)
-
-
-def test_a_budget_that_is_too_short_is_said_and_no_zero_is_promised(tmp_path: Path) -> None:
-    """The ends of the grid are measured past it: 8 points of at least 0.2 s each."""
-    heard = Heard()
-    log = Journal.open(tmp_path / "j")
-    card = ConstantPowerGpu(100.0)
-    short = replace(plan(budget_s=0.01), protocol=replace(FAST, warm_up_s=1.0))
-    with ClockSession([card]) as session, Fake() as engine:
-        Campaign(engine, [card], short, session, log, heard).run()
-    first = next(line for line in heard.lines if "budget" in line)
-    assert first.startswith("the budget of 0.01 s is too short for the 8 points")
-    assert "about 10 s" in first  # 8 x (1 s + 2 x 0.101 s)
-    at = [line for line in heard.lines if line.startswith("[")]
-    assert len(log.points) == 8
-    assert not any("at most 0:00 left" in line for line in at)
-    assert all("past the budget, about" in line for line in at[1:])
-
-
-def test_pauses_of_prefill_are_idle_and_those_of_decode_are_not(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Between two stretches of decode the engine prefills: nobody knows that power."""
-    seen: dict[str, set[float | None]] = {"prefill": set(), "decode": set()}
-    whole = trial_module.measure_point
-
-    def watched(*args: Any, **options: Any) -> list[Trial]:  # noqa: ANN401
-        seen[args[2].phase].add(options["pause_w"])
-        return whole(*args, **options)
-
-    monkeypatch.setattr("voltana.profiles.measure.campaign.measure_point", watched)
-    log = run(Fake(), tmp_path / "j")
-    idle_w = statistics.median(log.idle_w[0, True])
-    assert seen == {"prefill": {idle_w}, "decode": {None}}

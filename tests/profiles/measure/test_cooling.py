@@ -48,11 +48,11 @@ def test_a_repeat_that_cannot_be_metered_leaves_the_first(standin: Standin) -> N
     out = standin.run(
         SETUP + "import voltana.profiles.measure.trial as trial\n"
         "from voltana.profiles.measure.power import SampleGapError\n"
-        "real = trial._run_trial\n"
+        "real = trial.run_trial\n"
         "def stalls(*given):\n"
         "    if Busy.num_runs > 1:\n        raise SampleGapError('stalled')\n"
         "    return real(*given)\n"
-        "trial._run_trial = stalls\n"
+        "trial.run_trial = stalls\n"
         "measure(cool_by_c=10.0, cooling_limit_s=0.1, num_retries=1)"
     )
     flags, _, num_runs = json.loads(out)

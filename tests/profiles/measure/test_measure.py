@@ -110,7 +110,7 @@ def test_energy_counts_within_the_stretches_alone() -> None:
     """100 W while the point is held, 20 W in the pause between: the pause must not count."""
     meter = PowerMeter([ConstantPowerGpu(1.0)])
     powers_w = [100.0] * 21 + [20.0] * 20 + [100.0] * 21  # one each 100 ms
-    meter._samples.extend(sample(0.1 * n, power_w, None) for n, power_w in enumerate(powers_w))
+    meter.samples.extend(sample(0.1 * n, power_w, None) for n, power_w in enumerate(powers_w))
     spans_ns = ((0, 2_000_000_000), (4_100_000_000, 6_100_000_000))
     reading, is_own = meter.reading_within(spans_ns)
     assert is_own
@@ -128,7 +128,7 @@ def ticking_meter(tick_s: float, seconds: float) -> PowerMeter:
     for n in range(round(seconds / 0.05) + 1):
         at_s = 0.05 * n
         count_j = 400.0 * tick_s * int((at_s + 0.013) / tick_s + 1e-9)
-        meter._samples.append(sample(at_s, 400.0, count_j))
+        meter.samples.append(sample(at_s, 400.0, count_j))
     return meter
 
 
@@ -161,7 +161,7 @@ def test_the_clock_is_the_median_within_the_stretches() -> None:
     """The card boosts in the pauses; for a moment it reads something else within."""
     meter = PowerMeter([ConstantPowerGpu(1.0)])
     clocks_mhz = [1980] * 10 + [1005, 1005, 990, 1005] + [1980] * 10
-    meter._samples.extend(
+    meter.samples.extend(
         replace(sample(0.1 * n, 1.0, None), clock_mhz=clock) for n, clock in enumerate(clocks_mhz)
     )
     reading, _ = meter.reading_within([(1_000_000_000, 1_300_000_000)])

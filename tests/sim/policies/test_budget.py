@@ -92,13 +92,13 @@ def test_polca_sizes_its_budget_by_the_full_draw() -> None:
     """400 + 2·200 W, of which 0.8."""
     assert fleet_power_w(context(make_cluster())) == 800.0
     plan = polca(make_cluster())
-    assert plan._budget_w == 640.0
+    assert plan.budget_w == 640.0
 
 
 def test_all_instances_share_one_plan() -> None:
     cluster = make_cluster(1, 2)
     phases: tuple[Phase, ...] = ("prefill", "decode", "decode")
-    plans = [make_controller("polca", context(cluster, phase))._plan for phase in phases]  # type: ignore[attr-defined]
+    plans = [make_controller("polca", context(cluster, phase)).plan for phase in phases]  # type: ignore[attr-defined]
     assert plans[0] is plans[1] is plans[2]
     assert cluster.is_observed
     for name in ("polca", "rapid"):
@@ -128,7 +128,7 @@ def test_rapid_splits_in_proportion_and_moves_within_the_limits() -> None:
 
 
 def feed(plan: RapidPlan, phase: Phase, now_s: float, latency_s: float, waiting: int = 0) -> float:
-    state = plan._fleet.prefill[0] if phase == "prefill" else plan._fleet.decode[0]
+    state = plan.fleet.prefill[0] if phase == "prefill" else plan.fleet.decode[0]
     state.now_s, state.last_duration_s, state.last_batch_size = now_s, latency_s, 1
     state.num_waiting = waiting
     return plan.cap_w(phase, state)

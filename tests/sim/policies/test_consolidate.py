@@ -63,9 +63,9 @@ def test_a_settled_batch_is_a_graph_size_of_the_engine() -> None:
     """3,400 tokens/s at 1000 MHz: b >= 34 + 0.34·b holds from 51.5 on, so 56 of eights. At 8,000
     tokens/s b = 400 settles, but 50 ms are more than 45; at 7,700 b = 336 takes 43.6 ms."""
     made = router()
-    assert made._settled_batch(3400.0, 100.0, 1000) == 56
-    assert made._settled_batch(8000.0, 100.0, 1000) is None
-    assert made._settled_batch(7700.0, 100.0, 1000) == 336
+    assert made.settled_batch(3400.0, 100.0, 1000) == 56
+    assert made.settled_batch(8000.0, 100.0, 1000) is None
+    assert made.settled_batch(7700.0, 100.0, 1000) == 336
 
 
 def test_a_batch_at_its_limit_opens_the_next_instance() -> None:

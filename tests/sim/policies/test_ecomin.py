@@ -241,7 +241,7 @@ def test_the_memory_is_that_of_the_correction(memory: int) -> None:
         made.decide(state)
     weights = (1 - 1 / memory) ** np.arange(239)  # the first has changed its clock
     expected = 1 + 0.2 * 7.25 * weights[:40].sum() / (10 + 7.25 * weights.sum())
-    assert made._correction.correct_s(0.02) / 0.02 == pytest.approx(expected, rel=1e-6)
+    assert made.correction.correct_s(0.02) / 0.02 == pytest.approx(expected, rel=1e-6)
 
 
 def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:
@@ -251,7 +251,7 @@ def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:
     state = busy(10, 10_000, clock=1000)
     state.last_duration_s = 1.0
     made.decide(state)
-    assert made._correction.correct_s(0.02) == 0.02
+    assert made.correction.correct_s(0.02) == 0.02
 
 
 def test_falls_wait_for_the_dwell_and_rises_do_not() -> None:

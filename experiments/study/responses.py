@@ -19,7 +19,7 @@ from voltana.experiments.study.step_response import (
     START_S,
     Response,
 )
-from voltana.profiles.measure.style import GREY, STYLE, WIDTH_IN, legend_height_in, line_style
+from voltana.profiles.draw.style import GREY, STYLE, WIDTH_IN, legend_height_in, line_style
 
 _FROM_S = START_S - 20.0
 _TITLES = {

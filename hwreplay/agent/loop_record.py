@@ -16,7 +16,7 @@ BUCKETS_S: Final = tuple(float(f"{m}e{e}") for e in range(-5, 1) for m in (1, 2,
 MAX_KEPT: Final = 100_000
 """Durations kept one by one, 8 bytes each."""
 MAX_SAFE_STATES: Final = 1000
-"""So many are kept one by one; `counts` has them all."""
+"""Safe states kept one by one; `counts` counts all of them."""
 
 
 class Latencies:
@@ -26,7 +26,7 @@ class Latencies:
     """
 
     def __init__(self) -> None:
-        self._values_s = array("d")
+        self.kept_s = array("d")
         self._counts = [0] * (len(BUCKETS_S) + 1)
         self._num = 0
         self._max_s = 0.0
@@ -38,9 +38,9 @@ class Latencies:
         self._max_s = max(self._max_s, value_s)
         self._counts[bisect_right(BUCKETS_S, value_s)] += 1
         if self._num <= MAX_KEPT:
-            self._values_s.append(value_s)
+            self.kept_s.append(value_s)
         elif (position := int(self._rng.integers(self._num))) < MAX_KEPT:
-            self._values_s[position] = value_s
+            self.kept_s[position] = value_s
 
     def __len__(self) -> int:
         return self._num
@@ -50,9 +50,9 @@ class Latencies:
 
         The last edge is None: everything above.
         """
-        if not self._values_s:
+        if not self.kept_s:
             return {"num": 0}
-        values = np.asarray(self._values_s)
+        values = np.asarray(self.kept_s)
         edges = [*BUCKETS_S, None]
         quantiles = {f"p{q}_s": float(np.quantile(values, q / 100)) for q in (50, 90, 99)}
         return {

@@ -2,7 +2,7 @@
 
 It is no part of the list of policies. Name the module in place of a policy:
 
-    voltana simulate --controller voltana.experiments.own_policy:high=120
+    voltana simulate --controller voltana.experiments.examples.own_policy:high=120
 """
 
 from __future__ import annotations

@@ -17,7 +17,7 @@ from voltana.sim.policies.base import Phase
 MAX_QUEUED_REPORTS: Final = 1000
 
 
-class Report(msgspec.Struct, frozen=True, array_like=True):
+class AgentReport(msgspec.Struct, frozen=True, array_like=True):
     """One instance's clock and counters at one instant."""
 
     phase: Phase
@@ -33,7 +33,7 @@ class Report(msgspec.Struct, frozen=True, array_like=True):
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_decoder: Final = msgspec.msgpack.Decoder(Report)
+_decoder: Final = msgspec.msgpack.Decoder(AgentReport)
 
 
 class ReportSender:
@@ -46,7 +46,7 @@ class ReportSender:
         self._socket.set_hwm(MAX_QUEUED_REPORTS)
         self._socket.connect(address)
 
-    def send(self, report: Report) -> None:
+    def send(self, report: AgentReport) -> None:
         """Send, or drop it if the router does not take any."""
         try:
             self._socket.send(_encoder.encode(report), flags=zmq.NOBLOCK)
@@ -77,7 +77,7 @@ class ReportFeed:
             self.close()
             raise VoltanaError(f"the report feed cannot bind {address}: {error}") from None
 
-    async def receive(self) -> Report:
+    async def receive(self) -> AgentReport:
         """The next report.
 
         Raises:

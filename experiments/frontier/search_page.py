@@ -22,9 +22,9 @@ from voltana.experiments.frontier.search import DEFAULT, STATIC_MAX, Found, Stud
 from voltana.experiments.frontier.table import carries, keeps
 from voltana.experiments.show import render
 from voltana.experiments.sweep.run import RESULTS
+from voltana.profiles.draw.style import STYLE, WIDTH_IN, legend_height_in, line_style
 from voltana.profiles.files import write_csv, write_text
 from voltana.profiles.markdown import markdown_table
-from voltana.profiles.measure.style import STYLE, WIDTH_IN, legend_height_in, line_style
 
 HEADINGS: Final = (
     "router", "controller", "knob", "tuned %", "kept %", "energy kJ", "vs max %", "vs pair %",
@@ -163,7 +163,15 @@ def write_frontier(
     out: Path,
     question: str,
 ) -> list[str]:
-    """Write frontier.csv, frontier.md, results.csv and the figure; returns what to print."""
+    """Write frontier.csv, frontier.md, results.csv and the figure; returns what to print.
+
+    Args:
+        study: What was asked.
+        found: By load, what was found for each policy.
+        frame: The same as a table, a row a load and policy.
+        out: Folder of the files.
+        question: Put above everything; empty for none.
+    """
     write_csv(frame, out / "frontier.csv")
     write_csv(report_rows(found), out / RESULTS)
     said, parts = [], [question] if question else []

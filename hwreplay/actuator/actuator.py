@@ -1,4 +1,4 @@
-"""The privileged helper: checks who asks, what for and how often, and always gives GPUs back.
+"""The privileged actuator: checks who asks, what for and how often, and always gives GPUs back.
 
 It opens one Unix socket (SOCK_SEQPACKET, so that a message arrives whole or not at all), reads
 16-byte requests and touches nothing but the GPUs and values its command line allowed.
@@ -45,7 +45,7 @@ CREDENTIALS: Final = struct.Struct("3i")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class HelperConfig:
+class ActuatorConfig:
     """Who may ask, and how."""
 
     socket_path: Path
@@ -73,11 +73,11 @@ class _Peer:
     held: set[int] = field(default_factory=set)
 
 
-class Helper:
+class Actuator:
     """Serves until `stop`, a signal or an error; each way out restores every GPU."""
 
-    def __init__(self, backend: Backend, config: HelperConfig) -> None:
-        """Bind the socket. The backend is the helper's from here on, and closed by it.
+    def __init__(self, backend: Backend, config: ActuatorConfig) -> None:
+        """Bind the socket. The backend is the actuator's from here on, and closed by it.
 
         Raises:
             VoltanaError: The path is taken, or cannot be made or given to its owner.
@@ -265,19 +265,24 @@ def _has_word_from(connection: socket.socket) -> bool:
     return bool(select.select([connection], [], [], 0)[0])
 
 
-def run_helper(backend: Backend, config: HelperConfig, *, ready: Callable[[], None]) -> None:
+def run_actuator(backend: Backend, config: ActuatorConfig, *, ready: Callable[[], None]) -> None:
     """Serve until a signal ends it; `ready` is called once the socket can be reached.
+
+    Args:
+        backend: What it acts on; closed at the end.
+        config: Who may ask, and how.
+        ready: Called once the socket can be reached.
 
     Raises:
         VoltanaError: The socket cannot be made; the backend is closed then too.
     """
     try:
-        helper = Helper(backend, config)
+        actuator = Actuator(backend, config)
     except VoltanaError:
         backend.close()
         raise
     ready()
-    helper.serve()
+    actuator.serve()
 
 
 def _numbers(backend: Backend) -> dict[int, int]:
@@ -296,7 +301,7 @@ def _numbers(backend: Backend) -> dict[int, int]:
     return found
 
 
-def _listen(config: HelperConfig) -> socket.socket:
+def _listen(config: ActuatorConfig) -> socket.socket:
     path = config.socket_path
     if config.owner_uid != os.geteuid():
         _check_directory(path.parent)
@@ -340,7 +345,7 @@ def _check_directory(directory: Path) -> None:
 
 
 def _remove_stale(path: Path) -> None:
-    """Remove the socket of a helper that was killed; refuse anything else that is there."""
+    """Remove the socket of an actuator that was killed; refuse anything else that is there."""
     try:
         mode = path.lstat().st_mode
     except OSError:

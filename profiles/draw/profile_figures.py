@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from voltana.profiles.catalog import Profile
+from voltana.profiles.draw.style import STYLE, WIDTH_IN, line_style
 from voltana.profiles.ecopred import fit_report
 from voltana.profiles.files import write_csv, write_figure
-from voltana.profiles.measure.style import STYLE, WIDTH_IN, line_style
 
 POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
 CONTEXT_TOKENS: Final = 512
@@ -28,7 +28,7 @@ MIN_CONTEXT_TOKENS: Final = 2
 """A context of 1 is the far edge of a table; drawn on a log scale it would fill the figure."""
 MAX_LINES: Final = 6
 MIN_POINTS: Final = 2
-"""Fewer are no figure."""
+"""With fewer points no figure is drawn."""
 MIN_R2: Final = 0.9
 MAX_MAPE_PCT: Final = 10.0
 """Ours: the shipped profiles' fits have an R2 of 0.975 and more, a MAPE of 3.2 % and less."""
@@ -38,7 +38,7 @@ MIN_RANGE: Final = 0.01
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Report:
+class Written:
     """What was written, and what was not."""
 
     paths: list[Path]
@@ -46,7 +46,7 @@ class Report:
     """A line for each figure that would have shown a single point."""
 
 
-def write_report(profile: Profile, directory: Path) -> Report:
+def write_report(profile: Profile, directory: Path) -> Written:
     """Write `fit_report.csv`, `energy_u.png`, `latency_steps.png`, `power_surface.png`.
 
     A figure that would show one point is left out, and removed if an earlier run drew it.
@@ -54,7 +54,7 @@ def write_report(profile: Profile, directory: Path) -> Report:
     directory.mkdir(parents=True, exist_ok=True)
     fit_path = directory / "fit_report.csv"
     write_csv(fit_report(profile.fitted), fit_path, float_format="%.5g")
-    report = Report(paths=[fit_path], left_out=[])
+    written = Written(paths=[fit_path], left_out=[])
     at_context = decode_at_context(profile.decode, CONTEXT_TOKENS)
     tops = [_top_clock(_medians(table)) for table in (profile.prefill, profile.decode)]
     figures = {
@@ -66,12 +66,12 @@ def write_report(profile: Profile, directory: Path) -> Report:
         path = directory / name
         if num_points < MIN_POINTS:
             path.unlink(missing_ok=True)
-            report.left_out.append(f"no {path}: it would show one point, measure more of them")
+            written.left_out.append(f"no {path}: it would show one point, measure more of them")
             continue
         with mpl.rc_context(STYLE):
             write_figure(draw(profile), path)
-        report.paths.append(path)
-    return report
+        written.paths.append(path)
+    return written
 
 
 def poor_fits(profile: Profile) -> list[str]:

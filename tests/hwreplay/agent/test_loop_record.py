@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from voltana.hwreplay.agent.loop_report import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
+from voltana.hwreplay.agent.loop_record import MAX_KEPT, MAX_SAFE_STATES, Latencies, LoopReport
 
 
 def test_histogram_counts_every_value() -> None:
@@ -24,7 +24,7 @@ def test_latencies_of_a_long_run_take_no_more_memory_and_keep_their_quantiles() 
     for number in range(total):
         latencies.add(number / total)
     found = latencies.as_dict()
-    assert (len(latencies), len(latencies._values_s)) == (total, MAX_KEPT)
+    assert (len(latencies), len(latencies.kept_s)) == (total, MAX_KEPT)
     assert found["num"] == sum(count for _, count in found["histogram"]) == total
     assert found["max_s"] == (total - 1) / total
     for q in (50, 90, 99):

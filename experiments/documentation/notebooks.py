@@ -1,4 +1,6 @@
-"""Runs notebooks and keeps their outputs: `python -m voltana.experiments.notebooks [FILE …]`.
+"""Runs notebooks and keeps their outputs.
+
+`python -m voltana.experiments.documentation.notebooks [FILE …]`
 
 A notebook is kept as it looks after a run from top to bottom, so that it can be read where nothing
 runs. What changes from run to run without meaning anything (dates, machine, version of Python) is
@@ -17,7 +19,7 @@ from nbclient import NotebookClient
 
 from voltana.profiles.files import write_text
 
-ROOT: Final = Path(__file__).parents[1]
+ROOT: Final = Path(__file__).parents[2]
 FOLDER: Final = ROOT / "notebooks"
 CELL_TIMEOUT_S: Final = 600
 """The longest cell takes some 20 s; a machine under load may need many times that."""

@@ -14,13 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, beating, eventually, serving
-from voltana.hwreplay.actuator.client import ActuatorLostError, DryRunActuator, HelperActuator
-from voltana.hwreplay.actuator.helper import Helper, HelperConfig
+from voltana.hwreplay.actuator.actuator import Actuator, ActuatorConfig
+from voltana.hwreplay.actuator.client import ActuatorClient, ActuatorLostError, DryRun
 from voltana.hwreplay.messages.actuation import Operation, Request, Status, parse_answer
 from voltana.profiles.errors import VoltanaError
 
 
-def confirmed(client: HelperActuator, clock_mhz: int) -> bool:
+def confirmed(client: ActuatorClient, clock_mhz: int) -> bool:
     return beating(client, lambda: client.clock_mhz == clock_mhz)
 
 
@@ -42,7 +42,7 @@ def lock(gpu: int, value: int) -> Request:
 
 def test_an_instance_of_two_gpus_moves_together(tmp_path: Path, recorder: Recorder) -> None:
     with serving(tmp_path / "s", recorder):
-        client = HelperActuator(tmp_path / "s", [0, 1])
+        client = ActuatorClient(tmp_path / "s", [0, 1])
         assert client.silence_s == 2.0
         client.set_clock(1005)
         assert confirmed(client, 1005)
@@ -69,13 +69,13 @@ def test_a_peer_of_another_user_is_not_heard(tmp_path: Path, recorder: Recorder)
         serving(tmp_path / "s", recorder, allowed_uids=frozenset({os.getuid() + 1})),
         pytest.raises(ActuatorLostError, match="naming this user"),
     ):
-        HelperActuator(tmp_path / "s", [0])
+        ActuatorClient(tmp_path / "s", [0])
     assert recorder.calls == []
 
 
 def test_refusals_by_kind(tmp_path: Path, recorder: Recorder) -> None:
     with serving(tmp_path / "s", recorder):
-        holder = HelperActuator(tmp_path / "s", [1])
+        holder = ActuatorClient(tmp_path / "s", [1])
         holder.set_clock(705)
         assert confirmed(holder, 705)
         assert ask(
@@ -128,7 +128,7 @@ def test_a_new_connection_brings_no_new_changes(tmp_path: Path, recorder: Record
 )  # fmt: skip
 def test_limits_that_are_none_are_refused(tmp_path: Path, limits: dict[str, float]) -> None:
     with pytest.raises(VoltanaError, match=f"{next(iter(limits))} must be > 0 and <="):
-        HelperConfig(socket_path=tmp_path, allowed_uids=frozenset(), owner_uid=0, **limits)
+        ActuatorConfig(socket_path=tmp_path, allowed_uids=frozenset(), owner_uid=0, **limits)
 
 
 def test_a_socket_for_another_user_needs_a_folder_that_nobody_else_renames_in(
@@ -144,17 +144,17 @@ def test_a_socket_for_another_user_needs_a_folder_that_nobody_else_renames_in(
         folder.mkdir()
         folder.chmod(mode)
         os.chown(folder, owner, -1)
-        config = HelperConfig(
+        config = ActuatorConfig(
             socket_path=folder / "s", allowed_uids=frozenset({4242}), owner_uid=4242
         )
         if is_good:
-            helper = Helper(recorder, config)
+            actuator = Actuator(recorder, config)
             assert (folder / "s").stat().st_uid == 4242
-            helper.stop()
-            helper.serve()
+            actuator.stop()
+            actuator.serve()
         else:
             with pytest.raises(VoltanaError, match="only root renames files"):
-                Helper(recorder, config)
+                Actuator(recorder, config)
             assert not (folder / "s").exists()
 
 
@@ -164,7 +164,7 @@ def test_a_driver_that_takes_long_is_not_the_clients_silence(
     """A lock of 0.5 s, where 0.3 s of silence are allowed: the beats wait to be read meanwhile."""
     recorder.lock_s = 0.5
     with serving(tmp_path / "s", recorder, silence_s=0.3):
-        client = HelperActuator(tmp_path / "s", [0])
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(1005)
         assert beating(client, lambda: client.clock_mhz == 1005)
         client.close()
@@ -172,7 +172,7 @@ def test_a_driver_that_takes_long_is_not_the_clients_silence(
 
 def test_silence_restores_and_the_client_learns_of_it(tmp_path: Path, recorder: Recorder) -> None:
     with serving(tmp_path / "s", recorder, silence_s=0.3):
-        client = HelperActuator(tmp_path / "s", [0])
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(1005)
         assert eventually(lambda: (0, 1005) in recorder.calls)
         assert eventually(lambda: recorder.held == {})
@@ -184,7 +184,7 @@ def test_silence_restores_and_the_client_learns_of_it(tmp_path: Path, recorder: 
 
 def test_beats_keep_the_clock(tmp_path: Path, recorder: Recorder) -> None:
     with serving(tmp_path / "s", recorder, silence_s=0.5):
-        client = HelperActuator(tmp_path / "s", [0])
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(1005)
         assert not beating(client, lambda: (0, 0) in recorder.calls, limit_s=1.5)
         client.close()
@@ -198,7 +198,7 @@ def test_a_closed_connection_restores(tmp_path: Path, recorder: Recorder) -> Non
 
 def test_a_refusal_makes_the_next_wish_a_message(tmp_path: Path, recorder: Recorder) -> None:
     with serving(tmp_path / "s", recorder):
-        client = HelperActuator(tmp_path / "s", [0])
+        client = ActuatorClient(tmp_path / "s", [0])
         for _ in range(2):
             client.set_clock(999)
             assert beating(client, lambda: not client.unanswered)
@@ -207,14 +207,14 @@ def test_a_refusal_makes_the_next_wish_a_message(tmp_path: Path, recorder: Recor
         client.close()
 
 
-def test_the_socket_of_a_killed_helper_is_replaced(tmp_path: Path, recorder: Recorder) -> None:
+def test_the_socket_of_a_killed_actuator_is_replaced(tmp_path: Path, recorder: Recorder) -> None:
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as dead:
         dead.bind(str(tmp_path / "s"))
     with serving(tmp_path / "s", recorder):
-        HelperActuator(tmp_path / "s", [0]).close()
+        ActuatorClient(tmp_path / "s", [0]).close()
         with pytest.raises(VoltanaError, match="in use"), serving(tmp_path / "s", recorder):
             pass
-        HelperActuator(tmp_path / "s", [0]).close()  # the first one is unharmed
+        ActuatorClient(tmp_path / "s", [0]).close()  # the first one is unharmed
 
 
 def test_a_file_in_the_way_is_kept(tmp_path: Path, recorder: Recorder) -> None:
@@ -266,7 +266,7 @@ def test_wishes_that_come_faster_than_the_device_replace_each_other(
     release would wait behind them. One message a card is under way, and the last wish wins."""
     recorder.lock_s = 0.02
     with serving(tmp_path / "s", recorder, silence_s=0.5):
-        client = HelperActuator(tmp_path / "s", [0, 1])
+        client = ActuatorClient(tmp_path / "s", [0, 1])
         for number in range(50):
             client.set_clock((705, 1005)[number % 2])
             client.collect()
@@ -288,7 +288,7 @@ def test_a_refusal_with_a_newer_wish_waiting_leaves_the_wish(
 ) -> None:
     recorder.lock_s = 0.05
     with serving(tmp_path / "s", recorder):
-        client = HelperActuator(tmp_path / "s", [0])
+        client = ActuatorClient(tmp_path / "s", [0])
         client.set_clock(999)
         client.set_clock(1005)
         assert beating(client, lambda: client.clock_mhz == 1005)
@@ -301,13 +301,13 @@ def test_a_card_is_found_by_its_uuid_however_a_container_numbers_it(
 ) -> None:
     """The container's 0 is the host's 1, and the other way round."""
     with serving(tmp_path / "s", recorder):
-        client = HelperActuator(tmp_path / "s", [0, 5], uuids=["GPU-0001", "GPU-0000"])
+        client = ActuatorClient(tmp_path / "s", [0, 5], uuids=["GPU-0001", "GPU-0000"])
         client.set_clock(1005)
         assert beating(client, lambda: client.clock_mhz == 1005)
         assert recorder.calls == [(1, 1005), (0, 1005)]
         client.close()
         with pytest.raises(VoltanaError, match=r"must have GPU 1 \(GPU-0009\), it has not"):
-            HelperActuator(tmp_path / "s", [1], uuids=["GPU-0009"])
+            ActuatorClient(tmp_path / "s", [1], uuids=["GPU-0009"])
         assert recorder.calls[2:] == [(0, 0), (1, 0)]
 
 
@@ -319,7 +319,7 @@ def test_cards_that_cannot_be_told_apart_are_refused(tmp_path: Path, recorder: R
 
 def test_dry_run_records_changes_only(tmp_path: Path) -> None:
     """And confirms none: no clock was touched."""
-    actuator = DryRunActuator(tmp_path / "d.jsonl")
+    actuator = DryRun(tmp_path / "d.jsonl")
     for clock in (1005, 1005, 1410):
         actuator.set_clock(clock)
         actuator.beat()

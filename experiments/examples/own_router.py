@@ -2,7 +2,7 @@
 
 It is no part of the list of policies. Name the module in place of a router:
 
-    voltana simulate --router voltana.experiments.own_router:weight=0.5
+    voltana simulate --router voltana.experiments.examples.own_router:weight=0.5
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""A controller and a router of your own, to start from."""
