@@ -53,9 +53,10 @@ MODELS: Final = {
 """Their config.json; Gemma's sliding windows of 1,024 tokens hold the chat requests whole."""
 CARDS: Final = {"h100": ("H100", "h100_sxm"), "b200": ("B200", "b200_sxm")}
 HOST_UNCERTAINTY: Final = {
-    "h100": "about 10 % at the default clock and batches of 8 to 256",
-    "b200": "about 15 %, more where a slow host holds the GPU back: experimental",
+    "h100": (0.1, "about 10 % at the default clock and batches of 8 to 256"),
+    "b200": (0.15, "about 15 %, more where a slow host holds the GPU back: experimental"),
 }
+"""Standard deviation, and in words."""
 LARGEST_BATCH: Final = 260.0
 CAP_SWEEP: Final = (
     "Light-Heart-Labs/MMBT-Messy-Model-Bench-Tests @ ec660c1 (RTX PRO 6000 Workstation, vLLM, "
@@ -64,24 +65,24 @@ CAP_SWEEP: Final = (
 EVIDENCE: Final = "ml-energy/leaderboard @ 0cd52da (vLLM, dense bf16, one GPU, batches 8 to 256)"
 TWO_OVER_ONE: Final = ("google/gemma-3-27b-it", 16, 8)
 """The tables have no 32 heads over 16: twice 16 over 8, as on two GPUs."""
-IDLE: Final[dict[str, tuple[float, dict[str, float], str, str]]] = {
+IDLE: Final[dict[str, tuple[float, float, dict[str, float], str, str]]] = {
     "h100": (
-        120.0, {"0.5": 80.0, "0.7": 90.0},
+        120.0, 0.2, {"0.5": 80.0, "0.7": 90.0},
         "at most 126 W with a context open (H200), 90.6 W locked at 1410 MHz (H100), bare 61 W",
         "25 W",
     ),
     "b200": (
-        237.0, {"0.5": 170.0, "0.7": 185.0},
+        237.0, 0.17, {"0.5": 170.0, "0.7": 185.0},
         "230 to 245 W with a context open; its fall with the clock is taken over from the H100",
         "40 W; half of it at low clocks has no reading",
     ),
     "rtx-pro-6000": (
-        85.0, {"0.5": 65.0, "0.7": 70.0},
+        85.0, 0.3, {"0.5": 65.0, "0.7": 70.0},
         "no reading of this card: an RTX 5090 draws 80 W at its lowest SM clock under load",
         "25 W",
     ),
 }  # fmt: skip
-"""Top, by relative clock, source, uncertainty; none of them was read under load of this kind."""
+"""Top, error of it (relative), by relative clock, source, uncertainty; none of them was read under load of this kind."""
 RTX_TOP_MHZ: Final = 2430.0
 RTX_MODELS: Final = {
     "Qwen3.6-27B-AWQ-INT4": {"weight_gb": 14.9, "experts_gb": 0.0, "active_b": 27.0},
@@ -176,6 +177,8 @@ def a100_shape() -> dict[str, Any]:
         "another card",
         "uncertainty": "another card's: 0.15 of phi; time 5 % above 0.7 of the top clock, 15 % at "
         "half of it and large batches",
+        "time_error": 0.25,  # 15 % of the time at half the top clock, of which half is added
+        "power_error": 0.4,  # 0.15 of phi = 0.48 at half the top clock: 2^0.4 = 1.3
         "sag": known["sag"],
         "phi": {f"{int(f) / TOP_MHZ:.4f}": p for f, p in known["phi"].items()},
         "decode_share": known["decode_share"],
@@ -192,16 +195,16 @@ def _relative_fit(
 
 
 def _power_table(
-    name: str, found: FloatArray, status: str, source: str, sure: str
+    name: str, found: FloatArray, status: str, source: str, sure: tuple[float, str]
 ) -> dict[str, Any]:
-    top_w, lower, idle_source, idle_sure = IDLE[name]
+    top_w, idle_error, lower, idle_source, idle_sure = IDLE[name]
     keys = ("base_w", "w_per_weight_tb_per_s", "w_per_cache_tb_per_s", "w_per_tflop_per_s")
     return {
         "systems": [CARDS[name][1]] if name in CARDS else ["rtx_pro_6000_server"],
-        "status": status, "source": source, "uncertainty": sure,
+        "status": status, "source": source, "power_error": sure[0], "uncertainty": sure[1],
         **{key: round(float(v), 2) for key, v in zip(keys, found, strict=True)},
         "idle_top_w": top_w, "idle_status": "modelled", "idle_source": idle_source,
-        "idle_uncertainty": idle_sure, "idle_w": lower,
+        "idle_error": idle_error, "idle_uncertainty": idle_sure, "idle_w": lower,
     }  # fmt: skip
 
 
@@ -217,7 +220,8 @@ def derive(data: Path, tables: Path | None) -> dict[str, dict[str, Any]]:
             "systems": [system],
             "per_layer_s": round(layer_s, 8),
             "per_request_s": round(request_s, 8),
-            "uncertainty": HOST_UNCERTAINTY[name],
+            "time_error": HOST_UNCERTAINTY[name][0],
+            "uncertainty": HOST_UNCERTAINTY[name][1],
             "source": f"fitted to the gaps between tokens of Qwen3-8B and Gemma-3-27B on {gpu}, "
             f"mean error {error:.1%}: {EVIDENCE}; not SGLang's own",
         }
@@ -227,19 +231,21 @@ def derive(data: Path, tables: Path | None) -> dict[str, dict[str, Any]]:
             f"base, bytes and arithmetic a second fitted to {len(chosen)} rows of Qwen3-8B, "
             f"Gemma-3-12B and -27B on {gpu}, mean error {error:.1%}: {EVIDENCE}, default clocks, "
             "prefill and decode mixed",
-            "about 10 %",
+            (0.1, "about 10 %"),
         )  # fmt: skip
     found, error, phi, shares = fit_rtx(data)
     files["power/rtx-pro-6000.toml"] = _power_table(
         "rtx-pro-6000", np.insert(found, 2, found[1]), "modelled",
         f"four cells at {RTX_TOP_MHZ:.0f} MHz, mean error {error:.1%}, bytes read by our reading: "
-        f"{CAP_SWEEP}; bf16 and the Server Edition are taken to be alike", "25 %",
+        f"{CAP_SWEEP}; bf16 and the Server Edition are taken to be alike", (0.25, "25 %"),
     )  # fmt: skip
     files["clocks/rtx-pro-6000.toml"] = {
         "status": "calibrated",
         "source": f"mean clock and power under caps, of power above an idle one that is assumed: "
         f"{CAP_SWEEP}; share of prefill and of batches above 32 modelled as of the A100",
         "uncertainty": "0.1 of phi (idle is assumed, a cap is no lock); time 10 %",
+        "time_error": 0.25,
+        "power_error": 0.25,  # 0.1 of phi = 0.57 at half the top clock
         "sag": 0.0,
         "phi": {f"{r:g}": round(p, 4) for r, p in phi.items()},
         "decode_share": {str(b): round(s, 4) for b, s in shares.items()}
