@@ -131,9 +131,7 @@ def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | N
         typer.echo(CSV)
 
 
-def _search(
-    study: Study, question: str, out: Path, jobs: int | None, draws: int | None
-) -> bool:
+def _search(study: Study, question: str, out: Path, jobs: int | None, draws: int | None) -> bool:
     """One frontier, of a file or of the options; whether the top clocks carry every load."""
     import pandas as pd
 

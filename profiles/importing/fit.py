@@ -57,6 +57,10 @@ HOST_UNCERTAINTY: Final = {
     "b200": (0.15, "about 15 %, more where a slow host holds the GPU back: experimental"),
 }
 """Standard deviation, and in words."""
+POWER_UNCERTAINTY: Final = (
+    0.15, "about 10 %; a model left out of the fit is off by 6 to 14 % on average"
+)  # fmt: skip
+"""See `voltana.profiles.importing.held_out`."""
 LARGEST_BATCH: Final = 260.0
 CAP_SWEEP: Final = (
     "Light-Heart-Labs/MMBT-Messy-Model-Bench-Tests @ ec660c1 (RTX PRO 6000 Workstation, vLLM, "
@@ -101,8 +105,10 @@ def usable(rows: Sequence[Row], gpu: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float, float, float]:
-    """Time a layer, time a request (s), and the mean error of the gaps with them."""
+def host_design(
+    rows: Sequence[Row], data: Path | None, system: str
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Layers and requests, gap less kernels, and gap (s) of each row; Gemma-3-12B has no tables."""
     tables = open_tables(load_system(system), "sglang", "0.5.14", data)
     gemm = Gemm(tables.read("gemm"))
     attention = tables.read("decode_attention")
@@ -119,12 +125,11 @@ def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float
         design.append((model.layers, row.batch))
         rest.append(row.itl_s - kernels_s)
         gaps.append(row.itl_s)
-    found, error = _relative_fit(np.array(design, dtype=float), np.array(rest), np.array(gaps))
-    return float(found[0]), float(found[1]), error
+    return np.array(design, dtype=float), np.array(rest), np.array(gaps)
 
 
-def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
-    """Base, W per TB/s of weights and of cache, W per TFLOP/s; and the mean error."""
+def power_design(rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
+    """One, TB/s of weights and of cache, TFLOP/s; and the W of each row."""
     design, watts = [], []
     for row in rows:
         model, prompt = MODELS[row.model], PROMPT_TOKENS[row.task]
@@ -134,7 +139,19 @@ def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
         weights = BYTES * model.weights_read(row.batch)
         design.append((1.0, weights * tera, cache * tera, model.flops(prefilled) * tera))
         watts.append(row.power_w)
-    return _relative_fit(np.array(design), np.array(watts), np.array(watts))
+    return np.array(design), np.array(watts)
+
+
+def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float, float, float]:
+    """Time a layer, time a request (s), and the mean error of the gaps with them."""
+    found, error = relative_fit(*host_design(rows, data, system))
+    return float(found[0]), float(found[1]), error
+
+
+def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
+    """Base, W per TB/s of weights and of cache, W per TFLOP/s; and the mean error."""
+    design, watts = power_design(rows)
+    return relative_fit(design, watts, watts)
 
 
 def fit_rtx(data: Path) -> tuple[FloatArray, float, dict[float, float], dict[int, float]]:
@@ -161,7 +178,7 @@ def fit_rtx(data: Path) -> tuple[FloatArray, float, dict[float, float], dict[int
         if "Coder" not in str(name):
             slope, constant = np.polyfit(RTX_TOP_MHZ / clocks, tokens_per_s / rate, 1)
             shares[batch] = float(slope / (slope + constant))
-    found, error = _relative_fit(np.array(design), np.array(watts), np.array(watts))
+    found, error = relative_fit(np.array(design), np.array(watts), np.array(watts))
     phi = np.maximum.accumulate(np.nanmedian(np.array(shapes), axis=0))
     return found, error, dict(zip(RTX_GRID, map(float, phi), strict=True)), shares
 
@@ -186,7 +203,7 @@ def a100_shape() -> dict[str, Any]:
     }
 
 
-def _relative_fit(
+def relative_fit(
     design: FloatArray, wanted: FloatArray, whole: FloatArray
 ) -> tuple[FloatArray, float]:
     """Non-negative coefficients of least squared errors relative to `whole`; mean of those."""
@@ -231,7 +248,7 @@ def derive(data: Path, tables: Path | None) -> dict[str, dict[str, Any]]:
             f"base, bytes and arithmetic a second fitted to {len(chosen)} rows of Qwen3-8B, "
             f"Gemma-3-12B and -27B on {gpu}, mean error {error:.1%}: {EVIDENCE}, default clocks, "
             "prefill and decode mixed",
-            (0.1, "about 10 %"),
+            POWER_UNCERTAINTY,
         )  # fmt: skip
     found, error, phi, shares = fit_rtx(data)
     files["power/rtx-pro-6000.toml"] = _power_table(
