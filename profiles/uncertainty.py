@@ -1,19 +1,19 @@
 """Profiles drawn from the errors that a profile states: what the card may really be like.
 
-A draw turns nine numbers, standard normal and cut at two deviations: for each phase one of its time,
-of its clock dependence, of its power and of how that depends on the clock, and one of idle power. All
-rows of a table share them, so that a draw is a table as smooth as the nominal one. With z such a
-number, s its stated error, T and P the nominal time and power of a row, T₀ the time of the same point
-at the top clock f₀, I(f) nominal idle power:
+A draw turns nine numbers, standard normal and cut at two deviations: for each phase one of its
+time, of its clock dependence, of its power and of how that depends on the clock, and one of idle
+power. All rows of a table share them, so that a draw is a table as smooth as the nominal one. With
+z such a number, s its stated error, T and P the nominal time and power of a row, T₀ the time of the
+same point at the top clock f₀, I(f) nominal idle power:
 
     time    e^(s z) · min(T₀ + e^(s' z')·(T - T₀), T₀·f₀/f)
     power   e^(s z) · (I(f) + (P - I(f))·(f/f₀)^(s' z'))     within drawn idle and the power limit
     idle    e^(s z) · I(f)
 
 No time grows more than the clock falls, more tokens never take less time, and a higher clock never
-draws less power, wherever the nominal table keeps to that. The power limit holds
-no iteration back that it did not hold back before. What policies believe stays as the nominal profile
-says: nobody has told them.
+draws less power, wherever the nominal table keeps to that. The power limit holds no iteration back
+that it did not hold back before. What policies believe stays as the nominal profile says: nobody
+has told them.
 """
 
 from __future__ import annotations
@@ -79,8 +79,8 @@ def draw_profile(profile: Profile, number: int) -> Profile:
     errors = profile.meta.errors
     if errors is None:
         raise VoltanaError(
-            f"profile {profile.name!r} states no errors, so that none can be drawn: add [errors] to "
-            "its profile.toml (docs/profiles.md), or leave the uncertainty out"
+            f"profile {profile.name!r} states no errors, so that none can be drawn: add [errors] "
+            "to its profile.toml (docs/profiles.md), or leave the uncertainty out"
         )
     if number < 1:
         raise VoltanaError(f"a draw's number must be >= 1, got {number}")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from voltana.sim.policies.registry import Entry
 
@@ -47,10 +47,12 @@ def list_names(
 
     if json and kind != "profiles":
         raise VoltanaError(f"--json is for profiles, got {kind!r}: leave it out")
-    printers = {
-        "profiles": partial(_profiles, as_json=json), "controllers": _policies, "routers": _policies,
+    printers: dict[str, Callable[[str, str | None], list[str]]] = {
+        "profiles": partial(_profiles, as_json=json),
+        "controllers": _policies,
+        "routers": _policies,
         "workloads": _workloads,
-    }  # fmt: skip
+    }
     if kind not in printers:
         raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, printers)}")
     if name is not None and kind == "workloads":

@@ -1,9 +1,9 @@
 """What a search found, judged again on draws from the profile's stated errors.
 
-Knobs and clocks are those of the nominal profile: nobody knows the card better when they are chosen.
-Draw k plays judging repeat k, beginning again after the last one, so that the draws vary the requests,
-too. Every policy is held against the best static fleet under its own router; that fleet, and fixed
-clocks, against static-max under it.
+Knobs and clocks are those of the nominal profile: nobody knows the card better when they are
+chosen. Draw k plays judging repeat k, beginning again after the last one, so that the draws vary
+the requests, too. Every policy is held against the best static fleet under its own router; that
+fleet, and fixed clocks, against static-max under it.
 """
 
 from __future__ import annotations

@@ -86,7 +86,8 @@ IDLE: Final[dict[str, tuple[float, float, dict[str, float], str, str]]] = {
         "25 W",
     ),
 }  # fmt: skip
-"""Top, error of it (relative), by relative clock, source, uncertainty; none of them was read under load of this kind."""
+"""Top, relative error of it, by relative clock, source, uncertainty; none was read under load of
+this kind."""
 RTX_TOP_MHZ: Final = 2430.0
 RTX_MODELS: Final = {
     "Qwen3.6-27B-AWQ-INT4": {"weight_gb": 14.9, "experts_gb": 0.0, "active_b": 27.0},

@@ -7,8 +7,8 @@ Three kinds are told by their keys:
   stand in the line itself, in `usage`, in `response` or in `response.body`;
 - **aiperf**, `profile_export.jsonl`: `metadata.request_start_ns` and
   `metrics.input_sequence_length`, `metrics.output_sequence_length`; warm-up requests do not count;
-- **SGLang**, `--log-requests --log-requests-format json`: each `request.finished` with the time of its
-  `request.received`, or else its own less `e2e_latency`.
+- **SGLang**, `--log-requests --log-requests-format json`: each `request.finished` with the time of
+  its `request.received`, or else its own less `e2e_latency`.
 
 A line is written when a request ends, so lines are put in the order of arrival. Failed requests
 (an error, a status from 400 on, cancelled, no usage) are an error unless they are to be dropped.
