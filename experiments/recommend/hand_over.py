@@ -18,7 +18,7 @@ import tomli_w
 
 from voltana.experiments.recommend.judge import DYNAMIC, Advice, Judged
 from voltana.profiles.files import write_text
-from voltana.sim.config import make_config
+from voltana.sim.config import SimConfig, make_config
 
 ANNOTATION: Final = "dynamo.nvidia.com/gpu-power-limit"
 """Of a worker's pod, in W for each of its GPUs: read by Dynamo's power agent."""
@@ -31,6 +31,9 @@ _NOT_REPLAYED: Final = (
     "trace_drop_failed", "arrivals", "time_scale", "num_prefill", "num_decode",
 )  # fmt: skip
 """Configuration keys of requests, not of the fleet and its policy."""
+_OF_REQUESTS: Final = ("workload", "trace", "rate_rps", "arrivals", "duration_s")
+ENGINE_PYTHON: Final = ".engine-gpu/bin/python"
+"""Where `make replay-gpu` installs SGLang."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -84,8 +87,8 @@ def gpu_lines(advice: Advice, way: Judged) -> list[str]:
     if way.name == DYNAMIC:
         cards = " ".join(f"--gpu {g}" for r in roles(advice, way) for i in r.gpus for g in i)
         lines.append(f"sudo voltana actuator /run/voltana.sock {cards}")
-        lines.append("voltana replay --config replay.toml --out results/replayed")
-        lines.append("voltana router --config router.toml --port 8000")
+        lines.append("voltana replay --config replay.toml --out results/replayed  # agents, clocks")
+    lines.append("voltana router --config router.toml --port 8000")
     return lines
 
 
@@ -104,31 +107,25 @@ def dynamo_yaml(advice: Advice, way: Judged) -> str:
 
 def sglang_lines(advice: Advice, way: Judged) -> list[str]:
     """What starts each server, its cards, limits and forward-pass metrics."""
-    question = advice.question
-    engine, model = question.profile.meta.engine, question.profile.meta.model
-    config = make_config(question.base)
-    running = config.max_running_requests or engine.max_running_requests
-    chunk = config.max_prefill_tokens or engine.max_prefill_tokens
+    model = advice.question.profile.meta.model
+    limits = _limits(advice)
     lines = []
     for role in roles(advice, way):
         for i, gpus in enumerate(role.gpus):
             name = f"{role.phase}-{i}"
             words = [
                 f"CUDA_VISIBLE_DEVICES={','.join(map(str, gpus))}",
-                "python -m sglang.launch_server", f"--model-path {model.name}",
-                f"--tp-size {len(gpus)}", f"--disaggregation-mode {role.phase}",
+                f"python -m sglang.launch_server --model-path {model.name}",
+                f"--tp-size {len(gpus)} --disaggregation-mode {role.phase}",
                 f"--port {_port(role.phase, i)}",
-            ]  # fmt: skip
+            ]
             if role.phase == "prefill":
-                words += [
-                    f"--disaggregation-bootstrap-port {BOOTSTRAP_PORT + i}",
-                    f"--max-prefill-tokens {chunk} --chunked-prefill-size {chunk}",
-                ]
-            else:
-                words.append(f"--max-running-requests {running}")
-            words += ["--enable-forward-pass-metrics",
-                      f"--forward-pass-metrics-worker-id {name}",
-                      f"--forward-pass-metrics-ipc-name ipc:///run/voltana/{name}"]  # fmt: skip
+                words.append(f"--disaggregation-bootstrap-port {BOOTSTRAP_PORT + i}")
+            words += [
+                limits[role.phase],
+                f"--enable-forward-pass-metrics --forward-pass-metrics-worker-id {name}",
+                f"--forward-pass-metrics-ipc-name ipc:///run/voltana/{name}",
+            ]
             lines.append(" ".join(words))
     return lines
 
@@ -137,26 +134,58 @@ def _port(phase: str, instance: int) -> int:
     return FIRST_PORT + (100 if phase == "decode" else 0) + instance
 
 
-def replay_toml(advice: Advice, way: Judged, *, for_router: bool = False) -> str:
-    """The configuration of `voltana replay` (agents, clocks, router) or of `voltana router`."""
-    config = make_config({**advice.question.base, **way.settings})
-    told = {k: v for k, v in config.as_dict().items() if k not in _NOT_REPLAYED}
-    if not for_router:
-        asked = make_config(advice.question.base).as_dict()
-        told |= {k: asked[k] for k in ("workload", "trace", "rate_rps", "arrivals", "duration_s")
-                 if k in asked}  # fmt: skip
-    told["first_token"] = "prefill"  # as SGLang serves: decode repeats prefill's token
+def router_toml(advice: Advice, way: Judged) -> str:
+    """The configuration of `voltana router`, in front of the servers of `sglang_lines`."""
+    fleet = {
+        role.phase: [_worker(role, i) for i in range(len(role.gpus))] for role in roles(advice, way)
+    }
+    return tomli_w.dumps({"simulate": _simulate(advice, way), "fleet": fleet})
+
+
+def replay_toml(advice: Advice, way: Judged) -> str:
+    """The configuration of `voltana replay`: servers, agents that set clocks, router, requests."""
+    question = advice.question
+    asked = make_config(question.base).as_dict()
+    told = _simulate(advice, way) | {k: asked[k] for k in _OF_REQUESTS if k in asked}
+    told |= {"num_prefill": way.counts[0], "num_decode": way.counts[1]}
     pair = roles(advice, way)
-    fleet = {role.phase: [_worker(role, i) for i in range(len(role.gpus))] for role in pair}
-    text: dict[str, Any] = {"simulate": told, "fleet": fleet}
-    if not for_router:
-        # batches announced by a plug-in are for servers that the replay starts itself
-        told["prefill_metrics"] = "after"
-        text["replay"] = {
-            "gpus": {role.phase: [list(g) for g in role.gpus] for role in pair},
-            "actuator": "/run/voltana.sock",
-        }
-    return tomli_w.dumps(text)
+    fleet = {
+        "python": ENGINE_PYTHON,
+        "model": question.profile.meta.model.name,
+        "arguments": " ".join(_limits(advice).values()),
+    }
+    replay = {
+        "gpus": {role.phase: [list(g) for g in role.gpus] for role in pair},
+        "actuator": "/run/voltana.sock",
+    }
+    return tomli_w.dumps({"simulate": told, "fleet": fleet, "replay": replay})
+
+
+def _simulate(advice: Advice, way: Judged) -> dict[str, Any]:
+    """Keys of the policy and its promises that are not their defaults."""
+    config = make_config({**advice.question.base, **way.settings})
+    plain = SimConfig().as_dict()
+    always = ("profile", "slo_ttft_s", "slo_itl_s", "router")
+    told = {
+        k: v for k, v in config.as_dict().items()
+        if k not in _NOT_REPLAYED and (k in always or plain.get(k) != v)
+    }  # fmt: skip
+    if way.name != DYNAMIC:
+        told.pop("controller", None)
+    # as SGLang serves: decode repeats prefill's token
+    return told | {"first_token": "prefill"}
+
+
+def _limits(advice: Advice) -> dict[str, str]:
+    """SGLang's arguments that bound batches as the simulation does, by phase."""
+    engine = advice.question.profile.meta.engine
+    config = make_config(advice.question.base)
+    running = config.max_running_requests or engine.max_running_requests
+    chunk = config.max_prefill_tokens or engine.max_prefill_tokens
+    return {
+        "prefill": f"--max-prefill-tokens {chunk} --chunked-prefill-size {chunk}",
+        "decode": f"--max-running-requests {running}",
+    }
 
 
 def _worker(role: Role, instance: int) -> Mapping[str, Any]:
@@ -177,7 +206,7 @@ def write_ready(advice: Advice, folder: Path) -> list[Path]:
         "gpus.sh": head + "\n".join(gpu_lines(advice, way)) + "\n",
         "sglang.sh": head + "\n".join(f"{line} &" for line in sglang_lines(advice, way)) + "\n",
         "dynamo.yaml": head + dynamo_yaml(advice, way),
-        "router.toml": head + replay_toml(advice, way, for_router=True),
+        "router.toml": head + router_toml(advice, way),
         "replay.toml": head + replay_toml(advice, way),
     }
     folder.mkdir(parents=True, exist_ok=True)
