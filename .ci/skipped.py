@@ -1,4 +1,4 @@
-"""pytest plug-in: write the names of the tests that were skipped, one a line, to $SKIPPED."""
+"""pytest plug-in: add the names of the tests that were skipped, one a line, to $SKIPPED."""
 
 from __future__ import annotations
 
@@ -7,21 +7,23 @@ from pathlib import Path
 
 import pytest
 
-_skipped: list[str] = []
+_skipped: dict[str, None] = {}  # in their order; several workers may report one module
 
 
 def pytest_collectreport(report: pytest.CollectReport) -> None:
     """Note a module that left as a whole: what it imports is not there."""
     if report.skipped:
-        _skipped.append(report.nodeid)
+        _skipped[report.nodeid] = None
 
 
 def pytest_runtest_logreport(report: pytest.TestReport) -> None:
     """Note a test that left by itself."""
     if report.skipped and not hasattr(report, "wasxfail"):
-        _skipped.append(report.nodeid)
+        _skipped[report.nodeid] = None
 
 
-def pytest_sessionfinish() -> None:
-    """Write them, for `pytest @FILE`."""
-    Path(os.environ["SKIPPED"]).write_text("".join(f"{name}\n" for name in _skipped))
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """Write them, for `pytest @FILE`; a worker of pytest-xdist has told its controller."""
+    if not hasattr(session.config, "workerinput"):
+        with Path(os.environ["SKIPPED"]).open("a") as file:
+            file.writelines(f"{name}\n" for name in _skipped)

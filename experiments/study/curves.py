@@ -36,7 +36,7 @@ def draw_experiment(experiment: Experiment, frame: pd.DataFrame) -> Figure:
     Args:
         experiment: Says what is on the axes.
         frame: Tidy results with the column `panel`, see
-        `voltana.experiments.study.suite.with_saving`.
+            `voltana.experiments.study.suite.with_saving`.
 
     Raises:
         VoltanaError: The figure asks for a measure or column that does not exist.

@@ -68,8 +68,7 @@ def draw_lengths(name: str, count: int, rng: np.random.Generator) -> tuple[IntAr
 
     Args:
         name: One of `list_lengths`, or a file of lengths
-        (`voltana.sim.workload.traces.read_lengths`),
-            whose requests are drawn with replacement.
+            (`voltana.sim.workload.traces.read_lengths`), whose requests are drawn with replacement.
         count: How many pairs.
         rng: Random stream; the same stream and count give the same lengths.
 

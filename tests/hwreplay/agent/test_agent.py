@@ -5,12 +5,15 @@ card while all is well, and what the card is left with when something is not.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import json
 import math
 import os
 import signal
 import socket
 import subprocess
+import sys
+import termios
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -338,6 +341,13 @@ def test_dry_run_decides_as_the_simulators_controller_does(
     assert report["counts"]["decisions"] == len(batches)
 
 
+def num_unread_bytes(sender: socket.socket) -> int:
+    """Of what was sent on a Unix datagram socket; Linux tells the sender."""
+    found = bytearray(4)
+    fcntl.ioctl(sender, termios.TIOCOUTQ, found)
+    return int.from_bytes(found, sys.byteorder)
+
+
 def wait_until_heard(voice: EngineVoice) -> None:
     """A subscription takes a moment; the heartbeats that it misses meanwhile say nothing."""
     for _ in range(30):
@@ -370,7 +380,8 @@ def test_prefill_decides_on_the_plug_ins_word_with_the_routers_queue(
         events.publish(Event("assigned", "prefill", 0, now_s(config), 1, 300))
         time.sleep(0.2)
         announcer.announce(scheduler, one)
-        assert eventually(lambda: [x["clock_mhz"] for x in lines_of(record)] == [1005])
+        assert eventually(lambda: num_unread_bytes(announcer._socket) == 0)
+        assert [x["clock_mhz"] for x in lines_of(record)] == [1005]
         voice.say(num_prefill_requests=1, sum_prefill_tokens=300)
         for request_id in (2, 3):
             events.publish(Event("assigned", "prefill", 0, now_s(config), request_id, 300))
