@@ -42,6 +42,8 @@ _STEPS: Final = (6, 3, 1)
 """Of the pattern search around the best, in supported clocks."""
 _QUICK_JOINT: Final = 12
 """Combinations that a quick search tries at most, once one has kept the target."""
+_FINE: Final = 32
+"""Clocks from which on a quick search bisects to two steps only, not to single ones."""
 _REACH: Final = 2
 """How many steps that search looks in each direction."""
 
@@ -70,9 +72,9 @@ class FleetSearch:
         knots_mhz: Those that each side tries first.
         counts: For prefill and decode the numbers of active instances allowed.
         target: Attainment that every repeat has to reach.
-        is_quick: Clocks are told apart by three steps at least, and a number of instances whose
-            tables' clocks cost 3 % more than another number's is not looked at further; and of
-            the combinations the most promising dozen is tried.
+        is_quick: Clocks are bisected instead of tried by steps, a number of instances
+            whose tables' clocks cost 3 % more than another number's is not looked at further, and
+            of the combinations the most promising dozen is tried.
     """
 
     def __init__(
@@ -85,7 +87,8 @@ class FleetSearch:
         target: float,
         is_quick: bool = False,
     ) -> None:
-        self._steps = _STEPS[:-1] if is_quick else _STEPS
+        self._is_quick = is_quick
+        self._steps = _STEPS[1:] if is_quick else _STEPS
         self._most_joint = _QUICK_JOINT if is_quick else None
         self._most_rise = _RISE if is_quick else float("inf")
         self._attempt = attempt
@@ -169,9 +172,16 @@ class FleetSearch:
             known = best()
             if known is not None and found[clock].energy_j > _RISE * known[1].energy_j:
                 break
+        while self._is_quick:
+            known = best()
+            middles = () if known is None else self._middles(known[0], found)
+            if known is None or known[1].energy_j > most_j or not middles:
+                return None if known is None else known[1]
+            for clock in middles:
+                found[clock] = self._side_trial(phase, Side(active, clock))
         for step in self._steps:
             known = best()
-            if known is None or known[1].energy_j > most_j:
+            if known is None:
                 break
             at = self._clocks.index(known[0])
             for near in (at - step, at + step):
@@ -180,6 +190,15 @@ class FleetSearch:
                     found[clock] = self._side_trial(phase, Side(active, clock))
         known = best()
         return None if known is None else known[1]
+
+    def _middles(self, best_mhz: int, tried: Iterable[int]) -> list[int]:
+        """Between the best clock and the tried ones next to it, if they are not as near already."""
+        at = self._clocks.index(best_mhz)
+        grain = 2 if len(self._clocks) >= _FINE else 1
+        others = [self._clocks.index(clock) - at for clock in tried]
+        below = max((o for o in others if o < 0), default=0)
+        above = min((o for o in others if o > 0), default=0)
+        return [self._clocks[at + int(o / 2)] for o in (below, above) if abs(o) > grain]
 
     def _search_joint(self) -> None:
         options = [

@@ -27,6 +27,8 @@ class Desk:
     directory: Path
     jobs: int | None = None
     engine: str = "processes"
+    screened: list[Trial] = field(default_factory=list)
+    """What has been tried on the first tuning repeat alone, in any order."""
     _known: dict[str, Trial] = field(default_factory=dict)
 
     @property
@@ -57,7 +59,10 @@ class Desk:
         """One setting on some repeats, the last one the first that attains less than that."""
         key = f"{sorted(settings.items())} {[*repeats]} {stop_below}"
         if key not in self._known:
-            self._known[key] = self.bench.run(settings, label, repeats, stop_below=stop_below)
+            trial = self.bench.run(settings, label, repeats, stop_below=stop_below)
+            self._known[key] = trial
+            if list(repeats) == list(self.question.tuning[:1]) and not trial.error:
+                self.screened.append(trial)
         return self._known[key]
 
     def explore(self, search: FleetSearch) -> None:

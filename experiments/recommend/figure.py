@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from voltana.experiments.draw.plots import stretch_attainment
 from voltana.experiments.recommend.judge import Advice
-from voltana.profiles.measure.style import COLOURS, STYLE, WIDTH_IN
+from voltana.profiles.measure.style import COLOURS, GREY, STYLE, WIDTH_IN
+
+_HIGHEST: Final = 150.0
+"""Energy in % up to which settings are shown."""
 
 
 def knee_figure(advice: Advice) -> Figure:
-    """Energy of fixed clocks against attainment (clocks moved) and against the number of GPUs.
+    """Energy of fixed clocks against attainment and against the number of GPUs.
 
     All on the first tuning repeat, relative to the advised fixed clocks.
     """
@@ -27,18 +32,21 @@ def knee_figure(advice: Advice) -> Figure:
 
 
 def _draw_attainments(axes: Axes, advice: Advice, first_j: float) -> None:
+    """All that was tried, but for what costs half as much again, and the front of it."""
     target = advice.question.target
-    least = target - 50 * (1.0 - target)
-    points = [(a, e) for a, e in advice.knee.attainments if a >= max(least, 0.0)]
-    axes.plot(
-        [100 * a for a, _ in points], [100 * e / first_j for _, e in points],
-        color=COLOURS[1], marker="o", label="both clocks moved", clip_on=False,
-    )  # fmt: skip
+    least = max(target - 30 * (1.0 - target), 0.0)
+    tried = [(a, 100 * e / first_j) for a, e in advice.knee.attainments if a >= least]
+    shown = [(a, e) for a, e in tried if e <= _HIGHEST]
+    axes.plot([100 * a for a, _ in shown], [e for _, e in shown], color=GREY, marker=".",
+              linestyle="", label="tried")  # fmt: skip
+    front = [(a, e) for a, e in sorted(shown) if all(e <= f for b, f in shown if b >= a)]
+    axes.step([100 * a for a, _ in front], [e for _, e in front], color=COLOURS[1], where="pre",
+              label="least energy")  # fmt: skip
     axes.axvline(100 * target, color=COLOURS[0], linewidth=1, linestyle=":")
     kept = 100 * advice.fixed_choice.trial.attainments[0]
     axes.plot([kept], [100.0], color=COLOURS[2], marker="*", markersize=12, linestyle="",
               label="advised", clip_on=False)  # fmt: skip
-    stretch_attainment(axes, "x", 100 * min([a for a, _ in points] or [target]), target)
+    stretch_attainment(axes, "x", 100 * min([a for a, _ in shown] or [target]), target)
     axes.set_xlabel("requests that keep both promises (%)")
     axes.legend(loc="best")
 

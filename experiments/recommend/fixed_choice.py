@@ -93,6 +93,11 @@ def try_fixed(
     return replace(trial, energies_j=(_FORBIDDEN_J,) * len(trial.energies_j))
 
 
+def sum_mhz(fleet: Fleet) -> int:
+    """Of both clocks."""
+    return fleet[0].clock_mhz + fleet[1].clock_mhz
+
+
 def label_of(fleet: Fleet) -> str:
     """Such as `2P1D at 1005/1200 MHz`."""
     prefill, decode = fleet
@@ -145,11 +150,33 @@ class FixedSearch:
             yield a, b
 
     def _other_router(self, best: FixedChoice, router: str) -> FixedChoice:
-        """The same instances under another router, its clocks moved while that saves."""
-        fleet = best.fleet
-        first = self.attempt(router, fleet, on_all=False)
-        if not first.energy_j < _CLOSE * best.trial.energies_j[0]:
+        """The same instances under another router: clocks up until it keeps, then down."""
+        first_j = best.trial.energies_j[0]
+        fleet: Fleet | None = best.fleet
+        if not self.attempt(router, best.fleet, on_all=False).energy_j < _CLOSE * first_j:
             return best
+        while fleet is not None and not self.attempt(router, fleet, on_all=True).keeps(
+            self._target
+        ):
+            fleet = self._up(router, fleet, first_j)
+        if fleet is None:
+            return best
+        fleet = self._down(router, fleet)
+        trial = self.attempt(router, fleet, on_all=True)
+        mine = FixedChoice(fleet=fleet, router=router, trial=trial)
+        return mine if self._is_better(trial, best.trial) else best
+
+    def _up(self, router: str, fleet: Fleet, most_j: float) -> Fleet | None:
+        """One clock higher, that which helps more; None if all of them cost too much."""
+        step = _MOVES[0]
+        higher = [f for f in self._moves(fleet, step) if sum_mhz(f) > sum_mhz(fleet)]
+        self._desk.ahead((fleet_settings(f, router), self._repeats[:1]) for f in higher)
+        tried = [(self.attempt(router, f, on_all=False), f) for f in higher]
+        usable = [(t.rank, -t.energy_j, f) for t, f in tried if t.energy_j < most_j]
+        return max(usable)[2] if usable else None
+
+    def _down(self, router: str, fleet: Fleet) -> Fleet:
+        """Move one clock at a time while that saves and keeps the target."""
         trial = self.attempt(router, fleet, on_all=True)
         for step in _MOVES:
             moved = True
@@ -159,16 +186,14 @@ class FixedSearch:
                 self._desk.ahead((fleet_settings(f, router), self._repeats[:1]) for f in around)
                 for near in around:
                     quick = self.attempt(router, near, on_all=False)
-                    if trial.keeps(self._target) and not quick.energy_j < trial.energies_j[0]:
-                        continue
-                    if not quick.keeps(self._target):
+                    is_less = quick.energy_j < trial.energies_j[0]
+                    if not (is_less and quick.keeps(self._target)):
                         continue
                     found = self.attempt(router, near, on_all=True)
                     if self._is_better(found, trial):
                         fleet, trial, moved = near, found, True
                         break
-        mine = FixedChoice(fleet=fleet, router=router, trial=trial)
-        return mine if self._is_better(trial, best.trial) else best
+        return fleet
 
     def _moves(self, fleet: Fleet, step: int) -> Iterator[Fleet]:
         """One phase's clock so many steps lower or higher, decode first."""
@@ -185,8 +210,10 @@ class FixedSearch:
         return mine.rank > other.rank
 
     def _choice(self, router: str, trial: Trial) -> FixedChoice:
-        fleet = _fleet_of(trial)
-        if not allows(self._desk.question, fleet):  # nothing keeps the target: all there is, at top
+        fleet = fleet_of(trial)
+        if fleet is None or not allows(
+            self._desk.question, fleet
+        ):  # nothing keeps the target: all there is, at top
             fleet, trial = self._all_at_top(router)
         return FixedChoice(fleet=fleet, router=router, trial=trial)
 
@@ -218,13 +245,12 @@ class FixedSearch:
         )  # fmt: skip
 
 
-def _fleet_of(trial: Trial) -> Fleet:
-    settings = trial.settings
-    sides = [
-        Side(
-            int(settings[f"num_{phase}"]),
-            int(str(settings[f"{phase}_controller"]).partition("=")[2]),
-        )
-        for phase in ("prefill", "decode")
-    ]
+def fleet_of(trial: Trial) -> Fleet | None:
+    """The fleet that a trial was of; None if its clocks are not fixed."""
+    sides = []
+    for phase in ("prefill", "decode"):
+        name, _, clock = str(trial.settings.get(f"{phase}_controller", "")).partition(":f=")
+        if name != "static":
+            return None
+        sides.append(Side(int(trial.settings[f"num_{phase}"]), int(clock)))
     return sides[0], sides[1]

@@ -22,6 +22,7 @@ from voltana.experiments.recommend.fixed_choice import (
     FixedChoice,
     FixedSearch,
     allows,
+    fleet_of,
     fleet_peak_w,
 )
 from voltana.experiments.recommend.question import LOADS, Question, Repeats
@@ -81,7 +82,7 @@ class Knee:
     """What a promise, or a number of GPUs, costs: fixed clocks on the first tuning repeat."""
 
     attainments: Sequence[tuple[float, float]]
-    """Attainment and energy (J) of what was tried on the chosen fleet."""
+    """Attainment and energy (J) of every fixed setting that was tried and is allowed."""
     by_gpus: Sequence[tuple[int, float, str]]
     """GPUs, energy (J), setting: the best found that keeps the target."""
 
@@ -281,8 +282,14 @@ def _attainments(desk: Desk, search: FixedSearch, fixed: FixedChoice) -> list[tu
     allowed = [f for f in dict.fromkeys(fleets) if allows(desk.question, f)]
     first = desk.question.tuning[:1]
     desk.ahead((fleet_settings(f, fixed.router), first) for f in allowed)
-    trials = [search.attempt(fixed.router, f, on_all=False) for f in allowed]
-    return [(t.worst_attainment, t.energies_j[0]) for t in trials if t.energies_j]
+    for fleet in allowed:
+        search.attempt(fixed.router, fleet, on_all=False)
+    fleets_tried = ((t, fleet_of(t)) for t in desk.screened)
+    return [
+        (t.worst_attainment, t.energies_j[0])
+        for t, fleet in fleets_tried
+        if fleet is not None and allows(desk.question, fleet)
+    ]
 
 
 def _with_draws(desk: Desk, advice: Advice, judging: Repeats) -> Advice:
