@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from voltana.experiments.frontier.fixed import Fleet, FleetSearch
-from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial
+from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial, pooled
 from voltana.experiments.recommend.question import Question, Repeats
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import run_missing
@@ -64,6 +64,23 @@ class Desk:
             if list(repeats) == list(self.question.tuning[:1]) and not trial.error:
                 self.screened.append(trial)
         return self._known[key]
+
+    def first(self, settings: Mapping[str, Any], label: str, repeats: Repeats) -> Trial:
+        """On the first repeat alone, with the benefit of the doubt: half the target's misses more.
+
+        One repeat is short, and what it does not rule out is tried on all of them.
+        """
+        trial = self.trial(settings, label, repeats[:1])
+        doubt = 0.5 * (1.0 - self.question.target)
+        return replace(trial, attainments=tuple(min(a + doubt, 1.0) for a in trial.attainments))
+
+    def whole(self, settings: Mapping[str, Any], label: str, repeats: Repeats) -> Trial:
+        """On all repeats, whose requests count together; left at a repeat that decides it alone."""
+        misses = len(repeats) * (1.0 - self.question.choice_target)
+        trial = self.trial(settings, label, repeats, stop_below=1.0 - misses)
+        if trial.error:
+            return trial
+        return replace(trial, attainments=(pooled(trial.rows, "attainment"),))
 
     def explore(self, search: FleetSearch) -> None:
         """Both sides of a search of fixed clocks, in a process each; the runs are kept."""

@@ -64,28 +64,26 @@ class _Candidate:
         return found
 
 
-def find_dynamic(
-    desk: Desk, repeats: Repeats, target: float, around: tuple[int, int]
-) -> DynamicChoice | None:
+def find_dynamic(desk: Desk, repeats: Repeats, around: tuple[int, int]) -> DynamicChoice | None:
     """The dynamic policy of least energy that keeps the target; the nearest miss if none does.
 
     Args:
         desk: Where runs are made.
         repeats: On which is chosen.
-        target: What each of them has to attain.
         around: Prefill and decode instances of the best fixed clocks.
 
     Returns:
         It; None if no dynamic policy takes part.
     """
+    target = desk.question.choice_target
     candidates = _candidates(desk.question, around)
     if not candidates:
         return None
     desk.ahead((c.settings(), repeats[:1]) for c in candidates)
-    first = {c: desk.trial(c.settings(), "default", repeats[:1]) for c in candidates}
+    first = {c: desk.first(c.settings(), "default", repeats) for c in candidates}
     kept = _best(first, target, KEPT_ON)
     desk.ahead((c.settings(), repeats) for c in kept)
-    whole = {c: desk.trial(c.settings(), "default", repeats) for c in kept}
+    whole = {c: desk.whole(c.settings(), "default", repeats) for c in kept}
     found = [
         DynamicChoice(contender=c.contender, counts=c.counts, knob="default", trial=t)
         for c, t in whole.items()
@@ -108,8 +106,8 @@ def _turned(desk: Desk, candidate: _Candidate, repeats: Repeats, target: float) 
         label = f"{contender.knob} {contender.value_text(position)}"
         settings = candidate.settings(position)
         if not on_all:
-            return desk.trial(settings, label, repeats[:1])
-        return desk.trial(settings, label, repeats, stop_below=target)
+            return desk.first(settings, label, repeats)
+        return desk.whole(settings, label, repeats)
 
     coarse = [i / (COARSE - 1) for i in range(COARSE)]
     desk.ahead((candidate.settings(p), repeats[:1]) for p in coarse)

@@ -43,7 +43,7 @@ def _draw_attainments(axes: Axes, advice: Advice, first_j: float) -> None:
     axes.step([100 * a for a, _ in front], [e for _, e in front], color=COLOURS[1], where="pre",
               label="least energy")  # fmt: skip
     axes.axvline(100 * target, color=COLOURS[0], linewidth=1, linestyle=":")
-    kept = 100 * advice.fixed_choice.trial.attainments[0]
+    kept = 100 * float(advice.fixed_choice.trial.rows["attainment"].iloc[0])
     axes.plot([kept], [100.0], color=COLOURS[2], marker="*", markersize=12, linestyle="",
               label="advised", clip_on=False)  # fmt: skip
     stretch_attainment(axes, "x", 100 * min([a for a, _ in shown] or [target]), target)

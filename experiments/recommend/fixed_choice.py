@@ -65,8 +65,7 @@ def fleet_peak_w(question: Question, fleet: Fleet) -> float:
 
 
 def try_fixed(
-    desk: Desk, router: str, repeats: Repeats, target: float, anchor: Fleet, fleet: Fleet,
-    on_all: bool,
+    desk: Desk, router: str, repeats: Repeats, anchor: Fleet, fleet: Fleet, on_all: bool,
 ) -> Trial:  # fmt: skip
     """One fleet, on all tuning repeats or the first one.
 
@@ -74,7 +73,6 @@ def try_fixed(
         desk: Runs it.
         router: Of the fleet.
         repeats: On which is chosen.
-        target: Attainment of each of them below which the rest are left out.
         anchor: All instances at their top clock: one side may be tried beside the other of it.
         fleet: To be tried.
         on_all: Or on the first repeat alone.
@@ -84,10 +82,11 @@ def try_fixed(
     if not (beside or fits(question, fleet)):
         return Trial(settings={}, label="", error="more GPUs than there are")
     settings = fleet_settings(fleet, router)
-    chosen = repeats if on_all else repeats[:1]
     if on_all:
         desk.ahead([(settings, repeats)])
-    trial = desk.trial(settings, label_of(fleet), chosen, stop_below=target if on_all else 0.0)
+        trial = desk.whole(settings, label_of(fleet), repeats)
+    else:
+        trial = desk.first(settings, label_of(fleet), repeats)
     if beside or allows(question, fleet):
         return trial
     return replace(trial, energies_j=(_FORBIDDEN_J,) * len(trial.energies_j))
@@ -107,11 +106,11 @@ def label_of(fleet: Fleet) -> str:
 class FixedSearch:
     """Searches the fixed clocks of one question."""
 
-    def __init__(self, desk: Desk, repeats: Repeats, target: float) -> None:
-        """Args: where runs are made, on which is chosen, what each of them has to attain."""
+    def __init__(self, desk: Desk, repeats: Repeats) -> None:
+        """Args: where runs are made, and on which is chosen."""
         self._desk = desk
         self._repeats = repeats
-        self._target = target
+        self._target = desk.question.choice_target
         self._clocks = desk.question.clocks_mhz
         most, top = desk.question.instances - 1, self._clocks[-1]
         self._anchor: Fleet = (Side(most, top), Side(most, top))
@@ -132,9 +131,7 @@ class FixedSearch:
 
     def attempt(self, router: str, fleet: Fleet, *, on_all: bool) -> Trial:
         """One fleet; what has been tried is known."""
-        return try_fixed(
-            self._desk, router, self._repeats, self._target, self._anchor, fleet, on_all
-        )
+        return try_fixed(self._desk, router, self._repeats, self._anchor, fleet, on_all)
 
     def fleets_of(self, instances: int) -> Iterator[Fleet]:
         """Fleets of that many instances, best first by what the sides spent on their own."""
@@ -236,7 +233,7 @@ class FixedSearch:
         """A search whose anchor is its own largest fleet at its top clock."""
         top = clocks[-1]
         anchor = (Side(counts[0][-1], top), Side(counts[1][-1], top))
-        attempt = partial(try_fixed, self._desk, router, self._repeats, self._target, anchor)
+        attempt = partial(try_fixed, self._desk, router, self._repeats, anchor)
         known = profile_knots(str(self._desk.question.base["profile"]), clocks)
         step = max(1, -(-len(known) // MOST_KNOTS))
         return FleetSearch(

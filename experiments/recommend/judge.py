@@ -166,11 +166,10 @@ def advise(desk: Desk) -> Advice:
 
 def _round(desk: Desk, tuning: Repeats, judging: Repeats, rounds: int) -> tuple[Advice, bool]:
     """Choose on some repeats, judge on others; and whether a choice that kept to its rule fell."""
-    # of settings that just reach the target on a few repeats half will miss it on others
-    strict = 1.0 - 0.5 * (1.0 - desk.question.target)
-    search = FixedSearch(desk, tuning, strict)
+    strict = desk.question.choice_target
+    search = FixedSearch(desk, tuning)
     fixed = search.find()
-    dynamic = find_dynamic(desk, tuning, strict, fixed.counts)
+    dynamic = find_dynamic(desk, tuning, fixed.counts)
     advice = _judge(desk, search, fixed, dynamic, judging, rounds)
     fell = fixed.trial.keeps(strict) and not advice.keeps(advice.fixed)
     if dynamic is not None and advice.dynamic is not None:

@@ -66,6 +66,14 @@ class Question:
     """From the profile's errors; 0: none are stated, or none were asked for."""
 
     @property
+    def choice_target(self) -> float:
+        """What a choice has to attain on all tuning repeats together: three quarters of the misses.
+
+        Of the settings that just reach the target on a few repeats half will miss it on others.
+        """
+        return self.target + 0.25 * (1.0 - self.target)
+
+    @property
     def profile(self) -> Profile:
         """The nominal one."""
         return cached_profile(str(self.base["profile"]))

@@ -86,17 +86,16 @@ def exhaustive(desk: Desk) -> list[Option]:
         if desk.trial(s, label, first).worst_attainment >= question.target - 0.03
     ]
     desk.ahead((s, question.tuning) for s, _ in hopeful)
-    return [Option(s, label, desk.trial(s, label, question.tuning)) for s, label in hopeful]
+    return [Option(s, label, desk.whole(s, label, question.tuning)) for s, label in hopeful]
 
 
 def best_by_rule(desk: Desk, options: list[Option]) -> Trial | None:
     """The best by the search's own rule, on the judging repeats; None if nothing keeps to it.
 
-    The least energy on the tuning repeats of what misses half of the target's misses on each.
+    The least energy on the tuning repeats of what reaches the choice's target on them together.
     """
     question = desk.question
-    strict = 1.0 - 0.5 * (1.0 - question.target)
-    kept = [o for o in options if o.tuned.keeps(strict)]
+    kept = [o for o in options if o.tuned.keeps(question.choice_target)]
     if not kept:
         return None
     best = min(kept, key=lambda o: o.tuned.energy_j)

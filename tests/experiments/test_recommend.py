@@ -96,7 +96,7 @@ def test_watts_bound_what_the_tables_can_draw(tmp_path: Path) -> None:
     assert fleet_peak_w(asked, (low, high)) == most_w("prefill", 705) + most_w("decode", 1410)
     assert allows(asked, (low, low))
     assert not allows(asked, (low, high))
-    found = FixedSearch(Desk(asked, tmp_path, jobs=1), asked.tuning, 0.5).find()
+    found = FixedSearch(Desk(asked, tmp_path, jobs=1), asked.tuning).find()
     assert found.fleet == (low, low)
 
 
