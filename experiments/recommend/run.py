@@ -13,7 +13,6 @@ from voltana.experiments.recommend.desk import Desk
 from voltana.experiments.recommend.figure import knee_figure
 from voltana.experiments.recommend.hand_over import write_ready
 from voltana.experiments.recommend.judge import Advice, advise
-from voltana.experiments.recommend.page import write_page
 from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.show import Costs, as_dict
 from voltana.experiments.sweep.executors import check_engine
@@ -93,8 +92,14 @@ def _written(
             else f"Least energy: {names[best]}, {advices[best].best.setting}."
         )  # fmt: skip
     write_json(told, out / "recommend.json")
-    write_page(told["advices"], figures, out / "recommend.html", costs.currency)
-    lines.append(f"{out / 'recommend.html'} {out / 'recommend.json'} {figures[0]} {files[0][0]}")
+    try:
+        from voltana.experiments.recommend.page import write_page
+    except ImportError:  # the advice itself needs no template
+        lines.append("No page was written: it needs pip install 'voltana[report]'")
+    else:
+        write_page(told["advices"], figures, out / "recommend.html", costs.currency)
+        lines.append(str(out / "recommend.html"))
+    lines.append(f"{out / 'recommend.json'} {figures[0]} {files[0][0]}")
     return Recommended(advices=advices, told=told, lines=lines)
 
 
