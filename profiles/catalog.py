@@ -19,7 +19,14 @@ from voltana.profiles.places import profile_directory
 from voltana.profiles.schema import ProfileMeta, meta_toml, read_meta
 from voltana.profiles.spread import IterationSpread, row_spreads
 from voltana.profiles.step_model import StepModel
-from voltana.profiles.tables import grid_of, idle_power_of, read_idle_table, read_phase_table
+from voltana.profiles.tables import (
+    AWAKE,
+    grid_of,
+    idle_power_of,
+    raised,
+    read_idle_table,
+    read_phase_table,
+)
 
 FILES = ("profile.toml", "prefill.csv", "decode.csv", "idle.csv", "ecopred.csv")
 
@@ -116,7 +123,7 @@ class Profile:
                           clock_mhz, batch_size, tokens)  # fmt: skip
 
     def idle_power_w(self, clock_mhz: ArrayLike) -> FloatOrArray:
-        """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
+        """Power between two iterations in watts at a locked clock, or unlocked (0)."""
         model = self.truth()
         return _broadcast(lambda f: model.idle_power_w(int(f)), clock_mhz)
 
@@ -124,13 +131,23 @@ class Profile:
 @lru_cache(maxsize=16)
 def _step_model(profile: Profile, extrapolate: bool) -> StepModel:
     """Built once: its rows are costly to make and never change."""
+    prefill, decode = grid_of(profile.prefill), grid_of(profile.decode)
+    rest_w = idle_power_of(profile.idle)
+    limit_w = profile.meta.gpu.power_limit_w * profile.meta.model.tensor_parallel
+    if AWAKE not in profile.idle:
+        return StepModel(
+            prefill, decode, rest_w, profile.clocks_mhz,
+            extrapolate=extrapolate, power_limit_w=limit_w,
+        )  # fmt: skip
+    awake_w = idle_power_of(profile.idle, AWAKE)
     return StepModel(
-        grid_of(profile.prefill),
-        grid_of(profile.decode),
-        idle_power_of(profile.idle),
+        raised(prefill, awake_w),
+        raised(decode, awake_w),
+        {clock: power_w + awake_w[clock] for clock, power_w in rest_w.items()},
         profile.clocks_mhz,
+        rest_w=rest_w,
         extrapolate=extrapolate,
-        power_limit_w=profile.meta.gpu.power_limit_w * profile.meta.model.tensor_parallel,
+        power_limit_w=limit_w + max(awake_w.values()),
     )
 
 
@@ -151,6 +168,10 @@ def load_profile(name_or_path: str | Path) -> Profile:
     decode = read_phase_table(directory / "decode.csv", clocks)
     idle = read_idle_table(directory / "idle.csv", clocks)
     _require_idle_range(idle, clocks, directory)
+    if AWAKE in idle and "awake_power" not in meta.provenance:
+        raise VoltanaError(
+            f"provenance must be stated for awake_power, as {directory / 'idle.csv'} has {AWAKE}"
+        )
     fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks)
     name = str(name_or_path) if directory == DATA / name_or_path else directory.name
     return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,

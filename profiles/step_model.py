@@ -30,7 +30,8 @@ class StepModel:
     Args:
         prefill: Medians of the prefill table.
         decode: Medians of the decode table.
-        idle_w: Idle power by clock; needs clock 0, the unlocked card.
+        idle_w: Power between two iterations by clock; needs clock 0, the unlocked card.
+        rest_w: Power of an instance that has not worked yet, by clock; by default the same.
         clocks_mhz: Supported clocks, ascending; the last one is what an unlocked card runs at.
         extrapolate: Beyond the grid go on instead of refusing. In tokens: time along the last
             piece, never below the row's least, power held. In batch sizes of decode: time and
@@ -42,7 +43,7 @@ class StepModel:
 
     __slots__ = (
         "_decode", "_decode_rows", "_extrapolate", "_idle_w", "_power_limit_w", "_prefill",
-        "_prefill_batches", "_prefill_rows", "_top_mhz",
+        "_prefill_batches", "_prefill_rows", "_rest_w", "_top_mhz",
     )  # fmt: skip
 
     def __init__(
@@ -52,12 +53,14 @@ class StepModel:
         idle_w: dict[int, float],
         clocks_mhz: tuple[int, ...],
         *,
+        rest_w: dict[int, float] | None = None,
         extrapolate: bool = False,
         power_limit_w: float = math.inf,
     ) -> None:
         self._prefill = prefill
         self._decode = decode
         self._idle_w = dict(idle_w)
+        self._rest_w = dict(rest_w or idle_w)
         self._top_mhz = clocks_mhz[-1]
         self._extrapolate = extrapolate
         self._power_limit_w = power_limit_w
@@ -102,12 +105,13 @@ class StepModel:
         return row[1][i] + row[2][i] * ahead, row[3][i] + row[4][i] * ahead
 
     def idle_power_w(self, clock_mhz: int) -> float:
-        """Idle power of the instance in watts at a locked clock, or unlocked (0)."""
+        """Power between two iterations in watts at a locked clock, or unlocked (0)."""
         power = self._idle_w.get(clock_mhz)
-        if power is None:
-            power = self._interpolate_idle(clock_mhz)
-            self._idle_w[clock_mhz] = power
-        return power
+        return _at_clock(self._idle_w, clock_mhz) if power is None else power
+
+    def rest_power_w(self, clock_mhz: int) -> float:
+        """Power before the first iteration, which a parked instance never leaves."""
+        return _at_clock(self._rest_w, clock_mhz)
 
     def decode_line(self, clock_mhz: int, batch_size: int, tokens: int) -> Line:
         """The linear piece of decode that holds `tokens`.
@@ -246,15 +250,6 @@ class StepModel:
             ),
         )
 
-    def _interpolate_idle(self, clock_mhz: int) -> float:
-        clocks = sorted(c for c in self._idle_w if c > 0)
-        if not clocks or not clocks[0] <= clock_mhz <= clocks[-1]:
-            raise VoltanaError(f"idle power was not profiled at {clock_mhz} MHz")
-        at = bisect_right(clocks, clock_mhz) - 1
-        low, high = clocks[at], clocks[at + 1]
-        weight = (clock_mhz - low) / (high - low)
-        return self._idle_w[low] + weight * (self._idle_w[high] - self._idle_w[low])
-
     def _refuse_outside(
         self, phase: str, clock: int, batch_size: float, tokens: float, knots: list[float]
     ) -> None:
@@ -271,6 +266,19 @@ class StepModel:
                 f"{phase} batch size {batch_size:g} is outside the profiled grid, which ends at "
                 f"{limit:g}: profile further or set extrapolate=true"
             )
+
+
+def _at_clock(power_w: dict[int, float], clock_mhz: int) -> float:
+    """Linear between the given clocks; what was interpolated is kept in `power_w`."""
+    if clock_mhz not in power_w:
+        clocks = sorted(c for c in power_w if c > 0)
+        if not clocks or not clocks[0] <= clock_mhz <= clocks[-1]:
+            raise VoltanaError(f"idle power was not profiled at {clock_mhz} MHz")
+        at = bisect_right(clocks, clock_mhz) - 1
+        low, high = clocks[at], clocks[at + 1]
+        weight = (clock_mhz - low) / (high - low)
+        power_w[clock_mhz] = power_w[low] + weight * (power_w[high] - power_w[low])
+    return power_w[clock_mhz]
 
 
 def _mix(first: GridRow, second: GridRow, time_weight: float, power_weight: float) -> GridRow:

@@ -20,6 +20,9 @@ PHASE_COLUMNS: Final = (*POINT, "trial", "time_s", "power_w")
 OPTIONAL_COLUMNS: Final = ("flags", "spread_s")
 """Only in measured tables: flags of a trial; half the interquartile range of its iterations."""
 IDLE_COLUMNS: Final = ("frequency_mhz", "trial", "power_w")
+AWAKE: Final = "awake_power_w"
+"""Optional in `idle.csv`: what an instance draws, from its first iteration on, above the power at
+rest and above the phase tables alike."""
 _HEADER_LINES: Final = 2
 """Line number of the first data row."""
 
@@ -56,8 +59,12 @@ def read_phase_table(path: Path, clocks_mhz: tuple[int, ...]) -> pd.DataFrame:
 
 def read_idle_table(path: Path, clocks_mhz: tuple[int, ...]) -> pd.DataFrame:
     """Read `idle.csv`; clock 0 is the unlocked card. Raises as `read_phase_table` does."""
-    frame = _read_csv(path, IDLE_COLUMNS)
+    frame = _read_csv(path, IDLE_COLUMNS, (*OPTIONAL_COLUMNS, AWAKE))
     _require(frame, path, "power_w", frame["power_w"] > 0, "must be > 0")
+    if AWAKE in frame:
+        awake = pd.to_numeric(frame[AWAKE], errors="coerce")
+        _require(frame, path, AWAKE, np.isfinite(awake) & (awake >= 0), "must be a number >= 0")
+        frame[AWAKE] = awake
     _require_clocks(frame, path, (0, *clocks_mhz))
     _require_unique(frame, path, ["frequency_mhz", "trial"])
     if 0 not in set(frame["frequency_mhz"]):
@@ -80,13 +87,34 @@ def grid_of(frame: pd.DataFrame) -> dict[int, dict[int, GridRow]]:
     return grid
 
 
-def idle_power_of(frame: pd.DataFrame) -> dict[int, float]:
-    """Median idle power in W by clock, ascending."""
-    medians = frame.groupby("frequency_mhz", sort=True)["power_w"].median()
+def raised(grid: Grid, awake_w: Mapping[int, float]) -> Grid:
+    """The grid with the awake power of each of its clocks on top, linear between given clocks.
+
+    Args:
+        grid: See `grid_of`.
+        awake_w: Awake power in W by clock; 0 is the unlocked card and not used.
+    """
+    known = [clock for clock in sorted(awake_w) if clock > 0]
+    powers = [awake_w[clock] for clock in known]
+
+    def row(clock: int, of: GridRow) -> GridRow:
+        above_w = float(np.interp(clock, known, powers))
+        return GridRow(
+            tokens=of.tokens, time_s=of.time_s, power_w=tuple(w + above_w for w in of.power_w)
+        )
+
+    return {f: {b: row(f, of) for b, of in rows.items()} for f, rows in grid.items()}
+
+
+def idle_power_of(frame: pd.DataFrame, column: str = "power_w") -> dict[int, float]:
+    """Median of a column of `idle.csv` in W by clock, ascending."""
+    medians = frame.groupby("frequency_mhz", sort=True)[column].median()
     return {int(str(clock)): float(power) for clock, power in medians.items()}
 
 
-def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
+def _read_csv(
+    path: Path, columns: tuple[str, ...], optional: tuple[str, ...] = OPTIONAL_COLUMNS
+) -> pd.DataFrame:
     try:
         frame = pd.read_csv(path)
     except FileNotFoundError:
@@ -94,7 +122,7 @@ def _read_csv(path: Path, columns: tuple[str, ...]) -> pd.DataFrame:
     except (OSError, UnicodeDecodeError, ValueError) as error:
         raise VoltanaError(f"cannot read {path}: {error}") from None
     missing = [c for c in columns if c not in frame.columns]
-    unknown = [str(c) for c in frame.columns if c not in (*columns, *OPTIONAL_COLUMNS)]
+    unknown = [str(c) for c in frame.columns if c not in (*columns, *optional)]
     if missing or unknown:
         raise VoltanaError(
             f"{path}:1: columns must be {', '.join(columns)}; "

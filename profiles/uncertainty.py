@@ -89,7 +89,13 @@ def draw_profile(profile: Profile, number: int) -> Profile:
         profile,
         prefill=_phase(profile, "prefill", factors),
         decode=_phase(profile, "decode", factors),
-        idle=profile.idle.assign(power_w=profile.idle["power_w"] * factors.idle_power),
+        idle=profile.idle.assign(
+            **{
+                name: profile.idle[name] * factors.idle_power
+                for name in ("power_w", "awake_power_w")
+                if name in profile.idle
+            }
+        ),
         content_hash=hashlib.sha256(f"{profile.content_hash} {factors}".encode()).hexdigest(),
         believed=profile,
     )

@@ -73,6 +73,9 @@ def build(
     fitted: Annotated[
         Path | None, typer.Option(help="fitted.toml of `voltana paper fit`; by default the shipped")
     ] = None,
+    mechanisms: Annotated[
+        bool, typer.Option(help="with awake power and the higher draw of prefill, or fitted only")
+    ] = True,
 ) -> None:
     """Build the profiles of the three models with the fitted kernel and host times."""
     from voltana.experiments.paper.calibrate import read_fitted
@@ -81,8 +84,9 @@ def build(
     from voltana.profiles.build.models import SHAPES
 
     unknowns = read_fitted(fitted or FITTED)
+    tuning = unknowns.with_mechanisms if mechanisms else unknowns.tuning
     for model in SHAPES:
-        build_tuned(data, out / model, model, unknowns.tuning, "tuned to a published panel")
+        build_tuned(data, out / model, model, tuning, "tuned to a published panel")
         typer.echo(str(out / model))
 
 
@@ -116,20 +120,27 @@ def compare(
 
 @paper.command("predict")
 def predict(
-    out: Annotated[Path, typer.Option(help="CSV to write")] = Path("results/paper_prediction.csv"),
-    runs: Annotated[Path, typer.Option(help="Parent directory of the runs")] = Path(
-        "results/experiments"
-    ),
+    out: Annotated[
+        Path, typer.Option(help="Takes paper_prediction.csv, paper_bands.csv, .png")
+    ] = Path("results"),
+    runs: Annotated[Path, typer.Option(help="Takes the runs")] = Path("results/paper-predict"),
     jobs: Jobs = None,
 ) -> None:
-    """Run the main figure for all models and data sets and write it in the panel's columns."""
-    from voltana.experiments.paper.panel import predict as make
+    """Predict all panels: the central prediction, and the band over the rules for promises."""
+    from voltana.experiments.draw.plots import save
+    from voltana.experiments.paper.bands import bands, central, draw_bands, predict_by_rule
+    from voltana.experiments.show import width
     from voltana.profiles.files import write_csv
 
-    made = make(runs / "main-figure", jobs=jobs)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_csv(made, out)
-    typer.echo(f"{out}: {len(made)} rows")
+    by_rule = predict_by_rule(runs, jobs=jobs)
+    found = bands(by_rule)
+    out.mkdir(parents=True, exist_ok=True)
+    write_csv(central(by_rule), out / "paper_prediction.csv")
+    write_csv(found, out / "paper_bands.csv")
+    save(draw_bands(found), out, "paper_bands")
+    chosen = by_rule[["model", "promises", "slo_ttft_s", "slo_itl_s"]].drop_duplicates()
+    typer.echo(chosen.to_string(index=False, line_width=width()))
+    typer.echo(f"{out / 'paper_prediction.csv'}: {len(found)} rows")
 
 
 def _say(unknowns: Unknowns, score: float) -> None:

@@ -209,7 +209,7 @@ def _peak(start_s: FloatArray, end_s: FloatArray) -> int:
 def _floor_w(profile: Profile) -> float:
     """The least power of the profile, idle or busy, at any clock."""
     truth = profile.truth()
-    idle_w = min(truth.idle_power_w(clock) for clock in (0, *profile.clocks_mhz))
+    idle_w = min(truth.rest_power_w(clock) for clock in (0, *profile.clocks_mhz))
     busy_w = min(float(profile.prefill["power_w"].min()), float(profile.decode["power_w"].min()))
     return min(idle_w, busy_w)
 

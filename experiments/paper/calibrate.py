@@ -9,7 +9,7 @@ one panel only, and of it only the rates below overload.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -25,6 +25,10 @@ from voltana.profiles.errors import VoltanaError
 from voltana.sim.config import read_toml
 
 MODEL: Final = "llama-3.1-8b"
+PREFILL_PEAK_RATIO: Final = 1.23
+"""Uncapped draw of prefill over the limit: an A100-80GB of 400 W was seen at 492 W."""
+AWAKE_TOP_W: Final = 44.0
+"""Awake power of a GPU at the top clock: `voltana.experiments.paper.mechanisms` derives it."""
 STEP: Final = 0.15
 """Relative size of the first simplex."""
 
@@ -48,6 +52,11 @@ class Unknowns:
         return Tuning(
             attention_multiplier=self.attention_multiplier, prefill_host_s=self.prefill_host_s
         )
+
+    @property
+    def with_mechanisms(self) -> Tuning:
+        """The same with what was not fitted: the profiles that the prediction runs on."""
+        return replace(self.tuning, prefill_peak_ratio=PREFILL_PEAK_RATIO, awake_top_w=AWAKE_TOP_W)
 
 
 _ROUNDING: Final = {

@@ -127,12 +127,6 @@ def panel_residuals(
     return residuals(as_panel(run_sweep(points, directory, jobs=jobs)), published)
 
 
-def predict(directory: Path, *, jobs: int | None = None) -> pd.DataFrame:
-    """All panels of the main figure, rounded to a tenth."""
-    made = as_panel(run_sweep(main_figure_points(), directory, jobs=jobs))
-    return made.round(dict.fromkeys(VALUES, 1))
-
-
 def with_saving_pct(panel: pd.DataFrame) -> pd.DataFrame:
     """Add `saving_pct` against static-1410 of the same panel and rate; empty for itself."""
     keys = ["model", "dataset", "rps"]

@@ -21,6 +21,8 @@ from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.base import DECODE
+from voltana.sim.policies.controllers.pid import PidParameters
+from voltana.sim.policies.spec import bind_parameters, parse_spec
 from voltana.sim.workload.generate import make_workload
 from voltana.sim.workload.workload import Workload
 
@@ -48,6 +50,12 @@ SEEDS: Final = (1, 2, 3)
 OPERATING: Final = {"clock_mhz": 1200, "batch_size": 220}
 """Where the plant is linearised: about what 18 requests/s of these lengths settle at."""
 MISMATCH: Final = 1.3
+SEARCHED: Final = {
+    "decode_controller": "pid:target=0.971,kp=498,ki=185,kd=6.66",
+    "prefill_controller": "pid:target=0.996,kp=387,ki=1710,kd=164",
+}
+"""Found at the operating point's rate by `voltana tune pid --set num_prefill=1 --set num_decode=1
+--set router=round-robin --set rate_rps=18 --set duration_s=90 --set slo_itl_s=0.045`."""
 _SMOOTH_BINS: Final = 5
 _BAND: Final = 0.1
 """Settled: within this part of the final value."""
@@ -104,9 +112,12 @@ class Response:
     clock_changes: float
 
 
-def respond(controller: str, shape: str, seeds: Sequence[int] = SEEDS) -> Response:
-    """Run a controller under a disturbance."""
-    runs = [_run(make_config({**BASE, "controller": controller, "seed": s}), shape) for s in seeds]
+def respond(
+    controller: str | Mapping[str, str], shape: str, seeds: Sequence[int] = SEEDS
+) -> Response:
+    """Run a controller, or one a phase by configuration key, under a disturbance."""
+    keys = {"controller": controller} if isinstance(controller, str) else controller
+    runs = [_run(make_config({**BASE, **keys, "seed": s}), shape) for s in seeds]
     return Response(
         itl_s=np.nanmean([r.itl_s for r in runs], axis=0),
         clock_mhz=np.nanmean([r.clock_mhz for r in runs], axis=0),
@@ -179,11 +190,8 @@ class PidDesign:
     name: str
     gains: Gains
     margins: Margins
-
-    @property
-    def controller(self) -> str:
-        """As a policy, for both phases."""
-        return f"pid:kp={self.gains.kp_mhz:.4g},ki={self.gains.ki_mhz_per_s:.4g},kd=0"
+    controller: str | Mapping[str, str]
+    """As a policy for both phases, or by configuration key."""
 
 
 def operating_plant() -> Plant:
@@ -204,8 +212,9 @@ def operating_plant() -> Plant:
 
 
 def pid_designs() -> list[PidDesign]:
-    """Default gains, gains by the model, and those with a loop gain 30 % off to both sides."""
-    plant, setpoint_s = operating_plant(), 0.9 * float(str(BASE["slo_itl_s"]))
+    """Default gains, gains by the model and by search, and the model's with a plant 30 % off."""
+    plant, slo_s = operating_plant(), float(str(BASE["slo_itl_s"]))
+    setpoint_s = 0.9 * slo_s
     by_model = tune_pi(plant, setpoint_s)
     sets: Mapping[str, Gains] = {
         "pid, default gains": Gains(kp_mhz=600.0, ki_mhz_per_s=400.0),
@@ -213,8 +222,25 @@ def pid_designs() -> list[PidDesign]:
         "pid, plant 30 % stronger": _scaled(by_model, MISMATCH),
         "pid, plant 30 % weaker": _scaled(by_model, 1.0 / MISMATCH),
     }
+    made = [
+        PidDesign(
+            name=name,
+            gains=gains,
+            margins=margins(plant, gains, setpoint_s),
+            controller=f"pid:kp={gains.kp_mhz:.4g},ki={gains.ki_mhz_per_s:.4g},kd=0",
+        )
+        for name, gains in sets.items()
+    ]
+    found = bind_parameters(parse_spec(SEARCHED["decode_controller"]), PidParameters)
+    by_search = Gains(kp_mhz=found.kp_mhz, ki_mhz_per_s=found.ki_mhz_per_s)
     return [
-        PidDesign(name=n, gains=g, margins=margins(plant, g, setpoint_s)) for n, g in sets.items()
+        *made,
+        PidDesign(
+            name="pid, by search",
+            gains=by_search,
+            margins=margins(plant, by_search, found.target_ratio * slo_s),
+            controller=SEARCHED,
+        ),
     ]
 
 
@@ -229,7 +255,9 @@ def run_all(seeds: Sequence[int] = SEEDS) -> tuple[pd.DataFrame, dict[tuple[str,
     Returns:
         The table of measures, one row a run, and the responses by (disturbance, controller).
     """
-    specs = {(shape, name): spec for shape in SHAPES for name, spec in CONTROLLERS.items()}
+    specs: dict[tuple[str, str], str | Mapping[str, str]] = {
+        (shape, name): spec for shape in SHAPES for name, spec in CONTROLLERS.items()
+    }
     specs |= {("step", d.name): d.controller for d in pid_designs()}
     responses = {key: respond(spec, key[0], seeds) for key, spec in specs.items()}
     rows = [

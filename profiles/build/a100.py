@@ -19,7 +19,7 @@ from typing import Final
 import pandas as pd
 import tomli_w
 
-from voltana.profiles.build.clocks import IDLE_TOP_W, ClockModel, fit_clock_model
+from voltana.profiles.build.clocks import IDLE_TOP_W, TOP_MHZ, ClockModel, fit_clock_model
 from voltana.profiles.build.errors import ERRORS
 from voltana.profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
 from voltana.profiles.build.spread import SPREAD, spread_provenance
@@ -34,6 +34,7 @@ from voltana.profiles.schema import (
     ProfileMeta,
     Provenance,
 )
+from voltana.profiles.tables import AWAKE
 
 GRID_MHZ: Final = (705, 810, 900, 1005, 1095, 1200, 1305, 1350, 1380, 1410)
 SUPPORTED_MHZ: Final = tuple(range(705, 1411, 15))
@@ -42,8 +43,9 @@ DECODE_BASE_W: Final = 126.0
 DECODE_W_PER_TB_PER_S: Final = 137.0
 """Decode power at the top clock = base + slope × HBM read rate: fit of three Splitwise rows; it
 predicts a fourth (BLOOM-176B TP8) as 250 W against 254 W measured."""
-PREFILL_PEAK_W: Final = 1.05 * CAP_W
-"""Uncapped power of a 2,048-token prefill: Splitwise peaks are 1.00-1.09 of the limit."""
+PREFILL_PEAK_RATIO: Final = 1.05
+"""Uncapped power of a 2,048-token prefill over the limit: Splitwise peaks are 1.00-1.09, under
+the limit, so that they say that it is reached and not by how much."""
 MODERATE_BATCH: Final = 16
 MODERATE_CONTEXT_TOKENS: Final = 512
 """Decode load at which the sweep's ratio of whole-card power is made to hold (its middle)."""
@@ -70,6 +72,31 @@ class Tuning:
     """Scheduling between prefill batches, overlap off as the reference runs it. Modelled."""
     decode_host_s: float = 0.0
     """Between decode steps; hidden behind the GPU by the overlap scheduler."""
+    prefill_peak_ratio: float = PREFILL_PEAK_RATIO
+    """Uncapped power of a 2,048-token prefill over the card's limit."""
+    awake_top_w: float = 0.0
+    """Power of a GPU in service above all else, at the top clock; lower clocks by phi."""
+    prompt_host_s: float = 0.0
+    """Host time of each prompt of a prefill batch, nothing hidden."""
+    request_host_s: float = 0.0
+    """Host time of each request of a decode step, hidden as long as the GPU takes longer."""
+    rank_sync_s: float = 0.0
+    """What an iteration of more than one GPU waits for its ranks."""
+
+    @property
+    def text(self) -> str:
+        """What differs from the sources, for a profile's provenance."""
+        parts = [
+            f"attention x {self.attention_multiplier:g}",
+            f"prefill host {1e3 * self.prefill_host_s:g} ms",
+            f"decode host {1e3 * self.decode_host_s:g} ms",
+        ]
+        further = {
+            "prompt host": self.prompt_host_s, "hidden host a request": self.request_host_s,
+            "rank synchronisation": self.rank_sync_s,
+        }  # fmt: skip
+        parts += [f"{name} {1e3 * time_s:g} ms" for name, time_s in further.items() if time_s]
+        return ", ".join(parts)
 
 
 AS_SOURCES: Final = Tuning()
@@ -82,7 +109,7 @@ class Builder:
         data: Folder of the sources.
         shape: The model.
         clocks: How time and power move with the clock.
-        tuning: Changes times only; the coefficients of power stay those of the sources.
+        tuning: What differs from the sources.
     """
 
     def __init__(
@@ -92,7 +119,7 @@ class Builder:
         self._clocks = clocks
         self._tuning = tuning
         self._cost = Cost(data, shape, attention_multiplier=tuning.attention_multiplier)
-        self._w_per_flops = arithmetic_power(data)
+        self._w_per_flops = arithmetic_power(data, tuning.prefill_peak_ratio)
 
     def decode(self) -> pd.DataFrame:
         """Rows of decode.csv."""
@@ -113,8 +140,9 @@ class Builder:
         loaded_w = decode_top_w(self._cost, batch, tokens, self._w_per_flops)
         share = self._clocks.decode_share_at(batch)
         active_w = loaded_w - IDLE_TOP_W
-        host_s = self._tuning.decode_host_s
-        return self._at_clocks(batch, tokens, top_s, host_s, share, active_w, clocks_mhz)
+        host_s = self._tuning.decode_host_s + self._sync_s
+        hidden_s = self._tuning.request_host_s * batch
+        return self._at_clocks(batch, tokens, top_s, host_s, hidden_s, share, active_w, clocks_mhz)
 
     def prefill(self) -> pd.DataFrame:
         """Rows of prefill.csv."""
@@ -136,24 +164,34 @@ class Builder:
         arithmetic_w = self._w_per_flops * self._cost.prefill_flops(batch, tokens) / top_s
         active_w = DECODE_BASE_W - IDLE_TOP_W + DECODE_W_PER_TB_PER_S * rate + arithmetic_w
         share = self._clocks.prefill_share_at(tokens)
-        host_s = self._tuning.prefill_host_s
-        return self._at_clocks(batch, tokens, top_s, host_s, share, active_w, clocks_mhz)
+        host_s = self._tuning.prefill_host_s + self._tuning.prompt_host_s * batch + self._sync_s
+        return self._at_clocks(batch, tokens, top_s, host_s, 0.0, share, active_w, clocks_mhz)
 
     def idle(self) -> pd.DataFrame:
         """Rows of idle.csv; an unlocked card that holds a context stays at its top clock."""
         gpus = self._shape.tensor_parallel
         watts = {0: IDLE_TOP_W} | {f: self._clocks.power_w(0.0, f) for f in GRID_MHZ}
         rows = [(f, 0, gpus * w) for f, w in watts.items()]
-        return pd.DataFrame(rows, columns=["frequency_mhz", "trial", "power_w"])
+        frame = pd.DataFrame(rows, columns=["frequency_mhz", "trial", "power_w"])
+        awake_w = gpus * self._tuning.awake_top_w
+        if not awake_w:
+            return frame
+        shape = [self._clocks.phi_at(clock or TOP_MHZ) for clock in watts]
+        return frame.assign(**{AWAKE: [awake_w * phi for phi in shape]})
+
+    @property
+    def _sync_s(self) -> float:
+        return self._tuning.rank_sync_s if self._shape.tensor_parallel > 1 else 0.0
 
     def _at_clocks(
-        self, batch: int, tokens: float, top_s: float, host_s: float, share: float,
-        active_w: float, clocks_mhz: Sequence[float],
+        self, batch: int, tokens: float, top_s: float, exposed_s: float, hidden_s: float,
+        share: float, active_w: float, clocks_mhz: Sequence[float],
     ) -> list[tuple[float, ...]]:  # fmt: skip
         rows: list[tuple[float, ...]] = []
         for clock in clocks_mhz:
             real = self._clocks.clock_under_cap(active_w, clock, CAP_W)
             time_s = top_s * self._clocks.time_factor(share, real)
+            host_s = exposed_s + max(hidden_s - time_s, 0.0)
             power = min(self._clocks.power_w(active_w, real), CAP_W)
             idle = self._clocks.power_w(0.0, clock)
             mean_w = (power * time_s + idle * host_s) / (time_s + host_s)
@@ -167,12 +205,12 @@ class Builder:
         return [1, *inner, capacity]
 
 
-def arithmetic_power(data: Path) -> float:
-    """W per FLOP/s such that a 2,048-token prefill of the 8B model draws its peak."""
+def arithmetic_power(data: Path, peak_ratio: float = PREFILL_PEAK_RATIO) -> float:
+    """W per FLOP/s such that a 2,048-token prefill of the 8B model draws its peak, uncapped."""
     cost = Cost(data, SHAPES["llama-3.1-8b"], attention_multiplier=1.0)
     top_s = cost.prefill_s(1, 2048)
     rest = DECODE_BASE_W + DECODE_W_PER_TB_PER_S * cost.decode_bytes(2048) / top_s * 1e-12
-    return (PREFILL_PEAK_W - rest) / (cost.prefill_flops(1, 2048) / top_s)
+    return (peak_ratio * CAP_W - rest) / (cost.prefill_flops(1, 2048) / top_s)
 
 
 def decode_top_w(cost: Cost, batch: int, tokens: float, w_per_flops: float) -> float:
@@ -189,11 +227,11 @@ def decode_top_w(cost: Cost, batch: int, tokens: float, w_per_flops: float) -> f
     return DECODE_BASE_W + DECODE_W_PER_TB_PER_S * rate + w_per_flops * cost.flops(batch) / top_s
 
 
-def fit_clocks(data: Path) -> ClockModel:
+def fit_clocks(data: Path, peak_ratio: float = PREFILL_PEAK_RATIO) -> ClockModel:
     """The clock model, anchored at a moderate decode load of the 8B model."""
     cost = Cost(data, SHAPES["llama-3.1-8b"], attention_multiplier=1.0)
     tokens = MODERATE_BATCH * MODERATE_CONTEXT_TOKENS
-    loaded_w = decode_top_w(cost, MODERATE_BATCH, tokens, arithmetic_power(data))
+    loaded_w = decode_top_w(cost, MODERATE_BATCH, tokens, arithmetic_power(data, peak_ratio))
     return fit_clock_model(data, loaded_w)
 
 
@@ -203,14 +241,16 @@ def decode_batches() -> list[int]:
     return sorted({*edges, *(b + 1 for b in edges if b < MAX_RUNNING)})
 
 
-def make_meta(data: Path, shape: Shape, tuned: str = "") -> ProfileMeta:
+def make_meta(data: Path, shape: Shape, tuning: Tuning = AS_SOURCES, why: str = "") -> ProfileMeta:
     """Metadata with the provenance of every quantity.
 
     Args:
         data: Folder of the sources.
         shape: The model.
-        tuned: What a calibration changed, as text that follows the sources; empty without one.
+        tuning: What a calibration changed.
+        why: What it was tuned to; empty without a calibration.
     """
+    tuned = f"; {why}: {tuning.text}" if why else ""
     kernels = "kernel times of ai-dynamo/aiconfigurator @ 095f58a (A100-SXM4-80GB, SGLang 0.5.10)"
     sweep = "clock sweep of qweewqq/EnergyLLM @ 3fffed3 (A100-40GB, vLLM 0.11)"
     splitwise = "Splitwise power rows (Mutinifni/splitwise-sim @ 8f99e7d)"
@@ -237,15 +277,17 @@ def make_meta(data: Path, shape: Shape, tuned: str = "") -> ProfileMeta:
             "clocks": _calibrated("A100 steps of 15 MHz; grid clocks are interpolated between", ""),
             "prefill_time": _calibrated(
                 f"{kernels}; frequency-bound share modelled (0.95 above 512 tokens){tuned}",
-                "about 15 % at 1410 MHz; clock dependence 5 %; 5 ms host time is modelled",
+                "about 15 % at 1410 MHz; clock dependence 10 %; 5 ms host time is modelled",
             ),
             "prefill_power": _calibrated(
-                f"{splitwise}: 2,048 tokens at 1.05 of the limit uncapped; {sweep}", "about 10 %"
+                f"{splitwise}: 2,048 tokens at 1.05 of the limit uncapped{_peak_note(tuning)}; "
+                f"{sweep}",
+                "about 10 %",
             ),
             "decode_time": _calibrated(
                 f"{kernels}; frequency-bound share from {sweep}, above batch 64 modelled{tuned}",
-                "about 10 % at 1410 MHz and batch <= 256, 20 % above; clock dependence 5 %; "
-                "interpolation within 1.1 % of the model",
+                "about 10 % at 1410 MHz and batch <= 256, 20 % above; clock dependence 15 % from "
+                "batch 64 on and below 900 MHz, else 5 %; interpolation within 1.1 % of the model",
             ),
             "decode_power": _calibrated(
                 f"126 W + 137 W per TB/s of HBM reads from {splitwise}; shape over clocks from "
@@ -255,12 +297,35 @@ def make_meta(data: Path, shape: Shape, tuned: str = "") -> ProfileMeta:
             "idle_power": _calibrated(
                 f"63 W loaded and locked at 1410 MHz (public readings 62-65 W); fall from {sweep}; "
                 "unlocked: a card with a context stays at its top clock",
-                "10 W below 1410 MHz; another source reads 80 W for an unlocked context",
+                "10 W below 1410 MHz; another source reads 80 W for an unlocked context; "
+                "awake power is not in it",
             ),
             "kv_capacity": _calibrated(f"{reference}, as measured by its authors", ""),
             "iteration_spread": spread_provenance(data),
+            **_awake_provenance(tuning),
         },
     )
+
+
+def _peak_note(tuning: Tuning) -> str:
+    if tuning.prefill_peak_ratio == PREFILL_PEAK_RATIO:
+        return ""
+    return (
+        f", raised to {tuning.prefill_peak_ratio:g}: the peak of 492 W of an A100-80GB under vLLM, "
+        "which the limit had not cut yet (chuyishang/inference-energy @ e4743b3)"
+    )
+
+
+def _awake_provenance(tuning: Tuning) -> dict[str, Provenance]:
+    if not tuning.awake_top_w:
+        return {}
+    source = (
+        f"{tuning.awake_top_w:g} W a GPU at 1410 MHz: what one published panel's energy has above "
+        "these tables (docs/paper.md); that it is there whatever the load, and falls with the "
+        "clock as active power does, is modelled. For its size: a context alone adds 26 to 50 W "
+        "to a bare card (arXiv 2605.23918)"
+    )
+    return {"awake_power": _calibrated(source, "10 W; how long a card stays awake is not known")}
 
 
 def _calibrated(source: str, uncertainty: str) -> Provenance:
@@ -288,15 +353,9 @@ def build_tuned(data: Path, directory: Path, model: str, tuning: Tuning, why: st
         why: What it was tuned to, for the provenance.
     """
     shape = SHAPES[model]
-    builder = Builder(data, shape, fit_clocks(data), tuning)
-    note = (
-        f"; {why}: attention x {tuning.attention_multiplier:g}, "
-        f"prefill host {1e3 * tuning.prefill_host_s:g} ms, "
-        f"decode host {1e3 * tuning.decode_host_s:g} ms"
-    )
-    return write_profile(
-        directory, make_meta(data, shape, note), builder.prefill(), builder.decode(), builder.idle()
-    )
+    builder = Builder(data, shape, fit_clocks(data, tuning.prefill_peak_ratio), tuning)
+    meta = make_meta(data, shape, tuning, why)
+    return write_profile(directory, meta, builder.prefill(), builder.decode(), builder.idle())
 
 
 def build(data: Path, out: Path) -> None:

@@ -68,8 +68,11 @@ class ClockModel:
 
     def power_w(self, active_top_w: float, clock_mhz: float) -> float:
         """Power of one GPU whose active part is `active_top_w` at 1410 MHz; no cap applied."""
-        idle = _interpolate(self.idle_w, clock_mhz)
-        return idle + active_top_w * _interpolate(self.phi, clock_mhz)
+        return _interpolate(self.idle_w, clock_mhz) + active_top_w * self.phi_at(clock_mhz)
+
+    def phi_at(self, clock_mhz: float) -> float:
+        """Active power relative to the top clock."""
+        return _interpolate(self.phi, clock_mhz)
 
     def clock_under_cap(self, active_top_w: float, clock_mhz: float, cap_w: float) -> float:
         """The clock that the card sags to: the highest one <= `clock_mhz` within the cap.

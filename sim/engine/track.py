@@ -177,7 +177,10 @@ class GpuTrack:
         self._idle_since_s = now_s
         self._plan = plan
         self._plan_due_s = now_s + plan.after_s if plan else math.inf
-        self.power_w = self._model.idle_power_w(self.clock_mhz)
+        # an instance that has not worked yet is at rest; after that it only waits
+        model = self._model
+        power_w = model.rest_power_w if self._first_busy_j < 0 else model.idle_power_w
+        self.power_w = power_w(self.clock_mhz)
         return self._next_idle_change_s()
 
     def settle_idle(self, now_s: float) -> float:
@@ -255,7 +258,9 @@ class GpuTrack:
             return
         self._idle_since_s = until_s
         clock = self.clock_mhz
-        self.power_w = self._model.idle_power_w(clock)
+        model = self._model
+        power_w = model.rest_power_w if self._first_busy_j < 0 else model.idle_power_w
+        self.power_w = power_w(clock)
         self._idle_s += elapsed_s
         self._idle_j += self.power_w * elapsed_s
         self.energy_j = self._busy_j + self._idle_j

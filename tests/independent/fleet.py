@@ -118,7 +118,8 @@ class Card:
 
     def _book_idle(self, until_s: float) -> None:
         spent_s = max(until_s - self._idle_from_s, 0.0)
-        self.idle_j += spent_s * self._hardware.idle_w(self.clock)
+        awake_w = self._hardware.awake_w(self.clock) if self.window_j else 0.0
+        self.idle_j += spent_s * (self._hardware.idle_w(self.clock) + awake_w)
         self._idle_from_s += spent_s
 
 

@@ -32,8 +32,12 @@ class Hardware:
         self.spread: dict[str, float] = meta.get("spread", {})
         """Standard deviation over mean of iteration times, by phase."""
         self._rows = {p: _rows(directory / f"{p}.csv") for p in ("prefill", "decode")}
-        idle = pd.read_csv(directory / "idle.csv").groupby("frequency_mhz")["power_w"].median()
-        self._idle_w = {int(str(clock)): float(watts) for clock, watts in idle.items()}
+        idle = pd.read_csv(directory / "idle.csv").groupby("frequency_mhz").median()
+        self._idle_w = {int(str(clock)): float(watts) for clock, watts in idle["power_w"].items()}
+        self._awake_w: dict[int, float] = {}
+        if "awake_power_w" in idle:
+            awake = idle["awake_power_w"]
+            self._awake_w = {int(str(clock)): float(watts) for clock, watts in awake.items()}
         self._belief = pd.read_csv(directory / "ecopred.csv").sort_values("batch_size_max")
         self._corners = cache(self._find_corners)
         self._believed = cache(self._find_belief)
@@ -56,14 +60,15 @@ class Hardware:
             power_w += of_power * (powers[i] + part * (powers[i + 1] - powers[i]))
         if batch < 1:  # a longer prefix never saves time
             time_s = max(time_s, self.iteration(phase, clock, 1, tokens)[0])
-        return time_s, power_w
+        return time_s, power_w + self.awake_w(self.top_if_unlocked_mhz(clock))
 
     def idle_w(self, clock: int) -> float:
         """Power without work; clock 0 has a row of its own, between clocks it is linear."""
-        if clock in self._idle_w:
-            return self._idle_w[clock]
-        low, high, part = _bracket(sorted(c for c in self._idle_w if c), clock)
-        return self._idle_w[low] + part * (self._idle_w[high] - self._idle_w[low])
+        return _between(self._idle_w, clock)
+
+    def awake_w(self, clock: int) -> float:
+        """What a card that has begun to work draws on top, working or waiting."""
+        return _between(self._awake_w, clock) if self._awake_w else 0.0
 
     def believed_s(self, phase: str, clock: int, batch: int, tokens: int) -> float:
         """EcoPred: a line per clock and range of batch sizes; 20 ms where it is not positive."""
@@ -124,3 +129,10 @@ def _bracket(values: Sequence[int], wanted: float) -> tuple[int, int, float]:
     assert 0 < at < len(values), f"{wanted} lies outside {values[0]} to {values[-1]}"
     low, high = values[at - 1], values[at]
     return low, high, (wanted - low) / (high - low)
+
+
+def _between(watts: dict[int, float], clock: int) -> float:
+    if clock in watts:
+        return watts[clock]
+    low, high, part = _bracket(sorted(c for c in watts if c), clock)
+    return watts[low] + part * (watts[high] - watts[low])

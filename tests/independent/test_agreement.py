@@ -45,7 +45,7 @@ CASES: dict[str, Settings] = {
     "1P3D, low clocks": {"rate_rps": 14, "num_prefill": 1, "num_decode": 3, "clock": 825},
     "clock between rows of the table": {"rate_rps": 30, "clock": 1170},
     "bursts": {"rate_rps": 30, "arrivals": "gamma:cv=4"},
-    "panel profile": {"rate_rps": 40, "profile": "a100-80g-sxm-panel/llama-3.1-8b"},
+    "awake power": {"rate_rps": 40, "profile": "a100-80g-sxm-awake/llama-3.1-8b"},
     "two cards an instance": {"rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2"},
     "small KV cache": {"rate_rps": 30, **SMALL_KV},
     "small KV cache, no reserve": {"rate_rps": 40, **SMALL_KV, "kv_reserve_tokens": 0},

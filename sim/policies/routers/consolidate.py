@@ -36,6 +36,11 @@ class ConsolidateParameters:
         0.8, "part of the TTFT promise's part for prefill that queues may be packed to; 0 spreads",
         low=0, high=1,
     )  # fmt: skip
+    prefill_most_s: float = parameter(
+        2.0,
+        "longest predicted time that a prefill queue is packed to, whatever the promise",
+        low=0.0,
+    )
     num_levels: int = parameter(8, "clocks considered, spread over the profile's", low=1)
     frequencies_mhz: tuple[int, ...] = parameter((), "clocks considered, instead of num_levels")
 
@@ -57,7 +62,9 @@ class Consolidate(Router):
 
     Prefill: the fullest instance where the running batch, the queue and this prompt together take
     no more at its clock than prefill_frac of what SLO_TTFT leaves for prefill (fuller batches cost
-    less energy a token), else the one that has the least before it.
+    less energy a token), else the one that has the least before it. Under a promise of many seconds
+    `prefill_most_s` is the limit: a queue beyond the engine's largest batch saves nothing more, and
+    where its predicted length is a fifth too short the promise is broken for all in it.
 
     Source: ours. Near: KAIROS's consolidate-then-spread and slo-pack, which fill one instance to
     its limit first.
@@ -75,7 +82,9 @@ class Consolidate(Router):
         self._settings = parameters
         self._context = context
         self._limit_s = context.slo_itl_s * (1.0 - parameters.headroom_frac)
-        self._prefill_s = context.prefill_budget_s * parameters.prefill_frac
+        self._prefill_s = min(
+            context.prefill_budget_s * parameters.prefill_frac, parameters.prefill_most_s
+        )
         self._park_w = min(context.power.idle_power_w(clock) for clock in self._levels_mhz)
         self._fullest = FullestBatch.of(context)
         self._active = 1

@@ -21,9 +21,9 @@ def time_s(phase: str, clock: int, batch: int, tokens: int) -> float:
     return (0.01 + 1e-4 * batch if phase == "decode" else 1e-4 * tokens) * 1000 / clock
 
 
-def router(spec: str = "consolidate:memory=0,dwell=5") -> Any:  # noqa: ANN401
+def router(spec: str = "consolidate:memory=0,dwell=5", slo_ttft_s: float = 0.6) -> Any:  # noqa: ANN401
     return make_router(
-        spec, replace(make_context(Formula(time_s), slo_ttft_s=0.6), power=CubicPower())
+        spec, replace(make_context(Formula(time_s), slo_ttft_s=slo_ttft_s), power=CubicPower())
     )
 
 
@@ -112,6 +112,16 @@ def test_prefill_is_packed_up_to_its_share_of_the_promise() -> None:
     # the running batch counts as well: 0.2 s of it and 0.051 s
     prefill[1].num_running, prefill[1].kv_tokens, prefill[1].waiting_tokens = 1, 2000, 500
     assert made.route(view, prefill, decode(0, clock=1000))[0] == 0
+
+
+def test_a_promise_of_many_seconds_is_no_reason_for_a_long_queue() -> None:
+    """Under 30 s, of which 24 are left for queues: 19,900 tokens take 1.99 s, 20,100 take 2.01."""
+    made = router("consolidate", slo_ttft_s=30.0)
+    view = RequestView(request_id=0, arrival_s=0.0, input_tokens=10, output_tokens=None)
+    prefill = idle_prefill(2)
+    for waiting, expected in ((19_890, 1), (20_090, 0)):
+        prefill[1].num_waiting, prefill[1].waiting_tokens = 3, waiting
+        assert made.route(view, prefill, decode(0, clock=1000))[0] == expected
 
 
 @pytest.mark.slow
