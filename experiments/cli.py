@@ -11,9 +11,9 @@ import typer
 from voltana.profiles.errors import VoltanaError
 
 VERBS = (
-    "simulate", "sweep", "demo", "plot", "experiment", "frontier", "tune", "train", "list",
-    "profile_group", "compare_profiles", "actuator", "router", "agent", "replay", "validate",
-    "report", "paper",
+    "simulate", "sweep", "demo", "plot", "experiment", "frontier", "recommend", "tune", "train",
+    "list", "profile_group", "compare_profiles", "actuator", "router", "agent", "replay",
+    "validate", "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 

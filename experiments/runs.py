@@ -8,6 +8,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.uncertainty import draw_profile
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.memory import require_room
@@ -20,6 +21,18 @@ DEFAULT_DURATION_S = 120.0
 """The reference's benchmark sends 120 s × rate requests."""
 
 cached_profile = lru_cache(maxsize=8)(load_profile)
+
+
+@lru_cache(maxsize=8)
+def _drawn(name: str, number: int) -> Profile:
+    return draw_profile(cached_profile(name), number)
+
+
+def profile_of(config: SimConfig) -> Profile:
+    """The profile that a configuration runs on: the named one, or a draw from its errors."""
+    if config.profile_draw is None:
+        return cached_profile(config.profile)
+    return _drawn(config.profile, config.profile_draw)
 
 
 def workload_of(config: SimConfig) -> Workload:
@@ -77,7 +90,7 @@ def run(
         spill: See `voltana.sim.engine.simulate.simulate`.
         watch: Looks at the parts of a streamed workload as they go by; for progress.
     """
-    profile: Profile = cached_profile(config.profile)
+    profile = profile_of(config)
     parts = stream_of(config)
     requests = workload_of(config) if parts is None else watch(parts)
     return simulate(config, profile, requests, spill=spill)

@@ -49,6 +49,8 @@ class Profile:
     fitted: pd.DataFrame
     content_hash: str
     """SHA-256 over the files, in hex."""
+    believed: Profile | None = None
+    """Of a drawn profile the nominal one, whose power policies go by; None: this one."""
 
     @property
     def clocks_mhz(self) -> tuple[int, ...]:

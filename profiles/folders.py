@@ -14,7 +14,9 @@ from typing import Final, Literal
 from voltana.profiles.errors import VoltanaError
 from voltana.profiles.files import write_text
 
-FolderKind = Literal["run", "probe", "sweep", "frontier", "tuning", "comparison", "validation"]
+FolderKind = Literal[
+    "run", "probe", "sweep", "frontier", "tuning", "comparison", "validation", "advice"
+]
 MARKER: Final = "voltana.json"
 _SIGNS: Final[tuple[tuple[str, str], ...]] = (
     ("profile.toml", "profile"),

@@ -96,6 +96,33 @@ class SpreadMeta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorsMeta:
+    """How far the numbers may be off: standard deviations, of which `uncertainty` is the evidence.
+
+    Times and powers relative, at the top clock; see `voltana.profiles.uncertainty`.
+    """
+
+    prefill_time: float
+    decode_time: float
+    prefill_clock_time: float
+    """Relative, of the time that a lower clock adds."""
+    decode_clock_time: float
+    prefill_power: float
+    decode_power: float
+    prefill_clock_power: float
+    """Of the exponent of the relative clock that power above idle may be multiplied by."""
+    decode_clock_power: float
+    idle_power: float
+    """Relative."""
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in dataclasses.fields(self)):
+            value = getattr(self, name)
+            if value >= 1.0:
+                raise VoltanaError(f"errors.{name} is a standard deviation < 1, got {value:g}")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Provenance:
     """Where a number comes from."""
 
@@ -121,6 +148,8 @@ class ProfileMeta:
     engine: EngineMeta
     clocks: ClocksMeta
     provenance: Mapping[str, Provenance]
+    errors: ErrorsMeta | None = None
+    """None if nobody has stated them."""
     spread: SpreadMeta | None = None
     """None if the tables have a spread of their own, or if it is not known."""
 
@@ -150,7 +179,7 @@ def read_meta(path: Path) -> ProfileMeta:
     where = str(path)
     known = {f.name for f in dataclasses.fields(ProfileMeta)}
     check_names(data, known, "key", where)
-    if missing := sorted(known - {"spread"} - set(data)):
+    if missing := sorted(known - {"spread", "errors"} - set(data)):
         raise VoltanaError(f"missing table [{missing[0]}] ({where})")
     told = table(data, "provenance", where)
     try:
@@ -159,6 +188,7 @@ def read_meta(path: Path) -> ProfileMeta:
             model=_section(ModelMeta, data, "model", where),
             engine=_section(EngineMeta, data, "engine", where),
             clocks=_section(ClocksMeta, data, "clocks", where),
+            errors=_section(ErrorsMeta, data, "errors", where) if "errors" in data else None,
             spread=_section(SpreadMeta, data, "spread", where) if "spread" in data else None,
             provenance={key: _section(Provenance, told, key, where) for key in told},
         )

@@ -33,6 +33,9 @@ class SimConfig:
     """One run: hardware, workload, fleet, policies, promises and engine model. See each `help`."""
 
     profile: str = _key(DEFAULT_PROFILE, "profile name or directory")
+    profile_draw: int | None = _key(
+        None, "number of a draw from the profile's stated errors; none = the profile as it stands"
+    )
     workload: str = _key(
         "sharegpt", "length distribution of generated requests, or a file of lengths"
     )
@@ -201,6 +204,7 @@ class SimConfig:
 
 
 _POSITIVE = (
+    "profile_draw",
     "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "active_prefill",
     "active_decode", "slo_ttft_s", "slo_itl_s", "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",

@@ -58,6 +58,10 @@ def frontier(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
     ] = None,
+    uncertainty: Annotated[
+        int | None,
+        typer.Option(min=1, help="Judge again on so many draws from the profile's stated errors"),
+    ] = None,
     contest: Annotated[
         bool,
         typer.Option("--contest", help="Run the shipped contest and write results/contest.csv"),
@@ -75,7 +79,9 @@ def frontier(
 
     Knobs and static clocks are chosen on tuning seeds and judged on others. Writes
     OUT/frontier.csv, frontier.md, frontier.png and .svg, and keeps every run by the hash of its
-    configuration: run it again to go on. A saving is given only where the target is kept.
+    configuration: run it again to go on. A saving is given only where the target is kept. With
+    --uncertainty what was chosen on the profile is judged on draws from its errors as well, into
+    OUT/draws.csv.
     """
     given = parse_settings(settings or [])
     named = (("--rate", rate), ("--policy", policy), ("--seeds", seeds))
@@ -84,7 +90,7 @@ def frontier(
     if contest:
         further = (*named, ("--set", settings), ("--target", target),
                    ("--attainment", attainment), ("a file", config),
-                   ("--require-slo", require_slo))  # fmt: skip
+                   ("--uncertainty", uncertainty), ("--require-slo", require_slo))  # fmt: skip
         _refuse(further, "is not for the contest: it runs its own files")
         _contest(out or Path("results/contest"), only, docs, jobs)
         return
@@ -100,7 +106,7 @@ def frontier(
         if only:
             raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
         study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
-    is_kept = _search(study, question, out or Path("results/frontier"), jobs)
+    is_kept = _search(study, question, out or Path("results/frontier"), jobs, uncertainty)
     if require_slo and not is_kept:
         from voltana.experiments.promise import missed
 
@@ -125,19 +131,30 @@ def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | N
         typer.echo(CSV)
 
 
-def _search(study: Study, question: str, out: Path, jobs: int | None) -> bool:
+def _search(study: Study, question: str, out: Path, jobs: int | None, draws: int | None) -> bool:
     """One frontier, of a file or of the options; whether the top clocks carry every load."""
     import pandas as pd
 
+    from voltana.experiments.compare.draws import require_drawable
+    from voltana.experiments.frontier.drawn import drawn_table, drawn_text
     from voltana.experiments.frontier.search import search_frontier
     from voltana.experiments.frontier.search_page import write_frontier
     from voltana.experiments.frontier.table import carries, frontier_table
+    from voltana.profiles.files import write_csv
     from voltana.profiles.folders import claim
+    from voltana.sim.config import make_config
 
+    if draws is not None:
+        require_drawable(make_config({**study.base, **study.loads[0].settings}))
     claim(out, "frontier")
     done = {load.name: row for load, row in search_frontier(study, out, jobs=jobs)}
     found = {load.name: done[load.name] for load in study.loads}
     frame = pd.concat([frontier_table(study, row, out, jobs) for row in found.values()])
     for line in write_frontier(study, found, frame, out, question):
         typer.echo(line)
+    if draws is not None:
+        tables = {name: drawn_table(study, row, out, draws, jobs) for name, row in found.items()}
+        for name, table in tables.items():
+            typer.echo(drawn_text(table, f"{name}: on {draws} draws of the profile's errors"))
+        write_csv(pd.concat(tables.values()), out / "draws.csv")
     return all(carries(study, row) for row in found.values())

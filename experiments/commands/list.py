@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
+from functools import partial
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from voltana.sim.policies.registry import Entry
 
@@ -26,10 +27,17 @@ def register(app: typer.Typer) -> None:
 def list_names(
     kind: Annotated[str, typer.Argument(help=" or ".join(KINDS), metavar="KIND")],
     name: Annotated[
-        str | None, typer.Argument(help="One controller or router, with its whole rule.")
+        str | None,
+        typer.Argument(
+            help="One controller or router with its whole rule, one profile or its folder."
+        ),
     ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Profiles as JSON")] = False,
 ) -> None:
     """List profiles, controllers, routers or workloads, each with a line of explanation.
+
+    Of a profile, what of it is measured, calibrated, modelled or emulated, and how well the
+    predictor that policies believe fits its tables.
 
     Controllers and routers come with their parameters (default, unit, meaning) and their source;
     with NAME one of them with its whole rule. They are given on the command line as
@@ -37,39 +45,28 @@ def list_names(
     """
     from voltana.profiles.errors import VoltanaError, nearest
 
-    printers = {
-        "profiles": _profiles, "controllers": _policies, "routers": _policies,
+    if json and kind != "profiles":
+        raise VoltanaError(f"--json is for profiles, got {kind!r}: leave it out")
+    printers: dict[str, Callable[[str, str | None], list[str]]] = {
+        "profiles": partial(_profiles, as_json=json),
+        "controllers": _policies,
+        "routers": _policies,
         "workloads": _workloads,
-    }  # fmt: skip
+    }
     if kind not in printers:
         raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, printers)}")
-    if name is not None and printers[kind] is not _policies:
+    if name is not None and kind == "workloads":
         raise VoltanaError(f"{kind} are listed all at once, got {name!r}: leave it out")
     for line in printers[kind](kind, name):
         typer.echo(line)
 
 
-def _profiles(kind: str, name: str | None) -> list[str]:
-    from voltana.profiles.catalog import list_profiles, load_profile
-    from voltana.profiles.ecopred import fit_report
+def _profiles(kind: str, name: str | None, *, as_json: bool) -> list[str]:
+    from voltana.experiments.profile_columns import profiles_json, profiles_text
+    from voltana.profiles.catalog import list_profiles
 
-    lines = []
-    for found in list_profiles():
-        profile = load_profile(found)
-        meta = profile.meta
-        statuses = sorted({p.status for p in meta.provenance.values()})
-        lines.append(
-            f"{found}: {meta.gpu.name}, {meta.model.name}, TP{meta.model.tensor_parallel}, "
-            f"{meta.clocks.supported_mhz[0]}-{meta.clocks.supported_mhz[-1]} MHz, "
-            f"{' and '.join(statuses)}"
-        )
-        for phase, fit in fit_report(profile.fitted).groupby("phase"):
-            lines.append(
-                f"    EcoPred {phase}, by clock: R2 >= {fit['r2'].min():.3f}, MAE "
-                f"{fit['mae_ms'].min():.1f}-{fit['mae_ms'].max():.1f} ms, "
-                f"MAPE <= {fit['mape_pct'].max():.1f} %"
-            )
-    return lines
+    names = list_profiles() if name is None else [name]
+    return [profiles_json(names) if as_json else profiles_text(names)]
 
 
 def _policies(kind: str, name: str | None) -> list[str]:

@@ -60,6 +60,14 @@ def simulate(
         typer.Option(help="With metrics=sketch: a parquet file, one row a request as it ends"),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+    uncertainty: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Compare with static-max under the same router on so many draws from the profile's"
+            " stated errors",
+        ),
+    ] = None,
     require_slo: Annotated[
         bool,
         typer.Option("--require-slo", help="Exit with 1 if TTFT or ITL attainment is below 99 %"),
@@ -91,6 +99,7 @@ def simulate(
         make_config(values, where=str(config) if config else "command line"),
         out,
         spill,
+        uncertainty,
         as_json=json,
         requires_slo=require_slo,
     )
@@ -118,8 +127,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _run(
-    config: SimConfig, out: Path | None, spill: Path | None, *, as_json: bool, requires_slo: bool
-) -> None:
+    config: SimConfig, out: Path | None, spill: Path | None, draws: int | None, *, as_json: bool,
+    requires_slo: bool,
+) -> None:  # fmt: skip
+    from voltana.experiments.compare.draws import against_static_max, require_drawable
     from voltana.experiments.promise import keeps_promise, missed, overload_of, tell
     from voltana.experiments.runs import run
     from voltana.experiments.show import summary_json, summary_table
@@ -132,9 +143,18 @@ def _run(
         raise VoltanaError(f"{spill} is there already: name another file")
     if spill is not None:
         spill.parent.mkdir(parents=True, exist_ok=True)
+    if draws is not None:
+        require_drawable(config)
     record = run(config, spill=spill, watch=_watch(config))
     summary = summarise(record) if out is None else write_run(record, out)
-    typer.echo(summary_json(summary) if as_json else summary_table(config, summary))
+    drawn = None if draws is None else against_static_max(config, draws)
+    if as_json:
+        more = {} if drawn is None else {"against_static_max": drawn.as_dict()}
+        typer.echo(summary_json({**summary, **more}))
+    else:
+        typer.echo(summary_table(config, summary))
+        if drawn is not None:
+            typer.echo(drawn.text("static-max"))
     overload = overload_of(config, summary)
     tell([] if overload is None else [overload])
     if requires_slo and not keeps_promise(summary):

@@ -40,6 +40,10 @@ _HOPELESS: Final = 0.05
 """Attainment below the target by which a lower clock, or one instance fewer, is not tried."""
 _STEPS: Final = (6, 3, 1)
 """Of the pattern search around the best, in supported clocks."""
+_QUICK_JOINT: Final = 12
+"""Combinations that a quick search tries at most, once one has kept the target."""
+_FINE: Final = 32
+"""Clocks from which on a quick search bisects to two steps only, not to single ones."""
 _REACH: Final = 2
 """How many steps that search looks in each direction."""
 
@@ -68,6 +72,9 @@ class FleetSearch:
         knots_mhz: Those that each side tries first.
         counts: For prefill and decode the numbers of active instances allowed.
         target: Attainment that every repeat has to reach.
+        is_quick: Clocks are bisected instead of tried by steps, a number of instances
+            whose tables' clocks cost 3 % more than another number's is not looked at further, and
+            of the combinations the most promising dozen is tried.
     """
 
     def __init__(
@@ -78,7 +85,12 @@ class FleetSearch:
         knots_mhz: Iterable[int],
         counts: tuple[Sequence[int], Sequence[int]],
         target: float,
+        is_quick: bool = False,
     ) -> None:
+        self._is_quick = is_quick
+        self._steps = _STEPS[1:] if is_quick else _STEPS
+        self._most_joint = _QUICK_JOINT if is_quick else None
+        self._most_rise = _RISE if is_quick else float("inf")
         self._attempt = attempt
         self._clocks = clocks_mhz
         knots = {*knots_mhz, clocks_mhz[0], clocks_mhz[-1]} & set(clocks_mhz)
@@ -110,6 +122,16 @@ class FleetSearch:
         missed = [t for t in (self._nearest, anchor) if t is not None]
         return max(missed, key=lambda t: t.rank)
 
+    def explore(self, phase: int) -> None:
+        """Run what `find` asks of one side (0: prefill) alone, for runs that are kept."""
+        self._origin_j = self._attempt(self._anchor, False).energy_j
+        self._search_side(phase)
+
+    @property
+    def tried(self) -> tuple[dict[Side, Trial], dict[Side, Trial]]:
+        """What each side has tried beside the anchor, on the first repeat."""
+        return self._sides
+
     def _side_trial(self, phase: int, side: Side) -> Trial:
         fleet = (side, self._anchor[1]) if phase == 0 else (self._anchor[0], side)
         trial = self._attempt(fleet, False)
@@ -122,15 +144,18 @@ class FleetSearch:
             top = self._side_trial(phase, Side(active, self._clocks[-1]))
             if not top.keeps(self._target - _HOPELESS):
                 continue
-            best = self._search_clocks(phase, active)
+            best = self._search_clocks(phase, active, self._most_rise * least_j)
             if best is None:
                 continue
             if best.energy_j > least_j:
                 return
             least_j = best.energy_j
 
-    def _search_clocks(self, phase: int, active: int) -> Trial | None:
-        """Try the knots, then what lies around the best of them; the best that keeps the target."""
+    def _search_clocks(self, phase: int, active: int, most_j: float) -> Trial | None:
+        """Try the knots, then what lies around the best of them; the best that keeps the target.
+
+        If the best of the knots costs more than `most_j`, it is left at them.
+        """
         middle = len(self._knots) // 2 - 1 if len(self._knots) > 2 else 0
         found: dict[int, Trial] = {}
 
@@ -147,7 +172,14 @@ class FleetSearch:
             known = best()
             if known is not None and found[clock].energy_j > _RISE * known[1].energy_j:
                 break
-        for step in _STEPS:
+        while self._is_quick:
+            known = best()
+            middles = () if known is None else self._middles(known[0], found)
+            if known is None or known[1].energy_j > most_j or not middles:
+                return None if known is None else known[1]
+            for clock in middles:
+                found[clock] = self._side_trial(phase, Side(active, clock))
+        for step in self._steps:
             known = best()
             if known is None:
                 break
@@ -159,6 +191,15 @@ class FleetSearch:
         known = best()
         return None if known is None else known[1]
 
+    def _middles(self, best_mhz: int, tried: Iterable[int]) -> list[int]:
+        """Between the best clock and the tried ones next to it, if they are not as near already."""
+        at = self._clocks.index(best_mhz)
+        grain = 2 if len(self._clocks) >= _FINE else 1
+        others = [self._clocks.index(clock) - at for clock in tried]
+        below = max((o for o in others if o < 0), default=0)
+        above = min((o for o in others if o > 0), default=0)
+        return [self._clocks[at + int(o / 2)] for o in (below, above) if abs(o) > grain]
+
     def _search_joint(self) -> None:
         options = [
             (a_trial.energy_j + b_trial.energy_j - self._origin_j, a, b)
@@ -166,13 +207,17 @@ class FleetSearch:
             if a_trial.keeps(self._target) and b_trial.keeps(self._target)
         ]
         favour = 1.0
+        tried = 0
         for predicted_j, a, b in sorted(options):
+            if tried == self._most_joint and self._best is not None:
+                return
             if self._best is not None and (
                 predicted_j * favour * (1.0 - _SLACK) > self._best.energies_j[0]
             ):
                 return
             if self._is_ruled_out(a, b):
                 continue
+            tried += 1
             first = self._attempt((a, b), False)
             if first.energy_j == first.energy_j:
                 favour = min(favour, first.energy_j / predicted_j)
@@ -222,7 +267,7 @@ class FleetSearch:
 
     def _polish(self) -> None:
         """Move both clocks to where their sum is less, by fewer and fewer steps."""
-        for step in _STEPS:
+        for step in self._steps:
             moved = True
             while moved:
                 moved = any(map(self._try_move, self._moves(step)))

@@ -15,7 +15,7 @@ from voltana.experiments.compare.intervals import Interval, saving_pct, t_interv
 from voltana.experiments.frontier.bound import lower_bound
 from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
 from voltana.experiments.frontier.trial import pooled
-from voltana.experiments.runs import cached_profile, workload_of
+from voltana.experiments.runs import profile_of, workload_of
 from voltana.experiments.sweep.identity import bound_key
 from voltana.sim.config import KEYS, SimConfig, make_config
 from voltana.sim.results import read_json, write_json
@@ -155,5 +155,5 @@ def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -
 
 def _bound_j(task: tuple[SimConfig, float]) -> float:
     config, attainment = task
-    profile = cached_profile(config.profile)
+    profile = profile_of(config)
     return lower_bound(config, profile, workload_of(config), attainment=attainment).energy_j

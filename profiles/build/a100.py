@@ -20,6 +20,7 @@ import pandas as pd
 import tomli_w
 
 from voltana.profiles.build.clocks import IDLE_TOP_W, TOP_MHZ, ClockModel, fit_clock_model
+from voltana.profiles.build.errors import ERRORS
 from voltana.profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
 from voltana.profiles.build.spread import SPREAD, spread_provenance
 from voltana.profiles.catalog import Profile, write_profile
@@ -270,6 +271,7 @@ def make_meta(data: Path, shape: Shape, tuning: Tuning = AS_SOURCES, why: str = 
             kv_capacity_tokens=shape.kv_capacity_tokens,
         ),
         clocks=ClocksMeta(supported_mhz=SUPPORTED_MHZ, default_levels_mhz=(1005, 1410)),
+        errors=ERRORS,
         spread=SPREAD,
         provenance={
             "clocks": _calibrated("A100 steps of 15 MHz; grid clocks are interpolated between", ""),

@@ -15,7 +15,7 @@ from voltana.profiles.errors import VoltanaError
 from voltana.profiles.importing.cost import Cost, Work
 from voltana.profiles.importing.decoder import Decoder
 from voltana.profiles.importing.power import ClockShape, PowerModel
-from voltana.profiles.importing.provenance import provenance
+from voltana.profiles.importing.provenance import provenance, stated_errors
 from voltana.profiles.importing.systems import System
 from voltana.profiles.importing.tables import KernelTables
 from voltana.profiles.schema import (
@@ -237,6 +237,7 @@ def _meta(source: Source, builder: Builder) -> ProfileMeta:
             supported_mhz=supported,
             default_levels_mhz=tuple(sorted({clocks[len(clocks) // 2], clocks[-1]})),
         ),
+        errors=stated_errors(tables, model, source.power, source.clocks),
         spread=SPREAD,
         provenance=provenance(tables, model, source.power, source.clocks),
     )

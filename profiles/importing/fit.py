@@ -53,9 +53,14 @@ MODELS: Final = {
 """Their config.json; Gemma's sliding windows of 1,024 tokens hold the chat requests whole."""
 CARDS: Final = {"h100": ("H100", "h100_sxm"), "b200": ("B200", "b200_sxm")}
 HOST_UNCERTAINTY: Final = {
-    "h100": "about 10 % at the default clock and batches of 8 to 256",
-    "b200": "about 15 %, more where a slow host holds the GPU back: experimental",
+    "h100": (0.1, "about 10 % at the default clock and batches of 8 to 256"),
+    "b200": (0.15, "about 15 %, more where a slow host holds the GPU back: experimental"),
 }
+"""Standard deviation, and in words."""
+POWER_UNCERTAINTY: Final = (
+    0.15, "about 10 %; a model left out of the fit is off by 6 to 14 % on average"
+)  # fmt: skip
+"""See `voltana.profiles.importing.held_out`."""
 LARGEST_BATCH: Final = 260.0
 CAP_SWEEP: Final = (
     "Light-Heart-Labs/MMBT-Messy-Model-Bench-Tests @ ec660c1 (RTX PRO 6000 Workstation, vLLM, "
@@ -64,24 +69,25 @@ CAP_SWEEP: Final = (
 EVIDENCE: Final = "ml-energy/leaderboard @ 0cd52da (vLLM, dense bf16, one GPU, batches 8 to 256)"
 TWO_OVER_ONE: Final = ("google/gemma-3-27b-it", 16, 8)
 """The tables have no 32 heads over 16: twice 16 over 8, as on two GPUs."""
-IDLE: Final[dict[str, tuple[float, dict[str, float], str, str]]] = {
+IDLE: Final[dict[str, tuple[float, float, dict[str, float], str, str]]] = {
     "h100": (
-        120.0, {"0.5": 80.0, "0.7": 90.0},
+        120.0, 0.2, {"0.5": 80.0, "0.7": 90.0},
         "at most 126 W with a context open (H200), 90.6 W locked at 1410 MHz (H100), bare 61 W",
         "25 W",
     ),
     "b200": (
-        237.0, {"0.5": 170.0, "0.7": 185.0},
+        237.0, 0.17, {"0.5": 170.0, "0.7": 185.0},
         "230 to 245 W with a context open; its fall with the clock is taken over from the H100",
         "40 W; half of it at low clocks has no reading",
     ),
     "rtx-pro-6000": (
-        85.0, {"0.5": 65.0, "0.7": 70.0},
+        85.0, 0.3, {"0.5": 65.0, "0.7": 70.0},
         "no reading of this card: an RTX 5090 draws 80 W at its lowest SM clock under load",
         "25 W",
     ),
 }  # fmt: skip
-"""Top, by relative clock, source, uncertainty; none of them was read under load of this kind."""
+"""Top, relative error of it, by relative clock, source, uncertainty; none was read under load of
+this kind."""
 RTX_TOP_MHZ: Final = 2430.0
 RTX_MODELS: Final = {
     "Qwen3.6-27B-AWQ-INT4": {"weight_gb": 14.9, "experts_gb": 0.0, "active_b": 27.0},
@@ -100,8 +106,10 @@ def usable(rows: Sequence[Row], gpu: str) -> list[Row]:
     ]  # fmt: skip
 
 
-def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float, float, float]:
-    """Time a layer, time a request (s), and the mean error of the gaps with them.
+def host_design(
+    rows: Sequence[Row], data: Path | None, system: str
+) -> tuple[FloatArray, FloatArray, FloatArray]:
+    """Layers and requests, gap less kernels, and gap (s) of each row; Gemma-3-12B has no tables.
 
     Args:
         rows: Measured iterations.
@@ -124,12 +132,11 @@ def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float
         design.append((model.layers, row.batch))
         rest.append(row.itl_s - kernels_s)
         gaps.append(row.itl_s)
-    found, error = _relative_fit(np.array(design, dtype=float), np.array(rest), np.array(gaps))
-    return float(found[0]), float(found[1]), error
+    return np.array(design, dtype=float), np.array(rest), np.array(gaps)
 
 
-def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
-    """Base, W per TB/s of weights and of cache, W per TFLOP/s; and the mean error."""
+def power_design(rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
+    """One, TB/s of weights and of cache, TFLOP/s; and the W of each row."""
     design, watts = [], []
     for row in rows:
         model, prompt = MODELS[row.model], PROMPT_TOKENS[row.task]
@@ -139,7 +146,19 @@ def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
         weights = BYTES * model.weights_read(row.batch)
         design.append((1.0, weights * tera, cache * tera, model.flops(prefilled) * tera))
         watts.append(row.power_w)
-    return _relative_fit(np.array(design), np.array(watts), np.array(watts))
+    return np.array(design), np.array(watts)
+
+
+def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float, float, float]:
+    """Time a layer, time a request (s), and the mean error of the gaps with them."""
+    found, error = relative_fit(*host_design(rows, data, system))
+    return float(found[0]), float(found[1]), error
+
+
+def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
+    """Base, W per TB/s of weights and of cache, W per TFLOP/s; and the mean error."""
+    design, watts = power_design(rows)
+    return relative_fit(design, watts, watts)
 
 
 def fit_rtx(data: Path) -> tuple[FloatArray, float, dict[float, float], dict[int, float]]:
@@ -166,7 +185,7 @@ def fit_rtx(data: Path) -> tuple[FloatArray, float, dict[float, float], dict[int
         if "Coder" not in str(name):
             slope, constant = np.polyfit(RTX_TOP_MHZ / clocks, tokens_per_s / rate, 1)
             shares[batch] = float(slope / (slope + constant))
-    found, error = _relative_fit(np.array(design), np.array(watts), np.array(watts))
+    found, error = relative_fit(np.array(design), np.array(watts), np.array(watts))
     phi = np.maximum.accumulate(np.nanmedian(np.array(shapes), axis=0))
     return found, error, dict(zip(RTX_GRID, map(float, phi), strict=True)), shares
 
@@ -182,6 +201,8 @@ def a100_shape() -> dict[str, Any]:
         "another card",
         "uncertainty": "another card's: 0.15 of phi; time 5 % above 0.7 of the top clock, 15 % at "
         "half of it and large batches",
+        "time_error": 0.25,  # 15 % of the time at half the top clock, of which half is added
+        "power_error": 0.4,  # 0.15 of phi = 0.48 at half the top clock: 2^0.4 = 1.3
         "sag": known["sag"],
         "phi": {f"{int(f) / TOP_MHZ:.4f}": p for f, p in known["phi"].items()},
         "decode_share": known["decode_share"],
@@ -189,7 +210,7 @@ def a100_shape() -> dict[str, Any]:
     }
 
 
-def _relative_fit(
+def relative_fit(
     design: FloatArray, wanted: FloatArray, whole: FloatArray
 ) -> tuple[FloatArray, float]:
     """Non-negative coefficients of least squared errors relative to `whole`; mean of those."""
@@ -198,16 +219,16 @@ def _relative_fit(
 
 
 def _power_table(
-    name: str, found: FloatArray, status: str, source: str, sure: str
+    name: str, found: FloatArray, status: str, source: str, sure: tuple[float, str]
 ) -> dict[str, Any]:
-    top_w, lower, idle_source, idle_sure = IDLE[name]
+    top_w, idle_error, lower, idle_source, idle_sure = IDLE[name]
     keys = ("base_w", "w_per_weight_tb_per_s", "w_per_cache_tb_per_s", "w_per_tflop_per_s")
     return {
         "systems": [CARDS[name][1]] if name in CARDS else ["rtx_pro_6000_server"],
-        "status": status, "source": source, "uncertainty": sure,
+        "status": status, "source": source, "power_error": sure[0], "uncertainty": sure[1],
         **{key: round(float(v), 2) for key, v in zip(keys, found, strict=True)},
         "idle_top_w": top_w, "idle_status": "modelled", "idle_source": idle_source,
-        "idle_uncertainty": idle_sure, "idle_w": lower,
+        "idle_error": idle_error, "idle_uncertainty": idle_sure, "idle_w": lower,
     }  # fmt: skip
 
 
@@ -223,7 +244,8 @@ def derive(data: Path, tables: Path | None) -> dict[str, dict[str, Any]]:
             "systems": [system],
             "per_layer_s": round(layer_s, 8),
             "per_request_s": round(request_s, 8),
-            "uncertainty": HOST_UNCERTAINTY[name],
+            "time_error": HOST_UNCERTAINTY[name][0],
+            "uncertainty": HOST_UNCERTAINTY[name][1],
             "source": f"fitted to the gaps between tokens of Qwen3-8B and Gemma-3-27B on {gpu}, "
             f"mean error {error:.1%}: {EVIDENCE}; not SGLang's own",
         }
@@ -233,19 +255,21 @@ def derive(data: Path, tables: Path | None) -> dict[str, dict[str, Any]]:
             f"base, bytes and arithmetic a second fitted to {len(chosen)} rows of Qwen3-8B, "
             f"Gemma-3-12B and -27B on {gpu}, mean error {error:.1%}: {EVIDENCE}, default clocks, "
             "prefill and decode mixed",
-            "about 10 %",
+            POWER_UNCERTAINTY,
         )  # fmt: skip
     found, error, phi, shares = fit_rtx(data)
     files["power/rtx-pro-6000.toml"] = _power_table(
         "rtx-pro-6000", np.insert(found, 2, found[1]), "modelled",
         f"four cells at {RTX_TOP_MHZ:.0f} MHz, mean error {error:.1%}, bytes read by our reading: "
-        f"{CAP_SWEEP}; bf16 and the Server Edition are taken to be alike", "25 %",
+        f"{CAP_SWEEP}; bf16 and the Server Edition are taken to be alike", (0.25, "25 %"),
     )  # fmt: skip
     files["clocks/rtx-pro-6000.toml"] = {
         "status": "calibrated",
         "source": f"mean clock and power under caps, of power above an idle one that is assumed: "
         f"{CAP_SWEEP}; share of prefill and of batches above 32 modelled as of the A100",
         "uncertainty": "0.1 of phi (idle is assumed, a cap is no lock); time 10 %",
+        "time_error": 0.25,
+        "power_error": 0.25,  # 0.1 of phi = 0.57 at half the top clock
         "sag": 0.0,
         "phi": {f"{r:g}": round(p, 4) for r, p in phi.items()},
         "decode_share": {str(b): round(s, 4) for b, s in shares.items()}

@@ -23,6 +23,10 @@ POWER_KEYS: Final = (
     "base_w", "w_per_weight_tb_per_s", "w_per_cache_tb_per_s", "w_per_tflop_per_s",
     "idle_top_w", "idle_w",
 )  # fmt: skip
+POWER_ERROR: Final = 0.25
+"""Of a card's power, where its file states none or is of another card; of idle power, too."""
+CLOCK_ERRORS: Final = (0.25, 0.4)
+"""Of added time and of the exponent, where the file states none: as of a shape taken over."""
 CLOCK_KEYS: Final = ("sag", "decode_share", "prefill_share", "phi")
 
 
@@ -41,6 +45,13 @@ class PowerModel:
     """Clock relative to the top one -> W with a model loaded and the clock locked there."""
     provenance: Provenance
     idle_provenance: Provenance
+    power_error: float = POWER_ERROR
+    """Standard deviation of the power, relative."""
+    idle_error: float = POWER_ERROR
+
+    def error(self, system: System) -> float:
+        """Relative standard deviation of the power of a card."""
+        return self.power_error if system.key in self.systems else POWER_ERROR
 
     def stated(self, system: System) -> Provenance:
         """Where the power of a card comes from."""
@@ -84,6 +95,10 @@ class ClockShape:
     """New tokens -> the same of prefill; linear in the logarithm."""
     phi: Mapping[float, float]
     provenance: Provenance
+    time_error: float = CLOCK_ERRORS[0]
+    """Relative standard deviation of the time that a lower clock adds."""
+    power_error: float = CLOCK_ERRORS[1]
+    """Standard deviation of an exponent of the relative clock that phi may lack."""
 
     @property
     def lowest(self) -> float:
@@ -132,6 +147,8 @@ def load_power(name: str) -> PowerModel:
             provenance=_provenance(table),
             idle_provenance=Provenance(status=table["idle_status"], source=table["idle_source"],
                                        uncertainty=table.get("idle_uncertainty", "")),
+            power_error=float(table.get("power_error", POWER_ERROR)),
+            idle_error=float(table.get("idle_error", POWER_ERROR)),
         )  # fmt: skip
     except (TypeError, ValueError, AttributeError) as error:
         raise VoltanaError(f"cannot use {path}: {error}") from None
@@ -151,6 +168,8 @@ def load_clock_shape(name: str) -> ClockShape:
             prefill_share=_points(table["prefill_share"]),
             phi=phi,
             provenance=_provenance(table),
+            time_error=float(table.get("time_error", CLOCK_ERRORS[0])),
+            power_error=float(table.get("power_error", CLOCK_ERRORS[1])),
         )
     except (TypeError, ValueError, AttributeError) as error:
         raise VoltanaError(f"cannot use {path}: {error}") from None

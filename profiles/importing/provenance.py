@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Final
 
 from voltana.profiles.importing.decoder import Decoder
-from voltana.profiles.importing.power import ClockShape, PowerModel
-from voltana.profiles.importing.systems import TAKEN_OVER, load_host
+from voltana.profiles.importing.power import CLOCK_ERRORS, POWER_ERROR, ClockShape, PowerModel
+from voltana.profiles.importing.systems import TAKEN_OVER, TAKEN_OVER_ERROR, load_host
 from voltana.profiles.importing.tables import KernelTables
-from voltana.profiles.schema import Provenance
+from voltana.profiles.schema import ErrorsMeta, Provenance
 
+PREFILL_TIME_ERROR: Final = 0.2
+PREFILL_POWER_ERROR: Final = 0.2
 NO_CLOCKS: Final = "one clock only: no clock shape was given (--clock-shape)"
 NO_POWER: Final = "the board's power limit throughout: no power model was given (--power-from)"
 
@@ -60,6 +62,27 @@ def provenance(
             source="; ".join(f"{name} sha256 {d}" for name, d in sorted(tables.digests.items())),
         ),
     }
+
+
+def stated_errors(
+    tables: KernelTables, decoder: Decoder, power: PowerModel | None, clocks: ClockShape | None
+) -> ErrorsMeta:
+    """`[errors]` of an imported profile: the uncertainties of its provenance as numbers."""
+    is_alike = not decoder.experts and decoder.tensor_parallel == 1
+    host = load_host(tables.system)
+    time_error, exponent = (clocks.time_error, clocks.power_error) if clocks else CLOCK_ERRORS
+    decode_power = power.error(tables.system) if power else POWER_ERROR
+    return ErrorsMeta(
+        prefill_time=PREFILL_TIME_ERROR,
+        decode_time=host.time_error if is_alike else TAKEN_OVER_ERROR,
+        prefill_clock_time=time_error,
+        decode_clock_time=time_error,
+        prefill_power=max(PREFILL_POWER_ERROR, decode_power),
+        decode_power=decode_power,
+        prefill_clock_power=exponent,
+        decode_clock_power=exponent,
+        idle_power=power.idle_error if power else POWER_ERROR,
+    )
 
 
 def _clocks(tables: KernelTables, clocks: ClockShape | None) -> Provenance:

@@ -11,6 +11,7 @@ from typing import Any, Final
 from voltana.profiles.errors import VoltanaError, nearest
 
 DATA: Final = Path(__file__).parent / "data"
+TAKEN_OVER_ERROR: Final = 0.2
 TAKEN_OVER: Final = "about 20 % at the default clock: no measured row is of this kind"
 
 
@@ -27,6 +28,8 @@ class Host:
     status: str
     source: str
     uncertainty: str
+    time_error: float
+    """Relative standard deviation of decode's times."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -70,6 +73,7 @@ def load_host(system: System) -> Host:
         status="calibrated" if is_own else "modelled",
         source=table["source"] + ("" if is_own else f"; taken over for {system.name}"),
         uncertainty=table["uncertainty"] if is_own else TAKEN_OVER,
+        time_error=table["time_error"] if is_own else TAKEN_OVER_ERROR,
     )
 
 

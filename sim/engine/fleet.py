@@ -82,7 +82,7 @@ class Fleet:
         self._truth_beyond = profile.truth(extrapolate=True)
         self._spread = profile.spread()
         self._power = SkewedPower.wrap(
-            self._truth_beyond,
+            (profile.believed or profile).truth(extrapolate=True),
             scale=config.predictor_power_scale,
             clock_error=config.predictor_power_clock_error,
             top_mhz=profile.clocks_mhz[-1],

@@ -18,6 +18,7 @@ import pandas as pd
 
 from voltana.profiles.errors import VoltanaError, nearest
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
+from voltana.sim.workload.logs import bench_lengths, is_log, read_log
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
 _MAX_TOKENS: Final = 2**31
@@ -62,7 +63,8 @@ def read_trace(
     """Read a trace, telling its format by its columns unless it is named.
 
     Args:
-        path: CSV (also .gz), JSON lines or parquet.
+        path: CSV (also .gz), JSON lines or parquet; a log of one's own as of
+            `voltana.sim.workload.logs`.
         fmt: `azure`, `burstgpt`, `mooncake` or `plain`; by default the one whose columns match.
         unit: Of numbers in the arrival column: s, ms, us or ns, counted from the first request.
             By default as the format says. Columns that hold dates or durations know their own.
@@ -72,6 +74,8 @@ def read_trace(
     Raises:
         VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
     """
+    if fmt is None and path.suffix == ".jsonl" and is_log(path):
+        return _of_log(path, unit, drop_failed=drop_failed)
     frame = _read_frame(path)
     format_name = fmt or _detect(frame, path)
     if format_name not in _FORMATS:
@@ -91,6 +95,29 @@ def read_trace(
     _require_sorted(arrival_s, frame[columns[0]], path, lines)
     tokens = [_tokens(frame[column], path, lines) for column in columns[1:]]
     return Workload(arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=name)
+
+
+def _log_lengths(path: Path) -> pd.DataFrame | None:
+    """Lengths of a log or of a benchmark's output; None if it is neither."""
+    if path.is_file() and path.suffix == ".jsonl":
+        return read_log(path, drop_failed=False)[0] if is_log(path) else bench_lengths(path)
+    return None
+
+
+def _of_log(path: Path, unit: str | None, *, drop_failed: bool) -> Workload:
+    """A log's requests; their line numbers name them in errors."""
+    if unit is not None:
+        raise VoltanaError(f"{path} is a log, whose times know their unit: leave trace_unit out")
+    frame, dropped = read_log(path, drop_failed=drop_failed)
+    lines = frame.index.to_numpy() + 1
+    tokens = [_tokens(frame[column], path, lines) for column in ("input_tokens", "output_tokens")]
+    name = f"{path.name} ({dropped} failed left out)" if dropped else path.name
+    return Workload(
+        arrival_s=frame["arrival_s"].to_numpy(dtype=np.float64),
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
+        name=name,
+    )
 
 
 def _read_frame(path: Path) -> pd.DataFrame:
@@ -121,7 +148,8 @@ def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
     """Input and output tokens of a file's requests, in its order; arrivals are not looked at.
 
     Args:
-        path: As `read_trace` takes, with the two length columns of one of its formats.
+        path: As `read_trace` takes, with the two length columns of one of its formats; or what
+            SGLang's `bench_serving --output-details` writes.
 
     Returns:
         Input and output tokens, each of shape (n,), all >= 1.
@@ -129,7 +157,8 @@ def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
     Raises:
         VoltanaError: As `read_trace`.
     """
-    frame = _read_frame(path)
+    frame = _log_lengths(path) if _is_json_lines(path) else None
+    frame = _read_frame(path) if frame is None else frame
     for columns, _ in _FORMATS.values():
         if set(columns[1:]) <= set(frame.columns):
             lines = frame.index.to_numpy() + (1 if _is_json_lines(path) else _FIRST_LINE)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import os
 import re
 import subprocess
@@ -13,6 +15,9 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
+from voltana.experiments.profile_columns import status_of
+from voltana.profiles.catalog import list_profiles, load_profile
+from voltana.profiles.schema import Provenance
 from voltana.sim.policies import reconstructed
 from voltana.sim.policies.registry import CONSTANTS, CONTROLLERS, ROUTERS, Entry
 from voltana.sim.policies.spec import describe_parameters
@@ -92,7 +97,8 @@ def test_the_whole_rule_of_one_policy(name: str, columns: int) -> None:
     [
         (["controllers", "ecofrek"], "no controller called 'ecofrek': did you mean 'ecofreq'"),
         (["routers", "ecorute"], "no router called 'ecorute': did you mean 'ecoroute'"),
-        (["profiles", "a100"], "profiles are listed all at once, got 'a100': leave it out"),
+        (["workloads", "a"], "workloads are listed all at once, got 'a': leave it out"),
+        (["routers", "--json"], "--json is for profiles, got 'routers': leave it out"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str) -> None:
@@ -100,6 +106,31 @@ def test_mistakes(arguments: list[str], words: str) -> None:
     assert done.returncode == 2
     assert words in done.stderr
     assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_profiles_say_of_each_column_what_it_is() -> None:
+    text = show("profiles", columns=100).stdout
+    assert max(map(len, text.splitlines())) <= 100
+    told = {p["name"]: p for p in json.loads(show("profiles", "--json").stdout)}
+    assert list(told) == list_profiles()
+    status = told["h100-sxm/qwen3-32b-tp2"]["status"]
+    assert (status["decode_time"], status["decode_power"]) == ("modelled", "calibrated")
+    assert told["rtx-pro-6000/llama-3.1-8b"]["status"]["clock_dependence"] == "calibrated"
+    assert all(p["errors"] for p in told.values())
+    row = text.splitlines()[[*told].index("h100-sxm/qwen3-32b-tp2") * 2 + 2]
+    words = {"modelled": "model", "calibrated": "calib."}
+    assert row.split()[2:10] == [words[s] for s in status.values()]
+
+
+def test_a_card_that_a_profile_emulates_is_not_called_measured() -> None:
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    entry = Provenance(status="measured", source="voltana profile on A100, driver emulated; x")
+    meta = dataclasses.replace(
+        profile.meta, provenance={**profile.meta.provenance, "decode_time": entry}
+    )
+    made = dataclasses.replace(profile, meta=meta)
+    assert status_of(made, "decode_time") == "emulated"
+    assert status_of(profile, "decode_time") == "calibrated"
 
 
 def test_units_come_from_names() -> None:

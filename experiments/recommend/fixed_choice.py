@@ -1,0 +1,253 @@
+"""The best fixed clocks on the best number of instances: frontier's search, over whole fleets.
+
+An instance that is not used is not there: its GPU does other work or is switched off. So each side
+of the search has one instance up to all but one, and a fleet of more GPUs or watts than there are
+is no candidate, though one side of it may be tried beside all instances of the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from typing import Final
+
+from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
+from voltana.experiments.frontier.search import profile_knots
+from voltana.experiments.frontier.trial import Trial
+from voltana.experiments.recommend.desk import Desk, fleet_settings
+from voltana.experiments.recommend.question import Question, Repeats
+
+MOST_KNOTS: Final = 4
+"""Clocks that a side tries first; what lies between is bisected."""
+_CLOSE: Final = 1.02
+"""Energy over that of the best router from which another one is not looked at further."""
+_MOVES: Final = (4, 2)
+"""Steps, in supported clocks, by which another router's clocks are moved."""
+_FORBIDDEN_J: Final = 1e30
+"""Energy of a fleet that draws too much: so much that any other is better."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FixedChoice:
+    """A fleet of fixed clocks."""
+
+    fleet: Fleet
+    router: str
+    trial: Trial
+    """On the tuning repeats."""
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """Prefill and decode instances."""
+        return self.fleet[0].active, self.fleet[1].active
+
+
+def allows(question: Question, fleet: Fleet) -> bool:
+    """Whether there are GPUs and watts for it."""
+    return fits(question, fleet) and (
+        question.watts is None or fleet_peak_w(question, fleet) <= question.watts
+    )
+
+
+def fits(question: Question, fleet: Fleet) -> bool:
+    """Whether there are GPUs for it."""
+    return sum(side.active for side in fleet) <= question.instances
+
+
+def fleet_peak_w(question: Question, fleet: Fleet) -> float:
+    """The most that a fleet of fixed clocks draws at once, in W."""
+    return sum(
+        side.active * question.peak_w(phase, side.clock_mhz)
+        for phase, side in zip(("prefill", "decode"), fleet, strict=True)
+    )
+
+
+def try_fixed(
+    desk: Desk, router: str, repeats: Repeats, anchor: Fleet, fleet: Fleet, on_all: bool,
+) -> Trial:  # fmt: skip
+    """One fleet, on all tuning repeats or the first one.
+
+    Args:
+        desk: Runs it.
+        router: Of the fleet.
+        repeats: On which is chosen.
+        anchor: All instances at their top clock: one side may be tried beside the other of it.
+        fleet: To be tried.
+        on_all: Or on the first repeat alone.
+    """
+    question = desk.question
+    beside = not on_all and (fleet[0] == anchor[0] or fleet[1] == anchor[1])
+    if not (beside or fits(question, fleet)):
+        return Trial(settings={}, label="", error="more GPUs than there are")
+    settings = fleet_settings(fleet, router)
+    if on_all:
+        desk.ahead([(settings, repeats)])
+        trial = desk.whole(settings, label_of(fleet), repeats)
+    else:
+        trial = desk.first(settings, label_of(fleet), repeats)
+    if beside or allows(question, fleet):
+        return trial
+    return replace(trial, energies_j=(_FORBIDDEN_J,) * len(trial.energies_j))
+
+
+def sum_mhz(fleet: Fleet) -> int:
+    """Of both clocks."""
+    return fleet[0].clock_mhz + fleet[1].clock_mhz
+
+
+def label_of(fleet: Fleet) -> str:
+    """Such as `2P1D at 1005/1200 MHz`."""
+    prefill, decode = fleet
+    return f"{prefill.active}P{decode.active}D at {prefill.clock_mhz}/{decode.clock_mhz} MHz"
+
+
+class FixedSearch:
+    """Searches the fixed clocks of one question."""
+
+    def __init__(self, desk: Desk, repeats: Repeats) -> None:
+        """Args: where runs are made, and on which is chosen."""
+        self._desk = desk
+        self._repeats = repeats
+        self._target = desk.question.choice_target
+        self._clocks = desk.question.clocks_mhz
+        most, top = desk.question.instances - 1, self._clocks[-1]
+        self._anchor: Fleet = (Side(most, top), Side(most, top))
+        self.tried: tuple[dict[Side, Trial], dict[Side, Trial]] = ({}, {})
+
+    def find(self) -> FixedChoice:
+        """The fleet of least energy that keeps the target; the nearest miss if none does."""
+        question = self._desk.question
+        first = question.routers[0]
+        every = range(1, question.instances)
+        search = self._search(first, self._clocks, (every, every))
+        self._desk.explore(search)
+        best = self._choice(first, search.find())
+        self.tried = search.tried
+        for router in question.routers[1:]:
+            best = self._other_router(best, router)
+        return best
+
+    def attempt(self, router: str, fleet: Fleet, *, on_all: bool) -> Trial:
+        """One fleet; what has been tried is known."""
+        return try_fixed(self._desk, router, self._repeats, self._anchor, fleet, on_all)
+
+    def fleets_of(self, instances: int) -> Iterator[Fleet]:
+        """Fleets of that many instances, best first by what the sides spent on their own."""
+        options = [
+            (a_trial.energy_j + b_trial.energy_j, a, b)
+            for (a, a_trial), (b, b_trial) in product(*(side.items() for side in self.tried))
+            if a.active + b.active == instances
+            and a_trial.keeps(self._target)
+            and b_trial.keeps(self._target)
+            and allows(self._desk.question, (a, b))
+        ]
+        for _, a, b in sorted(options):
+            yield a, b
+
+    def _other_router(self, best: FixedChoice, router: str) -> FixedChoice:
+        """The same instances under another router: clocks up until it keeps, then down."""
+        first_j = best.trial.energies_j[0]
+        fleet: Fleet | None = best.fleet
+        if not self.attempt(router, best.fleet, on_all=False).energy_j < _CLOSE * first_j:
+            return best
+        while fleet is not None and not self.attempt(router, fleet, on_all=True).keeps(
+            self._target
+        ):
+            fleet = self._up(router, fleet, first_j)
+        if fleet is None:
+            return best
+        fleet = self._down(router, fleet)
+        trial = self.attempt(router, fleet, on_all=True)
+        mine = FixedChoice(fleet=fleet, router=router, trial=trial)
+        return mine if self._is_better(trial, best.trial) else best
+
+    def _up(self, router: str, fleet: Fleet, most_j: float) -> Fleet | None:
+        """One clock higher, that which helps more; None if all of them cost too much."""
+        step = _MOVES[0]
+        higher = [f for f in self._moves(fleet, step) if sum_mhz(f) > sum_mhz(fleet)]
+        self._desk.ahead((fleet_settings(f, router), self._repeats[:1]) for f in higher)
+        tried = [(self.attempt(router, f, on_all=False), f) for f in higher]
+        usable = [(t.rank, -t.energy_j, f) for t, f in tried if t.energy_j < most_j]
+        return max(usable)[2] if usable else None
+
+    def _down(self, router: str, fleet: Fleet) -> Fleet:
+        """Move one clock at a time while that saves and keeps the target."""
+        trial = self.attempt(router, fleet, on_all=True)
+        for step in _MOVES:
+            moved = True
+            while moved:
+                moved = False
+                around = [*self._moves(fleet, step)]
+                self._desk.ahead((fleet_settings(f, router), self._repeats[:1]) for f in around)
+                for near in around:
+                    quick = self.attempt(router, near, on_all=False)
+                    is_less = quick.energy_j < trial.energies_j[0]
+                    if not (is_less and quick.keeps(self._target)):
+                        continue
+                    found = self.attempt(router, near, on_all=True)
+                    if self._is_better(found, trial):
+                        fleet, trial, moved = near, found, True
+                        break
+        return fleet
+
+    def _moves(self, fleet: Fleet, step: int) -> Iterator[Fleet]:
+        """One phase's clock so many steps lower or higher, decode first."""
+        for phase, by in ((1, -step), (0, -step), (1, step), (0, step)):
+            at = self._clocks.index(fleet[phase].clock_mhz) + by
+            if 0 <= at < len(self._clocks):
+                sides = list(fleet)
+                sides[phase] = Side(fleet[phase].active, self._clocks[at])
+                yield sides[0], sides[1]
+
+    def _is_better(self, mine: Trial, other: Trial) -> bool:
+        if mine.keeps(self._target) and other.keeps(self._target):
+            return mine.energy_j < other.energy_j
+        return mine.rank > other.rank
+
+    def _choice(self, router: str, trial: Trial) -> FixedChoice:
+        fleet = fleet_of(trial)
+        if fleet is None or not allows(
+            self._desk.question, fleet
+        ):  # nothing keeps the target: all there is, at top
+            fleet, trial = self._all_at_top(router)
+        return FixedChoice(fleet=fleet, router=router, trial=trial)
+
+    def _all_at_top(self, router: str) -> tuple[Fleet, Trial]:
+        """The split of all instances, at the highest clock allowed, that misses least."""
+        question = self._desk.question
+        found = []
+        for prefill in range(1, question.instances):
+            sizes = prefill, question.instances - prefill
+            fleets = ((Side(sizes[0], c), Side(sizes[1], c)) for c in reversed(self._clocks))
+            fleet = next((f for f in fleets if allows(question, f)), None)
+            if fleet is not None:
+                found.append((self.attempt(router, fleet, on_all=False).rank, fleet))
+        _, fleet = max(found)
+        return fleet, self.attempt(router, fleet, on_all=True)
+
+    def _search(
+        self, router: str, clocks: tuple[int, ...], counts: tuple[range | tuple[int, ...], ...]
+    ) -> FleetSearch:
+        """A search whose anchor is its own largest fleet at its top clock."""
+        top = clocks[-1]
+        anchor = (Side(counts[0][-1], top), Side(counts[1][-1], top))
+        attempt = partial(try_fixed, self._desk, router, self._repeats, anchor)
+        known = profile_knots(str(self._desk.question.base["profile"]), clocks)
+        step = max(1, -(-len(known) // MOST_KNOTS))
+        return FleetSearch(
+            attempt, clocks_mhz=clocks, knots_mhz=known[::step], counts=(counts[0], counts[1]),
+            target=self._target, is_quick=True,
+        )  # fmt: skip
+
+
+def fleet_of(trial: Trial) -> Fleet | None:
+    """The fleet that a trial was of; None if its clocks are not fixed."""
+    sides = []
+    for phase in ("prefill", "decode"):
+        name, _, clock = str(trial.settings.get(f"{phase}_controller", "")).partition(":f=")
+        if name != "static":
+            return None
+        sides.append(Side(int(trial.settings[f"num_{phase}"]), int(clock)))
+    return sides[0], sides[1]
