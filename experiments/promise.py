@@ -14,7 +14,12 @@ from typing import Any, Final
 
 import typer
 
-from voltana.experiments.compare.policies import ATTAINMENTS, STATIC_MAX, TARGET
+from voltana.experiments.compare.policies import (
+    STATIC_MAX,
+    TARGET,
+    attainments_of,
+    keeps_promise,
+)
 from voltana.experiments.runs import run
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import POINTS, run_missing
@@ -97,11 +102,6 @@ def static_max(config: SimConfig) -> SimConfig:
     return dataclasses.replace(config, **plain)
 
 
-def keeps_promise(summary: Mapping[str, Any], target: float = TARGET) -> bool:
-    """Whether TTFT and ITL attainment of a run both reach the target."""
-    return min(_attainments([summary])) >= target
-
-
 def overload_of(config: SimConfig, summary: Mapping[str, Any]) -> Overload | None:
     """Of one run: the overload, if it missed its promise and static-max does too.
 
@@ -156,7 +156,7 @@ def overloads(
         runs = [
             [results.get(p.key) for p in own if results.has(p.key)] for own in policies.values()
         ]
-        if any(own and min(_attainments(own)) >= TARGET for own in runs):
+        if any(own and min(attainments_of(own)) >= TARGET for own in runs):
             continue
         seeds = {p.config.seed: p.config for own in policies.values() for p in own}
         missed[load] = [Point(labels={}, config=static_max(config)) for config in seeds.values()]
@@ -166,7 +166,7 @@ def overloads(
     for load, own in missed.items():
         if not any(point.key in failed for point in own):
             summaries = [results.get(point.key) for point in own]
-            if min(_attainments(summaries)) < TARGET:
+            if min(attainments_of(summaries)) < TARGET:
                 found.append(_overload(_name(load, loads), summaries))
     return found
 
@@ -177,15 +177,8 @@ def _is_top(config: SimConfig) -> bool:
     return policies == ("static", "static", "round-robin")
 
 
-def _attainments(summaries: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
-    """Means over runs. A share of no token gaps at all counts as kept."""
-    rows = list(summaries)
-    values = [[1.0 if s[name] is None else float(s[name]) for s in rows] for name in ATTAINMENTS]
-    return tuple(sum(1.0 if v != v else v for v in of) / len(of) for of in values)
-
-
 def _overload(load: str, summaries: Sequence[Mapping[str, Any]]) -> Overload:
-    ttft, itl = _attainments(summaries)
+    ttft, itl = attainments_of(summaries)
     return Overload(load=load, ttft_attainment=ttft, itl_attainment=itl)
 
 

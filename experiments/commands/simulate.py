@@ -131,7 +131,8 @@ def _run(
     requires_slo: bool,
 ) -> None:  # fmt: skip
     from voltana.experiments.compare.draws import against_static_max, require_drawable
-    from voltana.experiments.promise import keeps_promise, missed, overload_of, tell
+    from voltana.experiments.compare.policies import keeps_promise
+    from voltana.experiments.promise import missed, overload_of, tell
     from voltana.experiments.runs import run
     from voltana.experiments.show import summary_json, summary_table
     from voltana.sim.metrics import summarise

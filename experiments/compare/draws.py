@@ -15,7 +15,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from voltana.experiments.promise import keeps_promise
+from voltana.experiments.compare.policies import keeps_promise
 from voltana.experiments.runs import profile_of
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import run_missing

@@ -7,8 +7,8 @@ requests are the same; an attainment is the mean over the seeds.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
-from typing import Final
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Final
 
 import pandas as pd
 
@@ -30,6 +30,18 @@ NEEDED: Final = ("policy", "energy_j", *ATTAINMENTS)
 def keeps_slo(frame: pd.DataFrame, target: float = TARGET) -> pd.Series[bool]:
     """Rows whose TTFT and ITL attainments both reach the target."""
     return worse_attainment(frame) >= target
+
+
+def keeps_promise(summary: Mapping[str, Any], target: float = TARGET) -> bool:
+    """Whether TTFT and ITL attainment of one run both reach the target."""
+    return min(attainments_of([summary])) >= target
+
+
+def attainments_of(summaries: Iterable[Mapping[str, Any]]) -> tuple[float, ...]:
+    """Means over runs. A share of no token gaps at all counts as kept."""
+    rows = list(summaries)
+    values = [[1.0 if s[name] is None else float(s[name]) for s in rows] for name in ATTAINMENTS]
+    return tuple(sum(1.0 if v != v else v for v in of) / len(of) for of in values)
 
 
 def worse_attainment(frame: pd.DataFrame) -> pd.Series[float]:

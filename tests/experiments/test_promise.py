@@ -10,8 +10,8 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from voltana.experiments.cli import make_app
+from voltana.experiments.compare.policies import keeps_promise
 from voltana.experiments.promise import (
-    keeps_promise,
     overload_line,
     overload_of,
     overloads,
