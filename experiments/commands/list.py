@@ -24,15 +24,19 @@ def register(app: typer.Typer) -> None:
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(help=" or ".join(KINDS), metavar="KIND")],
+    kind: Annotated[
+        str | None,
+        typer.Argument(help=" or ".join(KINDS) + "; all by name", metavar="KIND"),
+    ] = None,
     name: Annotated[
         str | None, typer.Argument(help="One controller or router, with its whole rule.")
     ] = None,
 ) -> None:
     """List profiles, controllers, routers or workloads, each with a line of explanation.
 
-    Controllers and routers come with their parameters (default, unit, meaning) and their source;
-    with NAME one of them with its whole rule. They are given on the command line as
+    Without KIND the names of all four. Controllers and routers come with their parameters
+    (default, unit, meaning) and their source; with NAME one of them with its whole rule.
+    They are given on the command line as
     name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
     from voltana.profiles.errors import VoltanaError, nearest
@@ -41,12 +45,25 @@ def list_names(
         "profiles": _profiles, "controllers": _policies, "routers": _policies,
         "workloads": _workloads,
     }  # fmt: skip
+    if kind is None:
+        for found, names in _names().items():
+            typer.echo(f"{found}: {', '.join(names)}")
+        return
     if kind not in printers:
         raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, printers)}")
     if name is not None and printers[kind] is not _policies:
         raise VoltanaError(f"{kind} are listed all at once, got {name!r}: leave it out")
     for line in printers[kind](kind, name):
         typer.echo(line)
+
+
+def _names() -> dict[str, list[str]]:
+    from voltana.profiles.catalog import list_profiles
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.sim.workload.generate import list_workloads
+
+    found = (list_profiles(), CONTROLLERS, ROUTERS, list_workloads())
+    return {kind: list(names) for kind, names in zip(KINDS, found, strict=True)}
 
 
 def _profiles(kind: str, name: str | None) -> list[str]:
