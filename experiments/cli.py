@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import errno
 import importlib
+import importlib.metadata
 import sys
+from typing import Annotated
 
 import typer
 
@@ -29,13 +31,31 @@ def make_app() -> typer.Typer:
         help="Energy-efficient LLM serving under latency promises: profile a GPU, simulate "
         "frequency controllers and routers, replay the chosen policy on real engines.",
         no_args_is_help=True,
-        add_completion=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
     )
+    app.callback()(_common)
     for verb in VERBS:
         importlib.import_module(f"voltana.experiments.commands.{verb}").register(app)
     return app
+
+
+def _show_version(is_asked: bool) -> None:
+    if is_asked:
+        typer.echo(f"voltana {importlib.metadata.version('voltana')}")
+        raise typer.Exit
+
+
+def _common(
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Print the version and end."
+        ),
+    ] = False,
+) -> None:
+    pass
 
 
 def main() -> None:

@@ -25,7 +25,10 @@ def register(app: typer.Typer) -> None:
 
 
 def list_names(
-    kind: Annotated[str, typer.Argument(help=" or ".join(KINDS), metavar="KIND")],
+    kind: Annotated[
+        str | None,
+        typer.Argument(help=" or ".join(KINDS) + "; all by name", metavar="KIND"),
+    ] = None,
     name: Annotated[
         str | None,
         typer.Argument(
@@ -36,8 +39,8 @@ def list_names(
 ) -> None:
     """List profiles, controllers, routers or workloads, each with a line of explanation.
 
-    Of a profile, what of it is measured, calibrated, modelled or emulated, and how well the
-    predictor that policies believe fits its tables.
+    Without KIND the names of all four. Of a profile, what of it is measured, calibrated, modelled
+    or emulated, and how well the predictor that policies believe fits its tables.
 
     Controllers and routers come with their parameters (default, unit, meaning) and their source;
     with NAME one of them with its whole rule. They are given on the command line as
@@ -53,12 +56,25 @@ def list_names(
         "routers": _policies,
         "workloads": _workloads,
     }
+    if kind is None:
+        for found, names in _names().items():
+            typer.echo(f"{found}: {', '.join(names)}")
+        return
     if kind not in printers:
         raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, printers)}")
     if name is not None and kind == "workloads":
         raise VoltanaError(f"{kind} are listed all at once, got {name!r}: leave it out")
     for line in printers[kind](kind, name):
         typer.echo(line)
+
+
+def _names() -> dict[str, list[str]]:
+    from voltana.profiles.catalog import list_profiles
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.sim.workload.generate import list_workloads
+
+    found = (list_profiles(), CONTROLLERS, ROUTERS, list_workloads())
+    return {kind: list(names) for kind, names in zip(KINDS, found, strict=True)}
 
 
 def _profiles(kind: str, name: str | None, *, as_json: bool) -> list[str]:

@@ -144,6 +144,8 @@ def _check_top_logprobs(fields: dict[str, msgspec.Raw], name: str, top: int | No
 def _openai(path: str, fields: dict[str, msgspec.Raw], top: int | None) -> tuple[int, int, bool]:
     if _read(fields, "n", _count, default=1) not in (None, 1):
         raise BadRequestError("n must be 1: send one request for each answer")
+    if _read(fields, "best_of", _count, default=1) not in (None, 1):
+        raise BadRequestError("best_of must be 1: send one request for each answer and choose")
     _check_top_logprobs(fields, "top_logprobs" if path == CHAT else "logprobs", top)
     tokens = _count_messages(fields) if path == CHAT else _count_prompt(fields, top)
     new_tokens = _read(fields, "max_tokens", _count, default=None)

@@ -8,6 +8,7 @@ import hmac
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from http import HTTPStatus
 from typing import Final
 
 import aiohttp
@@ -24,9 +25,9 @@ from voltana.hwreplay.router.errors import (
     PassedError,
     RejectionError,
     RequestFailedError,
-    error_body,
 )
 from voltana.hwreplay.router.fleet import RouterFleet
+from voltana.hwreplay.router.openai import errors_as_json, json_error, pick_model
 from voltana.hwreplay.router.prometheus import (
     CANCELLED,
     COMPLETED,
@@ -52,13 +53,16 @@ class RouterService:
         self.clock = RunClock() if config.start_ns is None else RunClock(start_ns=config.start_ns)
         self.metrics = RouterMetrics()
         self._source = PolicySource(config=config.sim, profile=profile)
-        self.app = web.Application(client_max_size=config.max_body_bytes)
+        self.app = web.Application(
+            client_max_size=config.max_body_bytes, middlewares=[errors_as_json]
+        )
         self.app.cleanup_ctx.append(self._live)
         for path in PATHS:
             self.app.router.add_post(path, self._serve)
         self.app.router.add_get("/health", self._health)
         self.app.router.add_get("/metrics", self._guarded(self._show_metrics))
         self.app.router.add_get("/v1/models", self._guarded(self._models))
+        self.app.router.add_get("/v1/models/{name:.+}", self._guarded(self._model))
 
     async def _live(self, app: web.Application) -> AsyncIterator[None]:
         self._admission = Admission(self._config, self.metrics)
@@ -98,9 +102,9 @@ class RouterService:
                 async with self._admission.place():
                     return await self._proxied(call, sink)
         except RejectionError as error:
-            return REJECTED, _error(error.status, str(error))
+            return REJECTED, json_error(error.status, str(error))
         except BadRequestError as error:
-            return REJECTED, _error(400, str(error))
+            return REJECTED, json_error(400, str(error))
 
     async def _proxied(self, call: Call, sink: ClientSink) -> tuple[str, web.StreamResponse]:
         try:
@@ -112,7 +116,7 @@ class RouterService:
             LOG.warning("request %d failed: %s", call.request_id, error)
             if sink.response is not None:
                 return FAILED, await sink.fail(str(error))
-            return FAILED, _error(503 if reason == "no_worker" else 502, str(error))
+            return FAILED, json_error(503 if reason == "no_worker" else 502, str(error))
         except PassedError as error:
             headers = {"Content-Type": error.content_type}
             return REJECTED, web.Response(status=error.status, body=error.body, headers=headers)
@@ -137,7 +141,7 @@ class RouterService:
             try:
                 self._authorise(request)
             except RejectionError as error:
-                return _error(error.status, str(error))
+                return json_error(error.status, str(error))
             return await handler(request)
 
         return guarded
@@ -168,13 +172,15 @@ class RouterService:
                     status=answer.status, body=await answer.read(), content_type=answer.content_type
                 )
         except (aiohttp.ClientError, TimeoutError) as error:
-            return _error(502, f"no server names its model: {error}")
+            return json_error(502, f"no server names its model: {error}")
 
-
-def _error(status: int, message: str) -> web.Response:
-    return web.Response(
-        status=status, body=error_body(status, message), content_type="application/json"
-    )
+    async def _model(self, request: web.Request) -> web.Response:
+        """One model of that list."""
+        listing = await self._models(request)
+        if listing.status != HTTPStatus.OK:
+            return listing
+        assert isinstance(listing.body, bytes)
+        return pick_model(listing.body, request.match_info["name"])
 
 
 def run_router(config: RouterConfig, ready: Callable[[str], None]) -> None:

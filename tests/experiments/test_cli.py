@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import tomllib
 from pathlib import Path
 
 import pandas as pd
@@ -252,3 +253,20 @@ def test_one_bad_point_does_not_lose_the_others(tmp_path: Path) -> None:
     assert len(pd.read_csv(out / "results.csv")) == 10
     failures = json.loads((out / "failures.json").read_text())
     assert [f["config"]["controller"] for f in failures.values()] == ["static:f=1007"] * 2
+
+
+def test_the_command_is_also_a_module_and_names_its_version() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "voltana", "--version"],
+        cwd=ROOT, capture_output=True, text=True, check=False, timeout=60,
+    )  # fmt: skip
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
+    assert (done.returncode, done.stdout) == (0, f"voltana {declared}\n")
+
+
+def test_list_without_a_kind_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
+    make_app()(["list"], standalone_mode=False)
+    lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
+    assert list(lines) == ["profiles", "controllers", "routers", "workloads"]
+    assert "ecofreq" in lines["controllers"].split(", ")
+    assert "a100-80g-sxm/llama-3.1-8b" in lines["profiles"].split(", ")

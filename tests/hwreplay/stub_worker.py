@@ -107,6 +107,7 @@ class StubWorker:
             app.router.add_post(path, self._serve)
         app.router.add_get("/v1/loads", self._loads)
         app.router.add_get("/model_info", self._model_info)
+        app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await self._runner.setup()
         site = web.TCPSite(self._runner, HOST, port, backlog=1024)
@@ -136,6 +137,10 @@ class StubWorker:
     async def _loads(self, request: web.Request) -> web.Response:
         await self._thaw()
         return web.json_response({"loads": []})
+
+    async def _models(self, request: web.Request) -> web.Response:
+        entries = [{"id": self.model, "object": "model"}]
+        return web.json_response({"object": "list", "data": entries})
 
     async def _model_info(self, request: web.Request) -> web.Response:
         await self._thaw()
