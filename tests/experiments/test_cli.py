@@ -126,7 +126,7 @@ def test_help_exists(verb: str) -> None:
     assert len(done.stdout) > 300
 
 
-@pytest.mark.parametrize("kind", ["profiles", "controllers", "routers", "workloads"])
+@pytest.mark.parametrize("kind", ["controllers", "routers", "workloads"])
 def test_list_names_and_explains(kind: str) -> None:
     done = voltana("list", kind)
     assert done.returncode == 0, done.stderr
