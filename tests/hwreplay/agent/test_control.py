@@ -130,7 +130,7 @@ def test_a_failing_controller_unlocks(error: Exception, capsys: pytest.CaptureFi
     assert said.count("\n") == 1
     assert said.strip() == f"voltana: {loop.report.safe[0].reason.removeprefix(FAILED)}"
     if not isinstance(error, VoltanaError):
-        assert "test_control.Script (decode 0): decide raised ZeroDivisionError" in said
+        assert "scripted.Script (decode 0): decide raised ZeroDivisionError" in said
         assert "test_control.py:" in said
     assert loop.report.counts["controller_errors"] == 2
     controller.fails = None
