@@ -131,7 +131,7 @@ def test_a_failing_controller_unlocks(error: Exception, capsys: pytest.CaptureFi
     assert said.strip() == f"voltana: {loop.report.safe[0].reason.removeprefix(FAILED)}"
     if not isinstance(error, VoltanaError):
         assert "scripted.Script (decode 0): decide raised ZeroDivisionError" in said
-        assert "test_control.py:" in said
+        assert "scripted.py:" in said
     assert loop.report.counts["controller_errors"] == 2
     controller.fails = None
     assert loop.on_record(decode(3, 1.03))
