@@ -7,6 +7,7 @@ from typing import Final
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from voltana.experiments.draw.plots import stretch_attainment
 from voltana.experiments.recommend.judge import Advice
@@ -19,7 +20,7 @@ _HIGHEST: Final = 150.0
 def knee_figure(advice: Advice) -> Figure:
     """Energy of fixed clocks against attainment and against the number of GPUs.
 
-    All on the first tuning repeat, relative to the advised fixed clocks.
+    All on the first tuning repeat, in percent of the advised fixed clocks' energy.
     """
     first = advice.fixed_choice.trial.energies_j[0]
     with mpl.rc_context(STYLE):
@@ -27,7 +28,9 @@ def knee_figure(advice: Advice) -> Figure:
         above, below = figure.subplots(2, 1)
         _draw_attainments(above, advice, first)
         _draw_gpus(below, advice, first)
-        figure.supylabel("energy, advised fixed clocks = 100 (%)")
+        for axes in (above, below):
+            axes.set_ylabel("energy, advised = 100 (%)")
+            axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     return figure
 
 
