@@ -128,7 +128,9 @@ WRONG_CONTROLLERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("wrong", WRONG_CONTROLLERS, ids=lambda w: w[0].replace("\n", ""))
+@pytest.mark.parametrize(
+    "wrong", WRONG_CONTROLLERS, ids=[str(i) for i in range(len(WRONG_CONTROLLERS))]
+)
 def test_a_controller_that_breaks_the_interface(
     profile: Profile,
     write: Write,
@@ -177,7 +179,7 @@ WRONG_ROUTERS = [
 
 
 @pytest.mark.parametrize("num", [1, 2])
-@pytest.mark.parametrize("wrong", WRONG_ROUTERS, ids=lambda w: w[0])
+@pytest.mark.parametrize("wrong", WRONG_ROUTERS, ids=[str(i) for i in range(len(WRONG_ROUTERS))])
 def test_a_router_that_breaks_the_interface(
     profile: Profile,
     write: Write,
