@@ -10,7 +10,12 @@ UNREAD = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("actuator", context_settings=UNREAD, add_help_option=False)(actuator)
+    app.command(
+        "actuator",
+        short_help="Set clocks for agents that may not (as root)",
+        context_settings=UNREAD,
+        add_help_option=False,
+    )(actuator)
 
 
 def actuator(context: typer.Context) -> None:

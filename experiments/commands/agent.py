@@ -12,7 +12,7 @@ from voltana.experiments.extras import needs
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("agent")(agent)
+    app.command("agent", short_help="Control one instance's clock")(agent)
 
 
 def agent(

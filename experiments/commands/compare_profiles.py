@@ -10,7 +10,9 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("compare-profiles")(compare)
+    app.command("compare-profiles", short_help="Time and power of two profiles, side by side")(
+        compare
+    )
 
 
 def compare(

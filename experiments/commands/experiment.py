@@ -27,7 +27,7 @@ experiment = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.add_typer(experiment)
+    app.add_typer(experiment, short_help="The shipped questions: run and draw them")
 
 
 @experiment.command("list")

@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("frontier")(frontier)
+    app.command("frontier", short_help="Least energy at equal attainment, beside fixed clocks")(
+        frontier
+    )
 
 
 def frontier(

@@ -21,7 +21,7 @@ KINDS = ("profiles", "controllers", "routers", "workloads")
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("list")(list_names)
+    app.command("list", short_help="Profiles, controllers, routers, workloads")(list_names)
 
 
 def list_names(

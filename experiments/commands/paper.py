@@ -24,7 +24,7 @@ Jobs = Annotated[int | None, typer.Option(min=1, help="Processes; all cores by d
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.add_typer(paper)
+    app.add_typer(paper, short_help="Fit and predict the published panels")
 
 
 @paper.command("fit")

@@ -10,7 +10,7 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("plot")(plot)
+    app.command("plot", short_help="Draw energy against rate and attainment")(plot)
 
 
 def plot(

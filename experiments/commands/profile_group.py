@@ -36,4 +36,4 @@ def register(app: typer.Typer) -> None:
     group.command(DEFAULT)(profile)
     group.command("import")(import_profile)
     group.command("check")(check_profile)
-    app.add_typer(group, name="profile")
+    app.add_typer(group, name="profile", short_help="Measure, import or check a profile")

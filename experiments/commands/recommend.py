@@ -13,7 +13,7 @@ from voltana.sim.config import parse_settings
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("recommend")(recommend)
+    app.command("recommend", short_help="Clocks, instances and a policy for your load")(recommend)
 
 
 def recommend(

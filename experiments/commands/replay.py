@@ -12,7 +12,7 @@ from voltana.experiments.extras import needs
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("replay")(replay)
+    app.command("replay", short_help="Play a configuration on SGLang servers")(replay)
 
 
 def replay(

@@ -12,7 +12,7 @@ from voltana.experiments.extras import needs
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("report")(report)
+    app.command("report", short_help="One self-contained HTML page of runs and sweeps")(report)
 
 
 def report(

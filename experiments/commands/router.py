@@ -12,7 +12,7 @@ from voltana.experiments.extras import needs
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("router")(router)
+    app.command("router", short_help="Route requests to SGLang prefill and decode servers")(router)
 
 
 def router(

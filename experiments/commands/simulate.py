@@ -23,7 +23,11 @@ _KEYS_HELP = "\b\nKeys of --set, of TOML files and of sweeps:\n" + "\n".join(
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("simulate", epilog=_KEYS_HELP)(simulate)
+    app.command(
+        "simulate",
+        short_help="One configuration: its energy, latency, attainment",
+        epilog=_KEYS_HELP,
+    )(simulate)
 
 
 def simulate(

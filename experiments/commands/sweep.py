@@ -12,7 +12,7 @@ from voltana.experiments.options import RequireSlo
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("sweep")(sweep)
+    app.command("sweep", short_help="Every point of a grid, into one tidy table")(sweep)
 
 
 def sweep(

@@ -19,7 +19,7 @@ train = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.add_typer(train)
+    app.add_typer(train, short_help="Solve or learn a policy, write its file")
 
 
 @train.callback()

@@ -16,7 +16,7 @@ tune = typer.Typer(
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.add_typer(tune)
+    app.add_typer(tune, short_help="Find a policy's parameters")
 
 
 @tune.callback()

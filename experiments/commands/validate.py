@@ -10,7 +10,7 @@ import typer
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("validate")(validate)
+    app.command("validate", short_help="Compare a simulation with what was observed")(validate)
 
 
 def validate(

@@ -126,6 +126,12 @@ def test_help_exists(verb: str) -> None:
     assert len(done.stdout) > 300
 
 
+def test_every_verb_is_explained_in_one_whole_line() -> None:
+    said = voltana("-h").stdout.partition("Commands:")[2]
+    assert len(said.split("\n")) > 15
+    assert "..." not in said
+
+
 @pytest.mark.parametrize("kind", ["controllers", "routers", "workloads"])
 def test_list_names_and_explains(kind: str) -> None:
     done = voltana("list", kind)
