@@ -203,6 +203,7 @@ def route(name: str, *opened: int) -> int:
         ("latency-headroom:mode=pack", (3, 30, 20), 1),
         ("latency-headroom:mode=pack,explore=0.0", (3, 60, 20), 2),
         ("latency-headroom", (60, 55, 70), 1),  # none positive: least bad
+        ("latency-headroom", (3, 3, 20), 0),  # equal headroom: the first
     ],
 )
 def test_packing(name: str, opened: tuple[int, ...], chosen: int) -> None:
