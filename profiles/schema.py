@@ -96,16 +96,13 @@ class SpreadMeta:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class ErrorsMeta:
-    """How far the numbers may be off: standard deviations, of which `uncertainty` is the evidence.
-
-    Times and powers relative, at the top clock; see `voltana.profiles.uncertainty`.
-    """
+class PerQuantity:
+    """A number for each quantity that is uncertain on its own."""
 
     prefill_time: float
     decode_time: float
     prefill_clock_time: float
-    """Relative, of the time that a lower clock adds."""
+    """Of the time that a lower clock adds."""
     decode_clock_time: float
     prefill_power: float
     decode_power: float
@@ -113,7 +110,14 @@ class ErrorsMeta:
     """Of the exponent of the relative clock that power above idle may be multiplied by."""
     decode_clock_power: float
     idle_power: float
-    """Relative."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorsMeta(PerQuantity):
+    """How far the numbers may be off: standard deviations, of which `uncertainty` is the evidence.
+
+    Times and powers relative, at the top clock; see `voltana.profiles.uncertainty`.
+    """
 
     def __post_init__(self) -> None:
         for name in (f.name for f in dataclasses.fields(self)):

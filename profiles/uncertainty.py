@@ -28,30 +28,19 @@ import pandas as pd
 
 from voltana.profiles.catalog import Profile
 from voltana.profiles.errors import VoltanaError
-from voltana.profiles.schema import ErrorsMeta
+from voltana.profiles.schema import ErrorsMeta, PerQuantity
 from voltana.profiles.tables import POINT, idle_power_of
 
 _CUT: Final = 2.0
 """Deviations at which the normal numbers are cut."""
 _STREAM: Final = 0x564F4C54
 """Of the random numbers, so that they are no workload's."""
-_NUMBERS: Final = tuple(f.name for f in dataclasses.fields(ErrorsMeta))
+_NUMBERS: Final = tuple(f.name for f in dataclasses.fields(PerQuantity))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Factors:
+class Factors(PerQuantity):
     """What one draw multiplies by (times, powers) or raises to (`clock_power`)."""
-
-    prefill_time: float
-    decode_time: float
-    prefill_clock_time: float
-    decode_clock_time: float
-    prefill_power: float
-    decode_power: float
-    prefill_clock_power: float
-    """Exponent of the relative clock."""
-    decode_clock_power: float
-    idle_power: float
 
 
 def draw_factors(errors: ErrorsMeta, number: int) -> Factors:

@@ -18,7 +18,7 @@ import numpy as np
 from voltana.experiments.compare.policies import keeps_promise
 from voltana.experiments.runs import profile_of
 from voltana.experiments.sweep.grid import Point
-from voltana.experiments.sweep.run import run_missing
+from voltana.experiments.sweep.run import run_or_raise
 from voltana.experiments.sweep.store import FolderStore
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.config import SimConfig
@@ -135,9 +135,7 @@ def against_static_max(config: SimConfig, draws: int) -> Drawn:
     ]
     with tempfile.TemporaryDirectory() as folder:
         store = FolderStore(Path(folder))
-        failures = run_missing([p for pair in pairs for p in pair], store)
-        if failures:
-            raise VoltanaError(next(iter(failures.values()))["error"])
+        run_or_raise((p for pair in pairs for p in pair), store)
         found = [(_run(store.get(a.key)), _run(store.get(b.key))) for a, b in pairs]
     return compare_drawn(found[0], found[1:])
 

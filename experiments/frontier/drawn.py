@@ -29,9 +29,8 @@ from voltana.experiments.frontier.table import keeps
 from voltana.experiments.frontier.trial import POINTS, attained
 from voltana.experiments.show import render
 from voltana.experiments.sweep.grid import Point
-from voltana.experiments.sweep.run import run_missing
+from voltana.experiments.sweep.run import run_or_raise
 from voltana.experiments.sweep.store import FolderStore
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config
 
 COLUMNS: Final = (
@@ -87,9 +86,7 @@ def drawn_table(
         for f in (pair.mine, pair.other)
     }
     store = FolderStore(directory / POINTS)
-    failures = run_missing([p for row in points.values() for p in row], store, jobs=jobs)
-    if failures:
-        raise VoltanaError(next(iter(failures.values()))["error"])
+    run_or_raise((p for row in points.values() for p in row), store, jobs=jobs)
 
     def runs(each: Found) -> list[Run]:
         summaries = [store.get(p.key) for p in points[id(each)]]

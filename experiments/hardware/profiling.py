@@ -187,12 +187,8 @@ def _torch(model: str, device: str, dtype: str, num_gpus: int) -> Engine:
         raise VoltanaError(
             f"--engine torch runs on one card, --gpu names {num_gpus}: name one, or take sglang"
         )
-    try:
+    with needs("torch", "--engine torch"):
         from voltana.profiles.engines.torch_llama import TorchEngine
-    except ModuleNotFoundError as error:
-        raise VoltanaError(
-            f"--engine torch needs {error.name}: pip install 'voltana[torch]'"
-        ) from None
     return TorchEngine(load_config(model), device=device, dtype=dtype)
 
 

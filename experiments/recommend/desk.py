@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from voltana.experiments.frontier.fixed import Fleet, FleetSearch
+from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
 from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial, pooled
 from voltana.experiments.recommend.question import Question, Repeats
 from voltana.experiments.sweep.grid import Point
@@ -88,6 +88,17 @@ class Desk:
             return
         with ProcessPoolExecutor(2) as pool:
             list(pool.map(search.explore, (0, 1)))
+
+
+def fleet_at(counts: tuple[int, int], clock_mhz: int) -> Fleet:
+    """Prefill and decode instances, all at one clock."""
+    return Side(counts[0], clock_mhz), Side(counts[1], clock_mhz)
+
+
+def fixed_clock_mhz(settings: Mapping[str, Any], phase: str) -> int | None:
+    """The clock that `fleet_settings` gave a phase; None if a policy chooses it."""
+    name, _, clock = str(settings.get(f"{phase}_controller", "")).partition(":f=")
+    return int(clock) if name == "static" else None
 
 
 def fleet_settings(fleet: Fleet, router: str) -> dict[str, Any]:

@@ -12,10 +12,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from voltana.experiments.frontier.contenders import Contender
-from voltana.experiments.frontier.fixed import Side
 from voltana.experiments.frontier.knob import COARSE, search_knob
 from voltana.experiments.frontier.trial import Trial
-from voltana.experiments.recommend.desk import Desk
+from voltana.experiments.recommend.desk import Desk, fleet_at
 from voltana.experiments.recommend.fixed_choice import fleet_peak_w
 from voltana.experiments.recommend.question import Question, Repeats
 from voltana.sim.policies.spec import parse_spec
@@ -135,16 +134,15 @@ def _limits(
     """What keeps a policy within the watts; None if nothing does."""
     if question.watts is None:
         return {}
-    top = question.clocks_mhz[-1]
-    if fleet_peak_w(question, (Side(counts[0], top), Side(counts[1], top))) <= question.watts:
+    allowed = [
+        clock_mhz for clock_mhz in question.clocks_mhz
+        if fleet_peak_w(question, fleet_at(counts, clock_mhz)) <= question.watts
+    ]  # fmt: skip
+    if question.clocks_mhz[-1] in allowed:
         return {}
     spec = parse_spec(contender.settings["controller"])
     if spec.name not in _BY_LIST or "frequencies" in spec.arguments:
         return None
-    allowed = [
-        c for c in question.clocks_mhz
-        if fleet_peak_w(question, (Side(counts[0], c), Side(counts[1], c))) <= question.watts
-    ]  # fmt: skip
     if not allowed:
         return None
     steps = sorted({round(i * (len(allowed) - 1) / (LEVELS - 1)) for i in range(LEVELS)})

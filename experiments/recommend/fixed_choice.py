@@ -16,7 +16,12 @@ from typing import Final
 from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
 from voltana.experiments.frontier.search import profile_knots
 from voltana.experiments.frontier.trial import Trial
-from voltana.experiments.recommend.desk import Desk, fleet_settings
+from voltana.experiments.recommend.desk import (
+    Desk,
+    fixed_clock_mhz,
+    fleet_at,
+    fleet_settings,
+)
 from voltana.experiments.recommend.question import Question, Repeats
 
 MOST_KNOTS: Final = 4
@@ -49,6 +54,12 @@ def allows(question: Question, fleet: Fleet) -> bool:
     return fits(question, fleet) and (
         question.watts is None or fleet_peak_w(question, fleet) <= question.watts
     )
+
+
+def highest_allowed(question: Question, counts: tuple[int, int]) -> Fleet | None:
+    """So many instances, all at the highest clock that there are watts for; None if at none."""
+    fleets = (fleet_at(counts, clock_mhz) for clock_mhz in reversed(question.clocks_mhz))
+    return next((fleet for fleet in fleets if allows(question, fleet)), None)
 
 
 def fits(question: Question, fleet: Fleet) -> bool:
@@ -112,8 +123,8 @@ class FixedSearch:
         self._repeats = repeats
         self._target = desk.question.choice_target
         self._clocks = desk.question.clocks_mhz
-        most, top = desk.question.instances - 1, self._clocks[-1]
-        self._anchor: Fleet = (Side(most, top), Side(most, top))
+        most = desk.question.instances - 1
+        self._anchor = fleet_at((most, most), self._clocks[-1])
         self.tried: tuple[dict[Side, Trial], dict[Side, Trial]] = ({}, {})
 
     def find(self) -> FixedChoice:
@@ -219,9 +230,7 @@ class FixedSearch:
         question = self._desk.question
         found = []
         for prefill in range(1, question.instances):
-            sizes = prefill, question.instances - prefill
-            fleets = ((Side(sizes[0], c), Side(sizes[1], c)) for c in reversed(self._clocks))
-            fleet = next((f for f in fleets if allows(question, f)), None)
+            fleet = highest_allowed(question, (prefill, question.instances - prefill))
             if fleet is not None:
                 found.append((self.attempt(router, fleet, on_all=False).rank, fleet))
         _, fleet = max(found)
@@ -231,8 +240,7 @@ class FixedSearch:
         self, router: str, clocks: tuple[int, ...], counts: tuple[range | tuple[int, ...], ...]
     ) -> FleetSearch:
         """A search whose anchor is its own largest fleet at its top clock."""
-        top = clocks[-1]
-        anchor = (Side(counts[0][-1], top), Side(counts[1][-1], top))
+        anchor = fleet_at((counts[0][-1], counts[1][-1]), clocks[-1])
         attempt = partial(try_fixed, self._desk, router, self._repeats, anchor)
         known = profile_knots(str(self._desk.question.base["profile"]), clocks)
         step = max(1, -(-len(known) // MOST_KNOTS))
@@ -246,8 +254,8 @@ def fleet_of(trial: Trial) -> Fleet | None:
     """The fleet that a trial was of; None if its clocks are not fixed."""
     sides = []
     for phase in ("prefill", "decode"):
-        name, _, clock = str(trial.settings.get(f"{phase}_controller", "")).partition(":f=")
-        if name != "static":
+        clock_mhz = fixed_clock_mhz(trial.settings, phase)
+        if clock_mhz is None:
             return None
-        sides.append(Side(int(trial.settings[f"num_{phase}"]), int(clock)))
+        sides.append(Side(int(trial.settings[f"num_{phase}"]), clock_mhz))
     return sides[0], sides[1]

@@ -16,6 +16,7 @@ from typing import Any, Final
 
 import tomli_w
 
+from voltana.experiments.recommend.desk import fixed_clock_mhz
 from voltana.experiments.recommend.judge import DYNAMIC, Advice, Judged
 from voltana.profiles.files import write_text
 from voltana.sim.config import SimConfig, make_config
@@ -57,17 +58,12 @@ def roles(advice: Advice, way: Judged) -> tuple[Role, Role]:
     for phase, count in zip(PHASES, way.counts, strict=True):
         gpus = tuple(tuple(range(first + i * width, first + (i + 1) * width)) for i in range(count))
         first += count * width
-        clock = _fixed_clock(way, phase)
+        clock = fixed_clock_mhz(way.settings, phase)
         at_mhz = clock or question.clocks_mhz[-1]
         cap_w = math.ceil(question.peak_w(phase, at_mhz) / width / _CAP_STEP_W) * _CAP_STEP_W
         limit_w = question.profile.meta.gpu.power_limit_w
         found.append(Role(phase=phase, gpus=gpus, clock_mhz=clock, cap_w=min(cap_w, int(limit_w))))
     return found[0], found[1]
-
-
-def _fixed_clock(way: Judged, phase: str) -> int | None:
-    text = str(way.settings.get(f"{phase}_controller", ""))
-    return int(text.partition("=")[2]) if text.startswith("static:f=") else None
 
 
 def gpu_lines(advice: Advice, way: Judged) -> list[str]:

@@ -9,14 +9,14 @@ on new ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from voltana.experiments.compare.draws import UNDECIDED, Drawn, Run, compare_drawn
 from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
 from voltana.experiments.frontier.fixed import Side
 from voltana.experiments.frontier.trial import Trial, pooled
-from voltana.experiments.recommend.desk import Desk, fleet_settings
+from voltana.experiments.recommend.desk import Desk, fleet_at, fleet_settings
 from voltana.experiments.recommend.dynamic_choice import DynamicChoice, find_dynamic
 from voltana.experiments.recommend.fixed_choice import (
     FixedChoice,
@@ -24,6 +24,8 @@ from voltana.experiments.recommend.fixed_choice import (
     allows,
     fleet_of,
     fleet_peak_w,
+    highest_allowed,
+    label_of,
 )
 from voltana.experiments.recommend.question import LOADS, Question, Repeats
 from voltana.profiles.errors import VoltanaError
@@ -217,9 +219,7 @@ def _plan_now(question: Question, fixed: FixedChoice) -> dict[str, Any]:
     share = fixed.counts[0] / sum(fixed.counts)
     prefill = min(max(round(share * question.instances), 1), question.instances - 1)
     counts = (prefill, question.instances - prefill)
-    clocks = reversed(question.clocks_mhz)
-    fleets = ((Side(counts[0], c), Side(counts[1], c)) for c in clocks)
-    fleet = next((f for f in fleets if allows(question, f)), None)
+    fleet = highest_allowed(question, counts)
     if fleet is None:  # not even at the lowest clock: as many as the advice uses
         counts, fleet = fixed.counts, fixed.fleet
     router = question.routers[0]
@@ -230,12 +230,10 @@ def _plan_now(question: Question, fixed: FixedChoice) -> dict[str, Any]:
 
 
 def _plan_fixed(fixed: FixedChoice) -> dict[str, Any]:
-    prefill, decode = fixed.fleet
     return {
         "name": FIXED, "settings": fleet_settings(fixed.fleet, fixed.router),
         "counts": fixed.counts, "router": fixed.router,
-        "setting": f"{prefill.active}P{decode.active}D at {prefill.clock_mhz}/{decode.clock_mhz} "
-        f"MHz, {fixed.router}",
+        "setting": f"{label_of(fixed.fleet)}, {fixed.router}",
     }  # fmt: skip
 
 
@@ -262,9 +260,7 @@ def _knee(desk: Desk, search: FixedSearch, fixed: FixedChoice) -> Knee:
         router = fixed.router if fleet == fixed.fleet else question.routers[0]
         trial = search.attempt(router, fleet, on_all=False)
         if trial.keeps(question.target):
-            clocks = "/".join(str(side.clock_mhz) for side in fleet)
-            name = f"{fleet[0].active}P{fleet[1].active}D at {clocks} MHz"
-            by_gpus.append((instances * width, trial.energies_j[0], name))
+            by_gpus.append((instances * width, trial.energies_j[0], label_of(fleet)))
     return Knee(attainments=_attainments(desk, search, fixed), by_gpus=by_gpus)
 
 
@@ -316,11 +312,7 @@ def _with_draws(desk: Desk, advice: Advice, judging: Repeats) -> Advice:
             nominal = [Run(ways[n].asked.energy_j, advice.keeps(ways[n])) for n in (mine, other)]
             drawn = list(zip(runs[mine], runs[other], strict=True))
             found[mine] = compare_drawn((nominal[0], nominal[1]), drawn)
-    return Advice(
-        question=question, now=advice.now, fixed=advice.fixed, dynamic=advice.dynamic,
-        knee=advice.knee, fixed_choice=advice.fixed_choice, dynamic_choice=advice.dynamic_choice,
-        drawn=found, rounds=advice.rounds,
-    )  # fmt: skip
+    return replace(advice, drawn=found)
 
 
 def peak_w(advice: Advice, way: Judged) -> float:
@@ -328,5 +320,4 @@ def peak_w(advice: Advice, way: Judged) -> float:
     question = advice.question
     if way is advice.fixed:
         return fleet_peak_w(question, advice.fixed_choice.fleet)
-    top = question.clocks_mhz[-1]
-    return fleet_peak_w(question, (Side(way.counts[0], top), Side(way.counts[1], top)))
+    return fleet_peak_w(question, fleet_at(way.counts, question.clocks_mhz[-1]))

@@ -9,6 +9,8 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from voltana.experiments.compare.intervals import Interval
+from voltana.experiments.recommend.show import half_text
 from voltana.profiles.files import write_text
 from voltana.sim.config import make_config
 
@@ -52,5 +54,4 @@ def _embedded(figure: Path) -> str:
 
 
 def _half(found: Mapping[str, float]) -> str:
-    mean, half = found["mean"], found["half"]
-    return f"{mean:.1f}" + ("" if half != half else f" ± {half:.1f}")
+    return half_text(Interval(**found))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Final
 
 from voltana.experiments.frontier.contenders import Contender, parse_contender
@@ -100,6 +101,7 @@ class Question:
         return peak_w(self.profile, phase, clock_mhz)
 
 
+@lru_cache
 def peak_w(profile: Profile, phase: str, clock_mhz: int) -> float:
     """The most that an instance of a profile draws, in W, all its GPUs, at that clock or below."""
     frame = profile.prefill if phase == "prefill" else profile.decode

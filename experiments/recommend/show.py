@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import textwrap
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
@@ -21,8 +21,6 @@ from voltana.experiments.recommend.hand_over import (
 )
 from voltana.experiments.recommend.judge import DYNAMIC, FIXED, Advice, Judged, peak_w
 from voltana.experiments.show import render, width
-
-DAYS: Final = 365.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,7 +130,7 @@ def _table(advice: Advice, costs: Costs, title: str) -> str:
         saved = advice.saving(way, advice.now)
         table.add_row(
             way.name, way.setting, f"{100 * way.attainment():.2f}",
-            _half(way.joules_per_request), "" if way is advice.now else _half(saved),
+            half_text(way.joules_per_request), "" if way is advice.now else half_text(saved),
             f"{kwh:.1f}", *(f"{v:.2f}" for v in costs.of_day(kwh).values()),
         )  # fmt: skip
     return render(table)
@@ -212,10 +210,10 @@ def _pct(share: float) -> str:
     return f"{100 * share:.4g} %"
 
 
-def _half(found: Interval) -> str:
+def half_text(found: Interval) -> str:
     """Mean and half width of the interval."""
     return f"{found.mean:.1f}" + ("" if math.isnan(found.half) else f" ± {found.half:.1f}")
 
 
 def _saving(found: Interval) -> str:
-    return f"{_half(found)} %"
+    return f"{half_text(found)} %"

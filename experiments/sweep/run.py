@@ -103,6 +103,21 @@ def run_missing(
         return _run_missing(missing, results, executor)
 
 
+def run_or_raise(points: Iterable[Point], results: ResultStore, *, jobs: int | None = None) -> None:
+    """Like `run_missing`, where one run that fails is one too many.
+
+    Args:
+        points: What to run.
+        results: Where results are kept.
+        jobs: Processes; all cores by default.
+
+    Raises:
+        VoltanaError: A run failed; with the first one's error.
+    """
+    for failure in run_missing(points, results, jobs=jobs).values():
+        raise VoltanaError(failure["error"])
+
+
 def tidy(points: Sequence[Point], store: ResultStore | Path) -> pd.DataFrame:
     """Collect finished points: labels, configuration, summary, one column a number."""
     results = open_store(store) if isinstance(store, Path) else store
