@@ -26,7 +26,7 @@ from voltana.experiments.frontier.knob import search_knob
 from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
 from voltana.experiments.progress import progress_bar
 from voltana.experiments.runs import cached_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 
 STATIC_MAX: Final = "static-max"

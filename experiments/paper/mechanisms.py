@@ -31,11 +31,11 @@ from voltana.experiments.paper.panel import (
     residuals,
     with_saving_pct,
 )
-from voltana.experiments.study.script import run_script
+from voltana.experiments.script import run_script
 from voltana.experiments.sweep.grid import CONFIGS, Point, read_sweep
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.build.a100 import AS_SOURCES, Tuning
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.config import make_config
 
 _SHOWN: Final = {

@@ -28,7 +28,7 @@ from voltana.experiments.recommend.fixed_choice import (
     label_of,
 )
 from voltana.experiments.recommend.question import LOADS, Question, Repeats
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 AT_OTHER_LOADS: Final = 2
 """Judging repeats at loads other than the asked one."""

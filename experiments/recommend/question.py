@@ -11,7 +11,7 @@ from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.study import check_settings
 from voltana.experiments.runs import DEFAULT_DURATION_S, cached_profile
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import CLOCKLESS
 from voltana.sim.policies.registry import check_policies

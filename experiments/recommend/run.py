@@ -16,8 +16,8 @@ from voltana.experiments.recommend.judge import Advice, advise
 from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.show import Costs, as_dict
 from voltana.experiments.sweep.executors import check_engine
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.folders import claim
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.folders import claim
 from voltana.sim.config import DEFAULT_PROFILE
 from voltana.sim.results import write_json
 

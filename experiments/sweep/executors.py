@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from voltana.experiments.runs import run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.metrics import summarise
 

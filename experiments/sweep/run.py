@@ -17,9 +17,9 @@ from voltana.experiments.progress import progress_bar
 from voltana.experiments.sweep.executors import Executor, Outcome, check_engine, open_executor
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.store import ResultStore, open_store
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_csv, write_text
-from voltana.profiles.folders import FolderKind, claim
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_csv, write_text
+from voltana.profiles.common.folders import FolderKind, claim
 from voltana.sim.config import SimConfig
 from voltana.sim.results import read_json, write_json
 
@@ -54,7 +54,7 @@ def run_sweep(
         engine: One of `voltana.experiments.sweep.executors.ENGINES`.
         store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
             sweeps and machines; by default `points` in the directory.
-        kind: What the directory holds, see `voltana.profiles.folders`.
+        kind: What the directory holds, see `voltana.profiles.common.folders`.
 
     Returns:
         One row a point: its labels, its configuration and the numbers of its summary.

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Final, Literal, Self
 
 from voltana.hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
-from voltana.hwreplay.router.vocabulary import read_vocab_size
+from voltana.hwreplay.router.servers.vocabulary import read_vocab_size
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import cuda_environment
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HOST: Final = "127.0.0.1"

@@ -28,9 +28,9 @@ from scipy.optimize import nnls
 
 from voltana.profiles.build.clocks import PREFILL_SHARE, SHARE_ABOVE, TOP_MHZ
 from voltana.profiles.build.kernels import Attention, Gemm, read_csv
-from voltana.profiles.files import write_text
+from voltana.profiles.common.files import write_text
+from voltana.profiles.evidence import PROMPT_TOKENS, Row, read_rows
 from voltana.profiles.importing.decoder import BYTES, Decoder
-from voltana.profiles.importing.evidence import PROMPT_TOKENS, Row, read_rows
 from voltana.profiles.importing.systems import load_system
 from voltana.profiles.importing.tables import open_tables
 from voltana.profiles.places import DATA as PROFILES
