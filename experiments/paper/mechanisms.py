@@ -143,7 +143,13 @@ class _Study:
     def runs(
         self, tuning: Tuning, rates: Sequence[int], model: str = "llama-3.1-8b"
     ) -> pd.DataFrame:
-        """Results of the panel, or of the one cell of another model."""
+        """Results of the panel, or of the one cell of another model.
+
+        Args:
+            tuning: The mechanisms in force.
+            rates: Loads of the panel, requests/s; another model has its own.
+            model: Whose profile is built and run.
+        """
         profile = trial_profile(self._data, self._out / "profiles", tuning, model)
         name, dataset = self.published.iloc[0][["model", "dataset"]]
         if model in _SHOWN:

@@ -56,7 +56,14 @@ class Desk:
         *,
         stop_below: float = 0.0,
     ) -> Trial:
-        """One setting on some repeats, the last one the first that attains less than that."""
+        """One setting on some repeats; one that was run before is known.
+
+        Args:
+            settings: Keys of the configuration, over the question's own.
+            label: The setting in words.
+            repeats: Settings of each, a seed or a piece of the trace.
+            stop_below: Attainment, 0 to 1: the first repeat that falls below it is the last.
+        """
         key = f"{sorted(settings.items())} {[*repeats]} {stop_below}"
         if key not in self._known:
             trial = self.bench.run(settings, label, repeats, stop_below=stop_below)
