@@ -26,7 +26,7 @@ class Desk:
     question: Question
     directory: Path
     jobs: int | None = None
-    engine: str = "processes"
+    executor: str = "processes"
     screened: list[Trial] = field(default_factory=list)
     """What has been tried on the first tuning repeat alone, in any order."""
     _known: dict[str, Trial] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Desk:
             for settings, repeats in wanted
             for repeat in repeats
         ]
-        if self.jobs != 1 or self.engine != "processes":
+        if self.jobs != 1 or self.executor != "processes":
             run_missing(
-                points, FolderStore(self.directory / POINTS), jobs=self.jobs, engine=self.engine
+                points, FolderStore(self.directory / POINTS), jobs=self.jobs, executor=self.executor
             )
 
     def trial(

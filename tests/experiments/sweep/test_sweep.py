@@ -273,7 +273,7 @@ def test_an_error_on_a_ray_cluster_is_the_point_s_own(
     good, bad = points(2), expand({"base": {"duration_s": 2.0, "controller": FAULTY}}, "test")
     said = r"1 of 3 points failed, the first with: .*Faulty \(prefill 1\): decide raised KeyError"
     with pytest.raises(VoltanaError, match=said):
-        run_sweep([*bad, *good], tmp_path, engine="ray")
+        run_sweep([*bad, *good], tmp_path, executor="ray")
     assert set(energies(pd.read_csv(tmp_path / "results.csv"))) == {p.key for p in good}
 
 
