@@ -38,9 +38,9 @@ from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.replay import replay
 from voltana.hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_text
-from voltana.profiles.folders import claim
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_text
+from voltana.profiles.common.folders import claim
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.policies.base import DECODE, PREFILL, Phase

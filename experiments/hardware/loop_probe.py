@@ -17,7 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from voltana.experiments.runs import cached_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.policies.base import DECODE, PREFILL

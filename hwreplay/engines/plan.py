@@ -12,9 +12,9 @@ from typing import Final, Literal, Self
 import numpy as np
 
 from voltana.hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
-from voltana.hwreplay.router.vocabulary import read_vocab_size
+from voltana.hwreplay.router.servers.vocabulary import read_vocab_size
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import cuda_environment
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HOST: Final = "127.0.0.1"

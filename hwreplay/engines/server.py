@@ -21,8 +21,8 @@ from typing import Final
 from voltana.hwreplay.engines.plan import HOST, ServerPlan
 from voltana.hwreplay.engines.reaper import Reaper
 from voltana.hwreplay.engines.shared_memory import find_shared_memory
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.signals import stops_put_off
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.signals import stops_put_off
 
 POLL_S: Final = 0.5
 END_S: Final = 10.0

@@ -19,7 +19,7 @@ from voltana.hwreplay.engines.launch import run_fleet, run_profiled
 from voltana.hwreplay.engines.plan import Installation, ServerPlan, plan_server
 from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
 from voltana.hwreplay.replay.parts import Run, router
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.policies.base import Phase
 
