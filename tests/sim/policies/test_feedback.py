@@ -209,7 +209,7 @@ def test_miad_moves_to_the_megahertz() -> None:
     """Between 40 and 47.5 ms of 50 nothing changes; more: times 1.25, at most 1400; less: minus
     100, at least 1000; a queue is danger too. Every second, from the first on."""
     made = make_controller(f"miad:fall=100,{EVERY}", FINE)
-    clocks = []
+    clocks: list[int] = []
     for now_s, duration_s, waiting in (
         (0.9, 0.010, 0), (1.0, 0.010, 0), (1.9, 0.010, 0), (2.0, 0.010, 0), (3.0, 0.041, 0),
         (4.0, 0.047, 0), (5.0, 0.010, 0), (6.0, 0.010, 0), (7.0, 0.010, 0), (8.0, 0.010, 0),

@@ -183,9 +183,14 @@ def test_a_changed_queue_or_cache_asks_for_a_new_projection() -> None:
     made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
 
     def decide(now_s: float, kv_tokens: int, waiting: int) -> None:
-        state = state_of(request(10, 0, 99), request(10, 0, 99), now_s=now_s, waiting=waiting)
-        state.kv_tokens, listed = kv_tokens, list(state.list_running())
-        state.list_running = lambda: (calls.append(now_s), listed)[1]
+        state = state_of(now_s=now_s, waiting=waiting)
+        state.num_running, state.kv_tokens = 2, kv_tokens
+
+        def listed() -> list[RunningRequest]:
+            calls.append(now_s)
+            return [request(10, 0, 99)] * 2
+
+        state.list_running = listed
         made.decide(state)
 
     for now_s, kv_tokens, waiting in (
