@@ -38,6 +38,21 @@ def test_the_window_weighs_by_requests_and_forgets() -> None:
     assert window.quantile_s() == 0.020
 
 
+def test_a_sample_as_old_as_the_window_still_counts() -> None:
+    """A window of 0.5 s. The smallest of equals counts for one request, a time of 0 for none, and
+    seven tenths of ten are the seventh, whatever 0.7·10 is in binary."""
+    window = LatencyWindow(0.5, 0.7)
+    for now_s, duration_s, batch in ((0.0, 0.03, 0), (0.25, 0.0, 99), (0.5, 0.01, 0)):
+        window.add(felt(now_s, duration_s, batch), "decode")
+    assert window.quantile_s() == 0.03
+    window.add(felt(0.625, 0.02, 0), "decode")
+    assert window.quantile_s() == 0.02
+    tenths = LatencyWindow(9.0, 0.7)
+    for k in range(1, 11):
+        tenths.add(felt(0.0, 0.01 * k, 1), "decode")
+    assert tenths.quantile_s() == 0.07
+
+
 def test_prefill_latency_is_of_the_batch_that_has_ended() -> None:
     """19 requests that waited 10 ms for a batch of 20 ms: 30 ms. The one that is about to run
     has waited for a second; that is not over yet."""
