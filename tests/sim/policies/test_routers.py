@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -183,6 +184,41 @@ def test_every_router_stays_within_its_fleet(name: str, opened: list[int], kv: i
     prefill_id, decode_id = router.route(request(), prefill_states(), decode)
     assert 0 <= prefill_id < 2
     assert 0 <= decode_id < len(opened)
+
+
+@pytest.mark.parametrize(
+    "name", [n for n, e in ROUTERS.items() if "frequencies" in [i.key for i in e.parameter_infos]]
+)
+def test_an_unsupported_clock_is_refused_by_the_router_s_own_name(name: str) -> None:
+    with pytest.raises(VoltanaError) as caught:
+        make_router(f"{name}:frequencies=1000+1007", make_context())
+    assert str(caught.value).startswith(
+        f"{name}: frequencies must be a clock the profile supports, got 1007 MHz: nearest 1000"
+    )
+
+
+@pytest.mark.parametrize("name", ["ecoroute", "ecoroute-tile", "min-delta-energy"])
+def test_prefill_at_random_is_the_router_s_own_draw(name: str) -> None:
+    """A number of the seeded generator a request, whatever decode does."""
+    router = make_router(name, make_context(clocks_mhz=FIVE, levels_mhz=(1005, 1410)))
+    rng = np.random.default_rng(0)
+    for opened in (0, 200, 3, 500) * 5:
+        decode = [decode_state(opened=opened, clock=1005), decode_state(opened=9, clock=1005)]
+        chosen, _ = router.route(request(), prefill_states(3), decode)
+        assert chosen == int(rng.integers(3))
+
+
+@pytest.mark.parametrize(
+    "name", ["slo-pack", "least-added-power", "kairos", "length-split", "least-requests"]
+)
+def test_prefill_goes_to_the_fewest_open_requests(name: str) -> None:
+    router = make_router(name, make_context())
+    prefill = prefill_states(4)
+    for state, opened in zip(prefill, (5, 3, 2, 4), strict=True):
+        state.open_requests = opened
+    # length-split keeps the last two of four for prompts of 1,024 tokens and more
+    expected = 1 if name == "length-split" else 2
+    assert router.route(request(), prefill, [decode_state()]) == (expected, 0)
 
 
 def test_unknown_router_suggests_the_nearest() -> None:
