@@ -53,6 +53,7 @@ class FlatPower:
         return 100.0
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 

@@ -38,6 +38,7 @@ class Power:
         return watts if phase == "prefill" else watts / 2
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 
@@ -214,6 +215,19 @@ def test_rapid_looks_twice_a_second_and_begins_after_its_cooldown() -> None:
     assert caps == [300.0, 300.0, 320.0, 320.0, 320.0, 340.0]
     plan = rapid(budget_w=600.0, step_w=10.0)
     assert [feed(plan, "prefill", at_s, 0.60) for at_s in (0.4, 0.5, 3.0)] == [300.0, 300.0, 320.0]
+
+
+def test_rapid_does_not_rest_after_a_look_that_moved_nothing() -> None:
+    """Nobody pressed at 3 s, prefill at 3.5 s. And a phase that has nothing to give rests nobody:
+    with decode at its least of 50 W, power goes the other way half a second later."""
+    plan = rapid(budget_w=600.0, step_w=10.0)
+    assert [feed(plan, "prefill", s, t) for s, t in ((3.0, 0.3), (3.5, 0.6))] == [300.0, 320.0]
+    plan = rapid(budget_w=400.0, step_w=60.0, window_s=0.1)  # 200 W, and 100 W each
+    assert feed(plan, "prefill", 3.0, 0.6) == 300.0
+    assert plan.caps_w["decode"] == 50.0
+    assert feed(plan, "prefill", 6.0, 0.6) == 300.0
+    feed(plan, "prefill", 6.4, 0.1)
+    assert feed(plan, "decode", 6.5, 0.06) == 80.0
 
 
 def test_rapid_rests_after_a_move() -> None:

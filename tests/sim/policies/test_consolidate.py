@@ -12,7 +12,7 @@ from tests.sim.policies.test_ecomin import CubicPower
 from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
-from voltana.sim.policies.base import InstanceState, RequestView
+from voltana.sim.policies.base import InstanceState, Phase, RequestView
 from voltana.sim.policies.registry import make_router
 
 
@@ -121,6 +121,54 @@ def test_nobody_running_changes_nothing() -> None:
     waiting = decode(0, 0, clock=1400)
     waiting[0].open_requests = 5
     assert send(made, 2.0, waiting) == 1
+
+
+class TokenPower(CubicPower):
+    """A watt for so many tokens beside."""
+
+    def __init__(self, tokens_per_w: float) -> None:
+        self._tokens_per_w = tokens_per_w
+
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return super().power_w(phase, clock_mhz, batch_size, tokens) + tokens / self._tokens_per_w
+
+
+@pytest.mark.parametrize(
+    ("running", "clock", "tokens_per_w", "chosen"),
+    [
+        (150, 1200, 1e9, 0),
+        (150, 1400, 1e9, 1),
+        (150, 1200, 1e3, 1),  # a watt a request: 125.9 + 152 against 2·(72.9 + 48)
+    ],
+)
+def test_the_context_is_part_of_the_price(
+    running: int, clock: int, tokens_per_w: float, chosen: int
+) -> None:
+    """Contexts of 1,000 tokens: 10 ms + 0.2 ms a request at 1000 MHz.
+
+    One instance sustains 220/45 ms = 4,889 tokens/s at 1200 MHz. 150 there: 33.3 ms, 4,500/s, at
+    which 152 settle; two at 1000 MHz, 48 each. 150 at 1400 MHz: 28.6 ms, 5,250/s: two."""
+    formula = Formula(
+        lambda p, f, b, t: (0.01 + 1e-4 * b + 1e-7 * t if p == "decode" else 1e-4 * t) * 1000 / f
+    )
+    context = replace(make_context(formula), power=TokenPower(tokens_per_w))
+    made = make_router("consolidate:memory=0", context)
+    states = decode(running, 0, clock=clock)
+    states[0].kv_tokens = 1000 * running
+    assert send(made, 1.0, states) == chosen
+
+
+def test_a_driver_that_shows_no_context_asks_of_a_token() -> None:
+    def asked_of_one(phase: str, clock: int, batch: int, tokens: int) -> float:
+        assert tokens >= 1
+        return time_s(phase, clock, batch, tokens)
+
+    context = replace(make_context(Formula(asked_of_one)), power=CubicPower())
+    states, prefill = decode(300, 0, clock=1400), idle_prefill()
+    states[0].kv_tokens, prefill[0].num_running = 0, 1
+    view = RequestView(request_id=0, arrival_s=1.0, input_tokens=1, output_tokens=None)
+    made = make_router("consolidate:memory=0", context)
+    assert made.route(view, prefill, states) == (0, 1)
 
 
 def test_one_fewer_is_used_only_after_the_dwell() -> None:

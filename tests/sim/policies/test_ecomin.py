@@ -10,7 +10,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
+from tests.sim.policies.doubles import (
+    Formula,
+    LineFormula,
+    decode_state,
+    make_context,
+    require_point,
+)
 from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
@@ -26,6 +32,7 @@ class CubicPower:
     """50 W + 200 W·(f/1400)³ busy, f/20 W idle; unlocked as at 1400 MHz."""
 
     def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return 50.0 + 200.0 * (clock_mhz / 1400) ** 3
 
     def idle_power_w(self, clock_mhz: int) -> float:
@@ -36,9 +43,11 @@ class FlatterPower(CubicPower):
     """150 W + 20 W·f/1400, 50 W idle: power says slow, energy (P - 50 W)·T says fast."""
 
     def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return 150.0 + 20.0 * clock_mhz / 1400
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 

@@ -21,6 +21,7 @@ class CubicPower:
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 

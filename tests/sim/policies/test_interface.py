@@ -7,7 +7,13 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.sim.policies.doubles import FlatPower, LineFormula, decode_state, make_context
+from tests.sim.policies.doubles import (
+    FlatPower,
+    LineFormula,
+    decode_state,
+    make_context,
+    require_point,
+)
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import (
     UNLOCKED_MHZ,
@@ -136,6 +142,7 @@ class PhasePower(FlatPower):
     """Decode 1 W a request and a watt per 1,000 tokens; prefill ten times that; at 1400 MHz."""
 
     def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return (batch_size + tokens / 1000) * clock_mhz / 1400 * (10 if phase == "prefill" else 1)
 
 

@@ -79,6 +79,30 @@ def test_latency_headroom_counts_prompts_in_prefill(
     assert router.route(RequestView(0, 0.0, 10, None), prefill, [decode_state()])[0] == chosen
 
 
+@pytest.mark.parametrize(("tokens", "chosen"), [(50, 0), (70, 1)])
+def test_latency_headroom_counts_the_prompt_itself(tokens: int, chosen: int) -> None:
+    """1 ms a token, 0.36 s: beside 300 queued tokens 50 have room and 70 do not."""
+    router = make_router(
+        "latency-headroom:mode=pack,explore=0", make_context(Formula(lambda p, f, b, t: 1e-3 * t))
+    )
+    prefill = [
+        InstanceState(instance_id=i, phase="prefill", num_waiting=1, waiting_tokens=waiting)
+        for i, waiting in enumerate((300, 100))
+    ]
+    assert router.route(RequestView(0, 0.0, tokens, None), prefill, [decode_state()])[0] == chosen
+
+
+def test_no_headroom_is_none() -> None:
+    """A quarter of a second, all of it taken by one of two: it is what is explored."""
+    times = Formula(lambda p, f, b, t: 0.25 if p == "decode" and b == 10 else 0.125)
+    context = make_context(times, slo_itl_s=0.25, slo_ttft_s=1.0)
+    prefill = [InstanceState(instance_id=0, phase="prefill")]
+    decode = [decode_state(opened=9), decode_state(opened=1)]
+    for explore, chosen in ((1, 0), (0, 1)):
+        router = make_router(f"latency-headroom:target=1,explore={explore}", context)
+        assert router.route(RequestView(0, 0.0, 10, None), prefill, decode)[1] == chosen
+
+
 class LevelPower:
     """MHz / 10 in watts, and one watt for each of the first 16 requests."""
 
@@ -87,6 +111,7 @@ class LevelPower:
         return clock_mhz / 10 + min(batch_size, 16)
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 40.0
 
 
@@ -144,6 +169,16 @@ def test_least_added_power_by_hand(opened: tuple[int, int], kv: int, chosen: int
     assert make_router("least-added-power", context).route(view, prefill, decode) == (1, chosen)
 
 
+def test_least_added_power_misses_the_promise_by_as_little_as_it_can() -> None:
+    """(1 ms·b + 1 µs·t)/1.4 of 47 ms. 51 requests of 40,000 tokens take 65 ms, 61 of 20,000 take
+    57.9: the second, although it has more requests."""
+    context = replace(make_context(), power=WarmIdle())
+    prefill = [InstanceState(instance_id=0, phase="prefill")]
+    decode = [decode_state(opened=50, kv=40_000), decode_state(opened=60, kv=20_000)]
+    router = make_router("least-added-power", context)
+    assert router.route(RequestView(0, 0.0, 10, None), prefill, decode)[1] == 1
+
+
 def test_min_delta_energy_asks_of_a_token_at_least() -> None:
     """Requests that a driver shows without context are counted with one token. Both would run 1400
     MHz with one more. No lock counts as 1400 in force: 156 W·1 ms more; the other runs at 1000 now,
@@ -173,6 +208,8 @@ def state_at(opened: int, clock: int, last_s: float = 0.03) -> InstanceState:
         ([state_at(20, 1000), state_at(33, 1000)], 1),
         # an empty one: 101 W·1.4 ms = 0.14 J, less than 0.19: it spreads where power would pack
         ([state_at(20, 1000), state_at(0, 1000)], 1),
+        # but more than the 0.035 of going on at 1200
+        ([state_at(33, 1000), state_at(0, 1000)], 0),
         # the clock in force counts: 20 at 1400 pays 156·20 ms now, 117·29.4 ms after: 0.31 J more
         ([state_at(20, 1400), state_at(20, 1000)], 1),
         # 47 misses 47 ms at any level and is left out although it would be the fullest

@@ -25,6 +25,7 @@ class CubicPower:
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 
@@ -168,6 +169,7 @@ class PerRequest(CubicPower):
     """A tenth of a watt a MHz, and one a request and one per 1,000 tokens."""
 
     def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return clock_mhz / 10 + batch_size + tokens / 1000
 
 

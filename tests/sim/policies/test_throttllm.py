@@ -102,6 +102,13 @@ def test_the_last_iteration_of_the_projection_counts(inputs: int, length: int, c
     assert made.decide(state_of(request(inputs, 0, length))) == clock
 
 
+def test_a_batch_that_grows_after_others_have_left_is_looked_at_to_its_end() -> None:
+    """Two iterations of 42 ms, and then 12,000 of one request, up to 1 + 52 ms: too long at 1000
+    MHz, although no deadline is near."""
+    made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
+    assert made.decide(state_of(request(10, 0, 2), request(40_000, 0, 12_002))) == 1200
+
+
 def test_requests_that_wait_ask_for_the_top_clock() -> None:
     made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
     assert made.decide(state_of(request(10, 0, 10), waiting=1)) == 1400
