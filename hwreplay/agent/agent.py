@@ -25,7 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from voltana.hwreplay.agent.control import StaleLimits
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 from voltana.sim.results import read_json, write_json
 

@@ -20,8 +20,8 @@ from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
 from voltana.hwreplay.messages.events import Event, topic_of
 from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS, MetricsError, parse_metrics
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import InstanceState
 from voltana.sim.results import write_json
 

@@ -21,8 +21,8 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.view.context import PolicySource, check_notices, decides_before
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu, open_gpus
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import PREFILL
 
 MakeCaps = Callable[[], Mapping[int, float]]

@@ -12,7 +12,7 @@ from typing import Final
 
 from voltana.hwreplay.router.config import read_router_config
 from voltana.hwreplay.router.service import run_router
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 POLL_S: Final = 0.5
 

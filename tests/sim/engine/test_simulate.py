@@ -10,7 +10,7 @@ import pytest
 
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.schema import Provenance
 from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import simulate

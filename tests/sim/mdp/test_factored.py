@@ -7,7 +7,7 @@ import pytest
 
 from tests.sim.mdp.small import one_level
 from tests.sim.mdp.test_solve import two_levels
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.factored import (
     GroupPolicy,
     delta_of,

@@ -12,7 +12,7 @@ from tests.sim.mdp.small import AffinePower
 from tests.sim.policies.doubles import Formula, decode_state, make_context
 from voltana.experiments.study.train import policy_context
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.mdp.clock_rule import ControllerClock
 from voltana.sim.mdp.factored import solve_group
@@ -24,8 +24,8 @@ from voltana.sim.mdp.model import (
     build_instance,
 )
 from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from voltana.sim.policies.clocks import levels_of
 from voltana.sim.policies.controllers.fixed import NoParameters
+from voltana.sim.policies.parts.clocks import levels_of
 from voltana.sim.policies.registry import CONTROLLERS, Entry, make_controller
 
 PARAMETERS = ModelParameters(

@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 
 from tests.sim.mdp.small import one_level
 from tests.sim.policies.doubles import Formula, make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.grid import StateGrid
 from voltana.sim.mdp.model import InstanceModel, ModelParameters, build_instance
 from voltana.sim.mdp.solve import JointModel, evaluate, policy_iteration, value_iteration

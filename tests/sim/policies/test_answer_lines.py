@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from tests.sim.policies.doubles import CLOCKS, make_cluster, make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.answers import (
     MAX_CHARACTERS,
     ControllerAnswers,

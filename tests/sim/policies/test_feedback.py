@@ -10,7 +10,7 @@ import pytest
 
 from tests.sim.policies.doubles import decode_state, make_context
 from voltana.sim.policies.base import InstanceState
-from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.parts.latency import LatencyWindow
 from voltana.sim.policies.registry import make_controller
 
 ALL = "frequencies=1000+1200+1400"

@@ -14,7 +14,7 @@ from tests.sim.policies.doubles import (
     make_context,
     require_point,
 )
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import (
     UNLOCKED_MHZ,
     Cluster,
@@ -23,9 +23,9 @@ from voltana.sim.policies.base import (
     InstanceState,
     Phase,
 )
-from voltana.sim.policies.clocks import busy_power_w, fleet_power_w, full_batch, require_clock
-from voltana.sim.policies.dice import Dice
-from voltana.sim.policies.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.parts.clocks import busy_power_w, fleet_power_w, full_batch, require_clock
+from voltana.sim.policies.parts.dice import Dice
+from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller
 
 

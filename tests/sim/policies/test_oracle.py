@@ -9,8 +9,8 @@ import pytest
 
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
-from tests.sim.policies.doubles import Formula, decode_state, make_context
-from voltana.profiles.errors import VoltanaError
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import IdlePlan, InstanceState, Phase, PolicyContext, WaitingRequest
 from voltana.sim.policies.registry import make_controller
 
@@ -22,7 +22,7 @@ class Hardware:
     def time_and_power(
         self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
-        assert phase in ("prefill", "decode")
+        require_point(phase, clock_mhz, round(batch_size), round(tokens))
         clock = clock_mhz or 1400
         work_s = 1e-3 * batch_size + 1e-6 * tokens
         if phase == "prefill":
@@ -201,8 +201,11 @@ def test_idle_parks_at_once_at_the_least_idle_power() -> None:
 
 
 def test_it_is_refused_where_nobody_knows_the_truth() -> None:
-    with pytest.raises(VoltanaError, match="only a simulation can show it"):
+    with pytest.raises(VoltanaError) as caught:
         make_controller("oracle", replace(make_context(), truth=None))
+    assert str(caught.value) == (
+        "oracle needs the hardware's true times, which only a simulation can show it"
+    )
 
 
 @pytest.mark.parametrize("engine", ["coalesced", "reference"])
