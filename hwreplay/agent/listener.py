@@ -14,7 +14,7 @@ import zmq
 
 from voltana.hwreplay.actuator.client import ActuatorLostError
 from voltana.hwreplay.agent.agent import AgentConfig
-from voltana.hwreplay.agent.make import caps_w, connect, make_loop, make_meter
+from voltana.hwreplay.agent.make import caps_w, connect, make_loop, make_meter, record_file
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
@@ -55,7 +55,7 @@ class Agent:
         )
         self._meter = make_meter(config)
         self._reconnect_s = 0.0
-        self._clocks: TextIO = (directory / f"{config.name}.clocks.jsonl").open("w")
+        self._clocks: TextIO = record_file(config, directory, "clocks").open("w")
         self._report = directory / f"{config.name}.report.json"
         self._batches = (
             None if config.batch_socket is None else BatchFeed(Path(config.batch_socket))

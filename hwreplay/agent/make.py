@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -58,7 +59,7 @@ def make_loop(
             "leave actuator_socket out for a dry run"
         )
     actuator: ClockSetter = (
-        DryRun(directory / f"{config.name}.decisions.jsonl")
+        DryRun(record_file(config, directory, "decisions"))
         if config.actuator_socket is None
         else connect(config, make_caps_w)
     )
@@ -73,6 +74,11 @@ def make_loop(
         now_s=clock.now_s(),
     )
     return tracker, loop
+
+
+def record_file(config: AgentConfig, directory: Path, kind: str) -> Path:
+    """Where an agent writes down what comes at every turn."""
+    return directory / f"{config.name}.{kind}.jsonl" if config.keeps_files else Path(os.devnull)
 
 
 def make_meter(config: AgentConfig) -> EnergyMeter | None:

@@ -106,6 +106,10 @@ class RouterConfig:
     stale_s: float = 10.0
     """A server that should compute and is silent for so long gets no new requests where another can
     have them; those on it go on."""
+    drain_s: float = 5.0
+    """On SIGTERM new requests are refused (503); those that are open have so long to end."""
+    access_log: bool = False
+    """One line in the log for each request that has ended."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -114,6 +118,8 @@ class RouterConfig:
                 raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
         if self.max_queued < 0:
             raise VoltanaError(f"max_queued must be >= 0, got {self.max_queued}")
+        if not (self.drain_s >= 0 and math.isfinite(self.drain_s)):
+            raise VoltanaError(f"drain_s must be >= 0 and finite, got {self.drain_s}")
         if not 0 <= self.port < 65536:
             raise VoltanaError(f"port must be in 0..65535, got {self.port}")
         for phase in (PREFILL, DECODE):

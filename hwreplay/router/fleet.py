@@ -58,9 +58,6 @@ class RouterFleet:
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self.policy = source.make_router()
-        self._fallback = source.make_router(FALLBACK)
-        self._has_routing_failed = False
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
                 Worker(
@@ -70,8 +67,7 @@ class RouterFleet:
             ]
             for phase in (PREFILL, DECODE)
         }
-        source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
-        source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
+        self.adopt(source)
         self._publisher = EventPublisher(config.events) if config.events else None
         self._reports: ReportFeed | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,6 +76,14 @@ class RouterFleet:
         self._next_id = 0
         for worker in self.all_workers():
             self._show_health(worker)
+
+    def adopt(self, source: PolicySource) -> None:
+        """Route by this configuration's policy from now on."""
+        self.policy = source.make_router()
+        self._fallback = source.make_router(FALLBACK)
+        self._has_routing_failed = False
+        source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
+        source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
 
     def all_workers(self) -> Iterable[Worker]:
         """Prefill first."""

@@ -66,10 +66,28 @@ class Call:
     arrival_s: float
     sink: Sink
     attempt: Attempt | None = None
+    pair: Pair | None = None
+    """The servers that it was last sent to."""
+    first_s: float | None = None
+    """When the first piece of the answer came, on the run's clock."""
+    pieces: int = 0
+    """Of the answer's stream: a token each, unless the server puts several in one."""
     last_piece_s: float = 0.0
     is_prefilled: bool = False
     is_begun: bool = False
     """Something of the answer has gone to the client."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Keys of its line in the access log."""
+        found: dict[str, object] = {
+            "request_id": self.request_id, "input_tokens": self.body.input_tokens,
+            "max_new_tokens": self.body.max_new_tokens, "pieces": self.pieces,
+        }  # fmt: skip
+        if self.first_s is not None:
+            found["ttft_s"] = round(self.first_s - self.arrival_s, 6)
+        if self.pair is not None:
+            found["prefill"], found["decode"] = (w.config.instance_id for w in self.pair)
+        return found
 
 
 class Proxy:
@@ -135,7 +153,7 @@ class Proxy:
 
     async def _attempt(self, call: Call, pair: Pair) -> None:
         """One pair; the loss of a server ends it."""
-        call.attempt = attempt = Attempt()
+        call.attempt, call.pair = (attempt := Attempt()), pair
         for worker in pair:
             worker.attempts.add(attempt)
         try:
@@ -240,7 +258,9 @@ class Proxy:
                 self._first(call, pair, limit)
                 self._metrics.ttft_s.observe(call.last_piece_s - call.arrival_s)
                 await call.sink.begin(answer.status, answer.content_type, pair)
-            worker.tracker.on_tokens(call.request_id, piece.count(EVENT) or 1)
+            pieces = piece.count(EVENT) or 1
+            call.pieces += pieces
+            worker.tracker.on_tokens(call.request_id, pieces)
             await call.sink.write(piece)
             call.attempt.silent_since_s = self._clock.now_s()
         _check_engine(watch.end(), None)
@@ -253,7 +273,7 @@ class Proxy:
         limit.reschedule(None)
         self._mark_prefilled(call, pair)
         call.is_begun = True
-        call.last_piece_s = self._clock.now_s()
+        call.last_piece_s = call.first_s = self._clock.now_s()
         self._fleet.first_token(pair[1], call.request_id, call.last_piece_s)
         if call.attempt is not None:
             pair[0].attempts.discard(call.attempt)

@@ -1,0 +1,108 @@
+"""One child of a service: a process whose every line comes into the service's log."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import subprocess
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Final
+
+from voltana.hwreplay.messages.log_lines import ENVIRONMENT, MAX_TEXT, is_line
+from voltana.hwreplay.replay.parts import END_S, end_process
+from voltana.profiles.errors import VoltanaError
+
+LOG: Final = logging.getLogger("voltana.serve")
+READY_POLL_S: Final = 0.05
+MAX_LINE_BYTES: Final = 2**20
+
+
+class Part:
+    """A child process. Start it with `start`; `end` leaves nothing of it."""
+
+    def __init__(self, name: str, process: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self.process = process
+        self.last_line = ""
+        """What it said last, for the message when it ends."""
+        self._pump = asyncio.create_task(self._take_lines())
+
+    @classmethod
+    async def start(
+        cls, name: str, command: Sequence[str], environment: Mapping[str, str], log_level: str
+    ) -> Part:
+        """Start a command.
+
+        Args:
+            name: In the log.
+            command: Program and arguments.
+            environment: The whole of it.
+            log_level: Least level of its lines.
+        """
+        process = await asyncio.create_subprocess_exec(
+            *command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            start_new_session=True,  # Ctrl-C is for the service, which ends its parts in order
+            env={**environment, ENVIRONMENT: log_level},
+            limit=MAX_LINE_BYTES,
+        )
+        return cls(name, process)
+
+    async def first_line(self) -> str:
+        """The first line of its output; raises VoltanaError if it ends instead."""
+        assert self.process.stdout is not None
+        line = (await self.process.stdout.readline()).decode().strip()
+        if not line:
+            raise await self.ended()
+        return line
+
+    async def await_file(self, path: Path, limit_s: float) -> None:
+        """Wait until it has made a file.
+
+        Raises:
+            VoltanaError: It has ended, or was too late.
+        """
+        try:
+            async with asyncio.timeout(limit_s):
+                while not path.exists():
+                    if self.process.returncode is not None:
+                        raise await self.ended()
+                    await asyncio.sleep(READY_POLL_S)
+        except TimeoutError:
+            raise VoltanaError(f"{self.name} must be ready within {limit_s:g} s") from None
+
+    async def ended(self) -> VoltanaError:
+        """What to say of its end, which it waits for."""
+        code = await self.process.wait()
+        await self._pump
+        said = f": {self.last_line}" if self.last_line else ""
+        return VoltanaError(f"{self.name} must stay up, it ended with {code}{said}")
+
+    async def end(self, limit_s: float = END_S) -> None:
+        """End it, by force after `limit_s`."""
+        await end_process(self.process, limit_s)
+        await self._pump
+
+    async def _take_lines(self) -> None:
+        assert self.process.stderr is not None
+        while True:
+            try:
+                line = await self.process.stderr.readline()
+            except ValueError:  # longer than any line of ours
+                continue
+            if not line:
+                return
+            if line := line.strip():
+                self._log(line)
+
+    def _log(self, line: bytes) -> None:
+        """Lines of the log pass as they are; others become the event of one."""
+        if is_line(line):
+            os.write(2, line + b"\n")
+            return
+        self.last_line = line.decode(errors="replace")[:MAX_TEXT]
+        LOG.warning(self.last_line, extra={"part": self.name})
