@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.agent.guard import GuardLimits
 from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 from voltana.sim.results import read_json, write_json
@@ -57,6 +58,8 @@ class AgentConfig:
     """Stated power of the instance, where no card counts energy. With neither this nor `gpus` no
     energy is reported."""
     stale: StaleLimits = dataclasses.field(default_factory=StaleLimits)
+    guard: GuardLimits | None = None
+    """Releases the clock while too few samples keep the promise; None leaves it alone."""
     keeps_files: bool = True
     """Write down each clock and, in a dry run, each decision: files that grow with the run."""
 

@@ -120,6 +120,20 @@ class ControlLoop:
         """Whether the clock is unlocked for safety."""
         return self._safe is not None
 
+    @property
+    def safe_reason(self) -> str:
+        """Why it is; empty while it is not."""
+        return "" if self._safe is None else self._safe.reason
+
+    @property
+    def wish_mhz(self) -> int:
+        """The clock that was asked for last."""
+        return self._wish_mhz
+
+    def repeat_wish(self, now_s: float) -> None:
+        """Ask for that clock again: who stands before the actuator answers otherwise now."""
+        self._write(self._wish_mhz, now_s)
+
     def attach(self, actuator: ClockSetter) -> None:
         """A new connection to the actuator, after the old one was lost."""
         self._actuator = actuator

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +19,10 @@ from voltana.hwreplay.actuator.client import (
 from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.hwreplay.agent.control import ControlLoop
 from voltana.hwreplay.agent.energy_meter import EnergyMeter
+from voltana.hwreplay.agent.guard import Guard, GuardedClock
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.view.context import PolicySource, check_notices, decides_before
+from voltana.hwreplay.view.engine_only import engine_only
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
 from voltana.profiles.device.cards import open_gpu, open_gpus
@@ -36,6 +39,7 @@ def make_loop(
     clock: RunClock,
     source: PolicySource,
     make_caps_w: MakeCaps,
+    guard: Guard,
 ) -> tuple[InstanceTracker, ControlLoop]:
     """The state that is kept and the loop that acts on it.
 
@@ -45,13 +49,15 @@ def make_loop(
         clock: The run's.
         source: Makes the controller.
         make_caps_w: As in `connect`.
+        guard: Stands before the actuator.
 
     Raises:
         VoltanaError: A wrong setting, or the actuator does not answer.
     """
     settings = source.config
     check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
-    controller = source.make_controller(config.phase, config.instance_id)
+    make = source.make_controller if config.event_address else partial(engine_only, source)
+    controller = make(config.phase, config.instance_id)
     tracker = source.make_tracker(config.phase, config.instance_id)
     if config.actuator_socket is not None and not config.gpus:
         raise VoltanaError(
@@ -66,7 +72,7 @@ def make_loop(
     loop = ControlLoop(
         controller,
         tracker,
-        actuator,
+        GuardedClock(actuator, guard),
         predictor=source.profile.predictor(),
         clocks_mhz=source.profile.meta.clocks.supported_mhz,
         limits=config.stale,

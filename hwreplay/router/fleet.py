@@ -244,8 +244,7 @@ class RouterFleet:
             labels, state = self._labels(worker), worker.tracker.state
             self._metrics.open.labels(*labels).set(state.open_requests)
             self._metrics.kv_tokens.labels(*labels).set(state.kv_tokens)
-            self._metrics.clock_mhz.labels(*labels).set(state.clock_mhz)
-            self._metrics.energy_j.labels(*labels).set(state.energy_j)
+            self._metrics.instances.clock_mhz.labels(*labels).set(state.clock_mhz)
 
     def _candidates(self, phase: Phase, excluded: set[Worker]) -> list[Worker]:
         """Healthy servers; a suspect, or one that this request failed on, only if no other is."""
@@ -394,4 +393,4 @@ class RouterFleet:
                     worker.tracker.on_clock(report.clock_mhz)
                     if report.energy_j is not None:
                         worker.tracker.on_energy(report.energy_j)
-                    self._metrics.decisions.labels(*self._labels(worker)).set(report.decisions)
+                    self._metrics.instances.take(report)

@@ -12,6 +12,8 @@ from prometheus_client import (
     generate_latest,
 )
 
+from voltana.hwreplay.view.instance_metrics import InstanceMetrics
+
 COMPLETED: Final = "completed"
 FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
@@ -71,17 +73,7 @@ class RouterMetrics:
         self.kv_tokens = Gauge(
             "voltana_kv_tokens", "KV-cache tokens in use", _INSTANCE, registry=registry
         )
-        self.clock_mhz = Gauge(
-            "voltana_clock_mhz", "Clock lock in force, 0 is unlocked", _INSTANCE, registry=registry
-        )
-        self.energy_j = Gauge(
-            "voltana_energy_joules", "Energy since the start of the run", _INSTANCE,
-            registry=registry,
-        )  # fmt: skip
-        self.decisions = Gauge(
-            "voltana_decisions", "Decisions of the instance's controller", _INSTANCE,
-            registry=registry,
-        )  # fmt: skip
+        self.instances = InstanceMetrics(registry)
 
     def text(self) -> bytes:
         """The exposition format."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, Literal
 
+from voltana.hwreplay.agent.guard import FLOOR, RESUME, GuardLimits
 from voltana.hwreplay.replay.config import ReplayConfig, make_fleet_config
 from voltana.hwreplay.view.reload import check_sim_reload, refusal, refuse_changes
 from voltana.profiles.binding import bind, check_names, table
@@ -28,7 +29,19 @@ class ServeConfig:
     """Servers, policies, router, cards and actuator, as a replay has them."""
     token_file: Path | None = None
     """File with the bearer token that every request but the health check must carry."""
+    guard_floor: float = FLOOR
+    """An agent gives its clock back below this share of kept samples in the last minute."""
+    guard_resume: float = RESUME
+    """And takes it again at this share."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+
+    def __post_init__(self) -> None:
+        GuardLimits(floor=self.guard_floor, resume=self.guard_resume)  # refuses what contradicts
+
+    @property
+    def guard(self) -> GuardLimits:
+        """Of each agent."""
+        return GuardLimits(floor=self.guard_floor, resume=self.guard_resume)
 
     @property
     def drain_s(self) -> float:

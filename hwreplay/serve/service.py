@@ -189,8 +189,9 @@ class Service:
         Raises:
             VoltanaError: One has ended instead.
         """
+        guard = self._config.guard
         groups = [
-            [dataclasses.replace(config, keeps_files=False) for config in group]
+            [dataclasses.replace(config, keeps_files=False, guard=guard) for config in group]
             for group in agent_groups(self._run)
         ]
         first = [asyncio.get_running_loop().create_future() for _ in groups]

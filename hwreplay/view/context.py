@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import numpy as np
@@ -94,7 +94,7 @@ class PolicySource:
         clocks = self.profile.meta.clocks
         seeds = np.random.SeedSequence(config.seed, spawn_key=(STREAMS[stream], instance_id))
         return PolicyContext(
-            predictor=self._predictor(),
+            predictor=self.predictor(),
             power=SkewedPower.wrap(
                 self.profile.truth(extrapolate=True),
                 scale=config.predictor_power_scale,
@@ -117,7 +117,17 @@ class PolicySource:
             cluster=self.cluster,
         )
 
-    def _predictor(self) -> Predictor:
+    def promise_s(self, phase: Phase) -> float:
+        """What a sample of a phase may take: a token gap, or a prompt to the end of its prefill.
+
+        By the true promises, whatever policies are told to aim at (`aim_ratio`).
+        """
+        config = self.config
+        told = self._context(phase, 0, phase)
+        return replace(told, slo_ttft_s=config.slo_ttft_s, slo_itl_s=config.slo_itl_s).budget_s
+
+    def predictor(self) -> Predictor:
+        """What the configuration's policies believe of time."""
         profile, config = self.profile, self.config
         # a policy may wonder about batches that never run: its tables must not refuse them
         base = (
