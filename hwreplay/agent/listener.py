@@ -16,7 +16,14 @@ from voltana.hwreplay.actuator.client import ActuatorLostError
 from voltana.hwreplay.agent.account import Account
 from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.hwreplay.agent.guard import Guard, GuardedClock, GuardLimits
-from voltana.hwreplay.agent.make import caps_w, connect, make_loop, make_meter, record_file
+from voltana.hwreplay.agent.make import (
+    caps_w,
+    connect,
+    make_controller,
+    make_loop,
+    make_meter,
+    record_file,
+)
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import AgentReport, Reports, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
@@ -103,6 +110,15 @@ class Agent:
     def state(self) -> InstanceState:
         """What the controller sees of the instance."""
         return self._tracker.state
+
+    def adopt(self, source: PolicySource) -> None:
+        """Take over another policy and other promises; clock, meter and what is known stay.
+
+        Raises:
+            VoltanaError: No such policy: the old one stays.
+        """
+        self._loop.adopt(make_controller(self._config, source), self._clock.now_s())
+        self._promise_s = source.promise_s(self._config.phase)
 
     def turn(self) -> None:
         """Take what waits, the router's word before the engine's, and let time pass."""

@@ -27,7 +27,7 @@ from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
 from voltana.profiles.device.cards import open_gpu, open_gpus
 from voltana.profiles.errors import VoltanaError
-from voltana.sim.policies.base import PREFILL
+from voltana.sim.policies.base import PREFILL, Controller
 
 MakeCaps = Callable[[], Mapping[int, float]]
 """Gives the power limit in W that stands for each clock."""
@@ -56,8 +56,7 @@ def make_loop(
     """
     settings = source.config
     check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
-    make = source.make_controller if config.event_address else partial(engine_only, source)
-    controller = make(config.phase, config.instance_id)
+    controller = make_controller(config, source)
     tracker = source.make_tracker(config.phase, config.instance_id)
     if config.actuator_socket is not None and not config.gpus:
         raise VoltanaError(
@@ -80,6 +79,12 @@ def make_loop(
         now_s=clock.now_s(),
     )
     return tracker, loop
+
+
+def make_controller(config: AgentConfig, source: PolicySource) -> Controller:
+    """The controller of an agent's instance; without a router it sees the engine alone."""
+    make = source.make_controller if config.event_address else partial(engine_only, source)
+    return make(config.phase, config.instance_id)
 
 
 def record_file(config: AgentConfig, directory: Path, kind: str) -> Path:

@@ -109,7 +109,9 @@ class RouterConfig:
     drain_s: float = 5.0
     """On SIGTERM new requests are refused (503); those that are open have so long to end."""
     access_log: bool = False
-    """One line in the log for each request that has ended."""
+    """One line in the log for each request that has ended, with its energy where agents tell it."""
+    energy_header: bool = False
+    """An answer that is not streamed waits some tenths of a second for its energy, and names it."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:

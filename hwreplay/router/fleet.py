@@ -12,6 +12,7 @@ from typing import Final
 import aiohttp
 
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.energy.bills import Bills
 from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventKind, EventPublisher
 from voltana.hwreplay.messages.metrics_feed import MetricsFeed
@@ -58,11 +59,11 @@ class RouterFleet:
         self._config = config
         self._clock = clock
         self._metrics = metrics
+        self.bills = Bills(source, clock) if config.access_log or config.energy_header else None
+        make = (self.bills or source).make_tracker
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
-                Worker(
-                    w, source.make_tracker(phase, w.instance_id), Upstream(w.url, config.connect_s)
-                )
+                Worker(w, make(phase, w.instance_id), Upstream(w.url, config.connect_s))
                 for w in config.of(phase)
             ]
             for phase in (PREFILL, DECODE)
@@ -394,3 +395,5 @@ class RouterFleet:
                     if report.energy_j is not None:
                         worker.tracker.on_energy(report.energy_j)
                     self._metrics.instances.take(report)
+                    if self.bills is not None:
+                        self.bills.on_report(report)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +25,7 @@ from voltana.hwreplay.router.errors import (
 )
 from voltana.hwreplay.router.fleet import Pair, RouterFleet
 from voltana.hwreplay.router.prometheus import RouterMetrics
+from voltana.hwreplay.router.sink import NONE
 from voltana.hwreplay.router.upstream import (
     Connection,
     ConnectTimeoutError,
@@ -36,18 +38,22 @@ DRAIN_S: Final = 1.0
 NUM_SERVERS: Final = 2
 """Servers that a request is sent to: one for each phase."""
 CLIENT_ERROR: Final = 400
+ENERGY_HEADER: Final = "X-Voltana-Energy-J"
 
 
 class Sink(Protocol):
     """Where the answer goes."""
 
-    async def begin(self, status: int, content_type: str, pair: Pair) -> None:
+    async def begin(
+        self, status: int, content_type: str, pair: Pair, more: Mapping[str, str] = NONE
+    ) -> None:
         """The decode server has begun to answer.
 
         Args:
             status: HTTP status.
             content_type: HTTP header.
             pair: The servers that serve it.
+            more: Further headers.
         """
 
     async def write(self, piece: bytes) -> None:
@@ -232,8 +238,19 @@ class Proxy:
         """Nothing goes to the client before all is there: a lost server can still be replaced."""
         data = await answer.read()
         self._first(call, pair, limit)
-        await call.sink.begin(answer.status, answer.content_type, pair)
+        headers = await self._energy_header(call)
+        await call.sink.begin(answer.status, answer.content_type, pair, headers)
         await call.sink.end(data)
+
+    async def _energy_header(self, call: Call) -> dict[str, str]:
+        """The request's energy, where it is asked for and a meter counts."""
+        bills = self._fleet.bills
+        if bills is None or not self._config.energy_header:
+            return {}
+        known: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+        bills.close(call.request_id, lambda j: None if known.done() else known.set_result(j))
+        energy_j = await known
+        return {} if energy_j is None else {ENERGY_HEADER: f"{energy_j:.3f}"}
 
     async def _stream(
         self, call: Call, pair: Pair, answer: Connection, limit: asyncio.Timeout
@@ -252,11 +269,11 @@ class Proxy:
                 continue
             now_s = worker.heard_s = self._clock.now_s()
             if call.is_begun:
-                self._metrics.itl_s.observe(now_s - call.last_piece_s)
+                self._metrics.on_gap(now_s - call.last_piece_s)
                 call.last_piece_s = now_s
             else:
                 self._first(call, pair, limit)
-                self._metrics.ttft_s.observe(call.last_piece_s - call.arrival_s)
+                self._metrics.on_first_token(call.last_piece_s - call.arrival_s)
                 await call.sink.begin(answer.status, answer.content_type, pair)
             pieces = piece.count(EVENT) or 1
             call.pieces += pieces

@@ -9,6 +9,7 @@ import hmac
 import logging
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
 from http import HTTPStatus
 from typing import Final
 
@@ -49,6 +50,9 @@ SHUTDOWN_S: Final = 1.0
 """What is still open after a drain may take so long to be told."""
 RETRY_AFTER_S: Final = 10
 """What a client that is refused for a drain is told."""
+LAST_BILLS_S: Final = 2.5
+"""What a drain waits for the energy of the last requests."""
+POLL_S: Final = 0.05
 LEFT: Final = 499
 """Status of a request whose client has gone, as nginx counts it."""
 Reread = Callable[[], RouterConfig]
@@ -75,6 +79,7 @@ class RouterService:
         self._drained = asyncio.Event()
         self.clock = RunClock() if config.start_ns is None else RunClock(start_ns=config.start_ns)
         self.metrics = RouterMetrics()
+        self.metrics.promise(config.sim.slo_ttft_s, config.sim.slo_itl_s)
         self._source = PolicySource(config=config.sim, profile=profile)
         self.app = web.Application(
             client_max_size=config.max_body_bytes, middlewares=[errors_as_json]
@@ -91,11 +96,15 @@ class RouterService:
     async def _live(self, app: web.Application) -> AsyncIterator[None]:
         self._admission = Admission(self._config, self.metrics)
         self.fleet = RouterFleet(self._config, self._source, self.metrics, self.clock)
+        if self.fleet.bills is not None:
+            self.metrics.show_energy(self.fleet.bills)
         self._proxy = Proxy(self._config, self.fleet, self.metrics, self.clock)
         async with aiohttp.ClientSession() as self._session:
             await self.fleet.start(self._session)
             yield
             await self.fleet.stop()
+            if self.fleet.bills is not None:
+                self.fleet.bills.flush()
 
     async def _serve(self, request: web.Request) -> web.StreamResponse:
         """Count each request once, however it ends."""
@@ -112,9 +121,10 @@ class RouterService:
             raise
         finally:
             self.metrics.ended[outcome].inc()
+            if outcome == FAILED:
+                self.metrics.on_failure()
             self._leave()
-            if self._config.access_log:
-                self._log(request, entry, outcome, status)
+            self._close(request, entry, outcome, status)
         return response
 
     def _leave(self) -> None:
@@ -129,17 +139,28 @@ class RouterService:
         answer.force_close()
         return answer
 
-    def _log(self, request: web.Request, entry: Entry, outcome: str, status: int) -> None:
-        """The request's line in the access log."""
+    def _close(self, request: web.Request, entry: Entry, outcome: str, status: int) -> None:
+        """The request's line in the access log, once its energy is known."""
         fields: dict[str, object] = {
             "path": request.path,
             "outcome": outcome,
             "status": status,
             "duration_s": round(self.clock.now_s() - entry.arrival_s, 6),
         }
-        if entry.call is not None:
-            fields |= entry.call.as_dict()
-        say(LOG, logging.INFO, "request", **fields)
+        call, bills, is_logged = entry.call, self.fleet.bills, self._config.access_log
+        if call is None or bills is None:
+            if is_logged:
+                say(LOG, logging.INFO, "request", **fields)
+            return
+        fields |= call.as_dict()
+
+        def tell(energy_j: float | None) -> None:
+            bills.forget(call.request_id)
+            if is_logged:
+                energy = {} if energy_j is None else {"energy_j": round(energy_j, 3)}
+                say(LOG, logging.INFO, "request", **fields, **energy)
+
+        bills.close(call.request_id, tell)
 
     async def drain(self, hurry: asyncio.Event) -> None:
         """Refuse new requests and wait for the open ones, `drain_s` at most or until `hurry`."""
@@ -151,6 +172,11 @@ class RouterService:
             await asyncio.wait(waits, timeout=limit_s, return_when=asyncio.FIRST_COMPLETED)
             for wait in waits:
                 wait.cancel()
+        if self.fleet.bills is not None:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(LAST_BILLS_S):
+                    while self.fleet.bills.num_waiting and not hurry.is_set():
+                        await asyncio.sleep(POLL_S)
         say(LOG, logging.INFO, "drained", cut_off=self._num_open)
 
     def reload(self, config: RouterConfig) -> None:
@@ -165,6 +191,7 @@ class RouterService:
         settled = ("sim", "port") if self._config.port == 0 else ("sim",)  # 0: it took a free one
         refuse_changes(self._config, config, where, section="router", but=settled)
         self.fleet.adopt(PolicySource(config=config.sim, profile=self._profile))
+        self.metrics.promise(config.sim.slo_ttft_s, config.sim.slo_itl_s)
         self._config = dataclasses.replace(self._config, sim=config.sim)
 
     async def _answer(self, request: web.Request, entry: Entry) -> tuple[str, web.StreamResponse]:

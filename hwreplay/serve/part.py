@@ -17,6 +17,9 @@ from voltana.profiles.errors import VoltanaError
 LOG: Final = logging.getLogger("voltana.serve")
 READY_POLL_S: Final = 0.05
 MAX_LINE_BYTES: Final = 2**20
+BACKOFF_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
+"""Before a part is started again, by how often it has died in the last `STEADY_S`."""
+STEADY_S: Final = 60.0
 
 
 class Part:
@@ -106,3 +109,18 @@ class Part:
             return
         self.last_line = line.decode(errors="replace")[:MAX_TEXT]
         LOG.warning(self.last_line, extra={"part": self.name})
+
+
+class Deaths:
+    """How often a part has died of late."""
+
+    def __init__(self) -> None:
+        self._at_s: list[float] = []
+
+    def add(self) -> float | None:
+        """One more; how long to wait before the next start, or None: too often."""
+        now_s = asyncio.get_running_loop().time()
+        self._at_s = [at_s for at_s in self._at_s if now_s - at_s < STEADY_S]
+        self._at_s.append(now_s)
+        number = len(self._at_s)
+        return BACKOFF_S[number - 1] if number <= len(BACKOFF_S) else None

@@ -21,13 +21,13 @@ from typing import Final
 
 import uvloop
 
-from voltana.hwreplay.agent.agent import AgentConfig, agents_environment, ready_file, write_agents
 from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
 from voltana.hwreplay.replay.config import ReplayConfig
-from voltana.hwreplay.replay.parts import Run, agent_groups, observes_fleet, write_router_file
+from voltana.hwreplay.replay.parts import Run, observes_fleet, write_router_file
 from voltana.hwreplay.replay.replay import fleet
+from voltana.hwreplay.serve.agents import AgentParts
 from voltana.hwreplay.serve.config import ServeConfig, check_reload, read_serve_config
-from voltana.hwreplay.serve.part import Part
+from voltana.hwreplay.serve.part import Deaths, Part
 from voltana.hwreplay.serve.servers import keep_server
 from voltana.hwreplay.serve.systemd import notify
 from voltana.hwreplay.view.context import PolicySource
@@ -36,12 +36,8 @@ from voltana.profiles.errors import VoltanaError
 from voltana.profiles.signals import stops_as_interrupts
 
 LOG: Final = logging.getLogger("voltana.serve")
-AGENT_START_S: Final = 60.0
 MARGIN_S: Final = 5.0
 """What a router may take to end beyond its drain."""
-BACKOFF_S: Final = (1.0, 2.0, 5.0, 10.0, 30.0)
-"""Before a part is started again, by how often it has died in the last `STEADY_S`."""
-STEADY_S: Final = 60.0
 OK: Final = 0
 FAILED: Final = 1
 Reread = Callable[[], ServeConfig]
@@ -101,7 +97,7 @@ class Service:
         self._stop, self._hup = asyncio.Event(), asyncio.Event()
         self._serving = asyncio.Event()
         self._router: Part | None = None
-        self._agents: list[asyncio.Task[None]] = []
+        self._agents = AgentParts(run, config.guard, config.log_level)
 
     async def run(self) -> int:
         """Serve to the end; returns the exit code.
@@ -114,17 +110,17 @@ class Service:
             loop.add_signal_handler(number, self._stop.set)
         loop.add_signal_handler(signal.SIGHUP, self._hup.set)
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(self._end_agents)
+            stack.push_async_callback(self._agents.end)
             router = await self._start_router()
             stack.push_async_callback(self._end_router)
             keep = asyncio.create_task(self._keep_router(router))
             stack.callback(keep.cancel)
-            await self._start_agents()
+            await self._agents.start()
             for server in self._run.servers:
                 task = asyncio.create_task(keep_server(self._run, server))
                 stack.callback(task.cancel)
             notify("READY=1")
-            say(LOG, logging.INFO, "serving", url=self._url, agents=len(self._agents))
+            say(LOG, logging.INFO, "serving", url=self._url, agents=len(self._run.workers))
             await self._serve(keep)
             notify("STOPPING=1")
         return OK
@@ -183,64 +179,6 @@ class Service:
         if self._router is not None:
             await self._router.end(self._config.drain_s + MARGIN_S)
 
-    async def _start_agents(self) -> None:
-        """Start all and wait until each is ready.
-
-        Raises:
-            VoltanaError: One has ended instead.
-        """
-        guard = self._config.guard
-        groups = [
-            [dataclasses.replace(config, keeps_files=False, guard=guard) for config in group]
-            for group in agent_groups(self._run)
-        ]
-        first = [asyncio.get_running_loop().create_future() for _ in groups]
-        self._agents = [
-            asyncio.create_task(self._keep_agents(group, ready))
-            for group, ready in zip(groups, first, strict=True)
-        ]
-        await asyncio.gather(*first)
-
-    async def _keep_agents(self, group: list[AgentConfig], first: asyncio.Future[None]) -> None:
-        """One process of agents, started again when it dies; ends with this task."""
-        died = Deaths()
-        part: Part | None = None
-        try:
-            while True:
-                try:
-                    part = await self._start_group(group)
-                    if first.done():
-                        say(LOG, logging.WARNING, "part is back", name=part.name)
-                    else:
-                        first.set_result(None)
-                    raise await part.ended()
-                except VoltanaError as error:
-                    if not first.done():
-                        first.set_exception(error)
-                        return
-                    said = "part died, its clock is unlocked"
-                    say(LOG, logging.ERROR, said, name=group[0].name, error=str(error))
-                await asyncio.sleep(died.add() or BACKOFF_S[-1])
-        finally:
-            if part is not None:
-                await part.end()
-
-    async def _start_group(self, group: list[AgentConfig]) -> Part:
-        directory, name = self._run.directory, group[0].name
-        command = write_agents(group, directory)
-        part = await Part.start(name, command, agents_environment(), self._config.log_level)
-        try:
-            await part.await_file(ready_file(group[-1], directory), AGENT_START_S)
-        except BaseException:
-            await part.end()
-            raise
-        return part
-
-    async def _end_agents(self) -> None:
-        for task in self._agents:
-            task.cancel()
-        await asyncio.gather(*self._agents, return_exceptions=True)
-
     async def _reload(self) -> None:
         """Take over the file's policy and promises, or say why not and leave all as it is."""
         try:
@@ -259,11 +197,7 @@ class Service:
         write_router_file(self._run, **own)
         with suppress(ProcessLookupError):  # it has just died: it starts with the new file
             self._router.process.send_signal(signal.SIGHUP)
-        await self._end_agents()
-        try:
-            await self._start_agents()
-        except VoltanaError as error:
-            say(LOG, logging.ERROR, "an agent is not back, its clock is unlocked", error=str(error))
+        await self._agents.reload()
         notify("READY=1")
         sim = new.fleet.sim
         policy = {"prefill": sim.prefill_controller_spec, "decode": sim.decode_controller_spec}
@@ -275,18 +209,3 @@ def _rehearse(config: ReplayConfig) -> bool:
     """Make every policy once; returns whether a controller looks at the whole fleet."""
     PolicySource(config=config.sim, profile=load_profile(config.sim.profile)).make_router()
     return observes_fleet(config)
-
-
-class Deaths:
-    """How often a part has died of late."""
-
-    def __init__(self) -> None:
-        self._at_s: list[float] = []
-
-    def add(self) -> float | None:
-        """One more; how long to wait before the next start, or None: too often."""
-        now_s = asyncio.get_running_loop().time()
-        self._at_s = [at_s for at_s in self._at_s if now_s - at_s < STEADY_S]
-        self._at_s.append(now_s)
-        number = len(self._at_s)
-        return BACKOFF_S[number - 1] if number <= len(BACKOFF_S) else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from voltana.sim.policies.base import (
 from voltana.sim.policies.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
 
+T = TypeVar("T", bound=InstanceTracker)
 STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
 """Spawn keys of the policies' random streams, as in `voltana.sim.engine.fleet`."""
 
@@ -78,8 +79,18 @@ class PolicySource:
 
     def make_tracker(self, phase: Phase, instance_id: int) -> InstanceTracker:
         """One instance's live state."""
+        return self.track_by(InstanceTracker, phase, instance_id)
+
+    def track_by(self, kind: type[T], phase: Phase, instance_id: int) -> T:
+        """The same by a class of one's own.
+
+        Args:
+            kind: Begins as `InstanceTracker` does.
+            phase: Of the instance.
+            instance_id: Of the instance.
+        """
         config, engine = self.config, self.profile.meta.engine
-        return InstanceTracker(
+        return kind(
             phase,
             instance_id,
             kv_capacity_tokens=self.kv_capacity_tokens,

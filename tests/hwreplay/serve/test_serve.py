@@ -30,9 +30,15 @@ def test_a_reload_keeps_open_streams_and_a_drain_loses_none(tmp_path: Path) -> N
 
     async def play() -> None:
         async with stub_fleet(1, 2, SLOW, metrics) as fleet:
-            write_fleet(file, fleet, metrics)
+            write_fleet(
+                file, fleet, metrics, simulate={"slo_itl_s": 0.06}, serve={"power_w": 100.0}
+            )
             async with served(file) as (service, client):
                 body = request_body(8, TOKENS)
+
+                async def promises() -> str:
+                    async with client.get(service.url + "/metrics") as answer:
+                        return await answer.text()
 
                 async def stream() -> int:
                     async with client.post(service.url + "/generate", json=body) as answer:
@@ -49,8 +55,13 @@ def test_a_reload_keeps_open_streams_and_a_drain_loses_none(tmp_path: Path) -> N
                 )
                 wrong = await service.reload('"ecofreq"', '"ecofrek"')
                 assert "ecofreq" in wrong["error"]
+                assert 'voltana_promise_seconds{promise="itl"} 0.06' in await promises()
+                service.file.write_text(
+                    service.file.read_text().replace("slo_itl_s = 0.06", "slo_itl_s = 0.05")
+                )
                 taken = await service.reload('"ecofrek"', '"static"')
                 assert (taken["event"], taken["decode"]) == ("reloaded", "static")
+                assert 'voltana_promise_seconds{promise="itl"} 0.05' in await promises()
                 late = [asyncio.create_task(stream()) for _ in range(4)]
                 await asyncio.sleep(0.3)
                 service.process.terminate()
@@ -67,6 +78,7 @@ def test_a_reload_keeps_open_streams_and_a_drain_loses_none(tmp_path: Path) -> N
         done = service.events("request")
         assert [x["pieces"] for x in done] == [TOKENS] * 8
         assert {x["outcome"] for x in done} == {"completed"}
+        assert min(x["energy_j"] for x in done) > 0
 
     asyncio.run(play())
 
