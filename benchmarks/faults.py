@@ -25,7 +25,7 @@ from benchmarks.fault_bench import PAIRS, PROFILE, Bench, NotInTimeError, no_wat
 from voltana.hwreplay.emulated.build import build_library, show_here
 from voltana.hwreplay.emulated.card import Card
 from voltana.hwreplay.emulated.state import create_cards, open_cards
-from voltana.profiles.signals import stops_as_interrupts
+from voltana.profiles.common.signals import stops_as_interrupts
 
 SEED = 7
 UNLOCK_S = 20.0

@@ -13,7 +13,7 @@ from collections.abc import Generator
 import simpy
 
 from voltana.experiments.runs import cached_profile, workload_of
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine.simulate import simulate
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "recommend", "tune", "train",

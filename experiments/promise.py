@@ -131,7 +131,7 @@ def overloads(
     directory: Path,
     *,
     jobs: int | None = None,
-    engine: str = "processes",
+    executor: str = "processes",
     store: str | Path | None = None,
 ) -> list[Overload]:
     """Of a finished sweep: the loads at which no policy and not even static-max keeps the promise.
@@ -143,7 +143,7 @@ def overloads(
         points: The sweep's.
         directory: The sweep's, as of `voltana.experiments.sweep.run.run_sweep`, like the rest.
         jobs: Processes.
-        engine: Where points run.
+        executor: Where points run.
         store: Where results are kept.
     """
     results = open_store(store or directory / POINTS)
@@ -161,7 +161,7 @@ def overloads(
         seeds = {p.config.seed: p.config for own in policies.values() for p in own}
         missed[load] = [Point(labels={}, config=static_max(config)) for config in seeds.values()]
     tops = [point for own in missed.values() for point in own]
-    failed = run_missing(tops, results, jobs=jobs, engine=engine)
+    failed = run_missing(tops, results, jobs=jobs, executor=executor)
     found = []
     for load, own in missed.items():
         if not any(point.key in failed for point in own):

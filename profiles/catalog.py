@@ -12,8 +12,8 @@ import numpy.typing as npt
 import pandas as pd
 
 from voltana.profiles import ecopred
-from voltana.profiles.errors import VoltanaError, nearest
-from voltana.profiles.files import write_text
+from voltana.profiles.common.errors import VoltanaError, nearest
+from voltana.profiles.common.files import write_text
 from voltana.profiles.places import DATA as DATA
 from voltana.profiles.places import profile_directory
 from voltana.profiles.schema import ProfileMeta, meta_toml, read_meta

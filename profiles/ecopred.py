@@ -28,7 +28,7 @@ import numpy as np
 import pandas as pd
 from scipy.optimize import nnls
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.tables import POINT, FloatArray
 
 BATCH_RANGE_ENDS: Final = (4, 8, *range(16, 129, 8), *range(256, 2049, 128))

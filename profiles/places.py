@@ -6,7 +6,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Final
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 DATA: Final = Path(__file__).parent / "data"
 """Shipped profiles, `<gpu>/<model>`."""

@@ -11,8 +11,8 @@ from typing import Any, Final, TypeVar
 
 import tomli_w
 
-from voltana.profiles.binding import bind, check_names, table
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.binding import bind, check_names, table
+from voltana.profiles.common.errors import VoltanaError
 
 SCHEMA_VERSION: Final = 1
 STATUSES: Final = ("measured", "calibrated", "modelled")

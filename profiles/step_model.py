@@ -14,7 +14,7 @@ from bisect import bisect_right
 from collections.abc import Mapping
 from itertools import pairwise
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.tables import Grid, GridRow
 
 Row = tuple[list[float], list[float], list[float], list[float], list[float]]

@@ -27,7 +27,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.schema import ErrorsMeta, PerQuantity
 from voltana.profiles.tables import POINT, idle_power_of
 

@@ -17,8 +17,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from voltana.profiles.binding import choices, converted
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.binding import choices, converted
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, serving_settings
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"

@@ -19,9 +19,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.parquet as pq
 
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_parquet, write_text
-from voltana.profiles.folders import check, mark
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_parquet, write_text
+from voltana.profiles.common.folders import check, mark
 from voltana.sim.metrics import summarise
 from voltana.sim.records import InstanceRecord, IterationTable, RequestTable, RunRecord
 

@@ -60,8 +60,8 @@ def run(
     """
     from voltana.experiments.promise import end_with
     from voltana.experiments.study.suite import find_experiment, list_experiments, read_experiment
-    from voltana.profiles.errors import VoltanaError
-    from voltana.profiles.files import write_bytes
+    from voltana.profiles.common.errors import VoltanaError
+    from voltana.profiles.common.files import write_bytes
 
     names = list(list_experiments()) if name == "all" else [name]
     failures: dict[str, str] = {}
@@ -96,9 +96,9 @@ def _run_step_response(out: Path, *, quick: bool) -> Path:
 
     Its loads are disturbances that are meant to overload: nobody is warned of that.
     """
+    from voltana.experiments.control.responses import draw_responses
+    from voltana.experiments.control.step_response import SEEDS, describe_plant, run_all
     from voltana.experiments.draw.plots import save
-    from voltana.experiments.study.responses import draw_responses
-    from voltana.experiments.study.step_response import SEEDS, describe_plant, run_all
 
     directory = out / (f"{STEP_RESPONSE}-quick" if quick else STEP_RESPONSE)
     table, responses = run_all(SEEDS[:1] if quick else SEEDS)
@@ -119,7 +119,7 @@ def _run_one(
     from voltana.experiments.study.curves import draw_experiment
     from voltana.experiments.study.suite import with_saving
     from voltana.experiments.sweep.run import run_sweep
-    from voltana.profiles.errors import VoltanaError
+    from voltana.profiles.common.errors import VoltanaError
 
     directory = out / (f"{chosen.name}-quick" if quick else chosen.name)
     results = run_sweep(chosen.points, directory, jobs=jobs)

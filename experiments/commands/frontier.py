@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from voltana.experiments.options import RequireSlo
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import parse_settings
 
 if TYPE_CHECKING:
@@ -122,8 +122,8 @@ def _refuse(options: Sequence[tuple[str, object]], why: str) -> None:
 
 
 def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | None) -> None:
-    from voltana.experiments.frontier.contest import CSV, run_contest
-    from voltana.experiments.frontier.contest_page import write_page
+    from voltana.experiments.contest.page import write_page
+    from voltana.experiments.contest.run import CSV, run_contest
 
     if docs is not None:
         for path in write_page(CSV, docs):
@@ -142,8 +142,8 @@ def _search(study: Study, question: str, out: Path, jobs: int | None, draws: int
     from voltana.experiments.frontier.search import search_frontier
     from voltana.experiments.frontier.search_page import write_frontier
     from voltana.experiments.frontier.table import carries, frontier_table
-    from voltana.profiles.files import write_csv
-    from voltana.profiles.folders import claim
+    from voltana.profiles.common.files import write_csv
+    from voltana.profiles.common.folders import claim
     from voltana.sim.config import make_config
 
     if draws is not None:

@@ -46,7 +46,7 @@ def list_names(
     with NAME one of them with its whole rule. They are given on the command line as
     name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
-    from voltana.profiles.errors import VoltanaError, nearest
+    from voltana.profiles.common.errors import VoltanaError, nearest
 
     if json and kind != "profiles":
         raise VoltanaError(f"--json is for profiles, got {kind!r}: leave it out")
@@ -86,7 +86,7 @@ def _profiles(kind: str, name: str | None, *, as_json: bool) -> list[str]:
 
 
 def _policies(kind: str, name: str | None) -> list[str]:
-    from voltana.profiles.errors import VoltanaError, nearest
+    from voltana.profiles.common.errors import VoltanaError, nearest
     from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
 
     entries: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controllers" else ROUTERS

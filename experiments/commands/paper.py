@@ -48,7 +48,7 @@ def fit(
 
     from voltana.experiments.paper.calibrate import fit_panel
     from voltana.experiments.paper.panel import read_panel
-    from voltana.profiles.files import write_text
+    from voltana.profiles.common.files import write_text
 
     found = fit_panel(
         read_panel(panel), data, out, workload=workload, max_evaluations=max_evaluations,
@@ -103,7 +103,7 @@ def compare(
     from voltana.experiments.paper.figure import draw_panel
     from voltana.experiments.paper.panel import panel_residuals, read_panel, score, worst
     from voltana.experiments.show import width
-    from voltana.profiles.files import write_csv
+    from voltana.profiles.common.files import write_csv
 
     published = read_panel(panel)
     compared = panel_residuals(published, out, jobs=jobs)
@@ -130,7 +130,7 @@ def predict(
     from voltana.experiments.draw.plots import save
     from voltana.experiments.paper.bands import bands, central, draw_bands, predict_by_rule
     from voltana.experiments.show import width
-    from voltana.profiles.files import write_csv
+    from voltana.profiles.common.files import write_csv
 
     by_rule = predict_by_rule(runs, jobs=jobs)
     found = bands(by_rule)

@@ -34,7 +34,7 @@ def check_profile(
         report_lines,
     )
     from voltana.profiles.catalog import load_profile
-    from voltana.profiles.importing.evidence import read_rows
+    from voltana.profiles.evidence import read_rows
 
     found = compare_rows(load_profile(profile), read_rows(rows), parse_prompts(prompt_tokens or ()))
     for line in report_lines(found, parse_range(batches)):

@@ -86,7 +86,7 @@ def recommend(
     costs = Costs(price_per_kwh=price, currency=currency, carbon_g_per_kwh=carbon)
     found = recommend_all(
         profile or [], given, out, costs, gpus=gpus, watts=watts, target=target,
-        policies=policy or (), seeds=seeds, draws=uncertainty, jobs=jobs, engine=engine,
+        policies=policy or (), seeds=seeds, draws=uncertainty, jobs=jobs, executor=engine,
     )  # fmt: skip
     if json:
         typer.echo(summary_json(found.told))

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, read_serving
 from voltana.sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
 from voltana.sim.workload.generate import PART_REQUESTS

@@ -42,6 +42,8 @@ def sweep(
     from voltana.experiments.sweep.run import RESULTS, run_sweep
 
     points = read_sweep(config)
-    table = run_sweep(points, out, jobs=jobs, engine=engine, store=store)
+    table = run_sweep(points, out, jobs=jobs, executor=engine, store=store)
     typer.echo(f"{len(table)} points in {out / RESULTS}")
-    end_with(overloads(points, out, jobs=jobs, engine=engine, store=store), require_slo=require_slo)
+    end_with(
+        overloads(points, out, jobs=jobs, executor=engine, store=store), require_slo=require_slo
+    )

@@ -57,10 +57,10 @@ def tune_pid(
     OUT/pid.toml` takes it as it is. Run the command again to go on after an interruption.
     Example: voltana tune pid --set rate_rps=30 --set duration_s=60 --set slo_itl_s=0.045
     """
+    from voltana.experiments.control.tune import PidTuner
     from voltana.experiments.promise import missed
-    from voltana.experiments.study.tune import PidTuner
-    from voltana.profiles.files import write_text
-    from voltana.profiles.folders import claim
+    from voltana.profiles.common.files import write_text
+    from voltana.profiles.common.folders import claim
 
     base = (read_toml(config) if config else {}) | parse_settings(settings or [])
     tuner = PidTuner(

@@ -20,7 +20,7 @@ from voltana.experiments.runs import profile_of
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import run_or_raise
 from voltana.experiments.sweep.store import FolderStore
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 
 SURE: Final = 0.95

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.importing.evidence import PROMPT_TOKENS, Row
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.evidence import PROMPT_TOKENS, Row
 
 HOST_BOUND: Final = 0.25
 """A row whose gap is longer and whose power is lower than predicted by more than this share: the

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import Any, Final
 import pandas as pd
 
 from voltana.experiments.sweep.grid import STATIC_PAIR
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS
 
 STATIC_MAX: Final = "static-max"

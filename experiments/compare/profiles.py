@@ -16,8 +16,8 @@ import pandas as pd
 from scipy.optimize import nnls
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.markdown import markdown_table
 
 PHASES: Final = ("prefill", "decode")
 UNITS: Final = {"time_s": "iteration time", "power_w": "power"}

@@ -17,7 +17,7 @@ from typing import Any, Final
 import nbformat
 from nbclient import NotebookClient
 
-from voltana.profiles.files import write_text
+from voltana.profiles.common.files import write_text
 
 ROOT: Final = Path(__file__).parents[2]
 FOLDER: Final = ROOT / "notebooks"

@@ -11,8 +11,8 @@ from typing import Any, Final
 
 from voltana.experiments.study.suite import list_experiments
 from voltana.profiles.catalog import list_profiles, load_profile
-from voltana.profiles.errors import VoltanaError, nearest
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.errors import VoltanaError, nearest
+from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.config import KEYS, SimConfig
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry
 from voltana.sim.workload.generate import list_workloads

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 OPTIONS: Final = (
     "--model toy --device cpu --dtype float32 --power-w 100 --budget 10s --window 0.02"

@@ -8,7 +8,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.catalog import Profile, load_profile, write_profile
-from voltana.profiles.files import write_csv
+from voltana.profiles.common.files import write_csv
 
 
 def perturbed_profile(

@@ -12,9 +12,9 @@ from matplotlib.figure import Figure
 
 from voltana.experiments.compare.profiles import ProfileComparison, at_context, note_text
 from voltana.experiments.draw.plots import save
+from voltana.profiles.common.files import write_csv, write_text
+from voltana.profiles.common.folders import claim
 from voltana.profiles.draw.style import COLOURS, STYLE
-from voltana.profiles.files import write_csv, write_text
-from voltana.profiles.folders import claim
 
 
 def write_comparison(found: ProfileComparison, directory: Path) -> list[Path]:

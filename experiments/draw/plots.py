@@ -17,6 +17,8 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FormatStrFormatter, NullLocator
 
 from voltana.experiments.compare.policies import BEST_PAIR, TARGET, load_columns, worse_attainment
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_figure
 from voltana.profiles.draw.style import (
     COLOURS,
     GREY,
@@ -27,8 +29,6 @@ from voltana.profiles.draw.style import (
     legend_height_in,
     line_style,
 )
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_figure
 from voltana.sim.policies.base import DECODE, PREFILL
 
 __all__ = ["COLOURS", "MARKERS", "STYLE", "energy_vs_slo", "save"]

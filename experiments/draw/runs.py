@@ -24,8 +24,8 @@ from voltana.experiments.draw.plots import (
     hollow,
     plot_kept,
 )
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.draw.style import STYLE, WIDTH_IN, line_style
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.records import RunRecord
 
 _ROWS: Final = (

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import Controller, InstanceState, PolicyContext
-from voltana.sim.policies.clocks import clock_at_least_mhz
+from voltana.sim.policies.parts.clocks import clock_at_least_mhz
 from voltana.sim.policies.registry import Entry
 from voltana.sim.policies.spec import parameter
 

@@ -48,7 +48,13 @@ class _Pair:
 
 
 def configs_of(study: Study, found: Found, draws: int) -> list[SimConfig]:
-    """Its judged settings on each draw."""
+    """Judged settings on profiles drawn from the stated errors.
+
+    Args:
+        study: Loads, base configuration, judging repeats.
+        found: A policy of one of its loads.
+        draws: How many; draw k takes the judging repeat k in turn.
+    """
     load = next(x for x in study.loads if x.name == found.load)
     return [
         make_config(

@@ -26,7 +26,7 @@ from voltana.experiments.frontier.knob import search_knob
 from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
 from voltana.experiments.progress import progress_bar
 from voltana.experiments.runs import cached_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 
 STATIC_MAX: Final = "static-max"
@@ -115,6 +115,13 @@ class _Desk:
         self._known: dict[tuple[str, bool], Trial] = {}
 
     def attempt(self, settings: Mapping[str, Any], label: str, *, on_all: bool) -> Trial:
+        """One setting on the tuning repeats; one that was tried is known.
+
+        Args:
+            settings: Keys of the configuration, over the load's own.
+            label: The setting in words; the same label is the same setting.
+            on_all: On every tuning repeat, up to the first that misses; else on the first alone.
+        """
         key = (label, on_all)
         if key not in self._known:
             repeats = self.study.tuning if on_all else self.study.tuning[:1]

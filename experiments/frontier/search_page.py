@@ -22,9 +22,9 @@ from voltana.experiments.frontier.search import DEFAULT, STATIC_MAX, Found, Stud
 from voltana.experiments.frontier.table import carries, keeps
 from voltana.experiments.show import render
 from voltana.experiments.sweep.run import RESULTS
+from voltana.profiles.common.files import write_csv, write_text
+from voltana.profiles.common.markdown import markdown_table
 from voltana.profiles.draw.style import STYLE, WIDTH_IN, legend_height_in, line_style
-from voltana.profiles.files import write_csv, write_text
-from voltana.profiles.markdown import markdown_table
 
 HEADINGS: Final = (
     "router", "controller", "knob", "tuned %", "kept %", "energy kJ", "vs max %", "vs pair %",

@@ -41,10 +41,10 @@ from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.search import Study, profile_knots
 from voltana.experiments.frontier.trial import Load
 from voltana.experiments.runs import cached_profile
-from voltana.profiles.binding import check_names, table, tables, value, values
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.binding import check_names, table, tables, value, values
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config, read_toml
-from voltana.sim.policies.clocks import clock_list
+from voltana.sim.policies.parts.clocks import clock_list
 from voltana.sim.policies.registry import check_policies
 from voltana.sim.workload.fetch import in_data_folder
 from voltana.sim.workload.traces import open_trace

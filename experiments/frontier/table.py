@@ -11,8 +11,8 @@ from typing import Any, Final
 
 import pandas as pd
 
+from voltana.experiments.bound.lower import lower_bound
 from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
-from voltana.experiments.frontier.bound import lower_bound
 from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
 from voltana.experiments.frontier.trial import pooled
 from voltana.experiments.runs import profile_of, workload_of

@@ -15,7 +15,7 @@ from voltana.experiments.sweep.executors import run_point
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import flat_summary
 from voltana.experiments.sweep.store import FolderStore
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 
 ATTAINMENTS: Final = ("attainment", "ttft_attainment", "itl_attainment", "worse")

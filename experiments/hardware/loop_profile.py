@@ -19,7 +19,7 @@ from voltana.hwreplay.emulated.plan import Plan
 from voltana.hwreplay.emulated.state import open_cards
 from voltana.hwreplay.engines.plan import Installation
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 
 CLOCKS_MHZ: Final = (1005, 1410)

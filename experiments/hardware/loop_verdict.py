@@ -10,7 +10,7 @@ from typing import Any, Final
 
 from voltana.experiments.runs import cached_profile
 from voltana.hwreplay.validate.validate import Thresholds, validate
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.records import RunRecord
 
 LIMITS: Final = Thresholds(energy_frac=0.05, p50_frac=0.05, p90_frac=None, p99_frac=0.10)

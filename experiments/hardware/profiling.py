@@ -11,11 +11,11 @@ from pathlib import Path
 from voltana import profiles
 from voltana.experiments.extras import needs
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.device.cards import open_cards
 from voltana.profiles.device.gpu import Gpu
 from voltana.profiles.engines.base import PHASES, Engine, Phase
 from voltana.profiles.engines.llama_config import load_config, load_shape
-from voltana.profiles.errors import VoltanaError, nearest
 from voltana.profiles.measure.budget import clock_s, thinned
 from voltana.profiles.measure.campaign import Plan
 from voltana.profiles.measure.progress import Progress, open_progress

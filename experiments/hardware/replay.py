@@ -19,9 +19,9 @@ from voltana.hwreplay.replay.fit import fit_surface, steps_of, write_fitted_prof
 from voltana.hwreplay.replay.load import read_rows
 from voltana.hwreplay.replay.probe import Overhead, fit_overhead, plan_probe
 from voltana.hwreplay.replay.replay import finish, replay
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_text
-from voltana.profiles.folders import claim
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_text
+from voltana.profiles.common.folders import claim
 from voltana.sim.config import SimConfig, read_toml
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.policies.base import DECODE, PREFILL, Phase

@@ -9,9 +9,9 @@ from voltana.experiments.draw.validation import validation_figure
 from voltana.experiments.runs import cached_profile
 from voltana.hwreplay.validate.validate import IterationModel, Thresholds, validate
 from voltana.hwreplay.validate.verdict_page import markdown
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_figure, write_text
-from voltana.profiles.folders import claim
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_figure, write_text
+from voltana.profiles.common.folders import claim
 from voltana.sim.records import RunRecord
 from voltana.sim.results import finite, read_run, write_json
 

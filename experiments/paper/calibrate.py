@@ -21,7 +21,7 @@ from scipy.optimize import minimize
 from voltana.experiments.paper.panel import below_overload, panel_residuals, score
 from voltana.profiles.build.a100 import Tuning, build_tuned
 from voltana.profiles.catalog import FILES, Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import read_toml
 
 MODEL: Final = "llama-3.1-8b"

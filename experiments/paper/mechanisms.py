@@ -31,11 +31,11 @@ from voltana.experiments.paper.panel import (
     residuals,
     with_saving_pct,
 )
-from voltana.experiments.study.script import run_script
+from voltana.experiments.script import run_script
 from voltana.experiments.sweep.grid import CONFIGS, Point, read_sweep
 from voltana.experiments.sweep.run import run_sweep
 from voltana.profiles.build.a100 import AS_SOURCES, Tuning
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.config import make_config
 
 _SHOWN: Final = {
@@ -143,7 +143,13 @@ class _Study:
     def runs(
         self, tuning: Tuning, rates: Sequence[int], model: str = "llama-3.1-8b"
     ) -> pd.DataFrame:
-        """Results of the panel, or of the one cell of another model."""
+        """Results of the panel, or of the one cell of another model.
+
+        Args:
+            tuning: The mechanisms in force.
+            rates: Loads of the panel, requests/s; another model has its own.
+            model: Whose profile is built and run.
+        """
         profile = trial_profile(self._data, self._out / "profiles", tuning, model)
         name, dataset = self.published.iloc[0][["model", "dataset"]]
         if model in _SHOWN:

@@ -20,7 +20,7 @@ from voltana.experiments.draw.plots import VOLTANALLM
 from voltana.experiments.study.suite import PANEL, read_experiment
 from voltana.experiments.sweep.grid import CONFIGS, Point
 from voltana.experiments.sweep.run import run_sweep
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 
 ConfigValue = str | float

@@ -26,7 +26,7 @@ class Desk:
     question: Question
     directory: Path
     jobs: int | None = None
-    engine: str = "processes"
+    executor: str = "processes"
     screened: list[Trial] = field(default_factory=list)
     """What has been tried on the first tuning repeat alone, in any order."""
     _known: dict[str, Trial] = field(default_factory=dict)
@@ -43,9 +43,9 @@ class Desk:
             for settings, repeats in wanted
             for repeat in repeats
         ]
-        if self.jobs != 1 or self.engine != "processes":
+        if self.jobs != 1 or self.executor != "processes":
             run_missing(
-                points, FolderStore(self.directory / POINTS), jobs=self.jobs, engine=self.engine
+                points, FolderStore(self.directory / POINTS), jobs=self.jobs, executor=self.executor
             )
 
     def trial(
@@ -56,7 +56,14 @@ class Desk:
         *,
         stop_below: float = 0.0,
     ) -> Trial:
-        """One setting on some repeats, the last one the first that attains less than that."""
+        """One setting on some repeats; one that was run before is known.
+
+        Args:
+            settings: Keys of the configuration, over the question's own.
+            label: The setting in words.
+            repeats: Settings of each, a seed or a piece of the trace.
+            stop_below: Attainment, 0 to 1: the first repeat that falls below it is the last.
+        """
         key = f"{sorted(settings.items())} {[*repeats]} {stop_below}"
         if key not in self._known:
             trial = self.bench.run(settings, label, repeats, stop_below=stop_below)

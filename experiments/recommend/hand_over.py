@@ -18,7 +18,7 @@ import tomli_w
 
 from voltana.experiments.recommend.desk import fixed_clock_mhz
 from voltana.experiments.recommend.judge import DYNAMIC, Advice, Judged
-from voltana.profiles.files import write_text
+from voltana.profiles.common.files import write_text
 from voltana.sim.config import SimConfig, make_config
 
 ANNOTATION: Final = "dynamo.nvidia.com/gpu-power-limit"

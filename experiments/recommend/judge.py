@@ -28,7 +28,7 @@ from voltana.experiments.recommend.fixed_choice import (
     label_of,
 )
 from voltana.experiments.recommend.question import LOADS, Question, Repeats
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 AT_OTHER_LOADS: Final = 2
 """Judging repeats at loads other than the asked one."""
@@ -115,7 +115,13 @@ class Advice:
         return way.attainment(factor) >= self.question.target
 
     def saving(self, way: Judged, other: Judged, factor: float = 1.0) -> Interval:
-        """Energy in % that the way saves against the other, over the repeats, paired."""
+        """Energy that one way saves against another, in %, paired over the repeats.
+
+        Args:
+            way: What is asked about.
+            other: What it is compared with.
+            factor: Load at which both were judged, over the asked one.
+        """
         mine, theirs = way.at_load[factor], other.at_load[factor]
         return saving_pct(mine.energies_j, theirs.energies_j)
 

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from voltana.experiments.compare.intervals import Interval
 from voltana.experiments.recommend.show import half_text
-from voltana.profiles.files import write_text
+from voltana.profiles.common.files import write_text
 from voltana.sim.config import make_config
 
 

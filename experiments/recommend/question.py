@@ -11,7 +11,7 @@ from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.study import check_settings
 from voltana.experiments.runs import DEFAULT_DURATION_S, cached_profile
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import CLOCKLESS
 from voltana.sim.policies.registry import check_policies
@@ -103,7 +103,13 @@ class Question:
 
 @lru_cache
 def peak_w(profile: Profile, phase: str, clock_mhz: int) -> float:
-    """The most that an instance of a profile draws, in W, all its GPUs, at that clock or below."""
+    """The most that an instance of a profile draws at a clock or below, in W, all its GPUs.
+
+    Args:
+        profile: Its tables.
+        phase: "prefill" or "decode".
+        clock_mhz: Any; between two clocks of the tables the upper one counts.
+    """
     frame = profile.prefill if phase == "prefill" else profile.decode
     tables = sorted(frame["frequency_mhz"].unique())
     above = next((c for c in tables if c >= clock_mhz), tables[-1])

@@ -15,9 +15,9 @@ from voltana.experiments.recommend.hand_over import write_ready
 from voltana.experiments.recommend.judge import Advice, advise
 from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.show import Costs, as_dict
-from voltana.experiments.sweep.executors import check_engine
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.folders import claim
+from voltana.experiments.sweep.executors import check_executor
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.folders import claim
 from voltana.sim.config import DEFAULT_PROFILE
 from voltana.sim.results import write_json
 
@@ -40,7 +40,7 @@ def recommend_all(
     costs: Costs,
     *,
     jobs: int | None = None,
-    engine: str = "processes",
+    executor: str = "processes",
     **options: Any,  # noqa: ANN401 (those of make_question)
 ) -> Recommended:
     """Advise for each profile and write page, figure and files.
@@ -51,13 +51,13 @@ def recommend_all(
         out: Where to; runs are kept there.
         costs: Price and carbon.
         jobs: Processes; all cores by default.
-        engine: `processes` or `ray`.
+        executor: `processes` or `ray`.
         options: Hardware, target, policies: see `make_question`.
 
     Raises:
         VoltanaError: See `make_question` and `advise`.
     """
-    check_engine(engine)
+    check_executor(executor)
     if profiles and "profile" in settings:
         raise VoltanaError("the profile is named twice: leave --set profile out")
     names = profiles or [str(settings.get("profile", DEFAULT_PROFILE))]
@@ -69,7 +69,7 @@ def recommend_all(
     with progress_bar("searching", len(questions)) as bar:
         for name, question in zip(names, questions, strict=True):
             bar.advance(0, f"searching {name}")
-            advices.append(advise(Desk(question, out, jobs, engine)))
+            advices.append(advise(Desk(question, out, jobs, executor)))
             bar.advance()
     return _written(advices, names, out, costs)
 

@@ -29,7 +29,7 @@ from voltana.experiments.sweep.run import (
     read_residency,
     read_results,
 )
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.results import check_frames, read_json
 
 SUMMARY: Final = "summary.json"

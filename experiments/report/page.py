@@ -21,8 +21,8 @@ from voltana.experiments.report import charts
 from voltana.experiments.report.collect import ID, RUN, Results, collect
 from voltana.experiments.report.series import RunSeries, choose, series_of
 from voltana.experiments.runs import cached_profile
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_text
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_text
 from voltana.sim.config import KEYS
 from voltana.sim.results import BrokenFileError
 

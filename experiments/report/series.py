@@ -12,7 +12,7 @@ import pandas as pd
 
 from voltana.experiments.report.collect import ID, SUMMARY, Results
 from voltana.experiments.runs import run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS, SimConfig, make_config
 from voltana.sim.records import FloatArray
 from voltana.sim.results import read_frame, read_json

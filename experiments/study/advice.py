@@ -24,8 +24,8 @@ from voltana.experiments.recommend.desk import Desk, fleet_settings
 from voltana.experiments.recommend.fixed_choice import allows
 from voltana.experiments.recommend.judge import Advice, advise
 from voltana.experiments.recommend.question import Question, Repeats, make_question
-from voltana.experiments.study.script import run_script
-from voltana.profiles.markdown import markdown_table
+from voltana.experiments.script import run_script
+from voltana.profiles.common.markdown import markdown_table
 
 DURATION_S: Final = 30.0
 """Of a repeat; shorter than the command's, so that there are many."""

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any, Final
 
 from voltana.experiments.frontier.trial import Bench, Load, Trial
-from voltana.experiments.study.script import run_script
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.markdown import markdown_table
+from voltana.experiments.script import run_script
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.markdown import markdown_table
 
 BASE: Final = {
     "profile": "a100-80g-sxm/llama-3.1-8b", "workload": "sharegpt", "router": "consolidate",

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 from voltana.experiments.compare.measures import Measure, find_measure
 from voltana.experiments.draw.plots import add_legend, display_name, stretch_attainment
 from voltana.experiments.study.suite import PANEL, Experiment, FigureSpec
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.draw.style import FONT_PT, STYLE, WIDTH_IN, legend_height_in, line_style
-from voltana.profiles.errors import VoltanaError, nearest
 
 Styles = dict[Any, dict[str, Any]]
 MOST_COLUMNS: Final = 3

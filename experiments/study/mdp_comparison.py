@@ -23,11 +23,11 @@ from voltana.experiments.compare.policies import (
     is_static_pair,
     keeps_slo,
 )
-from voltana.experiments.study.script import run_script
+from voltana.experiments.script import run_script
 from voltana.experiments.study.train import TrainingPlan, train
 from voltana.experiments.sweep.grid import Point, expand
 from voltana.experiments.sweep.run import run_sweep
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.config import make_config
 
 SEEDS: Final = (21, 22, 23)

@@ -33,8 +33,8 @@ import pandas as pd
 from voltana.experiments.compare.measures import find_measure
 from voltana.experiments.compare.policies import SEED, add_saving, is_static_pair
 from voltana.experiments.sweep.grid import CONFIGS, STATIC_PAIR, Point, expand
-from voltana.profiles.binding import check_names, table, tables, value, values
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.binding import check_names, table, tables, value, values
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.config import KEYS, read_toml
 
 QUICK_DURATION_S: Final = 10.0

@@ -17,7 +17,7 @@ import numpy.typing as npt
 from voltana.experiments.progress import progress_bar
 from voltana.experiments.runs import cached_profile, workload_of
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.mdp.clock_rule import ControllerClock
 from voltana.sim.mdp.factored import group_sizes, lower_bound_w, solve_by_policies, solve_groups

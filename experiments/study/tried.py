@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Final
 
 from voltana.experiments.frontier.trial import Bench, Load
-from voltana.experiments.study.script import run_script
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.markdown import markdown_table
+from voltana.experiments.script import run_script
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.policies.base import DECODE, InstanceState, PolicyContext, RequestView, States
-from voltana.sim.policies.clocks import first_clock_mhz
 from voltana.sim.policies.controllers.ecomin import EcoMin, EcoMinParameters
+from voltana.sim.policies.parts.clocks import first_clock_mhz
 from voltana.sim.policies.registry import Entry
 from voltana.sim.policies.routers.consolidate import Consolidate, ConsolidateParameters
 

@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from voltana.experiments.runs import run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.metrics import summarise
 
-ENGINES: Final = ("processes", "ray")
+EXECUTORS: Final = ("processes", "ray")
 RAY_ADDRESS: Final = "RAY_ADDRESS"
 _CONNECT_S: Final = 10.0
 _RETRIES: Final = 5
@@ -155,25 +155,25 @@ class RayExecutor:
         return outcome
 
 
-def check_engine(engine: str) -> None:
-    """Raise VoltanaError if there is no engine of that name."""
-    if engine not in ENGINES:
-        raise VoltanaError(f"engine must be one of {', '.join(ENGINES)}, got {engine!r}")
+def check_executor(name: str) -> None:
+    """Raise VoltanaError if there is no executor of that name."""
+    if name not in EXECUTORS:
+        raise VoltanaError(f"engine must be one of {', '.join(EXECUTORS)}, got {name!r}")
 
 
 @contextmanager
-def open_executor(engine: str, jobs: int) -> Iterator[Executor]:
+def open_executor(name: str, jobs: int) -> Iterator[Executor]:
     """Open the executor with this name; `processes` gets `jobs` of them.
 
     Raises:
-        VoltanaError: There is no such engine, or no cluster for it.
+        VoltanaError: There is no such executor, or no cluster for it.
     """
-    check_engine(engine)
-    if engine == "processes" and jobs == 1:
+    check_executor(name)
+    if name == "processes" and jobs == 1:
         yield SerialExecutor()
         return
     executor: ProcessExecutor | RayExecutor
-    executor = ProcessExecutor(jobs) if engine == "processes" else RayExecutor()
+    executor = ProcessExecutor(jobs) if name == "processes" else RayExecutor()
     try:
         yield executor
     finally:

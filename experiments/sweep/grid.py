@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from voltana.experiments.sweep.identity import run_key
-from voltana.profiles.binding import check_names, table
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.binding import check_names, table
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.config import KEYS, SimConfig, make_config, read_toml
 
 CONFIGS: Final = Path(__file__).parents[1] / "configs"

@@ -19,21 +19,21 @@ from voltana import sim
 from voltana.experiments import runs
 from voltana.experiments.runs import cached_profile
 from voltana.profiles import step_model
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
 from voltana.sim.policies.spec import parse_spec
 
 _SHARED: Final = (
     "*.py",
-    "engine/*.py",
+    "engine/**/*.py",
     "workload/*.py",
     "workload/data/*",
     "policies/**/*.py",
     "mdp/*.py",
 )
 _OF_BOUND: Final = tuple(
-    Path(__file__).parents[1] / "frontier" / name for name in ("bound.py", "surface.py")
+    Path(__file__).parents[1] / "bound" / name for name in ("lower.py", "surface.py")
 )
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
@@ -104,7 +104,8 @@ def _program() -> str:
 
 def program_files() -> list[Path]:
     """Every shipped file that may change a result."""
-    folders = (Path(sim.__file__).parent, _SHARED), (Path(step_model.__file__).parent, ("*.py",))
+    tables = Path(step_model.__file__).parent, ("*.py", "common/*.py")
+    folders = (Path(sim.__file__).parent, _SHARED), tables
     paths = [p for folder, patterns in folders for each in patterns for p in folder.glob(each)]
     return sorted([*paths, Path(runs.__file__)])
 

@@ -14,12 +14,12 @@ import pandas as pd
 import tomli_w
 
 from voltana.experiments.progress import progress_bar
-from voltana.experiments.sweep.executors import Executor, Outcome, check_engine, open_executor
+from voltana.experiments.sweep.executors import Executor, Outcome, check_executor, open_executor
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.store import ResultStore, open_store
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_csv, write_text
-from voltana.profiles.folders import FolderKind, claim
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_csv, write_text
+from voltana.profiles.common.folders import FolderKind, claim
 from voltana.sim.config import SimConfig
 from voltana.sim.results import read_json, write_json
 
@@ -41,7 +41,7 @@ def run_sweep(
     directory: Path,
     *,
     jobs: int | None = None,
-    engine: str = "processes",
+    executor: str = "processes",
     store: str | Path | None = None,
     kind: FolderKind = "sweep",
 ) -> pd.DataFrame:
@@ -51,23 +51,23 @@ def run_sweep(
         points: What to run; points with equal configurations share one run.
         directory: Takes `config.toml`, `results.csv`, `residency.json`, `failures.json`.
         jobs: Processes; all cores by default.
-        engine: One of `voltana.experiments.sweep.executors.ENGINES`.
+        executor: One of `voltana.experiments.sweep.executors.EXECUTORS`.
         store: Where results are kept by key, a folder or an fsspec URL, to be shared with other
             sweeps and machines; by default `points` in the directory.
-        kind: What the directory holds, see `voltana.profiles.folders`.
+        kind: What the directory holds, see `voltana.profiles.common.folders`.
 
     Returns:
         One row a point: its labels, its configuration and the numbers of its summary.
 
     Raises:
-        VoltanaError: There is no such engine, or the directory holds something else. Or some points
-            failed; those that finished are written all the same.
+        VoltanaError: There is no such executor, or the directory holds something else. Or some
+            points failed; those that finished are written all the same.
     """
-    check_engine(engine)
+    check_executor(executor)
     claim(directory, kind)
     results = open_store(store or directory / POINTS)
     _write_config(points, directory / "config.toml")
-    failures = run_missing(points, results, jobs=jobs, engine=engine)
+    failures = run_missing(points, results, jobs=jobs, executor=executor)
     table = tidy(points, results)
     write_json(_residency(points, results), directory / RESIDENCY)
     write_csv(table, directory / RESULTS)
@@ -86,7 +86,7 @@ def run_missing(
     results: ResultStore,
     *,
     jobs: int | None = None,
-    engine: str = "processes",
+    executor: str = "processes",
 ) -> Failures:
     """Run the points that a store lacks into it; what failed, by key.
 
@@ -94,13 +94,13 @@ def run_missing(
         points: What to run.
         results: Where results are kept.
         jobs: Processes; all cores by default.
-        engine: One of `voltana.experiments.sweep.executors.ENGINES`.
+        executor: One of `voltana.experiments.sweep.executors.EXECUTORS`.
     """
     missing = {p.key: p.config for p in points if not results.has(p.key)}
     if not missing:
         return {}
-    with open_executor(engine, min(jobs or os.cpu_count() or 1, len(missing))) as executor:
-        return _run_missing(missing, results, executor)
+    with open_executor(executor, min(jobs or os.cpu_count() or 1, len(missing))) as opened:
+        return _run_missing(missing, results, opened)
 
 
 def run_or_raise(points: Iterable[Point], results: ResultStore, *, jobs: int | None = None) -> None:

@@ -15,8 +15,8 @@ import uuid
 from pathlib import Path
 from typing import Any, Final, Protocol
 
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import replacing
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import replacing
 from voltana.sim.results import finite
 
 Summary = dict[str, Any]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 from voltana.hwreplay.actuator.options import parse_options
 from voltana.hwreplay.actuator.start import start
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 
 def main(arguments: Sequence[str]) -> int:

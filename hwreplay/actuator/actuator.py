@@ -32,9 +32,9 @@ from voltana.hwreplay.messages.actuation import (
     card_code,
     parse_request,
 )
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.signals import STOPPING, handled
 from voltana.profiles.device.gpu import DeviceError
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.signals import STOPPING, handled
 
 MAX_PEERS: Final = 64
 MAX_SILENCE_S: Final = 60.0

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
 from voltana.hwreplay.messages.actuation import Operation
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu
 from voltana.profiles.device.gpu import (
     DeviceError,
@@ -19,7 +20,6 @@ from voltana.profiles.device.gpu import (
     UnsupportedQueryError,
 )
 from voltana.profiles.device.watchdog import Watchdog
-from voltana.profiles.errors import VoltanaError
 
 MILLI: Final = 1e-3
 

@@ -25,7 +25,7 @@ from voltana.hwreplay.messages.actuation import (
     card_code,
     parse_answer,
 )
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import UNLOCKED_MHZ
 
 CONNECT_S: Final = 5.0

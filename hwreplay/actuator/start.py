@@ -9,7 +9,7 @@ from voltana.hwreplay.actuator.actuator import ActuatorConfig, run_actuator
 from voltana.hwreplay.actuator.backends import open_backend
 from voltana.hwreplay.actuator.options import Options
 from voltana.hwreplay.actuator.trust import check_code
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 
 def start(options: Options) -> None:

@@ -26,7 +26,7 @@ import msgspec
 
 from voltana.hwreplay.agent.control import StaleLimits
 from voltana.hwreplay.agent.guard import GuardLimits
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 from voltana.sim.results import read_json, write_json
 

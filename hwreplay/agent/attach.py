@@ -29,8 +29,8 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import AgentReport
 from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
 from voltana.hwreplay.view.instance_metrics import METHOD, InstanceMetrics
-from voltana.profiles.binding import bind, check_names, convert, table
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.binding import bind, check_names, convert, table
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config, read_toml
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 

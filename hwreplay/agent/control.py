@@ -17,8 +17,8 @@ from voltana.hwreplay.actuator.client import ActuatorLostError, ClockSetter
 from voltana.hwreplay.agent.loop_record import LoopReport, SafeState
 from voltana.hwreplay.messages.batch_feed import BatchNotice, NoticeKind
 from voltana.hwreplay.view.tracker import InstanceTracker
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import IterationMetrics
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
 

@@ -14,7 +14,7 @@ from typing import Final
 
 from voltana.hwreplay.actuator.client import ClockSetter
 from voltana.hwreplay.view.attainment import Attainment
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import UNLOCKED_MHZ
 
 FLOOR: Final = 0.95

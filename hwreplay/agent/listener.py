@@ -29,13 +29,13 @@ from voltana.hwreplay.messages.agent_reports import AgentReport, Reports, Report
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
 from voltana.hwreplay.messages.events import Event, topic_of
 from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import (
     MAX_QUEUED_RECORDS,
     IterationMetrics,
     MetricsError,
     parse_metrics,
 )
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import PREFILL, InstanceState
 from voltana.sim.results import write_json
 

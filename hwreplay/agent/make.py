@@ -25,8 +25,8 @@ from voltana.hwreplay.view.context import PolicySource, check_notices, decides_b
 from voltana.hwreplay.view.engine_only import engine_only
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu, open_gpus
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import PREFILL, Controller
 
 MakeCaps = Callable[[], Mapping[int, float]]

@@ -19,7 +19,7 @@ from voltana.hwreplay.agent.listener import TICK_S, Agent
 from voltana.hwreplay.messages.agent_reports import Reports
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.policies.base import DECODE, PREFILL
 

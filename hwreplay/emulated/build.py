@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Final
 
 from voltana.hwreplay.emulated.card import CARDS, LIBRARY
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 HERE: Final = Path(__file__).parent
 SOURCES: Final = (HERE / "card.c", HERE / "nvml.c")

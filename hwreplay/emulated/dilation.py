@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 SOURCE: Final = Path(__file__).parent / "dilate.c"
 LIBRARY: Final = "libvoltana_dilate.so"

@@ -16,7 +16,7 @@ from voltana.hwreplay.emulated.plan import Plan
 from voltana.hwreplay.emulated.state import Behaviour, create_cards
 from voltana.hwreplay.engines.plan import ServerPlan
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HELPER_S: Final = 20.0

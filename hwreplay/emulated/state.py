@@ -30,7 +30,7 @@ from voltana.hwreplay.emulated.card import (
     load_library,
 )
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 MAX_CARDS: Final = 64
 LOWEST_LIMIT: Final = 0.25

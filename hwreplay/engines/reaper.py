@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Final, Self
 
 from voltana.hwreplay.engines.shared_memory import SHARED_MEMORY, find_shared_memory
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.owner import (
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.owner import (
     HELLO_TIMEOUT_S,
     end_guard,
     has_said_hello,

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from enum import IntEnum
 from typing import Final, TypeVar
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 MAGIC: Final = b"VOLT"
 VERSION: Final = 1

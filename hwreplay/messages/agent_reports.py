@@ -11,7 +11,7 @@ import msgspec
 import zmq
 
 from voltana.hwreplay.messages.inbox import Inbox
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 
 MAX_QUEUED_REPORTS: Final = 1000

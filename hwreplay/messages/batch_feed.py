@@ -12,7 +12,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 ENVIRONMENT: Final = "VOLTANA_BATCH_SOCKET"
 """Names the socket to the engine; set it before the server starts."""

@@ -12,8 +12,8 @@ import msgspec
 import zmq
 
 from voltana.hwreplay.messages.inbox import Inbox
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import MAX_QUEUED_RECORDS
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 
 EventKind = Literal["assigned", "prefilled", "first_token", "finished", "open"]

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from voltana.hwreplay.replay.load import Row, read_rows
 from voltana.hwreplay.replay.recording import ENERGY, ITERATIONS, EnergyRow, IterationRow
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
 from voltana.sim.records import (

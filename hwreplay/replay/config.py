@@ -12,8 +12,8 @@ from voltana.hwreplay.emulated.machine import emulated_gpus
 from voltana.hwreplay.engines.plan import Installation
 from voltana.hwreplay.router.config import WorkerConfig, read_limits, read_workers
 from voltana.hwreplay.view.context import check_notices
-from voltana.profiles.binding import EXAMPLE, bind, check_names, convert, table
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.binding import EXAMPLE, bind, check_names, convert, table
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config, read_toml
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 

@@ -21,8 +21,8 @@ from scipy.optimize import nnls
 
 from voltana.hwreplay.replay.recording import IterationRow
 from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import BACK_TO_BACK_S
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.schema import ClocksMeta, ProfileMeta, Provenance
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import DECODE, PREFILL, Phase

@@ -24,7 +24,7 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.router.body import GENERATE
 from voltana.hwreplay.router.errors import engine_error
 from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.records import CANCELLED, COMPLETED, FAILED, REJECTED, STATUS_NAMES
 from voltana.sim.workload.workload import Workload
 

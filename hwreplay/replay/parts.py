@@ -21,10 +21,10 @@ from voltana.hwreplay.replay.recording import ITERATIONS, record_iterations
 from voltana.hwreplay.router.config import WorkerConfig
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_bytes, write_text
 from voltana.profiles.device.cards import open_gpus
 from voltana.profiles.device.gpu import Gpu
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_bytes, write_text
 from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
 from voltana.sim.results import read_json
 

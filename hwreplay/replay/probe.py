@@ -18,7 +18,7 @@ import numpy as np
 
 from voltana.hwreplay.replay.load import Row
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ
 from voltana.sim.records import COMPLETED

@@ -13,9 +13,9 @@ from voltana.hwreplay.agent.energy_meter import CardMeter
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.metrics_feed import MetricsFeed
 from voltana.hwreplay.router.config import WorkerConfig
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.gpu import DeviceError, Gpu
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, MetricsError, step_time_s
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.policies.base import PREFILL, Phase
 
 ITERATIONS: Final = "iterations.jsonl"

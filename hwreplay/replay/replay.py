@@ -45,9 +45,9 @@ from voltana.hwreplay.replay.parts import (
 )
 from voltana.hwreplay.replay.recording import ENERGY, EnergyRecorder
 from voltana.hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_text
-from voltana.profiles.signals import stops_as_interrupts
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_text
+from voltana.profiles.common.signals import stops_as_interrupts
 from voltana.sim.records import RunRecord
 from voltana.sim.results import read_json, write_json
 from voltana.sim.workload.workload import Workload

@@ -15,7 +15,7 @@ from typing import Final
 
 from voltana.hwreplay.router.config import RouterConfig, read_router_config, read_token
 from voltana.hwreplay.router.service import run_router
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 POLL_S: Final = 0.5
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import msgspec
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 GENERATE: Final = "/generate"
 COMPLETIONS: Final = "/v1/completions"

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from voltana.profiles.binding import bind, converted, table
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.binding import bind, converted, table
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config, read_toml
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 

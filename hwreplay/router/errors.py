@@ -6,7 +6,7 @@ from typing import Any, Final
 
 import msgspec
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 EVENT: Final = b"data: "
 LAST_EVENT: Final = b"data: [DONE]"

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Final, Protocol
 
 from voltana.hwreplay.clock import RunClock
-from voltana.hwreplay.router.attempt import Attempt, AttemptError, NoWorkerError, Worker
 from voltana.hwreplay.router.body import Body
 from voltana.hwreplay.router.config import RouterConfig
 from voltana.hwreplay.router.errors import (
@@ -23,15 +22,16 @@ from voltana.hwreplay.router.errors import (
     RequestFailedError,
     error_body,
 )
-from voltana.hwreplay.router.fleet import Pair, RouterFleet
 from voltana.hwreplay.router.prometheus import RouterMetrics
-from voltana.hwreplay.router.sink import NONE
-from voltana.hwreplay.router.upstream import (
+from voltana.hwreplay.router.servers.attempt import Attempt, AttemptError, NoWorkerError, Worker
+from voltana.hwreplay.router.servers.fleet import Pair, RouterFleet
+from voltana.hwreplay.router.servers.upstream import (
     Connection,
     ConnectTimeoutError,
     RefusedError,
     UpstreamError,
 )
+from voltana.hwreplay.router.sink import NONE
 
 DRAIN_S: Final = 1.0
 """Time for a prefill server to end its answer after decode's; then its request is cancelled."""

@@ -20,7 +20,6 @@ from aiohttp import web
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.log_lines import say, start_log
 from voltana.hwreplay.router.admission import Admission, read_body
-from voltana.hwreplay.router.attempt import NoWorkerError
 from voltana.hwreplay.router.body import PATHS, BadRequestError, parse_body
 from voltana.hwreplay.router.config import RouterConfig
 from voltana.hwreplay.router.errors import (
@@ -29,7 +28,6 @@ from voltana.hwreplay.router.errors import (
     RejectionError,
     RequestFailedError,
 )
-from voltana.hwreplay.router.fleet import RouterFleet
 from voltana.hwreplay.router.openai import errors_as_json, json_error, pick_model
 from voltana.hwreplay.router.prometheus import (
     CANCELLED,
@@ -39,11 +37,13 @@ from voltana.hwreplay.router.prometheus import (
     RouterMetrics,
 )
 from voltana.hwreplay.router.proxy import Call, Proxy
+from voltana.hwreplay.router.servers.attempt import NoWorkerError
+from voltana.hwreplay.router.servers.fleet import RouterFleet
 from voltana.hwreplay.router.sink import ClientSink
 from voltana.hwreplay.view.context import PolicySource
 from voltana.hwreplay.view.reload import check_sim_reload, refuse_changes
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.router")
 SHUTDOWN_S: Final = 1.0

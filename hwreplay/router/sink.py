@@ -13,7 +13,7 @@ from voltana.hwreplay.router.config import RouterConfig
 from voltana.hwreplay.router.errors import EVENT, EVENT_END, ClientGoneError, error_body
 
 if TYPE_CHECKING:
-    from voltana.hwreplay.router.fleet import Pair
+    from voltana.hwreplay.router.servers.fleet import Pair
 
 PREFILL_HEADER: Final = "X-Voltana-Prefill"
 DECODE_HEADER: Final = "X-Voltana-Decode"

@@ -14,7 +14,7 @@ from voltana.hwreplay.agent.process import RELOAD
 from voltana.hwreplay.messages.log_lines import say
 from voltana.hwreplay.replay.parts import Run, agent_groups
 from voltana.hwreplay.serve.part import BACKOFF_S, Deaths, Part
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.serve")
 START_S: Final = 60.0

@@ -10,7 +10,7 @@ from typing import Final, Literal
 from voltana.hwreplay.agent.guard import FLOOR, RESUME, GuardLimits
 from voltana.hwreplay.replay.config import ReplayConfig, make_fleet_config
 from voltana.hwreplay.view.reload import check_sim_reload, refusal, refuse_changes
-from voltana.profiles.binding import bind, check_names, table
+from voltana.profiles.common.binding import bind, check_names, table
 from voltana.sim.config import read_toml
 
 SECTION: Final = "serve"

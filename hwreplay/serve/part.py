@@ -12,7 +12,7 @@ from typing import Final
 
 from voltana.hwreplay.messages.log_lines import ENVIRONMENT, MAX_TEXT, is_line
 from voltana.hwreplay.replay.parts import END_S, end_process
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.serve")
 READY_POLL_S: Final = 0.05

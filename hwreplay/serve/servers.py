@@ -11,7 +11,7 @@ from voltana.hwreplay.engines.launch import CPU_START_S, GPU_START_S, restart
 from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.messages.log_lines import say
 from voltana.hwreplay.replay.parts import Run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.serve")
 LOOK_S: Final = 0.5

@@ -32,8 +32,8 @@ from voltana.hwreplay.serve.servers import keep_server
 from voltana.hwreplay.serve.systemd import notify
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.signals import stops_as_interrupts
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.signals import stops_as_interrupts
 
 LOG: Final = logging.getLogger("voltana.serve")
 MARGIN_S: Final = 5.0

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.records import (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from voltana.hwreplay.validate.validate import Comparison, Validation
-from voltana.profiles.markdown import markdown_table
+from voltana.profiles.common.markdown import markdown_table
 
 _MS = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import (
     DECODE,
@@ -21,7 +21,7 @@ from voltana.sim.policies.base import (
     Predictor,
     Router,
 )
-from voltana.sim.policies.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
 
 T = TypeVar("T", bound=InstanceTracker)

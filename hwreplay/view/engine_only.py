@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Final, cast
 
 from voltana.hwreplay.view.context import PolicySource
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import PREFILL, Controller, IdlePlan, InstanceState, Phase
 
 UNSEEN: Final = frozenset(

@@ -24,8 +24,8 @@ from voltana.profiles.build.errors import ERRORS
 from voltana.profiles.build.models import GRAPH_BATCHES, SHAPES, Cost, Shape
 from voltana.profiles.build.spread import SPREAD, spread_provenance
 from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.common.files import write_text
 from voltana.profiles.ecopred import fit_report
-from voltana.profiles.files import write_text
 from voltana.profiles.schema import (
     ClocksMeta,
     EngineMeta,

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Final
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.gpu import DeviceError, Gpu
 from voltana.profiles.device.nvml import NvmlGpu
-from voltana.profiles.errors import VoltanaError
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 ORDER: Final = "CUDA_DEVICE_ORDER"

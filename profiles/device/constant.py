@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import time
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.gpu import GpuIdentity, UnsupportedQueryError
-from voltana.profiles.errors import VoltanaError
 
 
 class ConstantPowerGpu:

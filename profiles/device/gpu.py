@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Final, Protocol
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 THERMAL: Final = "thermal"
 POWER: Final = "power"

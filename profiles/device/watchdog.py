@@ -1,9 +1,9 @@
 """Puts clocks (or power limits) back when their owner is killed by what no handler sees (SIGKILL).
 
-A small process of its own holds the other end of a pipe (`voltana.profiles.owner`). The owner
-writes one byte when it locks a clock (`ARMED`) and one when it has put it back (`DISARMED`). When
-it has gone the watchdog unlocks if the last byte was ARMED. Nothing is deserialised: single bytes
-in, nothing out but one hello.
+A small process of its own holds the other end of a pipe (`voltana.profiles.common.owner`). The
+owner writes one byte when it locks a clock (`ARMED`) and one when it has put it back (`DISARMED`).
+When it has gone the watchdog unlocks if the last byte was ARMED. Nothing is deserialised: single
+bytes in, nothing out but one hello.
 
     owner    spawn ── hello? ── ARMED ── lock … ── unlock ── DISARMED ── close
     watchdog         hello ──── read ──────────────── (end of file while armed: unlock)
@@ -19,8 +19,7 @@ from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Final
 
-from voltana.profiles.device.gpu import DeviceError
-from voltana.profiles.owner import (
+from voltana.profiles.common.owner import (
     HELLO_TIMEOUT_S,
     end_guard,
     has_said_hello,
@@ -28,6 +27,7 @@ from voltana.profiles.owner import (
     say_hello,
     start_guard,
 )
+from voltana.profiles.device.gpu import DeviceError
 
 ARMED: Final = b"A"
 DISARMED: Final = b"D"

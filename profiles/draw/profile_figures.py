@@ -15,9 +15,9 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.files import write_csv, write_figure
 from voltana.profiles.draw.style import STYLE, WIDTH_IN, line_style
 from voltana.profiles.ecopred import fit_report
-from voltana.profiles.files import write_csv, write_figure
 
 POINT: Final = ["frequency_mhz", "batch_size", "tokens"]
 CONTEXT_TOKENS: Final = 512

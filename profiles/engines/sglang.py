@@ -20,6 +20,7 @@ from concurrent.futures import Future
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, Final, Self
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.base import (
     EngineCrashError,
     EngineFacts,
@@ -41,7 +42,6 @@ from voltana.profiles.engines.sglang_client import (
 )
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from voltana.profiles.engines.sglang_serving import fit_delays, measure_passages, serving_table
-from voltana.profiles.errors import VoltanaError
 
 CONTEXT_MARGIN: Final = 8
 """A prompt that fills the context is not taken whole: its answer needs room too."""

@@ -8,8 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_client import Endpoint, Endpoints
-from voltana.profiles.errors import VoltanaError
 
 UNIFIED: Final = "unified"
 """The role of a server that does both phases."""

@@ -15,13 +15,13 @@ from urllib.parse import urlsplit
 import numpy as np
 import zmq
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.base import EngineCrashError, NotHeldError
 from voltana.profiles.engines.sglang_metrics import (
     MAX_QUEUED_RECORDS,
     IterationMetrics,
     parse_metrics,
 )
-from voltana.profiles.errors import VoltanaError
 
 HEARTBEAT_LIMIT_S: Final = 30.0
 REQUEST_LIMIT_S: Final = 600.0

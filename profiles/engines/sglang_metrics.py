@@ -14,7 +14,7 @@ from typing import Final
 
 import msgspec
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 SCHEMA_VERSION: Final = 1
 MAX_QUEUED_RECORDS: Final = 100_000

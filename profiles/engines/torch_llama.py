@@ -11,6 +11,7 @@ from typing import Any, Final, Protocol, Self
 
 import torch
 
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.engines.base import (
     EngineCrashError,
     EngineFacts,
@@ -21,7 +22,6 @@ from voltana.profiles.engines.base import (
 )
 from voltana.profiles.engines.llama import KvCache, Llama
 from voltana.profiles.engines.llama_config import LlamaConfig
-from voltana.profiles.errors import VoltanaError, nearest
 
 MEMORY_FRACTION: Final = 0.9
 CPU_KV_BYTES: Final = 64 * 2**20

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.catalog import Profile, write_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.importing.cost import Cost, Work
 from voltana.profiles.importing.decoder import Decoder
 from voltana.profiles.importing.power import ClockShape, PowerModel

@@ -14,7 +14,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.build.kernels import AllReduce, Attention, Gemm
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.importing.decoder import BYTES, Decoder
 from voltana.profiles.importing.systems import Host, load_host
 from voltana.profiles.importing.tables import KernelTables

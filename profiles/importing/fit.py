@@ -28,9 +28,9 @@ from scipy.optimize import nnls
 
 from voltana.profiles.build.clocks import PREFILL_SHARE, SHARE_ABOVE, TOP_MHZ
 from voltana.profiles.build.kernels import Attention, Gemm, read_csv
-from voltana.profiles.files import write_text
+from voltana.profiles.common.files import write_text
+from voltana.profiles.evidence import PROMPT_TOKENS, Row, read_rows
 from voltana.profiles.importing.decoder import BYTES, Decoder
-from voltana.profiles.importing.evidence import PROMPT_TOKENS, Row, read_rows
 from voltana.profiles.importing.systems import load_system
 from voltana.profiles.importing.tables import open_tables
 from voltana.profiles.places import DATA as PROFILES
@@ -150,7 +150,16 @@ def power_design(rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
 
 
 def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float, float, float]:
-    """Time a layer, time a request (s), and the mean error of the gaps with them."""
+    """The host's share of an iteration: what the kernels leave of the measured gaps.
+
+    Args:
+        rows: Measured serving of one card.
+        data: Folder of kernel tables; None: those of the installed wheel.
+        system: The card, as the kernel tables call it.
+
+    Returns:
+        Time a layer and time a request in s, and the mean relative error of the gaps with them.
+    """
     found, error = relative_fit(*host_design(rows, data, system))
     return float(found[0]), float(found[1]), error
 
@@ -213,7 +222,16 @@ def a100_shape() -> dict[str, Any]:
 def relative_fit(
     design: FloatArray, wanted: FloatArray, whole: FloatArray
 ) -> tuple[FloatArray, float]:
-    """Non-negative coefficients of least squared errors relative to `whole`; mean of those."""
+    """Non-negative least squares of relative errors.
+
+    Args:
+        design: Shape (n, k), a column a coefficient.
+        wanted: Shape (n,), what the columns are to add up to.
+        whole: Shape (n,), what an error is relative to.
+
+    Returns:
+        Coefficients, shape (k,), and the mean of the absolute relative errors.
+    """
     found, _ = nnls(design / whole[:, None], wanted / whole)
     return found, float(np.abs((design @ found - wanted) / whole).mean())
 

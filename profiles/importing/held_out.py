@@ -15,7 +15,8 @@ from pathlib import Path
 
 import numpy as np
 
-from voltana.profiles.importing.evidence import Row, read_rows
+from voltana.profiles.common.markdown import markdown_table
+from voltana.profiles.evidence import Row, read_rows
 from voltana.profiles.importing.fit import (
     CARDS,
     host_design,
@@ -23,7 +24,6 @@ from voltana.profiles.importing.fit import (
     relative_fit,
     usable,
 )
-from voltana.profiles.markdown import markdown_table
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.importing.cost import Work
 from voltana.profiles.importing.systems import DATA, System
 from voltana.profiles.schema import Provenance

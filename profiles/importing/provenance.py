@@ -67,7 +67,14 @@ def provenance(
 def stated_errors(
     tables: KernelTables, decoder: Decoder, power: PowerModel | None, clocks: ClockShape | None
 ) -> ErrorsMeta:
-    """`[errors]` of an imported profile: the uncertainties of its provenance as numbers."""
+    """`[errors]` of an imported profile: the uncertainties of its provenance as numbers.
+
+    Args:
+        tables: Where its kernel times are from.
+        decoder: The model's shape.
+        power: Power at the top clock; None: it has none.
+        clocks: How time and power move with the clock; None: it has one clock.
+    """
     is_alike = not decoder.experts and decoder.tensor_parallel == 1
     host = load_host(tables.system)
     time_error, exponent = (clocks.time_error, clocks.power_error) if clocks else CLOCK_ERRORS

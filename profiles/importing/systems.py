@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 
 DATA: Final = Path(__file__).parent / "data"
 TAKEN_OVER_ERROR: Final = 0.2

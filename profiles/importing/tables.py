@@ -21,7 +21,7 @@ from typing import Final
 
 import pandas as pd
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.importing.systems import System
 
 PACKAGE: Final = "aiconfigurator_core"

@@ -10,10 +10,10 @@ from typing import Final
 import pandas as pd
 
 from voltana.profiles.catalog import Profile, write_profile
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_csv
 from voltana.profiles.device.gpu import GpuIdentity
 from voltana.profiles.engines.base import PHASES, EngineFacts, Phase
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_csv
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, NOT_MEASURED, Trial
 from voltana.profiles.schema import (

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.measure.campaign import Plan
 from voltana.profiles.measure.trial import NVML_PERIOD_S
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.gpu import ClockTimeoutError, Gpu
 from voltana.profiles.device.lock import ClockSession
 from voltana.profiles.engines.base import (
@@ -19,7 +20,6 @@ from voltana.profiles.engines.base import (
     Phase,
     Point,
 )
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure.grid import design, next_refinement
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.power import SampleGapError

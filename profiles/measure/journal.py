@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_text
 from voltana.profiles.engines.base import Point
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_text
 from voltana.profiles.measure.trial import Trial
 
 MAX_TRIES: Final = 3

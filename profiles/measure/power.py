@@ -22,8 +22,8 @@ from typing import Final, Self
 import numpy as np
 import numpy.typing as npt
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.gpu import DeviceError, Gpu, UnsupportedQueryError
-from voltana.profiles.errors import VoltanaError
 
 SAMPLE_S: Final = 0.05
 MAX_GAP_S: Final = 1.0

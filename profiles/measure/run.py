@@ -10,12 +10,12 @@ from typing import Any, Final
 import tomli_w
 
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_text
 from voltana.profiles.device.gpu import Gpu
 from voltana.profiles.device.lock import ClockSession
 from voltana.profiles.draw.profile_figures import poor_fits, write_report
 from voltana.profiles.engines.base import PHASES, Engine, EngineFacts, NotHeldError
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_text
 from voltana.profiles.measure.assemble import assemble
 from voltana.profiles.measure.campaign import Campaign, Plan, measure_bare_idle
 from voltana.profiles.measure.journal import Journal

@@ -9,9 +9,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.gpu import THERMAL, Gpu
 from voltana.profiles.engines.base import Engine, Point, PreparedPoint, Window
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure.power import PowerMeter, Reading, SampleGapError, has_energy_counter
 
 NVML_PERIOD_S: Final = 0.1

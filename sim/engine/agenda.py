@@ -12,7 +12,7 @@ from heapq import heappop, heappush
 from typing import Protocol
 
 from voltana.sim.engine.instance import Instance
-from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.logs.exact import RunLog
 
 Action = Callable[[float], None]
 """Takes the time when it is called."""

@@ -1,10 +1,10 @@
 """Decode instance: continuous batching under a KV-cache capacity.
 
-It plays runs of iterations (`voltana.sim.engine.run`). A run ends where the next request finishes,
-where the controller might decide anew (it says so: `steady_iterations`), where the table's linear
-piece, the KV cache or the block of noise ends, or where a sag begins or ends. A request that
-arrives inside a run cuts it at the end of the iteration then running. With `max_iterations` = 1
-every iteration is a run of its own: the reference.
+It plays runs of iterations (`voltana.sim.engine.physics.run`). A run ends where the next request
+finishes, where the controller might decide anew (it says so: `steady_iterations`), where the
+table's linear piece, the KV cache or the block of noise ends, or where a sag begins or ends.
+A request that arrives inside a run cuts it at the end of the iteration then running. With
+`max_iterations` = 1 every iteration is a run of its own: the reference.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from typing import Final
 
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.instance import Instance
-from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.logs.exact import RunLog
+from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.engine.request import SimRequest
-from voltana.sim.engine.track import GpuTrack
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
 

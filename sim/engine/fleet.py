@@ -19,12 +19,12 @@ from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.decode import DecodeInstance
 from voltana.sim.engine.instance import Instance
-from voltana.sim.engine.log import RunLog
-from voltana.sim.engine.noise import IterationNoise
+from voltana.sim.engine.logs.exact import RunLog
+from voltana.sim.engine.logs.timeline import Timeline
+from voltana.sim.engine.physics.noise import IterationNoise
+from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.engine.prefill import PrefillInstance
 from voltana.sim.engine.request import SimRequest
-from voltana.sim.engine.timeline import Timeline
-from voltana.sim.engine.track import GpuTrack
 from voltana.sim.policies.answers import ControllerAnswers, route
 from voltana.sim.policies.base import (
     Cluster,
@@ -35,7 +35,7 @@ from voltana.sim.policies.base import (
     RequestView,
     Router,
 )
-from voltana.sim.policies.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
 from voltana.sim.records import IterationTable, RunRecord
 from voltana.sim.workload.workload import Workload

@@ -7,8 +7,8 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 from voltana.sim.config import SimConfig
-from voltana.sim.engine.log import RunLog
-from voltana.sim.engine.track import GpuTrack
+from voltana.sim.engine.logs.exact import RunLog
+from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import InstanceState
 from voltana.sim.records import InstanceRecord

@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.instance import Instance
-from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.logs.exact import RunLog
+from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.engine.request import SimRequest
-from voltana.sim.engine.track import GpuTrack
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import InstanceState, WaitingRequest
 

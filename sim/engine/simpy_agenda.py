@@ -10,7 +10,7 @@ from simpy.events import NORMAL, EventPriority
 
 from voltana.sim.engine.agenda import Action
 from voltana.sim.engine.instance import Instance
-from voltana.sim.engine.log import RunLog
+from voltana.sim.engine.logs.exact import RunLog
 
 _LAST: Final = EventPriority(2)
 """A priority after SimPy's URGENT (0) and NORMAL (1)."""

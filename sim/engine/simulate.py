@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Final
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import replacing
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import replacing
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.fleet import Fleet
-from voltana.sim.engine.log import ExactLog, RunLog
+from voltana.sim.engine.logs.exact import ExactLog, RunLog
+from voltana.sim.engine.logs.sketched import RowSpill, SketchLog
 from voltana.sim.engine.simpy_agenda import SimpyAgenda
-from voltana.sim.engine.sketch_log import RowSpill, SketchLog
 from voltana.sim.memory import MOST_WAITING, max_requests, watch_backlog
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload

@@ -36,7 +36,7 @@ import numpy as np
 import numpy.typing as npt
 import scipy.sparse as sp
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.clock_rule import ControllerClock
 from voltana.sim.mdp.grid import StateGrid
 from voltana.sim.policies.base import DECODE, PolicyContext

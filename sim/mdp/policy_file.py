@@ -20,8 +20,8 @@ from typing import Any, Final, Literal
 import numpy as np
 import numpy.typing as npt
 
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import replacing
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import replacing
 from voltana.sim.mdp.grid import StateGrid
 from voltana.sim.mdp.observation import size
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.observation import RateMeter, observe
 from voltana.sim.mdp.policy_file import PolicyFile, group_members, load_policy
 from voltana.sim.policies.base import PolicyContext, RequestView, Router, States

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 from scipy.sparse.linalg import spsolve
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.model import InstanceModel
 
 FloatArray = npt.NDArray[np.float64]

@@ -17,7 +17,7 @@ from typing import Final, NoReturn
 
 import numpy as np
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import (
     DECODE,
     PREFILL,
@@ -32,7 +32,7 @@ from voltana.sim.policies.base import (
     Router,
     States,
 )
-from voltana.sim.policies.clocks import nearest_two_mhz
+from voltana.sim.policies.parts.clocks import nearest_two_mhz
 
 MAX_CHARACTERS: Final = 300
 """Longest text of a message or value that an error shows; the rest is cut off."""

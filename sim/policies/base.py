@@ -16,7 +16,7 @@ from typing import ClassVar, Final, Literal, Protocol, TypeVar, cast, runtime_ch
 
 import numpy as np
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 Phase = Literal["prefill", "decode"]
 PREFILL: Final = "prefill"

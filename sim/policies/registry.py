@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, Literal, TypeVar, cast, get_type_hints
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.mdp.router import MdpRouter
 from voltana.sim.policies.answers import describe, rehearse
 from voltana.sim.policies.base import Controller, PolicyContext, Router

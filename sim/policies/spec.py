@@ -13,8 +13,8 @@ from collections.abc import Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any, Final, TypeVar, get_args, get_origin, get_type_hints
 
-from voltana.profiles.binding import convert, optional
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.binding import convert, optional
+from voltana.profiles.common.errors import VoltanaError, nearest
 
 T = TypeVar("T")
 

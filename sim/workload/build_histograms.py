@@ -14,7 +14,7 @@ from typing import Final
 import numpy as np
 import pandas as pd
 
-from voltana.profiles.files import write_csv
+from voltana.profiles.common.files import write_csv
 from voltana.sim.workload.lengths import DATA
 
 SOURCES: Final = {

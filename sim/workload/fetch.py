@@ -11,7 +11,7 @@ from typing import Final
 
 import requests
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 
 FOLDER_VARIABLE: Final = "VOLTANA_DATA"
 """Environment variable: a folder that holds traces, itself or in its subfolder `traces`."""

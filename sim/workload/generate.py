@@ -7,7 +7,7 @@ from typing import Final
 
 import numpy as np
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.workload.lengths import draw_lengths, list_lengths
 from voltana.sim.workload.shapes import (
     DAY_S,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pandas as pd
 from scipy import optimize, stats
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.workload.traces import read_lengths
 
 DATA = Path(__file__).parent / "data"

@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 TIMES: Final = (
     "start_time", "startTime", "request_time", "created_at", "timestamp", "time", "ts", "created",

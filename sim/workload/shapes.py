@@ -8,7 +8,7 @@ from typing import Final
 
 import numpy as np
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.workload.workload import FloatArray
 
 Gaps = Callable[[np.random.Generator, int], FloatArray]

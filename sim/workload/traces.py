@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from voltana.profiles.errors import VoltanaError, nearest
+from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
 from voltana.sim.workload.logs import bench_lengths, is_log, read_log
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload

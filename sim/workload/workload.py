@@ -10,8 +10,8 @@ import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import write_csv, write_parquet
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import write_csv, write_parquet
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]

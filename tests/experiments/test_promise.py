@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 
 from voltana.experiments.cli import make_app
 from voltana.experiments.compare.policies import keeps_promise
+from voltana.experiments.control.tune import PidTuner
 from voltana.experiments.promise import (
     overload_line,
     overload_of,
@@ -19,7 +20,6 @@ from voltana.experiments.promise import (
     static_max,
 )
 from voltana.experiments.runs import run
-from voltana.experiments.study.tune import PidTuner
 from voltana.experiments.sweep.grid import Point, expand
 from voltana.experiments.sweep.run import run_sweep
 from voltana.sim.config import SimConfig, make_config

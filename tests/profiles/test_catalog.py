@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.profiles.synthetic import scaling_power_w, scaling_time_s, write_synthetic_profile
 from voltana.profiles import ecopred
 from voltana.profiles.catalog import Profile, list_profiles, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 
 @pytest.fixture(scope="module")

@@ -10,8 +10,8 @@ import pandas as pd
 import pytest
 
 from voltana.profiles.catalog import list_profiles, load_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.ecopred import COLUMNS, fit_report
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.places import DATA
 
 NAME = "a100-80g-sxm/llama-3.1-8b"

@@ -15,7 +15,7 @@ from tests.conftest import ROOT
 from tests.profiles.synthetic import write_synthetic_profile
 from voltana.experiments.cli import make_app
 from voltana.profiles.catalog import FILES, list_profiles
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import serving_settings
 from voltana.sim.config import make_config
 

@@ -11,7 +11,7 @@ import pytest
 from tests.profiles.synthetic import make_meta, write_synthetic_profile
 from voltana.profiles.build.spread import SPREAD, spread_evidence
 from voltana.profiles.catalog import load_profile, write_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.schema import Provenance, SpreadMeta, meta_toml, read_meta
 from voltana.profiles.spread import IterationSpread, row_spreads
 

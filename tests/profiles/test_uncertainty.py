@@ -11,7 +11,7 @@ import pytest
 
 from tests.profiles import synthetic
 from voltana.profiles.catalog import Profile, list_profiles, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.schema import ErrorsMeta, meta_toml, read_meta
 from voltana.profiles.uncertainty import Factors, draw_factors, draw_profile
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from voltana.experiments.runs import run, stream_of, workload_of
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim import memory
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.memory import memory_bytes, watch_backlog

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.metrics import attained, describe, summarise, tpot_s, ttft_s, weighted_quantile
 from voltana.sim.policies.base import Phase

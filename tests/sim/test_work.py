@@ -17,7 +17,7 @@ from voltana.experiments.runs import cached_profile, workload_of
 from voltana.profiles import ecopred, step_model
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine.fleet import Fleet
-from voltana.sim.engine.log import ExactLog
+from voltana.sim.engine.logs.exact import ExactLog
 from voltana.sim.records import RunRecord
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.instance import Instance
-from voltana.sim.engine.log import ExactLog
+from voltana.sim.engine.logs.exact import ExactLog
 from voltana.sim.engine.request import SimRequest
 from voltana.sim.policies.base import (
     Controller,

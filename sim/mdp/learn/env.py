@@ -18,7 +18,7 @@ import numpy as np
 from gymnasium import spaces
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.mdp.learn.arrivals import ArrivalSimulation
 from voltana.sim.mdp.observation import LIMIT, Float32Array, RateMeter, observe, size

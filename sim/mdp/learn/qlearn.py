@@ -25,8 +25,8 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from voltana.profiles.errors import VoltanaError
-from voltana.profiles.files import replacing
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.files import replacing
 
 FloatArray = npt.NDArray[np.float64]
 Features = tuple[Sequence[int], Sequence[float]]

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.mdp.grid import StateGrid
 from voltana.sim.mdp.learn.arrivals import ArrivalSimulation

@@ -18,7 +18,7 @@ from voltana.sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from voltana.sim.policies.clocks import levels_of
+from voltana.sim.policies.parts.clocks import levels_of
 from voltana.sim.policies.spec import parameter
 
 Vector = npt.NDArray[np.float64]

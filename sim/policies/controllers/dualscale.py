@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from voltana.sim.policies.base import DECODE, Controller, IdlePlan, InstanceState, PolicyContext
-from voltana.sim.policies.clocks import least_energy_clock_mhz, levels_of
-from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.parts.clocks import least_energy_clock_mhz, levels_of
+from voltana.sim.policies.parts.fitting import LowestFitting
 from voltana.sim.policies.spec import parameter
 
 

@@ -12,8 +12,8 @@ from voltana.sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from voltana.sim.policies.clocks import clock_list, first_clock_mhz
-from voltana.sim.policies.fitting import FOREVER, LowestFitting
+from voltana.sim.policies.parts.clocks import clock_list, first_clock_mhz
+from voltana.sim.policies.parts.fitting import FOREVER, LowestFitting
 from voltana.sim.policies.spec import parameter
 
 

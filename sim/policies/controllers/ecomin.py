@@ -4,8 +4,8 @@ Decode in continuous batching meets a given token rate: when iterations slow dow
 (Little's law) and the rate stays, so that a slow clock with a large batch costs the least power.
 What limits this is not the promise but the way back. The token rate has a maximum, at the fullest
 batch; a fleet that lets more requests join falls off it for good (see
-`voltana.sim.policies.fullest`). Prefill meets a given amount of work: its energy is (power - idle
-power) × time, a U in the clock, and a small batch costs more a token than a large one.
+`voltana.sim.policies.parts.fullest`). Prefill meets a given amount of work: its energy is (power -
+idle power) × time, a U in the clock, and a small batch costs more a token than a large one.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ from voltana.sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from voltana.sim.policies.clocks import (
+from voltana.sim.policies.parts.clocks import (
     first_clock_mhz,
     least_energy_clock_mhz,
     levels_of,
     nearest_clock_mhz,
 )
-from voltana.sim.policies.correction import TimeCorrection
-from voltana.sim.policies.fullest import FullestBatch
+from voltana.sim.policies.parts.correction import TimeCorrection
+from voltana.sim.policies.parts.fullest import FullestBatch
 from voltana.sim.policies.spec import parameter
 
 
@@ -96,10 +96,10 @@ class EcoMin(Controller):
     None keeps the promise: the fastest clock.
 
     T is the prediction corrected by recursive least squares on the observed iteration times, and q
-    a quantile of observed / corrected (see `voltana.sim.policies.correction`): a predictor that is
-    wrong by a factor or a fixed time is found out within a few dozen iterations, and a single
-    outlier counts for little. A rise of the clock acts at once, a fall waits for `dwell_s`. Idle:
-    after `idle_s` lock the clock of least idle power.
+    a quantile of observed / corrected (see `voltana.sim.policies.parts.correction`): a predictor
+    that is wrong by a factor or a fixed time is found out within a few dozen iterations, and a
+    single outlier counts for little. A rise of the clock acts at once, a fall waits for `dwell_s`.
+    Idle: after `idle_s` lock the clock of least idle power.
 
     Source: ours. That the batch of a queue with as many servers as customers is Poisson, of
     variance equal to its mean, is the M/G/∞ queue's (Kleinrock, Queueing Systems I, 1975).

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from voltana.sim.policies.base import UNLOCKED_MHZ, Controller, InstanceState, PolicyContext
-from voltana.sim.policies.clocks import require_clock
-from voltana.sim.policies.fitting import FOREVER
+from voltana.sim.policies.parts.clocks import require_clock
+from voltana.sim.policies.parts.fitting import FOREVER
 from voltana.sim.policies.spec import parameter
 
 

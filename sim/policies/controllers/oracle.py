@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import ClassVar, Final
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import (
     DECODE,
     UNLOCKED_MHZ,
@@ -15,7 +15,7 @@ from voltana.sim.policies.base import (
     InstanceState,
     PolicyContext,
 )
-from voltana.sim.policies.clocks import cheapest_clock_mhz, clock_list
+from voltana.sim.policies.parts.clocks import cheapest_clock_mhz, clock_list
 from voltana.sim.policies.spec import parameter
 
 _STEPS: Final = 10

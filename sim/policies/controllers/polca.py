@@ -18,7 +18,7 @@ from voltana.sim.policies.base import (
     Phase,
     PolicyContext,
 )
-from voltana.sim.policies.clocks import fleet_power_w, nearest_clock_mhz
+from voltana.sim.policies.parts.clocks import fleet_power_w, nearest_clock_mhz
 from voltana.sim.policies.spec import parameter
 
 

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from voltana.sim.policies.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
-from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.parts.clocks import cheapest_clock_mhz, fastest_within_mhz, levels_of
+from voltana.sim.policies.parts.latency import LatencyWindow
 from voltana.sim.policies.spec import parameter
 
 

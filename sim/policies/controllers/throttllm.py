@@ -15,7 +15,7 @@ from voltana.sim.policies.base import (
     PolicyContext,
     RunningRequest,
 )
-from voltana.sim.policies.clocks import clocks_above_floor, first_clock_mhz
+from voltana.sim.policies.parts.clocks import clocks_above_floor, first_clock_mhz
 from voltana.sim.policies.spec import parameter
 
 _SLACK_S: Final = 1e-9

@@ -20,14 +20,14 @@ from voltana.sim.policies.base import (
     Router,
     States,
 )
-from voltana.sim.policies.clocks import (
+from voltana.sim.policies.parts.clocks import (
     busy_energy_j,
     cheapest_clock_mhz,
     clock_at_least_mhz,
     clocks_above_floor,
 )
-from voltana.sim.policies.fitting import LowestFitting
-from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.parts.fitting import LowestFitting
+from voltana.sim.policies.parts.latency import LatencyWindow
 from voltana.sim.policies.routers.simple import least
 from voltana.sim.policies.spec import parameter
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
-from voltana.sim.policies.clocks import clock_at_least_mhz, clocks_above_floor
-from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.parts.clocks import clock_at_least_mhz, clocks_above_floor
+from voltana.sim.policies.parts.latency import LatencyWindow
 from voltana.sim.policies.spec import parameter
 
 

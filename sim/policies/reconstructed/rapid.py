@@ -16,8 +16,8 @@ from voltana.sim.policies.base import (
     Phase,
     PolicyContext,
 )
-from voltana.sim.policies.clocks import busy_power_w, fastest_within_mhz, fleet_power_w
-from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.parts.clocks import busy_power_w, fastest_within_mhz, fleet_power_w
+from voltana.sim.policies.parts.latency import LatencyWindow
 from voltana.sim.policies.spec import parameter
 
 

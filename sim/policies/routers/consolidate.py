@@ -14,8 +14,8 @@ from voltana.sim.policies.base import (
     Router,
     States,
 )
-from voltana.sim.policies.clocks import levels_of
-from voltana.sim.policies.fullest import FullestBatch
+from voltana.sim.policies.parts.clocks import levels_of
+from voltana.sim.policies.parts.fullest import FullestBatch
 from voltana.sim.policies.spec import parameter
 
 
@@ -56,9 +56,9 @@ class Consolidate(Router):
     draw anyway. Every `period_s` the cheapest k is taken: a larger one at once, one fewer if it
     saves `gain_frac` and the last change is `dwell_s` ago. If no k keeps the promise: all. Among
     the k, the fewest open requests; where that one has no room left in the fullest batch worth
-    running (`voltana.sim.policies.fullest`: beyond a stair of the table the token rate falls), k
-    grows by one. An instance that is left out finishes what it has and falls idle; its controller
-    then parks it.
+    running (`voltana.sim.policies.parts.fullest`: beyond a stair of the table the token rate
+    falls), k grows by one. An instance that is left out finishes what it has and falls idle;
+    its controller then parks it.
 
     Prefill: the fullest instance where the running batch, the queue and this prompt together take
     no more at its clock than prefill_frac of what SLO_TTFT leaves for prefill (fuller batches cost

@@ -11,9 +11,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from voltana.sim.policies.base import DECODE, PolicyContext, RequestView, Router, States
-from voltana.sim.policies.clocks import clock_list, spread_clocks_mhz
-from voltana.sim.policies.dice import Dice
-from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.parts.clocks import clock_list, spread_clocks_mhz
+from voltana.sim.policies.parts.dice import Dice
+from voltana.sim.policies.parts.fitting import LowestFitting
 from voltana.sim.policies.spec import parameter
 
 REFERENCE_LEVELS_MHZ: Final = (1005, 1095, 1200, 1305, 1410)

@@ -12,9 +12,9 @@ from voltana.sim.policies.base import (
     Router,
     States,
 )
-from voltana.sim.policies.clocks import clock_list
-from voltana.sim.policies.dice import Dice
-from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.parts.clocks import clock_list
+from voltana.sim.policies.parts.dice import Dice
+from voltana.sim.policies.parts.fitting import LowestFitting
 from voltana.sim.policies.routers.ecoroute import reference_levels, slowest_emptiest
 from voltana.sim.policies.routers.simple import least
 from voltana.sim.policies.spec import parameter

@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 from voltana.sim.policies.base import InstanceState, PolicyContext, RequestView, Router, States
 from voltana.sim.policies.controllers.fixed import NoParameters
-from voltana.sim.policies.dice import Dice
+from voltana.sim.policies.parts.dice import Dice
 
 
 def least(states: States, key: Callable[[InstanceState], float | tuple[float, ...]]) -> int:

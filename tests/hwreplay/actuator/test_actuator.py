@@ -17,7 +17,7 @@ from tests.hwreplay.actuator.conftest import ALLOWED_MHZ, Recorder, beating, eve
 from voltana.hwreplay.actuator.actuator import Actuator, ActuatorConfig
 from voltana.hwreplay.actuator.client import ActuatorClient, ActuatorLostError, DryRun
 from voltana.hwreplay.messages.actuation import Operation, Request, Status, parse_answer
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 
 def confirmed(client: ActuatorClient, clock_mhz: int) -> bool:

@@ -14,7 +14,7 @@ from tests.hwreplay.actuator.conftest import actuator_process, beating, eventual
 from tests.profiles.device.standin import Standin
 from voltana.hwreplay.actuator.client import ActuatorClient, ActuatorLostError
 from voltana.hwreplay.messages.actuation import Status
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 UNKNOWN = 999
 """NVML's word for what passes."""

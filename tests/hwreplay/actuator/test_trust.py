@@ -12,7 +12,7 @@ import pytest
 from tests.conftest import ROOT
 from voltana.hwreplay.actuator import trust
 from voltana.hwreplay.actuator.trust import check_code, find_changeable, loaded_paths
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 
 @pytest.fixture

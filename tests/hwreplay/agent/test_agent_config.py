@@ -11,7 +11,7 @@ from tests.hwreplay.agent.test_agent import SETTINGS, config_of, running, voice,
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 from voltana.hwreplay.agent.agent import read_agent_config
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 pytestmark = pytest.mark.slow
 

@@ -17,7 +17,7 @@ from tests.hwreplay.agent.scripted import (
     with_requests,
 )
 from voltana.hwreplay.messages.batch_feed import BatchNotice, NoticeKind
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import IdlePlan, Phase
 
 

@@ -11,8 +11,8 @@ from voltana.hwreplay.view.context import PolicySource
 from voltana.hwreplay.view.engine_only import UnseenError, engine_only
 from voltana.hwreplay.view.open_request import engine_queue
 from voltana.profiles.catalog import load_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import IterationMetrics
-from voltana.profiles.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.policies.base import InstanceState, Phase
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.hwreplay.emulated.conftest import PROFILE, Bench, MakeBench
 from voltana.hwreplay.emulated.state import Behaviour, create_cards
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 UNLOCKED_W, W_1005, W_810 = 63.0, 39.4873, 38.1063
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from voltana.hwreplay.emulated import dilation
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 WAITS = """
 import asyncio, queue, select, socket, sys, threading, time

@@ -17,7 +17,7 @@ from tests.profiles.device.standin import ROOT
 from voltana.hwreplay.emulated.build import environment
 from voltana.hwreplay.emulated.card import PAGE_BYTES, Record
 from voltana.hwreplay.emulated.state import open_cards
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 NAME_AT = PAGE_BYTES + Record.fixed.offset
 ACTIVE_AT = PAGE_BYTES + Record.active.offset
@@ -51,7 +51,7 @@ def test_what_is_wrong_is_one_line_here_and_behind_nvml(
     assert "\n" not in str(done.value)
     script = (
         "from voltana.profiles.device.nvml import NvmlGpu\n"
-        "from voltana.profiles.errors import VoltanaError\n"
+        "from voltana.profiles.common.errors import VoltanaError\n"
         "try:\n    NvmlGpu(0)\nexcept VoltanaError as error:\n    print(error)"
     )
     out = subprocess.check_output(

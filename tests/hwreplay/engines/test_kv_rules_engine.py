@@ -17,9 +17,9 @@ from tests.sim.policies.doubles import make_context
 from voltana.profiles.catalog import Profile
 from voltana.sim.config import make_config
 from voltana.sim.engine.decode import DecodeInstance
-from voltana.sim.engine.log import ExactLog
+from voltana.sim.engine.logs.exact import ExactLog
+from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.engine.request import SimRequest
-from voltana.sim.engine.track import GpuTrack
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import InstanceState
 from voltana.sim.policies.controllers.fixed import NoParameters

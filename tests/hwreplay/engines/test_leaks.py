@@ -16,7 +16,7 @@ import tomli_w
 
 from tests.hwreplay.actuator.conftest import eventually
 from tests.hwreplay.conftest import ENGINE
-from voltana.profiles.signals import stops_as_interrupts, stops_put_off
+from voltana.profiles.common.signals import stops_as_interrupts, stops_put_off
 
 pytestmark = pytest.mark.slow
 

@@ -22,7 +22,7 @@ from voltana.hwreplay.messages.batch_feed import (
     NoticeKind,
     parse_notice,
 )
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 
 PLUGIN = ROOT / "hwreplay/engines/sglang/observer/voltana_engine_observer.py"
 

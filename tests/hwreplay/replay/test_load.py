@@ -12,7 +12,7 @@ from tests.hwreplay.router.test_router import Bench, bench
 from tests.hwreplay.stub_worker import StubTimes
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport, Row, read_rows
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.records import CANCELLED, COMPLETED, FAILED, REJECTED
 from voltana.sim.workload.workload import Workload
 

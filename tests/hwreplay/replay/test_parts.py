@@ -22,7 +22,7 @@ from voltana.hwreplay.replay.config import read_replay_config
 from voltana.hwreplay.replay.load import LoadGenerator
 from voltana.hwreplay.replay.replay import send_all
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.results import read_run
 
 POLCA = "polca:budget_w=300,period_s=0.2,lag_s=0.1,brake_lag_s=0.1"

@@ -19,7 +19,7 @@ from voltana.hwreplay.replay.probe import (
     plan_probe,
 )
 from voltana.hwreplay.replay.recording import IterationRow
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.records import COMPLETED, FAILED
 

@@ -26,7 +26,7 @@ from voltana.hwreplay.engines.plan import Installation
 from voltana.hwreplay.replay.assembly import Window, assemble
 from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
 from voltana.hwreplay.validate.validate import Thresholds
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
 from voltana.sim.records import COMPLETED, IN_FLIGHT

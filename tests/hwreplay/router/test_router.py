@@ -24,7 +24,7 @@ from voltana.hwreplay.router.config import RouterConfig, read_router_config, rea
 from voltana.hwreplay.router.service import RouterService
 from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 
 

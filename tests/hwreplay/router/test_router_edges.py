@@ -16,9 +16,9 @@ from aiohttp import web
 from tests.hwreplay.router.scripted_server import Scripted, chunked, scripted
 from tests.hwreplay.router.test_router import Bench, bench, events, request_body, serving, until
 from tests.hwreplay.stub_worker import HOST, StubTimes
-from voltana.hwreplay.router import fleet as fleet_module
 from voltana.hwreplay.router.config import RouterConfig, read_workers
 from voltana.hwreplay.router.errors import ClientGoneError
+from voltana.hwreplay.router.servers import fleet as fleet_module
 from voltana.hwreplay.router.sink import ClientSink
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.sim.config import make_config

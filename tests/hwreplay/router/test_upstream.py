@@ -10,8 +10,8 @@ import pytest
 
 from tests.hwreplay.router.scripted_server import chunked, scripted
 from tests.hwreplay.stub_worker import HOST
-from voltana.hwreplay.router import upstream as module
-from voltana.hwreplay.router.upstream import (
+from voltana.hwreplay.router.servers import upstream as module
+from voltana.hwreplay.router.servers.upstream import (
     MAX_CHUNK_BYTES,
     PAUSE_BYTES,
     ConnectTimeoutError,

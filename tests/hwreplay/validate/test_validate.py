@@ -24,7 +24,7 @@ from voltana.hwreplay.validate.validate import (
     validate,
 )
 from voltana.hwreplay.validate.verdict_page import markdown
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.records import (
     COMPLETED,
     FAILED,

@@ -7,8 +7,8 @@ import os
 import pytest
 
 from tests.profiles.device.standin import Standin
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import ORDER, VISIBLE, open_cards, parse_indices, visible_alone
-from voltana.profiles.errors import VoltanaError
 
 OPEN = "import os\nfrom voltana.profiles.device.cards import open_cards\n"
 
@@ -53,7 +53,7 @@ def test_a_partitioned_card_is_refused(standin: Standin, mode: int, *, is_refuse
     """0: a card without MIG, 1: MIG off, 2: on."""
     standin["mig_mode"] = mode
     out = standin.run(
-        OPEN + "from voltana.profiles.errors import VoltanaError\n"
+        OPEN + "from voltana.profiles.common.errors import VoltanaError\n"
         "try:\n    with open_cards('0', None):\n        print('open')\n"
         "except VoltanaError as e:\n    print(e)"
     )

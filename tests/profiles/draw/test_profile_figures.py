@@ -11,8 +11,8 @@ from tests.profiles.synthetic import rough_profile, write_synthetic_profile
 from voltana import profiles
 from voltana.experiments.cli import make_app
 from voltana.profiles.catalog import list_profiles, load_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.draw.profile_figures import poor_fits, write_report
-from voltana.profiles.errors import VoltanaError
 
 
 def test_a_poor_fit_is_one_line_with_its_figures(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 from tests.profiles.device.standin import Standin
 from tests.profiles.measure.test_measure import FACTS
 from voltana.experiments.cli import make_app
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.base import EngineCrashError, NotHeldError, Point
 from voltana.profiles.engines.llama_config import load_shape
 from voltana.profiles.engines.sglang import (
@@ -30,7 +31,6 @@ from voltana.profiles.engines.sglang_attach import attach
 from voltana.profiles.engines.sglang_client import Client, Endpoint, Endpoints, Records
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
 from voltana.profiles.engines.sglang_serving import Passage, ServingDelays, fit_delays
-from voltana.profiles.errors import VoltanaError
 
 NOWHERE = Endpoint(url="http://h:1", metrics="")
 CONFIG = (

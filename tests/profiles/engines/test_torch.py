@@ -14,6 +14,7 @@ torch = pytest.importorskip("torch")
 from torch import Tensor  # noqa: E402
 
 from tests.profiles.measure.quiet import Quiet  # noqa: E402
+from voltana.profiles.common.errors import VoltanaError  # noqa: E402
 from voltana.profiles.device.constant import ConstantPowerGpu  # noqa: E402
 from voltana.profiles.device.lock import ClockSession  # noqa: E402
 from voltana.profiles.engines.base import (  # noqa: E402
@@ -24,7 +25,6 @@ from voltana.profiles.engines.base import (  # noqa: E402
 from voltana.profiles.engines.llama import KvCache, Llama  # noqa: E402
 from voltana.profiles.engines.llama_config import BUILT_IN, load_config  # noqa: E402
 from voltana.profiles.engines.torch_llama import NUM_GRAPH_WARM_UP, TorchEngine, captured  # noqa: E402
-from voltana.profiles.errors import VoltanaError  # noqa: E402
 from voltana.profiles.measure.campaign import Campaign, Plan  # noqa: E402
 from voltana.profiles.measure.journal import Journal  # noqa: E402
 from voltana.profiles.measure.trial import Protocol  # noqa: E402

@@ -10,7 +10,7 @@ import pytest
 
 from tests.profiles.importing import folder as f
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.importing.build import (
     PREFILL_HOST_S,
     Builder,

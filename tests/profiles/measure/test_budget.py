@@ -6,7 +6,7 @@ from itertools import pairwise
 
 import pytest
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.measure.budget import clock_s, thinned
 from voltana.profiles.measure.campaign import Plan
 from voltana.profiles.measure.trial import Protocol

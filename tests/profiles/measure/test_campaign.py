@@ -10,6 +10,7 @@ import pytest
 from tests.profiles.measure.fake_engine import BIG, FAST, Fake, plan, run
 from tests.profiles.measure.quiet import Quiet
 from voltana.profiles.catalog import load_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.gpu import ClockTimeoutError, GpuBusyError
 from voltana.profiles.device.lock import ClockSession
@@ -18,7 +19,6 @@ from voltana.profiles.engines.base import (
     Point,
     Window,
 )
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure import trial as trial_module
 from voltana.profiles.measure.assemble import assemble
 from voltana.profiles.measure.campaign import Campaign, Plan

@@ -12,9 +12,9 @@ from typing import Any, cast
 import numpy as np
 import pytest
 
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.engines.base import Engine, EngineFacts, Point, Window
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure.grid import batch_sizes, design, next_refinement
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.power import PowerMeter, Sample, integrate_j, summarise

@@ -21,9 +21,9 @@ from tests.sim.engine.fixtures import make_requests
 from tests.sim.engine.fixtures import run as simulate_run
 from voltana.experiments.cli import make_app
 from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.engines.base import PHASES, Point
-from voltana.profiles.errors import VoltanaError
 from voltana.profiles.measure.assemble import assemble
 from voltana.profiles.measure.journal import Journal
 from voltana.profiles.measure.trial import GAPS

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from voltana.experiments.runs import cached_profile, run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
 

@@ -11,7 +11,7 @@ import pytest
 
 from voltana.experiments.runs import workload_of
 from voltana.profiles.catalog import DATA, Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.records import RunRecord

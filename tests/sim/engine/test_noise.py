@@ -14,10 +14,10 @@ from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import Falling, make_requests, run
 from voltana.profiles.catalog import Profile
 from voltana.sim.config import make_config
-from voltana.sim.engine.noise import BLOCK, IterationNoise
+from voltana.sim.engine.physics.noise import BLOCK, IterationNoise
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.controllers.fixed import NoParameters
-from voltana.sim.policies.prediction import SkewedPower
+from voltana.sim.policies.parts.prediction import SkewedPower
 from voltana.sim.policies.registry import CONTROLLERS, Entry
 from voltana.sim.records import FloatArray, RunRecord
 

@@ -12,7 +12,7 @@ import pytest
 
 from tests.profiles.synthetic import write_synthetic_profile
 from voltana.profiles.catalog import Profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.metrics import summarise, weighted_quantile

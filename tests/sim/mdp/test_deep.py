@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.mdp.grid import StateGrid
 from voltana.sim.mdp.learn.deep import Algorithm, DeepSettings, export, fit

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.sim.engine.fixtures import make_requests
 from tests.sim.engine.test_coalescing import same_instances, same_requests
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.mdp.learn.arrivals import ArrivalSimulation, count_above

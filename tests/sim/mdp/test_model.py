@@ -11,13 +11,13 @@ from tests.sim.mdp.small import AffinePower
 from tests.sim.policies.doubles import Formula, decode_state, make_context
 from voltana.experiments.study.train import policy_context
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.mdp.clock_rule import ControllerClock
 from voltana.sim.mdp.factored import solve_group
 from voltana.sim.mdp.grid import StateGrid, batch_edges
 from voltana.sim.mdp.model import InstanceModel, ModelParameters, build_instance
-from voltana.sim.policies.clocks import levels_of
+from voltana.sim.policies.parts.clocks import levels_of
 from voltana.sim.policies.registry import make_controller
 
 PARAMETERS = ModelParameters(

@@ -12,7 +12,7 @@ import pytest
 from tests.sim.mdp.chain_task import ChainTask
 from tests.sim.mdp.test_solve import CASES
 from voltana.profiles.catalog import load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.mdp.grid import StateGrid
 from voltana.sim.mdp.learn.qlearn import (

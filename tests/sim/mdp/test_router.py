@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from tests.sim.policies.doubles import decode_state, make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.grid import StateGrid, batch_edges, kv_nodes
 from voltana.sim.mdp.observation import RateMeter, observe
 from voltana.sim.mdp.policy_file import PolicyFile, PolicyKind, load_policy

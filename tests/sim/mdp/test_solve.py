@@ -8,7 +8,7 @@ import pytest
 from scipy.optimize import linprog
 
 from tests.sim.mdp.small import one_level
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.model import InstanceModel
 from voltana.sim.mdp.solve import JointModel, evaluate, policy_iteration, value_iteration
 

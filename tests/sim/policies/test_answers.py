@@ -15,7 +15,7 @@ from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
 from tests.sim.policies.doubles import CLOCKS, decode_state, make_context
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.answers import MAX_CHARACTERS, ControllerAnswers, describe, route
 from voltana.sim.policies.base import (
     Controller,

@@ -9,11 +9,10 @@ import pytest
 
 from tests.sim.policies.doubles import make_cluster, make_context, require_point
 from voltana.experiments.runs import run
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.base import Cluster, Phase, PolicyContext
-from voltana.sim.policies.clocks import fleet_power_w
 from voltana.sim.policies.controllers.polca import (
     BRAKE,
     FREE,
@@ -23,6 +22,7 @@ from voltana.sim.policies.controllers.polca import (
     PolcaParameters,
     PolcaPlan,
 )
+from voltana.sim.policies.parts.clocks import fleet_power_w
 from voltana.sim.policies.reconstructed.rapid import RapidParameters, RapidPlan
 from voltana.sim.policies.registry import make_controller
 

@@ -11,7 +11,7 @@ import pytest
 from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 from voltana.profiles.catalog import load_profile
 from voltana.sim.policies.base import InstanceState, Phase, PolicyContext
-from voltana.sim.policies.clocks import (
+from voltana.sim.policies.parts.clocks import (
     cheapest_clock_mhz,
     clock_at_least_mhz,
     clock_list,
@@ -22,7 +22,7 @@ from voltana.sim.policies.clocks import (
     nearest_clock_mhz,
     spread_clocks_mhz,
 )
-from voltana.sim.policies.fitting import LowestFitting
+from voltana.sim.policies.parts.fitting import LowestFitting
 from voltana.sim.policies.registry import make_controller
 
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sim.policies.doubles import CLOCKS, Formula, LineFormula, decode_state, make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import UNLOCKED_MHZ, IdlePlan, InstanceState
-from voltana.sim.policies.prediction import ScaledPredictor
+from voltana.sim.policies.parts.prediction import ScaledPredictor
 from voltana.sim.policies.registry import CONTROLLERS, make_controller
 
 # LineFormula: T(f, b, t) = (1 ms·b + 1 µs·t)·1000/f; promise 50 ms

@@ -11,7 +11,7 @@ import pytest
 from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
-from voltana.sim.policies.correction import TimeCorrection
+from voltana.sim.policies.parts.correction import TimeCorrection
 
 SCALE_S = 0.05
 

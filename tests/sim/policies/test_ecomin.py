@@ -14,7 +14,7 @@ from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.base import IdlePlan, InstanceState, Phase, WaitingRequest
-from voltana.sim.policies.fullest import FullestBatch
+from voltana.sim.policies.parts.fullest import FullestBatch
 from voltana.sim.policies.registry import make_controller
 
 PLAIN = "ecomin:headroom=0.0,dwell=0.0"

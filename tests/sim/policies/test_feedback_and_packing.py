@@ -13,7 +13,7 @@ from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.base import InstanceState, RequestView
-from voltana.sim.policies.latency import LatencyWindow
+from voltana.sim.policies.parts.latency import LatencyWindow
 from voltana.sim.policies.registry import make_controller, make_router
 
 ALL = "frequencies=1000+1200+1400"

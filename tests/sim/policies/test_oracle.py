@@ -10,7 +10,7 @@ import pytest
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
 from tests.sim.policies.doubles import Formula, decode_state, make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import IdlePlan, InstanceState, Phase, PolicyContext, WaitingRequest
 from voltana.sim.policies.registry import make_controller
 

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.sim.policies.doubles import Formula, decode_state, make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import InstanceState, RequestView, Router
 from voltana.sim.policies.registry import ROUTERS, make_router
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 
 from tests.sim.policies.doubles import make_context
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.registry import make_controller, make_router
 from voltana.sim.policies.spec import bind_parameters, describe_parameters, parameter, parse_spec
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from voltana.experiments.runs import stream_of, workload_of
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.workload.build_histograms import SOURCES, histogram, moments
 from voltana.sim.workload.generate import list_workloads, make_workload, stream_diurnal

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.workload.traces import open_trace, read_lengths
 
 Lines = list[dict[str, Any]]

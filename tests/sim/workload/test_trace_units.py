@@ -11,7 +11,7 @@ import pytest
 
 from voltana.experiments.runs import workload_of
 from voltana.experiments.sweep.identity import run_key
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.workload.generate import make_workload
 from voltana.sim.workload.traces import open_trace, read_lengths

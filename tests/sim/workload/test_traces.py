@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from voltana.profiles.errors import VoltanaError
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.workload.fetch import NamedTrace, named_trace
 from voltana.sim.workload.generate import make_workload
 from voltana.sim.workload.traces import open_trace, read_trace

@@ -1,0 +1,1 @@
+"""The least energy that any policy could reach."""

@@ -1,0 +1,1 @@
+"""The contest: every shipped load, its table, its page, and where the bound leaves room."""

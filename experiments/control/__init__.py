@@ -1,0 +1,1 @@
+"""Controllers seen as control: step responses, the plant, gains."""

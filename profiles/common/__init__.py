@@ -1,0 +1,1 @@
+"""What every room uses: typed values, errors, files, folders, tables, processes that end."""

@@ -1,0 +1,1 @@
+"""What iterations take, how they vary, and where energy is added."""
