@@ -7,7 +7,7 @@ decode, by new tokens in prefill. Nothing is lost: requests, rest and others, wh
 not sent, add up to the meter.
 
 Readings and records come late and in any order. A stretch of time is settled once the engine has
-spoken of its end, or `LAG_S` later.
+spoken of its end, or nobody is there any more, or `LAG_S` later.
 """
 
 from __future__ import annotations
@@ -23,6 +23,8 @@ from voltana.sim.policies.base import PREFILL, Phase
 
 LAG_S: Final = 2.0
 """An idle engine speaks once a second."""
+QUIET_S: Final = 0.1
+"""So long after the last request has left, the record of its last pass has come too."""
 STILL_S: Final = 1.0
 """A counter that has not moved for so long is taken at its word; cards' move every 20 to 100 ms."""
 
@@ -154,10 +156,17 @@ class InstanceShares:
         """Divide every stretch whose passes are all known by now."""
         while self._stretches:
             end_s = self._stretches[0].end_s
-            if self._heard_s < end_s and now_s - end_s < LAG_S:
+            if self._heard_s < end_s and now_s - end_s < LAG_S and not self._is_quiet(now_s):
                 return
             self._divide(self._stretches.popleft())
             self.settled_s = end_s
+
+    def _is_quiet(self, now_s: float) -> bool:
+        """Whether no request is here of whose passes more could be heard."""
+        return all(
+            stay.until_s is not None and now_s - stay.until_s > QUIET_S
+            for stay in self._stays.values()
+        )
 
     def _divide(self, stretch: _Stretch) -> None:
         overlaps = [

@@ -34,6 +34,7 @@ class ServeConfig:
     guard_resume: float = RESUME
     """And takes it again at this share."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least level of the lines in the log; requests and the course of things are info."""
 
     def __post_init__(self) -> None:
         GuardLimits(floor=self.guard_floor, resume=self.guard_resume)  # refuses what contradicts

@@ -17,7 +17,12 @@ from tests.hwreplay.router.test_router import events, request_body
 from tests.hwreplay.serve.bench import served, write_fleet
 from tests.hwreplay.stub_worker import StubTimes, stub_fleet
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
-from tests.profiles.device.standin import Standin
+from tests.profiles.device.standin import ROOT, Standin
+from voltana.hwreplay.agent.attach import read_attached
+from voltana.hwreplay.serve.config import read_serve_config
+from voltana.hwreplay.view.context import PolicySource
+from voltana.hwreplay.view.engine_only import engine_only
+from voltana.profiles.catalog import load_profile
 
 SLOW = StubTimes(decode_base_s=0.05)
 TOKENS = 60
@@ -125,6 +130,22 @@ def test_parts_that_are_killed_come_back_and_clocks_are_given_back(
 
 def parent(pid: int) -> list[str]:
     return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[1:2]
+
+
+def test_the_shipped_file_is_read_by_service_and_agents() -> None:
+    """Its controllers are such that an agent needs no router."""
+    file = ROOT / "hwreplay/serve.toml"
+    config = read_serve_config(file)
+    assert (config.drain_s, config.port, config.has_access_log) == (60.0, 8000, True)
+    agents = read_attached(file, acts=True)
+    assert [(a.phase, a.gpus, a.actuator_socket) for a in agents] == [
+        ("prefill", (0,), "/run/voltana/actuator.sock"),
+        ("decode", (1,), "/run/voltana/actuator.sock"),
+    ]
+    assert [a.metrics_address for a in agents] == [w.metrics for w in config.fleet.workers]
+    source = PolicySource(config=config.fleet.sim, profile=load_profile(config.fleet.sim.profile))
+    for agent in agents:
+        engine_only(source, agent.phase, 0)
 
 
 @pytest.mark.slow
