@@ -17,6 +17,7 @@ import signal
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +32,7 @@ from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
 from voltana.hwreplay.view.instance_metrics import METHOD, InstanceMetrics
 from voltana.profiles.common.binding import bind, check_names, convert, table
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.folders import claim
 from voltana.sim.config import make_config, read_toml
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
@@ -134,6 +136,14 @@ def _gpus(own: AttachKeys, phase: Phase, index: int, count: int, where: str) -> 
     return cards[index]
 
 
+def _new_folder(directory: Path) -> Path:
+    """A folder for this start: an agent that is started again leaves what is there."""
+    claim(directory, "decisions")
+    folder = directory / datetime.now(tz=UTC).strftime("%Y%m%dT%H%M%SZ")
+    folder.mkdir()
+    return folder
+
+
 class MetricsPage:
     """Takes reports in their own process and shows them at /metrics."""
 
@@ -192,7 +202,8 @@ def attach(path: Path, *, acts: bool, port: int, directory: Path | None) -> None
         path: A service's TOML file.
         acts: Whether they set clocks.
         port: Of /metrics on the loopback; 0 takes a free one.
-        directory: Takes each decision and clock, and a report at the end; None keeps none.
+        directory: Takes a folder for each start, with each decision and clock, and a report at the
+            end; None keeps none.
 
     Raises:
         VoltanaError: A wrong configuration, a controller that cannot see what it looks at, or an
@@ -205,8 +216,7 @@ def attach(path: Path, *, acts: bool, port: int, directory: Path | None) -> None
         configs = [dataclasses.replace(config, keeps_files=False) for config in configs]
     page = MetricsPage(port)
     with tempfile.TemporaryDirectory(prefix="voltana-agent-") as temporary:
-        folder = Path(temporary) if directory is None else directory
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = Path(temporary) if directory is None else _new_folder(directory)
         mode = "act" if acts else "shadow"
         say(LOG, logging.INFO, "attaching", mode=mode, agents=len(configs), metrics=page.url)
         try:

@@ -30,7 +30,13 @@ class Part:
         self.process = process
         self.last_line = ""
         """What it said last, for the message when it ends."""
-        self._pump = asyncio.create_task(self._take_lines())
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._first: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._pumps = [
+            asyncio.create_task(self._take_lines(process.stderr)),
+            asyncio.create_task(self._take_lines(process.stdout, self._first)),
+        ]
 
     @classmethod
     async def start(
@@ -57,11 +63,9 @@ class Part:
 
     async def first_line(self) -> str:
         """The first line of its output; raises VoltanaError if it ends instead."""
-        assert self.process.stdout is not None
-        line = (await self.process.stdout.readline()).decode().strip()
-        if not line:
-            raise await self.ended()
-        return line
+        if line := await self._first:
+            return line
+        raise await self.ended()
 
     async def await_file(self, path: Path, limit_s: float) -> None:
         """Wait until it has made a file.
@@ -81,26 +85,30 @@ class Part:
     async def ended(self) -> VoltanaError:
         """What to say of its end, which it waits for."""
         code = await self.process.wait()
-        await self._pump
+        await asyncio.gather(*self._pumps)
         said = f": {self.last_line}" if self.last_line else ""
         return VoltanaError(f"{self.name} must stay up, it ended with {code}{said}")
 
     async def end(self, limit_s: float = END_S) -> None:
         """End it, by force after `limit_s`."""
         await end_process(self.process, limit_s)
-        await self._pump
+        await asyncio.gather(*self._pumps)
 
-    async def _take_lines(self) -> None:
-        assert self.process.stderr is not None
+    async def _take_lines(
+        self, stream: asyncio.StreamReader, first: asyncio.Future[str] | None = None
+    ) -> None:
+        """Log every line to the end; the first one goes to `first`, which is empty without any."""
         while True:
             try:
-                line = await self.process.stderr.readline()
+                line = await stream.readline()
             except ValueError:  # longer than any line of ours
                 continue
+            if first is not None and not first.done():
+                first.set_result(line.decode(errors="replace").strip())
+            elif line.strip():
+                self._log(line.strip())
             if not line:
                 return
-            if line := line.strip():
-                self._log(line)
 
     def _log(self, line: bytes) -> None:
         """Lines of the log pass as they are; others become the event of one."""

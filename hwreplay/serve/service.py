@@ -33,6 +33,7 @@ from voltana.hwreplay.serve.systemd import notify
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.folders import claim
 from voltana.profiles.common.signals import stops_as_interrupts
 
 LOG: Final = logging.getLogger("voltana.serve")
@@ -54,12 +55,13 @@ def serve(path: Path, directory: Path | None = None) -> int:
         VoltanaError: The configuration is wrong. What fails later is logged, and the code is 1.
     """
     config = read_serve_config(path)
+    if directory is not None:
+        claim(directory, "service")
     observes_fleet(config.fleet)  # a policy that cannot be made is a wrong configuration too
     os.environ[ENVIRONMENT] = config.log_level
     start_log("serve")
     with tempfile.TemporaryDirectory(prefix="voltana-serve-") as temporary:
         folder = Path(temporary) if directory is None else directory
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             with stops_as_interrupts(), fleet(config.fleet, folder, _progress) as run:
                 with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
@@ -107,7 +109,7 @@ class Service:
         """
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+            loop.add_signal_handler(number, self._on_stop)
         loop.add_signal_handler(signal.SIGHUP, self._hup.set)
         async with AsyncExitStack() as stack:
             stack.push_async_callback(self._agents.end)
@@ -124,6 +126,13 @@ class Service:
             await self._serve(keep)
             notify("STOPPING=1")
         return OK
+
+    def _on_stop(self) -> None:
+        """The first one drains, a second one cuts that short."""
+        if self._stop.is_set() and self._router is not None:
+            with suppress(ProcessLookupError):
+                self._router.process.terminate()
+        self._stop.set()
 
     async def _serve(self, keep: asyncio.Task[None]) -> None:
         """Reload as asked, until told to stop or the router is given up."""

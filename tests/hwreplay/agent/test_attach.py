@@ -87,7 +87,8 @@ def test_a_shadow_decides_and_touches_nothing_an_actor_sets_and_its_guard_gives_
         assert found["voltana_clock_mhz"] == 0
         assert found["voltana_estimated_saved_joules"] > 0
         assert (standin["num_locks"], standin["num_resets"]) == (0, 0)
-        (wish, end) = (tmp_path / "kept/agent-decode-0.decisions.jsonl").read_text().splitlines()
+        (kept,) = (tmp_path / "kept").glob("*/agent-decode-0.decisions.jsonl")
+        (wish, end) = kept.read_text().splitlines()
         assert (json.loads(wish)["clock_mhz"], json.loads(end)["clock_mhz"]) == (1005, 0)
 
         with attached(standin, tmp_path, voice, "--act") as actor:
