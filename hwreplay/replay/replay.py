@@ -28,6 +28,7 @@ import uvloop
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.emulated.fleet import emulated, note_overruns
 from voltana.hwreplay.engines.launch import run_fleet
+from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.assembly import REQUESTS, Window, assemble
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
@@ -82,7 +83,7 @@ def replay(
     twin = tomli_w.dumps(config.sim.as_dict())
     write_text(twin, directory / SIMULATE)
     started_ns = time.monotonic_ns()
-    with stops_as_interrupts(), _fleet(config, directory, progress) as run:
+    with stops_as_interrupts(), fleet(config, directory, progress) as run:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_play(run, workload, progress))
@@ -130,14 +131,24 @@ def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunReco
 
 
 @contextmanager
-def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterator[Run]:
-    """The servers, started here or there already, and a short folder for sockets."""
+def fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterator[Run]:
+    """The servers, started here or there already, and a short folder for sockets.
+
+    Args:
+        config: What to start, or what is there.
+        directory: Takes the servers' logs.
+        progress: Told how it goes.
+
+    Raises:
+        VoltanaError: No such policy or profile, or a server ended or was too late.
+    """
     # what is wrong is told before a server starts
     has_fleet_view, vocab_size = observes_fleet(config), config.vocab_size()
     with ExitStack() as stack:
         sockets = Path(tempfile.mkdtemp(prefix="voltana-"))
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
         workers, batches = config.workers, dict(config.batch_sockets)
+        servers: list[Server] = []
         if config.engine is not None and config.emulate is not None:
             config = stack.enter_context(emulated(config, sockets))
         if config.engine is not None:
@@ -174,6 +185,7 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
             batch_sockets=batches,
             vocab_size=vocab_size,
             has_fleet_view=has_fleet_view,
+            servers=servers,
         )
 
 

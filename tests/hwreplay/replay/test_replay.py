@@ -244,7 +244,7 @@ ATTACHED = {
         ),
         (
             {"fleet": {"engine": "e"}, "replay": {"power_w": 50.0, "actuator": "/run/v.sock"}},
-            "actuator must have gpus to set, got /run/v.sock with power_w: name the cards",
+            "actuator must have gpus to set, got /run/v.sock without: name the cards",
         ),
     ],
 )

@@ -286,12 +286,12 @@ def test_agents_reports_reach_metrics_and_policy(tmp_path: Path) -> None:
             sender.send(AgentReport("decode", 9, 2.5, 1005, 321.5, 17))  # no such instance: ignored
 
             async def is_there() -> bool:
-                return (await b.samples()).get(("voltana_decisions", "decode-1")) == 17
+                return (await b.samples()).get(("voltana_decisions_total", "decode-1")) == 17
 
             await until(is_there)
             found = await b.samples()
             assert found[("voltana_clock_mhz", "decode-1")] == 1005
-            assert found[("voltana_energy_joules", "decode-1")] == 321.5
+            assert found[("voltana_energy_joules_total", "decode-1")] == 321.5
             state = b.service.fleet.workers["decode"][1].tracker.state
             assert (state.clock_mhz, state.energy_j) == (1005, 321.5)
             sender.close()
