@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
+
+import numpy as np
 
 from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.study import check_settings
@@ -65,6 +68,8 @@ class Question:
     """Further judging repeats, each used once where the ones before went into the choice."""
     draws: int
     """From the profile's errors; 0: none are stated, or none were asked for."""
+    is_capped: bool = False
+    """Whether power caps are searched, too."""
 
     @property
     def choice_target(self) -> float:
@@ -100,6 +105,10 @@ class Question:
         """The most that an instance draws at a clock, in any iteration that its tables have."""
         return peak_w(self.profile, phase, clock_mhz)
 
+    def cap_w(self, phase: str, clock_mhz: int) -> int:
+        """The power cap of an instance that slows nothing that this clock would not, in whole W."""
+        return math.ceil(cap_w(self.profile, phase, clock_mhz))
+
 
 @lru_cache
 def peak_w(profile: Profile, phase: str, clock_mhz: int) -> float:
@@ -116,6 +125,14 @@ def peak_w(profile: Profile, phase: str, clock_mhz: int) -> float:
     return float(frame.loc[frame["frequency_mhz"] <= above, "power_w"].max())
 
 
+@lru_cache
+def cap_w(profile: Profile, phase: str, clock_mhz: int) -> float:
+    """As `peak_w`, but linear between two clocks of the tables. Args: as of `peak_w`."""
+    frame = profile.prefill if phase == "prefill" else profile.decode
+    most = frame.groupby("frequency_mhz")["power_w"].max().cummax()
+    return float(np.interp(clock_mhz, most.index, most))
+
+
 def make_question(
     settings: Mapping[str, Any],
     *,
@@ -127,6 +144,7 @@ def make_question(
     draws: int = 0,
     clocks_mhz: Sequence[int] = (),
     routers: Sequence[str] = ROUTERS,
+    is_capped: bool = False,
 ) -> Question:
     """Check what is asked.
 
@@ -140,6 +158,7 @@ def make_question(
         draws: From the profile's stated errors.
         clocks_mhz: The only fixed clocks; empty: all of the profile.
         routers: Of fixed clocks.
+        is_capped: Search power caps, too.
 
     Raises:
         VoltanaError: A key that is the search's own, a bad value, or too little hardware.
@@ -170,7 +189,7 @@ def make_question(
         base={**settings, "profile": config.profile},
         gpus=_gpus(profile, clocks, gpus, watts, tensor_parallel), watts=watts, target=target,
         contenders=contenders, routers=tuple(routers), clocks_mhz=clocks, tuning=tuning,
-        judging=judging, reserves=reserves, draws=draws,
+        judging=judging, reserves=reserves, draws=draws, is_capped=is_capped and len(clocks) > 1,
     )  # fmt: skip
 
 

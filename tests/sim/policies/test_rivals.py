@@ -128,6 +128,11 @@ def test_powercap_is_released_while_the_promise_is_missed() -> None:
     assert made.decide(at(2.6, 10, duration_s=0.010)) == 1000
 
 
+def test_powercap_that_nothing_releases_is_a_cards_own_limit() -> None:
+    made = make_controller("powercap:cap=120,release=0", cubic())
+    assert [made.decide(at(s, 10, duration_s=9.0)) for s in (1.0, 1.5)] == [1000, 1000]
+
+
 def dualscale(levels: tuple[int, ...] = (1000, 1400)) -> DualScale:
     """One ms a token at 1000 MHz; 0.5 s for prefill; powers 100, 150, 300 W."""
     context = cubic("prefill", Formula(lambda p, f, b, t: 1e-3 * t * 1000 / f))
