@@ -1,7 +1,7 @@
 """The advice: what was chosen, judged on requests that the search has not seen.
 
-What was chosen is judged at the asked load on all judging repeats, and on two of them at other
-loads; the draws from the profile's errors play them in turn. What breaks its
+What was chosen is judged at the asked load on all judging repeats, and on one or two of them at
+other loads; the draws from the profile's errors play them in turn. What breaks its
 promise when it is judged is chosen again with those repeats among those of the choice, and judged
 on new ones.
 """
@@ -32,12 +32,14 @@ from voltana.experiments.recommend.choose.fixed import (
     fleet_of,
     highest_allowed,
 )
-from voltana.experiments.recommend.question import LOADS, Question, Repeats
+from voltana.experiments.recommend.question import Question, Repeats, duration_s
 from voltana.profiles.common.errors import VoltanaError
 
-AT_OTHER_LOADS: Final = 2
-"""Judging repeats at loads other than the asked one."""
-_KNEE_STEPS: Final = 6
+AT_LOAD: Final = {0.8: 2, 1.0: None, 1.2: 2, 1.5: 1}
+"""Times the asked load: judging repeats that are played there; None: all."""
+DRAWN: Final = 0.6
+"""Part of a judging repeat that is played on each draw from the profile's errors."""
+_KNEE_STEPS: Final = 4
 """Moves of both clocks, down and up, of the knee's curve."""
 
 
@@ -48,6 +50,7 @@ def advise(desk: Desk) -> Advice:
         VoltanaError: Not one run of the advice ended.
     """
     question = desk.question
+    question.profile.truth()  # before processes are forked, each of which would build it
     tuning: Repeats = question.tuning
     judging: Repeats = question.judging
     rounds = 1
@@ -92,7 +95,7 @@ def _judge(
 ) -> Mapping[str, Judged]:
     """Each way by its name, played on the judging repeats and at the other loads."""
     question = desk.question
-    loads = [(factor, judging if factor == 1.0 else judging[:AT_OTHER_LOADS]) for factor in LOADS]
+    loads = [(factor, judging[:count]) for factor, count in AT_LOAD.items()]
     desk.ahead(
         (plan["settings"] | question.at_load(factor), repeats)
         for plan in plans
@@ -190,11 +193,13 @@ def _with_draws(desk: Desk, advice: Advice, judging: Repeats) -> Advice:
     if not question.draws:
         return advice
     plays = [
-        ({"profile_draw": k}, [judging[(k - 1) % len(judging)]])
+        ({"profile_draw": k}, [{**repeat, "duration_s": DRAWN * duration_s(question)}])
         for k in range(1, question.draws + 1)
+        for repeat in [judging[(k - 1) % len(judging)]]
     ]
+    # all ways of a draw one after the other: a process holds few drawn profiles
     desk.ahead(
-        ({**way.settings, **more}, repeats) for way in advice.ways for more, repeats in plays
+        ({**way.settings, **more}, repeats) for more, repeats in plays for way in advice.ways
     )
     ways: dict[str, Judged] = {}
     for way in advice.ways:

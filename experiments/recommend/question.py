@@ -26,8 +26,6 @@ POLICIES: Final = (
 """Dynamic policies that take part, unless others are named."""
 ROUTERS: Final = ("round-robin", "consolidate")
 """Routers of fixed clocks."""
-LOADS: Final = (0.8, 1.0, 1.2, 1.5)
-"""Times the asked load, at which the advice is judged."""
 TUNING_SEEDS: Final = (1, 2, 3)
 JUDGING_SEED: Final = 11
 RESERVE_SEED: Final = 101

@@ -101,9 +101,9 @@ def more_lines(advice: Advice) -> list[str]:
         other = advice.still.name if name == DYNAMIC else "the top clocks"
         lines.append(f"If the profile is off by its stated errors: {name} {drawn.text(other)}.")
     if advice.caps is not None:
-        saved = advice.saving(advice.caps, advice.fixed)
+        more = advice.saving(advice.fixed, advice.caps)
         lines.append(
-            f"Power caps save {_saving(saved)} beyond fixed clocks, if a card does at its cap what "
+            f"Fixed clocks save {_saving(more)} against power caps, if a card does at its cap what "
             "the model says."
         )
     elif advice.question.is_capped:

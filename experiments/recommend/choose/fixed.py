@@ -222,7 +222,8 @@ class FixedSearch:
         return fleet
 
     def _ahead(self, means: Means, fleets: Sequence[Fleet]) -> None:
-        settings = (means.settings(self._desk.question, f) for f in fleets)
+        question = self._desk.question
+        settings = (means.settings(question, f) for f in fleets if fits(question, f))
         self._desk.ahead((s, self._repeats[:1]) for s in settings)
 
     def _moves(self, fleet: Fleet, step: int) -> Iterator[Fleet]:
@@ -268,7 +269,7 @@ class FixedSearch:
         step = max(1, -(-len(known) // MOST_KNOTS))
         return FleetSearch(
             attempt, clocks_mhz=clocks, knots_mhz=known[::step], counts=(counts[0], counts[1]),
-            target=self._target, is_quick=True,
+            target=self._target, is_quick=True, ahead=partial(self._ahead, means),
         )  # fmt: skip
 
 

@@ -81,7 +81,7 @@ def test_the_advice_is_of_repeats_that_took_no_part_in_the_choice(
     assert set(advice.fixed.asked.rows["seed"]).isdisjoint(
         set(range(1, 4))  # on which was chosen
     )
-    assert [len(t.energies_j) for t in advice.fixed.at_load.values()] == [2, 3, 2, 2]
+    assert [len(t.energies_j) for t in advice.fixed.at_load.values()] == [2, 3, 2, 1]
     loads = {f: t.rows["rate_rps"].iloc[0] for f, t in advice.fixed.at_load.items()}
     assert loads == pytest.approx({0.8: 11.2, 1.0: 14.0, 1.2: 16.8, 1.5: 21.0})
     by_hand = 100 * (1 - advice.fixed.asked.energies_j[0] / advice.now.asked.energies_j[0])
