@@ -9,10 +9,11 @@ from typing import Any
 
 from voltana.experiments.draw.plots import save
 from voltana.experiments.progress import progress_bar
-from voltana.experiments.recommend.desk import Desk
+from voltana.experiments.recommend.advice import Advice
+from voltana.experiments.recommend.choose.desk import Desk
 from voltana.experiments.recommend.figure import knee_figure
 from voltana.experiments.recommend.hand_over import write_ready
-from voltana.experiments.recommend.judge import Advice, advise
+from voltana.experiments.recommend.judge import advise
 from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.show import Costs, as_dict
 from voltana.experiments.sweep.executors import check_executor

@@ -17,11 +17,19 @@ from voltana.experiments.cli import make_app
 from voltana.experiments.compare.draws import Drawn, Run, compare_drawn
 from voltana.experiments.frontier.fixed import Side
 from voltana.experiments.frontier.trial import Trial, pooled
-from voltana.experiments.recommend.desk import Desk
-from voltana.experiments.recommend.fixed_choice import FixedSearch, allows, fleet_peak_w
-from voltana.experiments.recommend.hand_over import replay_toml, roles, router_toml
-from voltana.experiments.recommend.judge import DYNAMIC, FIXED, NOW, Advice, Judged, advise
+from voltana.experiments.recommend.advice import CAPS, DYNAMIC, FIXED, NOW, Advice, Judged
+from voltana.experiments.recommend.choose.desk import Desk, Means
+from voltana.experiments.recommend.choose.fixed import FixedSearch, allows, fleet_peak_w
+from voltana.experiments.recommend.hand_over import (
+    dynamo_yaml,
+    gpu_lines,
+    replay_toml,
+    roles,
+    router_toml,
+)
+from voltana.experiments.recommend.judge import advise
 from voltana.experiments.recommend.question import make_question
+from voltana.experiments.recommend.ranges import ranges
 from voltana.experiments.recommend.show import sentence
 from voltana.experiments.study.advice import best_by_rule, exhaustive
 from voltana.hwreplay.replay.config import read_replay_config
@@ -44,7 +52,7 @@ def question(**more: Any) -> Any:  # noqa: ANN401 (options of make_question)
 
 @pytest.fixture(scope="module")
 def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, Advice]:
-    asked = question(policies=("ecofreq + round-robin",), draws=2)
+    asked = question(policies=("ecofreq + round-robin",), draws=2, is_capped=True)
     desk = Desk(asked, tmp_path_factory.mktemp("advice"), jobs=1)
     return desk, advise(desk)
 
@@ -73,13 +81,13 @@ def test_the_advice_is_of_repeats_that_took_no_part_in_the_choice(
     assert set(advice.fixed.asked.rows["seed"]).isdisjoint(
         set(range(1, 4))  # on which was chosen
     )
-    assert [len(t.energies_j) for t in advice.fixed.at_load.values()] == [2, 3, 2, 2]
+    assert [len(t.energies_j) for t in advice.fixed.at_load.values()] == [2, 3, 2, 1]
     loads = {f: t.rows["rate_rps"].iloc[0] for f, t in advice.fixed.at_load.items()}
     assert loads == pytest.approx({0.8: 11.2, 1.0: 14.0, 1.2: 16.8, 1.5: 21.0})
     by_hand = 100 * (1 - advice.fixed.asked.energies_j[0] / advice.now.asked.energies_j[0])
     kept = [advice.saving(advice.fixed, advice.now).mean, by_hand]
     assert kept[0] == pytest.approx(kept[1], abs=5)
-    assert set(advice.drawn) == {FIXED, DYNAMIC}
+    assert set(advice.drawn) == {FIXED, CAPS, DYNAMIC}
 
 
 def test_watts_bound_what_the_tables_can_draw(tmp_path: Path) -> None:
@@ -171,10 +179,51 @@ def test_the_plain_sentence(
         advice, now=made(NOW, (200.0,) * 3, 1.0, advice.now),
         fixed=made(FIXED, fixed_j, fixed_kept, advice.fixed),
         dynamic=made(DYNAMIC, dynamic_j, dynamic_kept, advice.dynamic), drawn={DYNAMIC: drawn},
+        caps=None,
     )  # fmt: skip
     assert sentence(told).startswith(answer)
     is_dynamic = answer.startswith("Yes")
     assert told.best.name == (DYNAMIC if is_dynamic else FIXED)
+
+
+def test_caps_slow_only_what_would_draw_more(advised: tuple[Desk, Advice]) -> None:
+    """From what the best clocks draw at most, where no batch is slower than under the lock."""
+    desk, advice = advised
+    caps, choice = advice.caps, advice.caps_choice
+    assert caps is not None
+    assert choice is not None
+    means = Means(choice.means.router, is_cap=True)
+    begun = desk.trial(means.settings(desk.question, advice.fixed_choice.fleet), "",
+                       desk.question.tuning)  # fmt: skip
+    capped, locked = begun.rows, advice.fixed_choice.trial.rows
+    assert (capped["itl_mean_s"] <= locked["itl_mean_s"]).all()
+    assert (capped["attainment"] >= locked["attainment"] - 0.01).all()
+    assert choice.trial.energy_j <= begun.energy_j
+    assert advice.keeps(caps)
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    for role, frame in zip(roles(advice, caps), (profile.prefill, profile.decode), strict=True):
+        assert frame["power_w"].min() <= role.cap_w <= frame["power_w"].max() + 1
+        assert f"-pl {role.cap_w} " in "\n".join(gpu_lines(advice, advice.fixed))
+        assert f'gpu-power-limit: "{role.cap_w}"' in dynamo_yaml(advice, caps)
+
+
+def test_ranges_hold_what_was_played(advised: tuple[Desk, Advice]) -> None:
+    _, advice = advised
+    found = ranges(advice, advice.fixed)
+    assert set(found) == {"seeds", "load", "profile"}
+    savings = [
+        100 * (1 - a / b)
+        for f in (0.8, 1.0, 1.2)
+        for a, b in zip(advice.fixed.at_load[f].energies_j, advice.now.at_load[f].energies_j,
+                        strict=True)
+    ]  # fmt: skip
+    assert found["load"]["saving_vs_top_clocks_pct"] == pytest.approx((min(savings), max(savings)))
+    whole = advice.saving(advice.fixed, advice.now)
+    low, high = found["seeds"]["saving_vs_top_clocks_pct"]
+    assert ((low + high) / 2, (high - low) / 2) == pytest.approx((whole.mean, whole.half))
+    day = sum(found["seeds"]["kwh_a_day"]) / 2
+    assert day == pytest.approx(advice.kwh_a_day(advice.fixed), rel=0.02)
+    assert all(0 <= share <= 1 for each in found.values() for share in each["attainment"])
 
 
 def test_what_is_handed_over_can_be_read(advised: tuple[Desk, Advice], tmp_path: Path) -> None:
@@ -248,7 +297,7 @@ def test_the_command_writes_text_json_and_a_page(tmp_path: Path) -> None:
     assert "dynamo.nvidia.com/gpu-power-limit" in (out / "ready" / "dynamo.yaml").read_text()
     page = _Page()
     page.feed((out / "recommend.html").read_text())
-    assert page.tags.count("table") == 2
+    assert page.tags.count("table") == 3
     assert [s[:22] for s in page.sources] == ["data:image/png;base64,"]
     runs = len(list((out / "points").iterdir()))
     again = runner.invoke(make_app(), [*shlex.split(line), "--json"])

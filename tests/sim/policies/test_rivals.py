@@ -165,6 +165,11 @@ def test_powercap_is_released_for_its_window_after_a_miss() -> None:
     assert clocks == [1000, 1400, 1400, 1400, 1000]
 
 
+def test_powercap_that_nothing_releases_is_a_cards_own_limit() -> None:
+    made = make_controller("powercap:cap=120,release=0", cubic())
+    assert [made.decide(at(s, 10, duration_s=9.0)) for s in (1.0, 1.5)] == [1000, 1000]
+
+
 class PerRequest(CubicPower):
     """A tenth of a watt a MHz, and one a request and one per 1,000 tokens."""
 
