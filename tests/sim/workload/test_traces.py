@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -167,9 +168,9 @@ def test_a_local_file_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_workload_cannot_be_made_of_nonsense() -> None:
     good = make_workload("lmsys", rate_rps=5, duration_s=2, seed=0)
     with pytest.raises(VoltanaError, match="must not fall"):
-        good.superposed()._with(good.arrival_s[::-1], "reversed")
+        replace(good, arrival_s=good.arrival_s[::-1], name="reversed")
     with pytest.raises(VoltanaError, match="one length"):
-        good._with(np.zeros(3), "short")
+        replace(good, arrival_s=np.zeros(3))
 
 
 def test_rows_longer_than_the_header_are_refused_and_do_not_shift_columns(tmp_path: Path) -> None:
