@@ -46,6 +46,8 @@ class Job:
     """Seconds from its last token to the request that waited for it."""
     cached: int = 0
     """Tokens of the prompt that were there already."""
+    is_cut: bool = False
+    """A part of its prompt was in an earlier batch."""
     path: list[Token] | None = None
     """What it has locked in the cache."""
 
@@ -169,7 +171,11 @@ class Prefill(Server):
         budget = self.fleet.limit("max_prefill_tokens")
         taken: list[tuple[Job, int]] = []
         for job in self.queue[: self.fleet.limit("max_prefill_requests")]:
-            if not budget or not self._fits(job, sum(chunk + 2 for _, chunk in taken)):
+            others = sum(chunk + 2 for _, chunk in taken)
+            is_full = self.cache is not None and self.cache.room() <= others
+            if not budget or (is_full and any(not j.is_cut for j, _ in taken)):
+                break
+            if not self._fits(job, others):
                 break
             chunk = min(job.prompt - job.done_prompt, budget)
             budget -= chunk
@@ -198,6 +204,7 @@ class Prefill(Server):
             self.open_jobs -= 1
             self.fleet.hand_over(job, now_s)
         for job in cut:
+            job.is_cut = True
             self._keep(job)
         self.go_on(now_s)
 

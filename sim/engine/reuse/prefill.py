@@ -63,6 +63,8 @@ class CachingPrefillInstance(PrefillInstance):
         self._nodes: dict[int, Node] = {}
         """Where the tokens that a request has locked end, by its number."""
         self._most_requests = self._max_requests
+        self._is_cut = False
+        """Whether the first in the queue has been begun."""
         self._cached_tokens = 0
         self._computed_tokens = 0
         self._has_holding = True
@@ -108,7 +110,10 @@ class CachingPrefillInstance(PrefillInstance):
             chunk = min(request.input_tokens - request.prefilled_tokens, budget)
             budget -= chunk
             spoken_for += chunk + SPARE_TOKENS
+            goes_on = count == 0 and self._is_cut
             count += 1
+            if self.cache.available_tokens <= spoken_for and not goes_on:
+                break  # the next is not even looked at
         return count
 
     def _finds_room(self, request: SimRequest, spoken_for: int) -> bool:
@@ -134,7 +139,8 @@ class CachingPrefillInstance(PrefillInstance):
         for request in self._batch:
             self._keep(request)
         super()._end(now_s)
-        if self._queue and self._queue[0].request_id in self._nodes:  # it was cut
+        self._is_cut = bool(self._queue) and self._queue[0].request_id in self._nodes
+        if self._is_cut:
             self._keep(self._queue[0])
 
     def _keep(self, request: SimRequest) -> None:
