@@ -1,9 +1,10 @@
-"""What the host adds to a first token, measured beside running streams before the loop's cells.
+"""What the host adds to a first token, measured on a load like the cells' before these.
 
     arrival ── serving ──> decode's boundary ── handshake ──> prefill ── transfer ──> next boundary
 
 The first two are waited for by everybody; the third decides whether the next boundary is caught.
-The requests are the probe's own: nothing of a cell is looked at but how long its prompts are.
+The requests are the probe's own, of the cells' kind: how many streams and prompts are under way
+decides what the host takes for one.
 """
 
 from __future__ import annotations
@@ -23,11 +24,10 @@ from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
 
-SINGLE: Final = 44
-"""Single requests whose prefill meets decode's iterations anywhere."""
-STREAM_STEP_S: Final = 0.0112
-"""A decode step of one or two requests, a little short: the streams outlive the single ones."""
 CANDIDATES_S: Final = np.arange(0.0, 0.008, 0.00025)
+SERVING_S: Final = np.arange(0.0, 0.012, 0.00025)
+SMOOTH: Final = 5
+"""Neighbours whose mean counts: first tokens wait for boundaries, their middle moves in steps."""
 LEAST: Final = 12
 FloatArray = npt.NDArray[np.float64]
 
@@ -45,23 +45,20 @@ class HostTimes:
         return replace(config, **{k: round(v, 5) for k, v in asdict(self).items()})
 
 
-def plan(num_streams: int, prompt_tokens: tuple[int, int]) -> Workload:
-    """One stream an instance, and single requests beside them.
+def plan(cell: Workload) -> Workload:
+    """Requests of a cell's kind, not the cell's: its gaps and its lengths, drawn with replacement.
 
     Args:
-        num_streams: Decode instances.
-        prompt_tokens: Shortest and longest prompt of the single requests.
+        cell: Whose number of requests, rate and lengths the probe has.
     """
     rng = np.random.default_rng(7)
-    at_s = 0.7 + np.cumsum(rng.uniform(0.10, 0.16, SINGLE))
-    low, high = np.log(prompt_tokens)
-    prompts = np.exp(rng.uniform(low, high, SINGLE)).astype(np.int64)
-    steps = int(at_s[-1] / STREAM_STEP_S)
+    drawn = rng.integers(0, len(cell), len(cell))
+    gaps_s = rng.choice(np.diff(cell.arrival_s, prepend=0.0), len(cell))
     return Workload(
-        arrival_s=np.concatenate([np.zeros(num_streams), at_s]),
-        input_tokens=np.concatenate([np.full(num_streams, 64), prompts]),
-        output_tokens=np.concatenate([np.full(num_streams, steps), np.full(SINGLE, 2)]),
-        name="single requests beside streams",
+        arrival_s=np.cumsum(gaps_s),
+        input_tokens=cell.input_tokens[drawn],
+        output_tokens=cell.output_tokens[drawn],
+        name="a probe of the host",
     )
 
 
@@ -74,26 +71,38 @@ def measure(config: SimConfig, play: Callable[[Workload], RunRecord], work: Work
         work: Of `plan`.
 
     Raises:
-        VoltanaError: Too few single requests were served alone.
+        VoltanaError: Too few requests were prefilled alone.
     """
     observed = play(work)
     handshake_s, gap_s, missed = _passages(observed)
     if len(gap_s) < LEAST:
-        raise VoltanaError(f"a probe needs {LEAST} single requests of their own, got {len(gap_s)}")
+        raise VoltanaError(f"a probe needs {LEAST} requests prefilled alone, got {len(gap_s)}")
     wrong = [int(((gap_s < limit_s) != missed).sum()) for limit_s in CANDIDATES_S]
     best = np.flatnonzero(np.array(wrong) == min(wrong))
     found = HostTimes(
         handshake_latency_s=float(np.median(handshake_s)),
         kv_transfer_latency_s=float(CANDIDATES_S[best].mean()),
     )
-    expected = simulate(found.on(config), cached_profile(config.profile), work).requests
-    left_s = np.sort((observed.requests.first_token_s - expected.first_token_s)[-SINGLE:])
-    middle_s = float(left_s[SINGLE // 4 : -SINGLE // 4].mean())
-    return replace(found, serving_latency_s=max(middle_s, 0.0))
+    profile = cached_profile(config.profile)
+
+    def middle_with(serving_s: float) -> float:
+        host = replace(found, serving_latency_s=float(serving_s))
+        return _middle_s(simulate(host.on(config), profile, work))
+
+    left_s = _middle_s(observed) - np.array([middle_with(s) for s in SERVING_S])
+    smooth_s = np.convolve(left_s, np.full(SMOOTH, 1.0 / SMOOTH), mode="valid")
+    at = SMOOTH // 2 + int(np.abs(smooth_s).argmin())
+    return replace(found, serving_latency_s=float(SERVING_S[at]))
+
+
+def _middle_s(run: RunRecord) -> float:
+    """Mean TTFT of the middle half."""
+    ttft_s = np.sort(run.requests.first_token_s - run.requests.arrival_s)
+    return float(ttft_s[len(ttft_s) // 4 : -len(ttft_s) // 4].mean())
 
 
 def _passages(run: RunRecord) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bool_]]:
-    """Of each single request that was prefilled alone: its handshake, and how it met decode.
+    """Of each request that was prefilled alone: its handshake, and how it met decode.
 
     That is the gap from its prefill's end to the next boundary, and whether it missed that one.
     """
@@ -101,7 +110,7 @@ def _passages(run: RunRecord) -> tuple[FloatArray, FloatArray, npt.NDArray[np.bo
     assert table is not None
     end_s = table.start_s + table.duration_s
     rows = []
-    for i in range(len(requests.arrival_s) - SINGLE, len(requests.arrival_s)):
+    for i in range(len(requests.arrival_s)):
         prefilled = np.flatnonzero(
             (table.phase == PREFILL) & (table.batch_size == 1)
             & (table.tokens == requests.input_tokens[i])
