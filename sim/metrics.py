@@ -147,6 +147,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "clock_changes": sum(i.num_clock_changes for i in record.instances),
         "retractions": sum(i.num_retractions for i in record.instances),
         "iterations": sum(i.num_iterations for i in record.instances),
+        **_reuse(record),
         "clock_residency": clock_residency(record),
         "wall_s": record.wall_s,
     }
@@ -227,6 +228,19 @@ def _energy(record: RunRecord) -> dict[str, float]:
         "prefill_energy_j": busy["prefill"],
         "decode_energy_j": busy["decode"],
         "idle_energy_j": idle,
+    }
+
+
+def _reuse(record: RunRecord) -> dict[str, float]:
+    """What a cache of prefixes saved and lost; nothing for a run without one."""
+    caches = [i for i in record.instances if i.cached_tokens is not None]
+    if not caches:
+        return {}
+    cached = sum(i.cached_tokens or 0 for i in caches)
+    return {
+        "cached_tokens": cached,
+        "cached_share": _ratio(cached, cached + sum(i.computed_tokens or 0 for i in caches)),
+        "evicted_tokens": sum(i.evicted_tokens or 0 for i in caches),
     }
 
 

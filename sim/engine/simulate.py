@@ -14,6 +14,7 @@ from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import ExactLog, RunLog
 from voltana.sim.engine.logs.sketched import RowSpill, SketchLog
+from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.engine.simpy_agenda import SimpyAgenda
 from voltana.sim.memory import MOST_WAITING, max_requests, watch_backlog
 from voltana.sim.records import RunRecord
@@ -72,6 +73,13 @@ def _fleet(
     config: SimConfig, profile: Profile, workload: Workload | Iterable[Workload], log: RunLog
 ) -> Fleet:
     _require_clocks(config, profile)
+    if isinstance(workload, Workload) and (workload.prompts or workload.turns):
+        log = Sessions(workload, log)
+    elif config.prefix_cache_tokens:
+        raise VoltanaError(
+            f"prefix_cache_tokens={config.prefix_cache_tokens} needs to know what prompts share: "
+            "take a workload of sessions (chat, agent) or a trace with hash_ids, and no stream"
+        )
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
     return Fleet(config, profile, parts, log, agenda=agenda)

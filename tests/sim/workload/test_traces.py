@@ -168,7 +168,7 @@ def test_a_local_file_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_workload_cannot_be_made_of_nonsense() -> None:
     good = make_workload("lmsys", rate_rps=5, duration_s=2, seed=0)
     with pytest.raises(VoltanaError, match="must not fall"):
-        replace(good, arrival_s=good.arrival_s[::-1])
+        replace(good, arrival_s=good.arrival_s[::-1], name="reversed")
     with pytest.raises(VoltanaError, match="one length"):
         replace(good, arrival_s=np.zeros(3))
 
