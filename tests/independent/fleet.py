@@ -313,6 +313,7 @@ class Fleet:
     ) -> None:
         self.settings, self.hardware, self._router = settings, hardware, router
         self.prefill_makes_first = settings["first_token"] == "prefill"
+        self.cable_free_s: dict[int, float] = {}
         self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
         self._count = 0
         self.end_s = 0.0
@@ -389,8 +390,12 @@ class Fleet:
         bandwidth = self.settings.get("kv_transfer_bytes_per_s")
         if bandwidth is not None:
             delay_s += job.prompt * self.hardware.kv_bytes_per_token / bandwidth
-        if delay_s > 0:
-            self.at(now_s + delay_s, HANDOVER, lambda at_s: self._deliver(job, at_s))
+        start_s = now_s
+        if self.settings["kv_transfers"] == "in_turn":  # the cable is taken until the last one ends
+            start_s = max(start_s, self.cable_free_s.get(job.prefill, 0.0))
+            self.cable_free_s[job.prefill] = start_s + delay_s
+        if start_s + delay_s > now_s:
+            self.at(start_s + delay_s, HANDOVER, lambda at_s: self._deliver(job, at_s))
         else:
             self._deliver(job, now_s)
 
