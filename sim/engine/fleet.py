@@ -15,6 +15,7 @@ from itertools import count
 import numpy as np
 
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.decode import DecodeInstance
@@ -190,6 +191,8 @@ class Fleet:
             return
         ids = count()
         for part in self._requests:
+            if part.turns is not None:
+                raise VoltanaError(f"turns of {part.name} wait, which `simulate` alone can play")
             rows = zip(
                 ids,
                 part.arrival_s.tolist(),

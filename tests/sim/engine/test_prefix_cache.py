@@ -150,6 +150,13 @@ def test_a_rejected_turn_ends_its_session(linear: Profile) -> None:
     assert (len(record.requests), summary["requests_rejected"]) == (1, 1)
 
 
+def test_a_fleet_without_sessions_does_not_play_turns(linear: Profile) -> None:
+    workload = sharing([(0.0, [(1, 5)], 1), (1.0, [(1, 5)], 1)], previous=[-1, 0], think_s=[0, 1])
+    fleet = Fleet(make_config({}), linear, (workload,), ExactLog(workload))
+    with pytest.raises(VoltanaError, match="simulate"):
+        fleet.run()
+
+
 class Watched:
     """A run that is stopped at each arrival to look at its caches."""
 
