@@ -75,7 +75,7 @@ class CacheAwareParameters:
     balance_requests: int = parameter(
         32, "difference in open requests above which load decides", low=0
     )
-    balance_ratio: float = parameter(1.1, "and ratio of the most to the fewest", low=1)
+    uneven_ratio: float = parameter(1.1, "and ratio of the most to the fewest", low=1)
     tree_tokens: int = parameter(
         0, "what is remembered of each instance's prompts (ours; 0 = its KV capacity)", low=0
     )
@@ -100,7 +100,7 @@ class CacheAware(Router):
     def __init__(self, parameters: CacheAwareParameters, context: PolicyContext) -> None:
         self._least_match = parameters.cache_threshold_frac
         self._requests = parameters.balance_requests
-        self._ratio = parameters.balance_ratio
+        self._ratio = parameters.uneven_ratio
         self._tree_tokens = parameters.tree_tokens or context.kv_capacity_tokens
         self._trees: dict[int, RadixCache] = {}
 

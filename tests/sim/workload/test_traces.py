@@ -26,7 +26,8 @@ FORMATS = {
     "2024-05-10 00:00:00.009930+00:00,374,44\n2024-05-10 00:00:01.509930+00:00,396,109\n",
     "burst.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     "5,ChatGPT,374,44,418,Conversation log\n6.5,GPT-4,396,109,505,API log\n",
-    "mooncake.jsonl": '{"timestamp": 0, "input_length": 374, "output_length": 44, "hash_ids": []}\n'
+    "mooncake.jsonl": '{"timestamp": 0, "input_length": 374, "output_length": 44, "hash_ids": [1]}'
+    "\n"
     '{"timestamp": 1500, "input_length": 396, "output_length": 109, "hash_ids": [2]}\n',
     "plain.csv": "arrival_s,input_tokens,output_tokens\n0.0,374,44\n1.5,396,109\n",
 }
