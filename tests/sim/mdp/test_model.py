@@ -277,6 +277,7 @@ def test_a_controller_is_asked_about_a_batch_that_has_run_for_long(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setitem(CONTROLLERS, "asked", Entry(make=Asked, parameters=NoParameters))
+    Asked.seen.clear()
     ControllerClock("asked", CONTEXT).next_mhz(3, 45, 1200)
     (state,) = Asked.seen
     assert state.now_s > 3600.0

@@ -201,11 +201,12 @@ def test_a_rehearsal_shows_the_last_instance_of_each_phase_and_leaves_the_run_al
     """A second router, with states of its own, and with dice of its own."""
     given = replace(make_context(), num_prefill=2, num_decode=3, cluster=make_cluster(2, 3))
     seen: list[PolicyContext] = []
+    drawn: list[float] = []
     router = Pairs((0, 0))
 
     def make(context: PolicyContext) -> Router:
         seen.append(context)
-        context.rng.random()
+        drawn.append(context.rng.random())
         return router
 
     rehearse(make, given)
@@ -221,6 +222,7 @@ def test_a_rehearsal_shows_the_last_instance_of_each_phase_and_leaves_the_run_al
     assert given.rng.random() == np.random.default_rng(0).random()
     rehearse(make, replace(given, cluster=None))
     assert seen[1].cluster is None
+    assert drawn[0] == drawn[1]  # a rehearsal repeats, as a run does
     with pytest.raises(VoltanaError) as caught:
         rehearse(lambda context: Pairs((1, 0)), given)
     assert "of prefill in 0 … 0 and of decode in 0 … 0, got (1, 0)" in str(caught.value)
