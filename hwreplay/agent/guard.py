@@ -15,10 +15,34 @@ from typing import Final
 from voltana.hwreplay.actuator.client import ClockSetter
 from voltana.hwreplay.view.attainment import Attainment
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.engines.sglang_metrics import IterationMetrics
 from voltana.sim.policies.base import UNLOCKED_MHZ
 
 FLOOR: Final = 0.95
 RESUME: Final = 0.98
+
+
+def token_gap_s(
+    record: IterationMetrics, previous: IterationMetrics | None, iteration_s: float
+) -> float:
+    """What the requests of a decode batch have waited for this token.
+
+    From one iteration's end to the next one's where the same requests went on: as many, each with
+    one more token of context. A host that is slow between two passes is slow for its clients too,
+    which the pass alone does not show. Where requests came or went: the iteration.
+
+    Args:
+        record: Of the iteration.
+        previous: The record before it.
+        iteration_s: The iteration's own duration.
+    """
+    if previous is None or record.sequence != previous.sequence + 1:
+        return iteration_s
+    number = previous.num_decode_requests
+    goes_on = (record.num_decode_requests, record.sum_decode_kv_tokens) == (
+        number, previous.sum_decode_kv_tokens + number,
+    )  # fmt: skip
+    return max(iteration_s, record.received_s - previous.received_s) if goes_on else iteration_s
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -15,7 +15,7 @@ import zmq
 from voltana.hwreplay.actuator.client import ActuatorLostError
 from voltana.hwreplay.agent.account import Account
 from voltana.hwreplay.agent.agent import AgentConfig
-from voltana.hwreplay.agent.guard import Guard, GuardedClock, GuardLimits
+from voltana.hwreplay.agent.guard import Guard, GuardedClock, GuardLimits, token_gap_s
 from voltana.hwreplay.agent.make import (
     caps_w,
     connect,
@@ -83,6 +83,7 @@ class Agent:
         self._meter = make_meter(config)
         self._reconnect_s = 0.0
         self._has_both_phases = False
+        self._previous: IterationMetrics | None = None
         self._clocks: TextIO = record_file(config, directory, "clocks").open("w")
         self._report = directory / f"{config.name}.report.json"
         self._batches = (
@@ -222,14 +223,17 @@ class Agent:
 
     def _book(self, record: IterationMetrics) -> None:
         """Count an iteration that has ended, and whether its tokens came in time."""
+        previous, self._previous = self._previous, record
         if record.is_heartbeat or self._has_both_phases:
             return
         state, loop = self._tracker.state, self._loop
         self._account.add(state, loop.wish_mhz, acts=self._acts)
         if state.phase == PREFILL and self._events is not None:
             return
-        is_kept = state.last_duration_s <= self._promise_s
-        batch = state.ended_batch_size
+        waited_s, batch = state.last_duration_s, state.ended_batch_size
+        if state.phase != PREFILL:
+            waited_s = token_gap_s(record, previous, waited_s)
+        is_kept = waited_s <= self._promise_s
         self._guard.attainment.add(self._clock.now_s(), kept=is_kept * batch, total=batch)
 
     @property

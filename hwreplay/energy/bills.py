@@ -124,6 +124,8 @@ class Bills:
         if has_meter and not is_known and now_s - bill.ended_s < WAIT_S:
             return
         self._ended.pop(request_id, None)
+        for _, stay in bill.stays:
+            stay.is_told = True
         told, bill.told = bill.told, []
         for listener in told:
             listener(bill.energy_j if has_meter else None)

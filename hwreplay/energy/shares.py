@@ -23,6 +23,8 @@ from voltana.sim.policies.base import PREFILL, Phase
 
 LAG_S: Final = 2.0
 """An idle engine speaks once a second."""
+SLACK_S: Final = 0.5
+"""A record may be heard so much later than its pass's tokens, which came another way."""
 QUIET_S: Final = 0.1
 """So long after the last request has left, the record of its last pass has come too."""
 STILL_S: Final = 1.0
@@ -42,6 +44,8 @@ class Stay:
     """Of its prompt: not in a pass yet."""
     until_s: float | None = None
     energy_j: float = 0.0
+    is_told: bool = False
+    """Its energy has been told: what is found later is nobody's, so that all told adds up."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -114,7 +118,8 @@ class InstanceShares:
         previous, self._previous = self._previous, record
         self._heard_s = record.received_s
         start_s = record.received_s - step_time_s(record, previous)
-        gone = [s.request_id for s in self._stays.values() if s.until_s and s.until_s < start_s]
+        oldest_s = start_s - SLACK_S
+        gone = [s.request_id for s in self._stays.values() if (s.until_s or start_s) < oldest_s]
         for request_id in gone:
             del self._stays[request_id]
         if record.is_heartbeat:
@@ -122,7 +127,7 @@ class InstanceShares:
         if self._is_prefill:
             shares, others = self._share_prompts(record)
         else:
-            shares, others = self._share_tokens(record, start_s)
+            shares, others = self._share_tokens(record)
         self._passes.append(
             _Pass(start_s=start_s, end_s=record.received_s, shares=shares, others=others)
         )
@@ -183,9 +188,12 @@ class InstanceShares:
         for one, overlap_s in overlaps:
             energy_j = (stretch.energy_j - idle_j) * overlap_s / busy_s
             self.others_j += energy_j * one.others
-            self.requests_j += energy_j * (1.0 - one.others)
             for stay, share in one.shares:
-                stay.energy_j += energy_j * share
+                if stay.is_told:
+                    self.others_j += energy_j * share
+                else:
+                    self.requests_j += energy_j * share
+                    stay.energy_j += energy_j * share
         while self._passes and self._passes[0].end_s <= stretch.end_s:
             self._passes.popleft()
 
@@ -205,16 +213,10 @@ class InstanceShares:
         total = sum(tokens for _, tokens in done)
         return [(stay, known * tokens / total) for stay, tokens in done], 1.0 - known
 
-    def _share_tokens(
-        self, record: IterationMetrics, start_s: float
-    ) -> tuple[list[tuple[Stay, float]], float]:
-        """As many requests as the batch had: who left before goes out first, then who came last."""
+    def _share_tokens(self, record: IterationMetrics) -> tuple[list[tuple[Stay, float]], float]:
+        """As many requests as the batch had: who left first goes out first, then who came last."""
         number = record.num_decode_requests
-        here = [
-            stay
-            for stay in self._stays.values()
-            if stay.since_s < record.received_s and (stay.until_s is None or stay.until_s > start_s)
-        ]
+        here = [stay for stay in self._stays.values() if stay.since_s < record.received_s]
         if len(here) > number:
             here.sort(key=lambda stay: (-(stay.until_s or math.inf), stay.since_s))
             del here[number:]

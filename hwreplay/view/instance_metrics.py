@@ -6,6 +6,7 @@ The router shows them beside its own, an agent that stands alone shows them by i
 from __future__ import annotations
 
 import logging
+import math
 from collections import deque
 from collections.abc import Sequence
 from typing import Final
@@ -79,7 +80,9 @@ class InstanceMetrics:
         last = self._last.get(key)
         self._last[key] = report
         for field, counter in self._counters.items():
-            gained = _gained(getattr(report, field), getattr(last, field, None))
+            if (value := getattr(report, field)) is None:
+                continue  # no meter: no energy, which is not an energy of 0
+            gained = _gained(value, getattr(last, field, None))
             counter.labels(*key).inc(gained)
             self._energy_j += gained * (field == "energy_j")
             self._tokens += gained * (field == "output_tokens")
@@ -113,11 +116,10 @@ class InstanceMetrics:
             self._history.popleft()
         _, first_j, first_tokens = self._history[0]
         made = self._tokens - first_tokens
-        self._j_per_token.set((self._energy_j - first_j) / made if made else float("nan"))
+        is_known = made and self._energy_j
+        self._j_per_token.set((self._energy_j - first_j) / made if is_known else math.nan)
 
 
-def _gained(value: float | None, last: float | None) -> float:
+def _gained(value: float, last: float | None) -> float:
     """What a counter has gained; one that falls belongs to a new agent and began at 0."""
-    if value is None:
-        return 0.0
     return value if last is None or value < last else value - last

@@ -6,7 +6,7 @@ import pytest
 
 from tests.hwreplay.agent.scripted import Clock
 from voltana.hwreplay.agent.account import saved_j
-from voltana.hwreplay.agent.guard import Guard, GuardedClock, GuardLimits
+from voltana.hwreplay.agent.guard import Guard, GuardedClock, GuardLimits, token_gap_s
 from voltana.hwreplay.view.context import PolicySource
 from voltana.hwreplay.view.engine_only import UnseenError, engine_only
 from voltana.hwreplay.view.open_request import engine_queue
@@ -131,3 +131,25 @@ def test_the_saving_is_of_the_same_work_in_the_same_time(
     )  # fmt: skip
     found = saved_j(Line(), state, clock_mhz, ran_at_mhz=ran_at_mhz, top_mhz=1410)
     assert found == pytest.approx(saved)
+
+
+@pytest.mark.parametrize(
+    ("batch", "tokens", "sequence", "gap"),
+    [
+        (3, 303, 2, 0.09),  # the same three, a token longer each: since the last record
+        (3, 304, 2, 0.01),  # one left and another came
+        (2, 202, 2, 0.01),  # one left
+        (3, 303, 3, 0.01),  # a record is missing
+    ],
+)
+def test_a_token_gap_is_the_client_s_where_the_same_requests_go_on(
+    batch: int, tokens: int, sequence: int, gap: float
+) -> None:
+    before, after = (
+        IterationMetrics(
+            sequence=number, received_s=at_s, wall_time_s=0.01,
+            num_decode_requests=size, sum_decode_kv_tokens=context,
+        )
+        for number, at_s, size, context in ((1, 1.0, 3, 300), (sequence, 1.09, batch, tokens))
+    )  # fmt: skip
+    assert token_gap_s(after, before, 0.01) == pytest.approx(gap)
