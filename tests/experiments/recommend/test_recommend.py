@@ -303,3 +303,39 @@ def test_the_command_writes_text_json_and_a_page(tmp_path: Path) -> None:
     again = runner.invoke(make_app(), [*shlex.split(line), "--json"])
     assert json.loads(again.output) == json.loads((out / "recommend.json").read_text())
     assert len(list((out / "points").iterdir())) == runs
+
+
+@pytest.mark.slow
+def test_two_cards_within_a_budget_of_watts(tmp_path: Path) -> None:
+    """The least energy of those that keep the promise is named; nothing may draw more than W."""
+    out, watts = tmp_path / "advice", 1000.0
+    names = ("a100-80g-sxm/llama-3.1-8b", "h100-sxm/llama-3.1-8b")
+    line = (
+        f"recommend --profile {names[0]} --profile {names[1]} --watts {watts} --rate 4 --caps "
+        "--slo-itl-ms 60 --set duration_s=6 --seeds 2 --uncertainty 0 --jobs 1 "
+        f"--policy 'ecofreq + round-robin' --out {out}"
+    )
+    done = CliRunner().invoke(make_app(), shlex.split(line))
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "recommend.json").read_text())
+    assert [a["question"]["profile"] for a in told["advices"]] == [*names]
+    days = {}
+    for number, advice in enumerate(told["advices"], 1):
+        profile = load_profile(names[number - 1])
+        assert [w["name"] for w in advice["ways"]] == [NOW, FIXED, CAPS, DYNAMIC]
+        for way in advice["ways"]:
+            most_w = 0.0
+            for role, frame in zip(way["roles"], (profile.prefill, profile.decode), strict=True):
+                each_w = role["cap_w"]
+                if role["clock_mhz"] is not None:  # locked: what the tables draw up to there
+                    below = frame["frequency_mhz"] <= role["clock_mhz"]
+                    each_w = frame.loc[below, "power_w"].max()
+                most_w += len(role["gpus"]) * each_w
+            assert most_w <= watts + 10 * len(names)  # caps are told in steps of 5 W
+            assert way["peak_w"] <= watts + 2
+        best = next(w for w in advice["ways"] if w["name"] == advice["advised"])
+        assert best["keeps"]
+        days[names[number - 1]] = best["kwh_a_day"]
+        assert (out / f"ready-{number}" / "gpus.sh").is_file()
+    assert told["best_profile"] == min(days, key=lambda name: days[name])
+    assert f"Least energy: {told['best_profile']}" in done.output
