@@ -126,6 +126,10 @@ class SimConfig:
     )
     kv_transfer_bytes_per_s: float | None = _key(None, "KV transfer bandwidth; none = instant")
     kv_transfer_latency_s: float = _key(0.0, "fixed part of a KV transfer")
+    kv_transfers: Literal["at_once", "in_turn"] = _key(
+        "at_once",
+        "transfers of one prefill instance run side by side, or one after another on its link",
+    )
     max_prefill_tokens: int | None = _key(None, "token budget of a prefill batch; none = profile's")
     max_prefill_requests: int = _key(512, "requests in a prefill batch (reference: 512)")
     max_running_requests: int | None = _key(None, "decode batch limit; none = profile's")

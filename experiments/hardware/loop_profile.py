@@ -87,7 +87,7 @@ def _run_profiler(machine: Machine, engine: Path, out: Path) -> None:
         "server-args": " ".join((*arguments, "--max-total-tokens", "65536")),
         "frequencies": ",".join(map(str, CLOCKS_MHZ)),
         "budget": BUDGET,
-        "window": "1.25",
+        "window": "1.2",
         "iterations": "4",
         "warm-up": "0.2",
         "settle": "1",

@@ -5,14 +5,20 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
+
 from voltana.experiments.runs import cached_profile
-from voltana.hwreplay.validate.validate import Thresholds, validate
+from voltana.hwreplay.validate.validate import Comparison, Thresholds, Validation, validate
 from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.records import RunRecord
 
+CHANCE_SDS: Final = 2.0
+"""Which of decode's boundaries a request catches is chance, for both sides. The prediction is a
+mean over starts; the replay is one, and may be off by so many standard deviations of these."""
 LIMITS: Final = Thresholds(energy_frac=0.05, p50_frac=0.05, p90_frac=None, p99_frac=0.10)
 ITERATION_FRAC: Final = 0.03
 """Of the sum of all iterations of a phase, and of the median one."""
@@ -43,31 +49,35 @@ def slug(name: str) -> str:
 
 
 def compare(
-    field: str, policy: str, simulated: RunRecord, observed: RunRecord, folder: Path
+    field: str, policy: str, simulated: Sequence[RunRecord], observed: RunRecord, folder: Path
 ) -> dict[str, Any]:
     """One cell: every error, every limit that is broken, and what the run says of itself.
 
     Args:
         field: Name of fleet and workload.
         policy: Name of the policy.
-        simulated: The prediction.
+        simulated: The prediction, played with several starts against decode's iterations.
         observed: The replay.
         folder: The replay's, with its `replay.json`.
     """
-    profile = cached_profile(str(simulated.settings["profile"]))
-    found = validate(
-        simulated,
-        observed,
-        thresholds=LIMITS,
-        model=profile.truth(),
-        beyond=profile.truth(extrapolate=True),
-    )
-    by_name = {c.metric: c for c in found.comparisons}
-    attained = by_name["attainment"]
-    failed = [*found.faults, *(c.metric for c in found.comparisons if not c.passes)]
-    if abs(attained.simulated - attained.observed) > ATTAINMENT:
-        failed.append("attainment")
-    for phase, errors in found.iteration_errors.items():
+    profile = cached_profile(str(simulated[0].settings["profile"]))
+    found = [
+        validate(
+            one,
+            observed,
+            thresholds=LIMITS,
+            model=profile.truth(),
+            beyond=profile.truth(extrapolate=True),
+        )
+        for one in simulated
+    ]
+    first = found[0]
+    metrics = {
+        c.metric: _Metric.of([_named(v, c.metric) for v in found]) for c in first.comparisons
+    }
+    attained = metrics["attainment"]
+    failed = [*first.faults, *(name for name, m in metrics.items() if not m.passes)]
+    for phase, errors in first.iteration_errors.items():
         worst = max(abs(errors["total_error_frac"]), abs(errors["median_error_frac"]))
         if worst > ITERATION_FRAC:
             failed.append(f"{phase} iterations")
@@ -76,20 +86,61 @@ def compare(
         "field": field,
         "policy": policy,
         "failed": failed,
-        "errors": {name: by_name[name].error_frac for name in SHOWN},
-        "energy_j": [by_name["energy_j"].simulated, by_name["energy_j"].observed],
+        "errors": {name: metrics[name].error for name in SHOWN},
+        "chance": {name: metrics[name].chance for name in SHOWN},
+        "within": {name: metrics[name].is_within for name in SHOWN},
+        "energy_j": [metrics["energy_j"].simulated, metrics["energy_j"].observed],
         "attainment": [attained.simulated, attained.observed],
-        "iterations": found.iteration_errors,
-        "residency": found.residency,
+        "iterations": first.iteration_errors,
+        "residency": first.residency,
         "overruns": state["overruns"],
         "agents": {name: agent["counts"] for name, agent in state["agents"].items()},
         "learnt": {name: agent["learnt"] for name, agent in state["agents"].items()},
     }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Metric:
+    """One metric of a cell: the mean prediction beside what was observed."""
+
+    simulated: float
+    observed: float
+    error: float
+    """Relative to the observed one; of attainment the difference."""
+    chance: float
+    """Standard deviation of the error over the starts of the prediction."""
+    limit: float | None
+
+    @classmethod
+    def of(cls, pairs: Sequence[Comparison]) -> _Metric:
+        """From the comparisons of all starts."""
+        values = np.array([c.simulated for c in pairs])
+        observed, is_share = pairs[0].observed, pairs[0].metric == "attainment"
+        scale = 1.0 if is_share else observed
+        return cls(
+            simulated=float(values.mean()),
+            observed=observed,
+            error=float((values.mean() - observed) / scale),
+            chance=float(values.std(ddof=1) / scale),
+            limit=ATTAINMENT if is_share else pairs[0].limit_frac if pairs[0].is_judged else None,
+        )
+
+    @property
+    def is_within(self) -> bool:
+        return self.limit is None or abs(self.error) <= self.limit
+
+    @property
+    def passes(self) -> bool:
+        return self.limit is None or abs(self.error) <= self.limit + CHANCE_SDS * self.chance
+
+
+def _named(found: Validation, metric: str) -> Comparison:
+    return next(c for c in found.comparisons if c.metric == metric)
+
+
 def line(cell: Mapping[str, Any]) -> str:
     """One cell in one line."""
-    errors = ", ".join(f"{SHOWN[name]} {_percent(value)}" for name, value in cell["errors"].items())
+    errors = ", ".join(f"{label} {_error(cell, name)}" for name, label in SHOWN.items())
     verdict = "passes" if not cell["failed"] else f"FAILS ({', '.join(cell['failed'])})"
     return f"{cell['field']}, {cell['policy']}: {errors}: {verdict}"
 
@@ -138,9 +189,10 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
     )
     host = "; ".join(
         f"{name}: "
-        + ", ".join(f"{k.removesuffix('_latency_s')} {v * 1e3:.1f} ms" for k, v in times.items())
+        + ", ".join(f"{k.removesuffix('_s')} {v * 1e3:.1f} ms" for k, v in times.items())
         for name, times in found["host_times"].items()
     )
+    inside = [is_within for cell in cells for is_within in cell["within"].values()]
     lines = [
         "# The loop on emulated cards",
         "",
@@ -150,6 +202,13 @@ def report(found: Mapping[str, Any], tables: Sequence[Mapping[str, Any]]) -> tup
             "Emulated, not measured: real SGLang, router, agents, helper and meters on cards that"
             f" run from a profile, in time {found['dilation']:g} times slower, without noise."
             f" The host adds to a first token ({host})."
+        ),
+        "",
+        (
+            "Errors are of the mean of several simulations, whose loads start at another moment of"
+            " decode's iterations, ± their standard deviation over these: chance, which the one"
+            f" replay has too. (!) is beyond its limit ({sum(inside)} of {len(inside)} errors are"
+            f" within); beyond by more than {CHANCE_SDS:g} standard deviations, a cell fails."
         ),
         "",
         *_profile_lines(tables),
@@ -197,7 +256,7 @@ def _cell_row(cell: Mapping[str, Any]) -> list[str]:
     return [
         cell["field"],
         cell["policy"],
-        *(_percent(value) for value in cell["errors"].values()),
+        *(_error(cell, name) for name in SHOWN),
         attained,
         iterations,
         f"{overran['num_overran']} of {overran['num_passes']}, {overran['late_frac']:.2%}",
@@ -210,6 +269,11 @@ def _saving_row(row: Mapping[str, Any]) -> list[str]:
     verdict = "pass" if abs(simulated - replayed) <= SAVING else "FAIL"
     values = (f"{100 * value:.1f} %" for value in (simulated, replayed))
     return [row["field"], row["policy"], *values, verdict]
+
+
+def _error(cell: Mapping[str, Any], name: str) -> str:
+    chance = f"±{100 * cell['chance'][name]:.1f}"
+    return f"{_percent(cell['errors'][name])} {chance}{'' if cell['within'][name] else ' (!)'}"
 
 
 def _percent(value: float) -> str:

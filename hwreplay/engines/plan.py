@@ -9,6 +9,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Literal, Self
 
+import numpy as np
+
 from voltana.hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
 from voltana.hwreplay.router.servers.vocabulary import read_vocab_size
 from voltana.profiles.common.errors import VoltanaError
@@ -16,6 +18,8 @@ from voltana.profiles.device.cards import cuda_environment
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 HOST: Final = "127.0.0.1"
+LENT_PORTS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
+FIRST_PORT, LAST_PORT = 10_000, 65_535
 Role = Literal["prefill", "decode", "unified"]
 UNIFIED: Final = "unified"
 """The role of a server that does both phases."""
@@ -224,6 +228,24 @@ def plan_server(
 
 
 def _free_port() -> int:
+    """A port that nobody has, of those that the kernel never lends.
+
+    A server asks for its port when it has loaded everything, a minute from now: until then the
+    kernel may give one of its own range to any connection, and SGLang stays up without HTTP.
+    """
+    first, last = map(int, LENT_PORTS.read_text().split())
+    ports = np.arange(FIRST_PORT, LAST_PORT + 1)
+    own = ports[(ports < first) | (ports > last)]
+    for port in np.random.default_rng().permutation(own).tolist():
+        if _can_bind(port):
+            return int(port)
+    raise VoltanaError(f"a server needs a free port outside {first} to {last}: there is none")
+
+
+def _can_bind(port: int) -> bool:
     with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        return int(probe.getsockname()[1])
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            return False
+        return True

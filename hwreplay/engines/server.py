@@ -12,6 +12,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -121,7 +122,7 @@ def spawn(
 
 
 def wait_ready(servers: Sequence[Server], limit_s: float) -> None:
-    """Wait until every server answers.
+    """Wait until every server answers; they are asked side by side, as an answer takes a second.
 
     Raises:
         VoltanaError: One ended or was too late; the message names its log.
@@ -129,7 +130,11 @@ def wait_ready(servers: Sequence[Server], limit_s: float) -> None:
     deadline_s = time.monotonic() + limit_s
     waiting = list(servers)
     while waiting:
-        waiting = [server for server in waiting if not server.is_ready()]
+        with ThreadPoolExecutor(len(waiting)) as asked:
+            answers = list(asked.map(Server.is_ready, waiting))
+        waiting = [
+            server for server, is_ready in zip(waiting, answers, strict=True) if not is_ready
+        ]
         for server in waiting:
             if server.process.poll() is not None:
                 code = server.process.returncode

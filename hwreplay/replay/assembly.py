@@ -109,10 +109,27 @@ class _View:
         """Of each iteration."""
         return self.energy_at(self.start_s + self.duration_s) - self.energy_at(self.start_s)
 
+    def _pieces(self) -> tuple[FloatArray, IntArray, IntArray]:
+        """Busy time cut at each change of the clock: its seconds, clock and iteration."""
+        end_s = self.start_s + self.duration_s
+        edges = np.unique(np.concatenate((self.start_s, end_s, self.changed_s[1:])))
+        middle_s, lasts_s = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
+        mine = np.searchsorted(self.start_s, middle_s, side="right") - 1
+        busy = (mine >= 0) & (middle_s < end_s[mine])
+        return lasts_s[busy], self._clock_at(middle_s[busy]), mine[busy]
+
     @property
     def clock_mhz(self) -> IntArray:
-        """In force when each iteration began."""
-        return self._clock_at(self.start_s)
+        """Of each iteration, the clock that most of it ran at."""
+        found = self._clock_at(self.start_s)
+        longest_s = np.zeros(len(found))
+        lasts_s, clocks, mine = self._pieces()
+        for clock in np.unique(clocks):
+            at = clocks == clock
+            share_s = np.bincount(mine[at], lasts_s[at], len(found))
+            found = np.where(share_s > longest_s, clock, found)
+            longest_s = np.maximum(share_s, longest_s)
+        return found
 
     def _clock_at(self, at_s: FloatArray) -> IntArray:
         return self.changed_mhz[np.searchsorted(self.changed_s, at_s, side="right") - 1]
@@ -120,7 +137,8 @@ class _View:
     def record(self, makespan_s: float) -> InstanceRecord:
         busy_s, busy_j = float(self.duration_s.sum()), float(self.energy_j.sum())
         total_j = float(self.energy_at(makespan_s) - self.energy_at(0.0))
-        clock_busy_s = _sum_by(self.clock_mhz, self.duration_s)
+        lasts_s, clocks, _ = self._pieces()
+        clock_busy_s = _sum_by(clocks, lasts_s)
         edges = np.unique(np.clip(np.append(self.changed_s, [0.0, makespan_s]), 0.0, makespan_s))
         clock_s = _sum_by(self._clock_at(edges[:-1]), np.diff(edges))
         window_j = 0.0

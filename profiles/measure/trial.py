@@ -225,7 +225,7 @@ def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:
     time.sleep(protocol.settle_s)
     powers_w = []
     for number in range(protocol.num_trials):
-        _await_phase(gpus, number / protocol.num_trials)
+        _await_phase(gpus, number, protocol)
         with PowerMeter(gpus) as meter:
             time.sleep(protocol.window_s)
         try:
@@ -253,10 +253,14 @@ def wait_for_tick(gpus: Sequence[Gpu], *, limit_s: float = MAX_TICK_S) -> bool:
     return False
 
 
-def _await_phase(gpus: Sequence[Gpu], share: float) -> None:
-    """Start at a known phase of the counter: without its tick, phases would fall where they may."""
+def _await_phase(gpus: Sequence[Gpu], number: int, protocol: Protocol) -> None:
+    """Wait for a trial's own phase of the counter: without its tick, phases fall where they may.
+
+    They are spread evenly and half a period after a tick on average, where a window is as likely to
+    count a tick too many as one too few. Right after a tick it would always be one too few.
+    """
     wait_for_tick(gpus)
-    time.sleep(NVML_PERIOD_S * share)
+    time.sleep(NVML_PERIOD_S * (number + 0.5) / protocol.num_trials)
 
 
 def run_trial(
@@ -278,7 +282,7 @@ def run_trial(
     Raises:
         SampleGapError: The cards could not be read often enough.
     """
-    _await_phase(gpus, number / protocol.num_trials)
+    _await_phase(gpus, number, protocol)
     with PowerMeter(gpus) as meter:
         window = workload.run(
             min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations

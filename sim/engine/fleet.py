@@ -119,6 +119,8 @@ class Fleet:
         self._is_transfer_instant = (
             config.kv_transfer_latency_s == 0 and config.kv_transfer_bytes_per_s is None
         )
+        self._has_link = config.kv_transfers == "in_turn"
+        self._link_free_s = [0.0] * config.num_prefill
         self._starts_at_arrival = (
             config.prefill_starts == "arrival" and config.serving_latency_s == 0
         )
@@ -254,8 +256,12 @@ class Fleet:
         if config.kv_transfer_bytes_per_s is not None:
             kv_bytes = request.input_tokens * self._profile.meta.model.kv_bytes_per_token
             delay_s += kv_bytes / config.kv_transfer_bytes_per_s
-        if delay_s > 0:
-            self.agenda.call_at(now_s + delay_s, lambda at_s: self._deliver(request, at_s))
+        at_s = now_s + delay_s
+        if self._has_link:
+            at_s = max(now_s, self._link_free_s[request.prefill_id]) + delay_s
+            self._link_free_s[request.prefill_id] = at_s
+        if at_s > now_s:
+            self.agenda.call_at(at_s, lambda at_s: self._deliver(request, at_s))
         else:
             self._deliver(request, now_s)
 

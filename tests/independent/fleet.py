@@ -36,6 +36,7 @@ class Job:
     """Decode iterations so far; each wrote the keys and values of one token."""
     token_s: list[float] = field(default_factory=list)
     """When each token came out."""
+    prefill: int = -1
     decode: int = -1
     is_rejected: bool = False
 
@@ -248,6 +249,7 @@ class Fleet:
     ) -> None:
         self.settings, self.hardware, self._router = settings, hardware, router
         self.prefill_makes_first = settings["first_token"] == "prefill"
+        self.cable_free_s: dict[int, float] = {}
         self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
         self._count = 0
         self.end_s = 0.0
@@ -283,9 +285,9 @@ class Fleet:
         if job.prompt + job.wanted > self.limit("kv_capacity_tokens"):
             job.is_rejected = True
             return
-        prefill, job.decode = self._router.route(job, self, now_s)
+        job.prefill, job.decode = self._router.route(job, self, now_s)
         self.decode[job.decode].open_jobs += 1
-        server = self.prefill[prefill]
+        server = self.prefill[job.prefill]
         server.open_jobs += 1
         server.coming += 1
         delay_s = float(self.settings["serving_latency_s"])
@@ -318,8 +320,12 @@ class Fleet:
         bandwidth = self.settings.get("kv_transfer_bytes_per_s")
         if bandwidth is not None:
             delay_s += job.prompt * self.hardware.kv_bytes_per_token / bandwidth
-        if delay_s > 0:
-            self.at(now_s + delay_s, HANDOVER, lambda at_s: self._deliver(job, at_s))
+        start_s = now_s
+        if self.settings["kv_transfers"] == "in_turn":  # the cable is taken until the last one ends
+            start_s = max(start_s, self.cable_free_s.get(job.prefill, 0.0))
+            self.cable_free_s[job.prefill] = start_s + delay_s
+        if start_s + delay_s > now_s:
+            self.at(start_s + delay_s, HANDOVER, lambda at_s: self._deliver(job, at_s))
         else:
             self._deliver(job, now_s)
 

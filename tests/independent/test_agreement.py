@@ -62,6 +62,10 @@ CASES: dict[str, Settings] = {
     "KV over a link": {
         "rate_rps": 30, "kv_transfer_bytes_per_s": 2e9, "kv_transfer_latency_s": 0.004,
     },
+    "KV in turn over a link": {
+        "rate_rps": 35, "kv_transfer_bytes_per_s": 4e9, "kv_transfer_latency_s": 0.002,
+        "kv_transfers": "in_turn",
+    },
     "prefill waits for decode's boundary": {"rate_rps": 40, "prefill_starts": "decode_boundary"},
     "the same, EcoFreq and latency of serving": {
         **VARYING, "controller": "ecofreq", "prefill_starts": "decode_boundary",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import subprocess
 import sys
 import tomllib
@@ -15,7 +16,7 @@ import tomli_w
 from tests.conftest import ROOT
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.engines.launch import run_fleet, run_profiled
-from voltana.hwreplay.engines.plan import Installation, ServerPlan
+from voltana.hwreplay.engines.plan import Installation, ServerPlan, plan_server
 from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
 from voltana.hwreplay.replay.parts import Run, router
 from voltana.profiles.common.errors import VoltanaError
@@ -158,6 +159,17 @@ def test_servers_on_gpus_keep_to_this_machine() -> None:
     for gpus in ((), (2, 3)):
         at = ServerPlan(role="prefill", port=1, bootstrap_port=2, gpus=gpus)
         assert at.environment()["SGLANG_HOST_IP"] == "127.0.0.1"
+
+
+def test_no_connection_can_take_a_port_before_its_server_asks_for_it() -> None:
+    """What the kernel lends to connections is out of bounds: a server starts a minute later."""
+    first, last = map(int, Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split())
+    plans = [plan_server("prefill", i) for i in range(20)]
+    ports = {port for p in plans for port in (p.port, p.bootstrap_port or 0)}
+    assert len(ports) == 40
+    assert not any(first <= port <= last for port in ports)
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", plans[0].port))
 
 
 def test_the_gpu_environment_is_checked_as_a_server_uses_it(tmp_path: Path) -> None:

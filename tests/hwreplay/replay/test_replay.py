@@ -259,7 +259,7 @@ def test_a_wrong_configuration_is_one_clear_line(
 
 
 def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
-    """Hand-worked: an idle second, 2 s of work at 300 W in all, and a clock change in the middle.
+    """Hand-worked: an idle second, 2 s of work at 300 W in all, and a clock change in the second.
 
     The counter reads 0, 100, 400, 700 and 750 J at 10, 11, 12, 13 and 14 s; the run's time 0 is at
     10 s. One prefill batch runs from 1 to 2 s, another from 2 to 3 s; the last token is at 3.5 s.
@@ -272,7 +272,7 @@ def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
     batches.insert(0, ["prefill", 0, 5.0, 1.0, 1.0, 1, 9])  # warming up: not counted
     text = "".join(json.dumps(row) + "\n" for row in batches)
     (tmp_path / "iterations.jsonl").write_text(text)
-    clocks = [(4.0, 1000), (12.0, 700), (13.5, 1000)]
+    clocks = [(4.0, 1000), (12.25, 700), (13.5, 1000)]
     text = "".join(json.dumps({"at_s": at_s, "clock_mhz": mhz}) + "\n" for at_s, mhz in clocks)
     (tmp_path / "agent-prefill-0.clocks.jsonl").write_text(text)
     row: dict[str, Any] = {
@@ -292,7 +292,9 @@ def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
     assert (prefill.busy_energy_j, prefill.idle_energy_j) == (600.0, 125.0)
     assert prefill.busy_window_energy_j == 600.0
     assert (prefill.busy_s, prefill.idle_s) == (2.0, 1.5)
-    assert prefill.clock_busy_s == {1000: 1.0, 700: 1.0}
+    assert prefill.clock_busy_s == {1000: 1.25, 700: 0.75}
+    assert record.iterations is not None
+    assert record.iterations.clock_mhz.tolist() == [1000, 700]  # what most of each ran at
     assert prefill.clock_idle_s == {1000: 1.0, 700: 0.5}
     assert prefill.num_clock_changes == 2
     assert (decode.num_iterations, decode.busy_window_energy_j) == (0, 0.0)

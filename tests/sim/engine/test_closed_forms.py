@@ -103,6 +103,26 @@ def test_kv_transfer_delays_decode_by_latency_and_size(halves: Profile) -> None:
     assert record.requests.first_token_s.tolist() == [0.5 + 0.5 + 0.25 + 0.5]
 
 
+def test_kv_transfers_in_turn_share_a_link(halves: Profile) -> None:
+    """Three prompts of one batch, a transfer 0.25 s long each: there at 0.75, 1.0 and 1.25 s.
+
+    The first starts an iteration at once; the other two, there when it ends, join the second.
+    """
+    requests = make_requests(*[(0.0, 8, 1)] * 3)
+    record, _ = run(halves, requests, kv_transfer_latency_s=0.25, kv_transfers="in_turn")
+    assert record.requests.first_token_s.tolist() == [1.25, 1.75, 1.75]
+
+
+def test_a_link_is_one_prefill_instances_own(halves: Profile) -> None:
+    """Two instances, two prompts each, sent at 0.5 s: there at 0.75 and 1.0 s from either."""
+    requests = make_requests(*[(0.0, 8, 1)] * 4)
+    record, _ = run(
+        halves, requests, kv_transfer_latency_s=0.25, kv_transfers="in_turn",
+        num_prefill=2, num_decode=4,
+    )  # fmt: skip
+    assert sorted(record.requests.first_token_s.tolist()) == [1.25, 1.25, 1.5, 1.5]
+
+
 def test_long_prompts_are_chunked(halves: Profile) -> None:
     """1,500 tokens at a budget of 1,024 are two iterations; the second has room for B."""
     record, _ = run(halves, make_requests((0.0, 1500, 1), (0.0, 100, 1)), max_prefill_tokens=1024)

@@ -57,6 +57,7 @@ POLICY = st.fixed_dictionaries(
         "prefill_metrics": st.sampled_from(["before", "after"]),
         "decode_metrics": st.sampled_from(["before", "after"]),
         "kv_transfer_latency_s": st.sampled_from([0.0, 0.01]),
+        "kv_transfers": st.sampled_from(["at_once", "in_turn"]),
         "prefill_starts": st.sampled_from(["arrival", "decode_boundary"]),
         "handshake_latency_s": st.sampled_from([0.0, 0.003]),
         "serving_latency_s": st.sampled_from([0.0, 0.0, 0.004]),
