@@ -7,7 +7,7 @@ import json
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
@@ -36,6 +36,9 @@ from voltana.hwreplay.replay.config import read_replay_config
 from voltana.hwreplay.router.config import read_router_config
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 LOAD = {"rate_rps": 14, "duration_s": 12, "slo_itl_s": 0.045}
 
@@ -339,3 +342,22 @@ def test_two_cards_within_a_budget_of_watts(tmp_path: Path) -> None:
         assert (out / f"ready-{number}" / "gpus.sh").is_file()
     assert told["best_profile"] == min(days, key=lambda name: days[name])
     assert f"Least energy: {told['best_profile']}" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_on_ray_as_on_this_machine(
+    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    told = []
+    for more in ("--engine ray", "--jobs 1"):
+        out = tmp_path / more.split()[-1]
+        line = (
+            "recommend --gpus 2 --rate 6 --slo-itl-ms 60 --set duration_s=6 --seeds 2 "
+            f"--uncertainty 0 --policy 'ecofreq + round-robin' --out {out} {more} --json"
+        )
+        done = CliRunner().invoke(make_app(), shlex.split(line))
+        assert done.exit_code == 0, done.output
+        told.append((out / "recommend.json").read_text())
+    assert told[0] == told[1]
