@@ -32,6 +32,7 @@ from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.ranges import ranges
 from voltana.experiments.recommend.show import sentence
 from voltana.experiments.study.advice import best_by_rule, exhaustive
+from voltana.experiments.sweep.executors import Outcome
 from voltana.hwreplay.replay.config import read_replay_config
 from voltana.hwreplay.router.config import read_router_config
 from voltana.profiles.catalog import load_profile
@@ -129,6 +130,14 @@ def test_mistakes(more: dict[str, Any], words: str) -> None:
         question(**more)
     with pytest.raises(VoltanaError, match="--set num_decode is what the search decides"):
         make_question(LOAD | {"num_decode": 3}, gpus=4, watts=None)
+
+
+def test_runs_that_all_fail_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Outcome(error="an iteration lies outside the grid")
+    monkeypatch.setattr("voltana.experiments.frontier.trial.run_point", lambda _: failed)
+    asked = question(gpus=2)
+    with pytest.raises(VoltanaError, match=r"^an iteration lies outside the grid$"):
+        FixedSearch(Desk(asked, tmp_path, jobs=1), asked.tuning).find()
 
 
 def test_windows_of_a_trace_choose_and_judge_apart(tmp_path: Path) -> None:
