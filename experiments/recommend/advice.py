@@ -9,9 +9,9 @@ from typing import Any, Final
 from voltana.experiments.compare.draws import UNDECIDED, Drawn
 from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
 from voltana.experiments.frontier.trial import Trial, pooled
-from voltana.experiments.recommend.choose.desk import fleet_at
+from voltana.experiments.recommend.choose.desk import PHASES, fixed_cap_w, fixed_clock_mhz
 from voltana.experiments.recommend.choose.dynamic import DynamicChoice
-from voltana.experiments.recommend.choose.fixed import FixedChoice, fleet_peak_w
+from voltana.experiments.recommend.choose.fixed import FixedChoice, highest_allowed
 from voltana.experiments.recommend.question import Question
 
 WORTH_PCT: Final = 1.0
@@ -147,10 +147,18 @@ class Advice:
         )
 
 
+def top_clock_mhz(advice: Advice, way: Judged) -> int:
+    """The highest clock that a way may choose: that of the profile, or what the watts allow."""
+    fleet = highest_allowed(advice.question, way.counts)
+    return advice.question.clocks_mhz[-1] if fleet is None else fleet[0].clock_mhz
+
+
 def peak_w(advice: Advice, way: Judged) -> float:
-    """The most that a way may draw at once, in W: fixed clocks at theirs, a policy at the top."""
+    """The most that a way may draw at once, in W: at its clocks, its caps or its highest clock."""
     question = advice.question
-    for mine, choice in ((advice.fixed, advice.fixed_choice), (advice.caps, advice.caps_choice)):
-        if way is mine and choice is not None:
-            return fleet_peak_w(question, choice.fleet)
-    return fleet_peak_w(question, fleet_at(way.counts, question.clocks_mhz[-1]))
+    total_w = 0.0
+    for phase, count in zip(PHASES, way.counts, strict=True):
+        clock_mhz = fixed_clock_mhz(way.settings, phase) or top_clock_mhz(advice, way)
+        each_w = fixed_cap_w(way.settings, phase) or question.peak_w(phase, clock_mhz)
+        total_w += count * each_w
+    return total_w

@@ -16,7 +16,7 @@ from typing import Any, Final
 
 import tomli_w
 
-from voltana.experiments.recommend.advice import DYNAMIC, FIXED, Advice, Judged
+from voltana.experiments.recommend.advice import DYNAMIC, FIXED, Advice, Judged, top_clock_mhz
 from voltana.experiments.recommend.choose.desk import PHASES, fixed_cap_w, fixed_clock_mhz
 from voltana.profiles.common.files import write_text
 from voltana.sim.config import SimConfig, make_config
@@ -59,7 +59,7 @@ def roles(advice: Advice, way: Judged) -> tuple[Role, Role]:
         gpus = tuple(tuple(range(first + i * width, first + (i + 1) * width)) for i in range(count))
         first += count * width
         clock = fixed_clock_mhz(way.settings, phase)
-        at_mhz = clock or question.clocks_mhz[-1]
+        at_mhz = clock or top_clock_mhz(advice, way)
         cap_w = math.ceil(question.peak_w(phase, at_mhz) / width / _CAP_STEP_W) * _CAP_STEP_W
         set_w = fixed_cap_w(way.settings, phase)
         cap_w = cap_w if set_w is None else math.ceil(set_w / width)

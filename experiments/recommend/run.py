@@ -16,7 +16,7 @@ from voltana.experiments.recommend.hand_over import write_ready
 from voltana.experiments.recommend.judge import advise
 from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.show import Costs, as_dict
-from voltana.experiments.sweep.executors import check_executor
+from voltana.experiments.sweep.executors import check_executor, staying_connected
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.folders import claim
 from voltana.sim.config import DEFAULT_PROFILE
@@ -67,7 +67,7 @@ def recommend_all(
     questions = [make_question({**settings, "profile": name}, **options) for name in names]
     claim(out, "advice")
     advices = []
-    with progress_bar("searching", len(questions)) as bar:
+    with progress_bar("searching", len(questions)) as bar, staying_connected(executor):
         for name, question in zip(names, questions, strict=True):
             bar.advance(0, f"searching {name}")
             advices.append(advise(Desk(question, out, jobs, executor)))

@@ -93,8 +93,11 @@ class Desk:
         return replace(trial, attainments=(pooled(trial.rows, "attainment"),))
 
     def explore(self, search: FleetSearch) -> None:
-        """Both sides of a search of fixed clocks, in a process each; the runs are kept."""
-        if self.jobs == 1:
+        """Both sides of a search of fixed clocks, in a process each; the runs are kept.
+
+        Not beside a connection to a cluster, which does not bear a fork.
+        """
+        if self.jobs == 1 or self.executor != "processes":
             return
         with ProcessPoolExecutor(2) as pool:
             list(pool.map(search.explore, (0, 1)))

@@ -24,6 +24,7 @@ from voltana.experiments.recommend.choose.desk import (
     fleet_at,
 )
 from voltana.experiments.recommend.question import Question, Repeats
+from voltana.profiles.common.errors import VoltanaError
 
 MOST_KNOTS: Final = 4
 """Clocks that a side tries first; what lies between is bisected."""
@@ -126,13 +127,19 @@ class FixedSearch:
         self.tried: tuple[dict[Side, Trial], dict[Side, Trial]] = ({}, {})
 
     def find(self) -> FixedChoice:
-        """The fleet of least energy that keeps the target; the nearest miss if none does."""
+        """The fleet of least energy that keeps the target; the nearest miss if none does.
+
+        Raises:
+            VoltanaError: Not even all instances at their top clock could be run.
+        """
         question = self._desk.question
         first, *others = map(Means, question.routers)
         every = range(1, question.instances)
         search = self._search(first, self._clocks, (every, every))
         self._desk.explore(search)
         best = self._choice(first, search.find())
+        if best.trial.error:
+            raise VoltanaError(best.trial.error)
         self.tried = search.tried
         for means in others:
             best = self._other_router(best, means)

@@ -7,7 +7,7 @@ import json
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
@@ -32,10 +32,14 @@ from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.ranges import ranges
 from voltana.experiments.recommend.show import sentence
 from voltana.experiments.study.advice import best_by_rule, exhaustive
+from voltana.experiments.sweep.executors import Outcome
 from voltana.hwreplay.replay.config import read_replay_config
 from voltana.hwreplay.router.config import read_router_config
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 LOAD = {"rate_rps": 14, "duration_s": 12, "slo_itl_s": 0.045}
 
@@ -126,6 +130,14 @@ def test_mistakes(more: dict[str, Any], words: str) -> None:
         question(**more)
     with pytest.raises(VoltanaError, match="--set num_decode is what the search decides"):
         make_question(LOAD | {"num_decode": 3}, gpus=4, watts=None)
+
+
+def test_runs_that_all_fail_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Outcome(error="an iteration lies outside the grid")
+    monkeypatch.setattr("voltana.experiments.frontier.trial.run_point", lambda _: failed)
+    asked = question(gpus=2)
+    with pytest.raises(VoltanaError, match=r"^an iteration lies outside the grid$"):
+        FixedSearch(Desk(asked, tmp_path, jobs=1), asked.tuning).find()
 
 
 def test_windows_of_a_trace_choose_and_judge_apart(tmp_path: Path) -> None:
@@ -303,3 +315,58 @@ def test_the_command_writes_text_json_and_a_page(tmp_path: Path) -> None:
     again = runner.invoke(make_app(), [*shlex.split(line), "--json"])
     assert json.loads(again.output) == json.loads((out / "recommend.json").read_text())
     assert len(list((out / "points").iterdir())) == runs
+
+
+@pytest.mark.slow
+def test_two_cards_within_a_budget_of_watts(tmp_path: Path) -> None:
+    """The least energy of those that keep the promise is named; nothing may draw more than W."""
+    out, watts = tmp_path / "advice", 1000.0
+    names = ("a100-80g-sxm/llama-3.1-8b", "h100-sxm/llama-3.1-8b")
+    line = (
+        f"recommend --profile {names[0]} --profile {names[1]} --watts {watts} --rate 4 --caps "
+        "--slo-itl-ms 60 --set duration_s=6 --seeds 2 --uncertainty 0 --jobs 1 "
+        f"--policy 'ecofreq + round-robin' --out {out}"
+    )
+    done = CliRunner().invoke(make_app(), shlex.split(line))
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "recommend.json").read_text())
+    assert [a["question"]["profile"] for a in told["advices"]] == [*names]
+    days = {}
+    for number, advice in enumerate(told["advices"], 1):
+        profile = load_profile(names[number - 1])
+        assert [w["name"] for w in advice["ways"]] == [NOW, FIXED, CAPS, DYNAMIC]
+        for way in advice["ways"]:
+            most_w = 0.0
+            for role, frame in zip(way["roles"], (profile.prefill, profile.decode), strict=True):
+                each_w = role["cap_w"]
+                if role["clock_mhz"] is not None:  # locked: what the tables draw up to there
+                    below = frame["frequency_mhz"] <= role["clock_mhz"]
+                    each_w = frame.loc[below, "power_w"].max()
+                most_w += len(role["gpus"]) * each_w
+            assert most_w <= watts + 10 * len(names)  # caps are told in steps of 5 W
+            assert way["peak_w"] <= watts + 2
+        best = next(w for w in advice["ways"] if w["name"] == advice["advised"])
+        assert best["keeps"]
+        days[names[number - 1]] = best["kwh_a_day"]
+        assert (out / f"ready-{number}" / "gpus.sh").is_file()
+    assert told["best_profile"] == min(days, key=lambda name: days[name])
+    assert f"Least energy: {told['best_profile']}" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_on_ray_as_on_this_machine(
+    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    told = []
+    for more in ("--engine ray", "--jobs 1"):
+        out = tmp_path / more.split()[-1]
+        line = (
+            "recommend --gpus 2 --rate 6 --slo-itl-ms 60 --set duration_s=6 --seeds 2 "
+            f"--uncertainty 0 --policy 'ecofreq + round-robin' --out {out} {more} --json"
+        )
+        done = CliRunner().invoke(make_app(), shlex.split(line))
+        assert done.exit_code == 0, done.output
+        told.append((out / "recommend.json").read_text())
+    assert told[0] == told[1]

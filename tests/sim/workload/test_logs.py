@@ -76,13 +76,20 @@ def test_each_kind_gives_the_same_requests(tmp_path: Path, name: str) -> None:
 
 
 REAL = Path(__file__).parent / "logs"
-"""Cut from what the programs wrote: aiperf 0.13.0, and LiteLLM 1.110.2 without its long fields."""
+"""Cut from what the programs wrote, long fields left out: aiperf 0.13.0, LiteLLM 1.110.2 and
+SGLang 0.5.23, whose log has a request that was refused and one that was aborted."""
 
 
 @pytest.mark.parametrize(
     ("name", "arrivals_s", "tokens", "dropped"),
     [
         ("profile_export.jsonl", [0, 0.215343966], [(60, 8)] * 2, 1),
+        (
+            "sglang_0.log",
+            [0, 0.805406, 1.128907, 1.412747, 1.720889],
+            [(5, 5), (20, 4), (40, 5), (60, 6), (80, 7)],
+            1,
+        ),
         ("litellm.jsonl", [0, 0.516941, 0.822877], [(10, 20)] * 3, 1),
     ],
 )
@@ -113,6 +120,11 @@ def test_a_servers_log_has_stamps_and_other_lines(tmp_path: Path) -> None:
     stamped.write_text(text)
     with pytest.raises(VoltanaError, match=r"stamped.jsonl"):
         open_trace(str(stamped))
+
+
+def test_lengths_of_a_real_benchmark() -> None:
+    inputs, outputs = read_lengths(REAL / "bench_serving.jsonl")
+    assert (inputs.tolist(), outputs.tolist()) == ([61, 21, 25, 21], [4] * 4)
 
 
 def test_lengths_of_a_log_and_of_a_benchmark(tmp_path: Path) -> None:
