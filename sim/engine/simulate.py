@@ -82,7 +82,7 @@ def _fleet(
         )
     if whole is not None and (cache_tokens or whole.turns is not None):
         log = Sessions(whole, log)
-    parts = workload if whole is None else (whole,)
+    parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
     return Fleet(config, profile, parts, log, agenda=agenda)
 
