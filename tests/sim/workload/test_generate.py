@@ -17,11 +17,12 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.workload.build_histograms import SOURCES, histogram, moments
 from voltana.sim.workload.generate import list_workloads, make_workload, stream_diurnal
-from voltana.sim.workload.lengths import list_lengths, (
+from voltana.sim.workload.lengths import (
     DATA,
     LMSYS_MEAN_TOKENS,
     SHAREGPT_CLIENT_MEAN_TOKENS,
     draw_lengths,
+    list_lengths,
     source_moments,
 )
 from voltana.sim.workload.shapes import diurnal_rate
