@@ -217,17 +217,20 @@ def _ratio(amount: float, per: float) -> float:
 
 
 def _energy(record: RunRecord) -> dict[str, float]:
-    """Energy by part: busy prefill + busy decode + idle = total, exactly these instances' sums."""
+    """Energy by part: busy prefill + busy decode + idle (+ hosts) = total, exactly these sums."""
     busy = {"prefill": 0.0, "decode": 0.0}
     for instance in record.instances:
         busy[instance.phase] += instance.busy_energy_j
     idle = sum(i.idle_energy_j for i in record.instances)
+    host_w = record.settings.get("host_power_w")
+    host = (host_w or 0.0) * len(record.instances) * record.makespan_s
     return {
-        "energy_j": busy["prefill"] + busy["decode"] + idle,
+        "energy_j": busy["prefill"] + busy["decode"] + idle + host,
         "energy_busy_window_j": sum(i.busy_window_energy_j for i in record.instances),
         "prefill_energy_j": busy["prefill"],
         "decode_energy_j": busy["decode"],
         "idle_energy_j": idle,
+        **({} if host_w is None else {"host_energy_j": host}),
     }
 
 

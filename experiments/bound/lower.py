@@ -154,7 +154,7 @@ def lower_bound(
     makespan_s = float((work.arrival_s + first_s + steps * surface.shortest_s).max())
     prefill_j = prefill.per_token_j * float(work.input_tokens.sum())
     return EnergyBound(
-        idle_floor_j=instances * floor_w * makespan_s,
+        idle_floor_j=instances * (floor_w + (config.host_power_w or 0.0)) * makespan_s,
         prefill_j=prefill_j - noise["prefill"] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
         decode_j=_decode_j(surface, work, floor_w, config.slo_itl_s, noise["decode"]),
         makespan_s=makespan_s,

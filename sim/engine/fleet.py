@@ -19,7 +19,7 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.decode import DecodeInstance
-from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.logs.timeline import Timeline
 from voltana.sim.engine.physics.noise import IterationNoise
@@ -40,7 +40,7 @@ from voltana.sim.policies.base import (
 )
 from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
-from voltana.sim.records import IterationTable, RunRecord
+from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
 
 _STREAMS = {"router": 1, "prefill": 2, "decode": 3}
@@ -378,25 +378,6 @@ class Fleet:
             slo_itl_s=self._config.slo_itl_s,
             wall_s=wall_s,
             settings=self._config.as_dict(),
-            iterations=_iteration_table(self.instances),
+            iterations=iteration_table(self.instances),
             timeline=self._timeline.columns() if self._timeline else None,
         )
-
-
-def _iteration_table(instances: list[Instance]) -> IterationTable | None:
-    rows = [row for i in instances for row in i.iteration_rows or ()]
-    if not rows:
-        return None
-    rows.sort(key=lambda row: row[2])
-    columns = list(zip(*rows, strict=True))
-    ids, batch, tokens, clocks = (np.array(columns[k], dtype=np.int64) for k in (1, 4, 5, 6))
-    return IterationTable(
-        phase=np.array(columns[0]),
-        instance_id=ids,
-        start_s=np.array(columns[2]),
-        duration_s=np.array(columns[3]),
-        batch_size=batch,
-        tokens=tokens,
-        clock_mhz=clocks,
-        energy_j=np.array(columns[7]),
-    )

@@ -73,13 +73,15 @@ def _fleet(
     config: SimConfig, profile: Profile, workload: Workload | Iterable[Workload], log: RunLog
 ) -> Fleet:
     _require_clocks(config, profile)
-    if isinstance(workload, Workload) and (workload.prompts or workload.turns):
-        log = Sessions(workload, log)
-    elif config.prefix_cache_tokens:
+    cache_tokens = config.prefix_cache_tokens
+    whole = workload if isinstance(workload, Workload) else None
+    if cache_tokens and (whole is None or whole.prompts is None):
         raise VoltanaError(
-            f"prefix_cache_tokens={config.prefix_cache_tokens} needs to know what prompts share: "
-            "take a workload of sessions (chat, agent) or a trace with hash_ids, and no stream"
+            f"prefix_cache_tokens={cache_tokens} needs to know what prompts share: take a workload "
+            "of sessions (chat, agent) or a trace with hash_ids, and no stream"
         )
+    if whole is not None and (cache_tokens or whole.turns is not None):
+        log = Sessions(whole, log)
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
     return Fleet(config, profile, parts, log, agenda=agenda)

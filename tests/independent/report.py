@@ -72,7 +72,11 @@ def _energy(fleet: Fleet) -> Numbers:
         "clock_changes": sum(c.changes for c in cards),
         "iterations": sum(c.iterations for c in cards),
     }
-    numbers["energy_j"] = sum(numbers[f"{part}_energy_j"] for part in ("prefill", "decode", "idle"))
+    parts = ["prefill", "decode", "idle"]
+    if fleet.settings.get("host_power_w") is not None:
+        numbers["host_energy_j"] = fleet.settings["host_power_w"] * len(servers) * fleet.end_s
+        parts.append("host")
+    numbers["energy_j"] = sum(numbers[f"{part}_energy_j"] for part in parts)
     for phase, of in (("prefill", fleet.prefill), ("decode", fleet.decode)):
         total_s = sum(sum(s.card.busy_s.values()) for s in of)
         for clock in {c for s in of for c in s.card.busy_s}:

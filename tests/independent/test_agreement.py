@@ -104,6 +104,7 @@ CASES: dict[str, Settings] = {
         "rate_rps": 40, "noise_scale": 1.0, "sag_depth": 0.5, "sag_interval_s": 4.0,
         "sag_duration_s": 1.0,
     },
+    "hosts": {"rate_rps": 8, "host_power_w": 150.0, "num_prefill": 3},
     "stalls": {**VARYING, "controller": "ecofreq", "clock_stall_s": 0.03},
     "stalls of two cards": {
         "rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2", "controller": "ecofreq",

@@ -8,7 +8,7 @@ from typing import ClassVar, Final
 import numpy as np
 
 from voltana.sim.policies.spec import parameter
-from voltana.sim.workload.lengths import draw_lengths
+from voltana.sim.workload.lengths import draw_lengths, list_lengths
 from voltana.sim.workload.sessions.session import Session, cut_to_context, thinks_s
 
 LINE: Final = (
@@ -27,7 +27,9 @@ class ChatParameters:
     think_s: float = parameter(60.0, "mean time from an answer to the next turn", low=0.0)
     """Ours: what reading the mean answer takes, 325 tokens of 0.75 words at some 240 a minute.
     Exponential, ours."""
-    lengths: str = parameter("sharegpt", "length distribution of a turn's message and its answer")
+    lengths: str = parameter(
+        "sharegpt", "lengths of a turn's message and its answer", choices=tuple(list_lengths())
+    )
     system_tokens: int = parameter(0, "prompt of the service that all conversations share", low=0)
     longest_tokens: int = parameter(8_192, "context at which a conversation ends", low=2)
     """The filter of the `sharegpt-8k` lengths."""

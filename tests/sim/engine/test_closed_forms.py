@@ -50,6 +50,14 @@ def test_hand_computed_schedule(halves: Profile) -> None:
     assert summary["energy_per_output_token_j"] == 896.0 / 6
 
 
+def test_hosts_draw_the_same_whatever_happens(halves: Profile) -> None:
+    """The schedule above takes 2.5 s on two instances: 100 W each make 500 J on top of 896."""
+    _, summary = run(halves, make_requests((0.0, 4, 3), (0.25, 4, 3)), host_power_w=100.0)
+    assert summary["host_energy_j"] == 500.0
+    assert summary["energy_j"] == 896.0 + 500.0
+    assert summary["energy_busy_window_j"] == 768.0  # of GPUs
+
+
 class Spy(Controller):
     """Keeps what it is shown of delays and durations."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -114,6 +115,11 @@ def test_a_prompt_beyond_the_memory_is_rejected(linear: Profile) -> None:
 def test_a_cache_needs_to_know_what_prompts_share(linear: Profile) -> None:
     with pytest.raises(VoltanaError, match="what prompts share"):
         run(linear, make_requests((0.0, 4, 1)), prefix_cache_tokens=100)
+    waiting = sharing([(0.0, [(1, 5)], 1), (1.0, [(1, 5)], 1)], previous=[-1, 0], think_s=[0, 1])
+    with pytest.raises(VoltanaError, match="what prompts share"):
+        run(linear, dataclasses.replace(waiting, prompts=None), prefix_cache_tokens=100)
+    _, summary = run(linear, dataclasses.replace(waiting, prompts=None))
+    assert summary["requests_completed"] == 2
 
 
 def test_a_turn_comes_when_its_answer_has_been_read(linear: Profile) -> None:

@@ -124,7 +124,7 @@ def test_a_slice_s_first_turns_wait_for_nobody() -> None:
     [
         ("chat:turns=0.5", "must be >= 1"),
         ("chat:turn=2", "no parameter 'turn'"),
-        ("chat:lengths=sharegtp", "unknown workload"),
+        ("chat:lengths=sharegtp", "unknown choice 'sharegtp'"),
     ],
 )
 def test_bad_parameters_are_refused(text: str, message: str) -> None:
