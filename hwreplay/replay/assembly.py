@@ -130,8 +130,9 @@ class _View:
         spent_s = self._at_clock_s()
         if not spent_s:
             return np.empty(0, dtype=np.int64)
-        longest = np.array([*spent_s.values()]).argmax(axis=0)
-        return np.array([*spent_s], dtype=np.int64).take(longest)
+        clocks: IntArray = np.array([*spent_s], dtype=np.int64)
+        longest = np.argmax(np.stack([*spent_s.values()]), axis=0)
+        return np.asarray(clocks[longest], dtype=np.int64)
 
     def _clock_at(self, at_s: FloatArray) -> IntArray:
         return self.changed_mhz[np.searchsorted(self.changed_s, at_s, side="right") - 1]
