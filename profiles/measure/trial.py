@@ -276,17 +276,26 @@ def run_trial(
         workload: The point, prepared.
         gpus: Cards that run it.
         protocol: How long, how many.
-        number: Of the trial, from 0: each begins at another phase of the meter's interval.
+        number: Of the trial, from 0: each begins at another phase of the meter's interval, unless
+            the power of pauses is known.
         pause_w: Power of the pauses between iterations, in W, to be taken out; None: they count.
 
     Raises:
         SampleGapError: The cards could not be read often enough.
     """
-    _await_phase(gpus, number, protocol)
+    rests = pause_w is not None and has_energy_counter(gpus)
+    if (
+        rests
+    ):  # from tick to tick: all that the counter says is this work's, and rest of known power
+        wait_for_tick(gpus)
+    else:
+        _await_phase(gpus, number, protocol)
     with PowerMeter(gpus) as meter:
         window = workload.run(
             min_duration_s=protocol.window_s, min_iterations=protocol.min_iterations
         )
+        if rests:
+            wait_for_tick(gpus)
     reading, is_own = meter.reading_within(window.spans_ns)
     flags = [f"{THROTTLED}{reason}" for reason in sorted(reading.throttle)]
     if not is_own and any(gpu.identity.is_power_measured for gpu in gpus):
@@ -309,14 +318,14 @@ def without_pauses(
     """
     busy_s = min(busy_s, reading.duration_s)
     pauses_s = reading.duration_s - busy_s
-    if pauses_s <= MAX_PAUSES * reading.duration_s:
-        return reading, None
     if pause_w is None or busy_s <= 0:
-        return reading, NOT_MEASURED
+        return reading, None if pauses_s <= MAX_PAUSES * reading.duration_s else NOT_MEASURED
     work_j = reading.energy_j - pause_w * pauses_s
     if work_j < pause_w * busy_s:  # work draws no less than rest: the counter was too coarse
         return reading, NOT_MEASURED
-    flag = GAPS if busy_s >= MIN_BUSY * reading.duration_s else NOT_MEASURED
+    flag = None if pauses_s <= MAX_PAUSES * reading.duration_s else GAPS
+    if busy_s < MIN_BUSY * reading.duration_s:
+        flag = NOT_MEASURED
     return replace(reading, energy_j=work_j, duration_s=busy_s), flag
 
 
