@@ -15,3 +15,7 @@ class RunClock:
     def now_s(self) -> float:
         """Seconds since the start; negative before it."""
         return (time.monotonic_ns() - self.start_ns) * 1e-9
+
+    def at_s(self, monotonic_ns: int) -> float:
+        """The same of another instant of CLOCK_MONOTONIC."""
+        return (monotonic_ns - self.start_ns) * 1e-9

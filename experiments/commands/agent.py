@@ -1,4 +1,4 @@
-"""`voltana agent`: one instance's controller by hand."""
+"""`voltana agent`: controllers beside running servers, whoever routes to them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,39 @@ from voltana.experiments.extras import needs
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("agent", short_help="Control one instance's clock")(agent)
+    app.command("agent", short_help="Control the clocks of running servers, or say what it would")(
+        agent
+    )
 
 
 def agent(
     file: Annotated[
-        Path, typer.Argument(help="JSON file of the agent's configuration", metavar="FILE.json")
+        Path,
+        typer.Argument(help="TOML file: [simulate], [fleet] and [serve]", metavar="FLEET.toml"),
     ],
+    act: Annotated[
+        bool, typer.Option("--act", help="Set clocks through [serve] actuator; else touch nothing")
+    ] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for each decision and clock; default: not kept")
+    ] = None,
+    port: Annotated[
+        int, typer.Option(help="Port of /metrics on this machine; 0: a free one")
+    ] = 9470,
 ) -> None:
-    """Control one instance's clock until Ctrl-C; `voltana replay` starts agents by itself.
+    """Watch running SGLang servers by their forward-pass metrics, under any router.
 
-    FILE.json holds the keys of voltana.hwreplay.agent.agent.AgentConfig: the phase and number of
-    the instance, the simulated configuration, the engine's metrics address, the actuator's socket.
-    Decisions, latencies and safe states are written beside it.
+    A shadow by default: it decides, estimates what its clocks would save against the top clock,
+    and touches nothing. [fleet] names the servers' metrics: decode = [{metrics =
+    "ipc:///tmp/decode-0.0"}]. A controller that looks at what only voltana's router knows is
+    refused. `voltana serve` and `voltana replay` start agents by themselves.
 
-    Example: voltana agent runs/agent-decode-0.json
+    With --act a guard gives a clock back while fewer than guard_floor of the last minute's samples
+    kept the promise. SIGTERM and Ctrl-C give all clocks back.
+
+    Example: voltana agent fleet.toml
     """
-    import os
-
     with needs("replay", "voltana agent"):
-        from voltana.hwreplay.agent.process import run_agents
+        from voltana.hwreplay.agent.attach import attach
 
-    run_agents([file], os.getppid())
+    attach(file, acts=act, port=port, directory=out)

@@ -9,6 +9,7 @@ import re
 from collections.abc import Callable, Mapping
 from typing import Any, Final
 
+from voltana.experiments.documentation.class_keys import keys_table
 from voltana.experiments.study.suite import list_experiments
 from voltana.profiles.catalog import list_profiles, load_profile
 from voltana.profiles.common.errors import VoltanaError, nearest
@@ -87,6 +88,8 @@ def _workloads() -> str:
     return markdown_table(("name", "lengths"), rows)
 
 
+ROUTER: Final = frozenset(("workers", "sim", "token", "events", "reports", "start_ns"))
+"""Of the router's configuration: what stands in other tables, or is between processes."""
 TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "controllers": lambda: policy_rows(CONTROLLERS),
     "routers": lambda: policy_rows(ROUTERS),
@@ -96,4 +99,14 @@ TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "profiles": _profiles,
     "experiments": _experiments,
     "workloads": _workloads,
+    "router-keys": lambda: keys_table("hwreplay/router/config.py", "RouterConfig", ROUTER),
+    "server-keys": lambda: keys_table(
+        "hwreplay/router/config.py", "WorkerConfig", frozenset(("phase", "instance_id"))
+    ),
+    "service-keys": lambda: keys_table(
+        "hwreplay/serve/config.py",
+        "ServeConfig",
+        frozenset(("fleet",)),
+        constants_of="hwreplay/agent/guard.py",
+    ),
 }

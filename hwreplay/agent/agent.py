@@ -25,6 +25,7 @@ from typing import Any, Final
 import msgspec
 
 from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.agent.guard import GuardLimits
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 from voltana.sim.results import read_json, write_json
@@ -57,6 +58,10 @@ class AgentConfig:
     """Stated power of the instance, where no card counts energy. With neither this nor `gpus` no
     energy is reported."""
     stale: StaleLimits = dataclasses.field(default_factory=StaleLimits)
+    guard: GuardLimits | None = None
+    """Releases the clock while too few samples keep the promise; None leaves it alone."""
+    keeps_files: bool = True
+    """Write down each clock and, in a dry run, each decision: files that grow with the run."""
 
     @property
     def name(self) -> str:
@@ -71,19 +76,30 @@ def start_agents(configs: Sequence[AgentConfig], directory: Path) -> subprocess.
     change of the clock) and, at its end, NAME.report.json (latencies, safe states). The log is
     NAME.log of the first one.
     """
+    command = write_agents(configs, directory)
+    with (directory / f"{configs[0].name}.log").open("wb") as log:
+        return subprocess.Popen(
+            command,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            env=agents_environment(),
+        )
+
+
+def write_agents(configs: Sequence[AgentConfig], directory: Path) -> list[str]:
+    """Write the files of agents that share a process; returns its command line."""
     paths = [directory / f"{config.name}.json" for config in configs]
     for config, path in zip(configs, paths, strict=True):
         write_json(msgspec.to_builtins(config, str_keys=True), path)
         ready_file(config, directory).unlink(missing_ok=True)
     command = [sys.executable, "-P", "-m", "voltana.hwreplay.agent.process", str(os.getpid())]
-    with (directory / f"{configs[0].name}.log").open("wb") as log:
-        return subprocess.Popen(
-            [*command, *map(str, paths)],
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)},
-        )
+    return [*command, *map(str, paths)]
+
+
+def agents_environment() -> dict[str, str]:
+    """Ours, with the modules that we find: policies of a user's own are among them."""
+    return os.environ | {"PYTHONPATH": os.pathsep.join(part for part in sys.path if part)}
 
 
 def await_agents(

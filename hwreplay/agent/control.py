@@ -90,8 +90,8 @@ class ControlLoop:
         self.clock_changes: deque[tuple[float, int]] = deque()
         """(time in s, clock in MHz) of each confirmed change, for the owner to take away."""
         state = tracker.state
-        where = f"{state.phase} {state.instance_id}"
-        self._controller = ControllerAnswers(controller, clocks_mhz, where)
+        self._where = f"{state.phase} {state.instance_id}"
+        self._clocks_mhz = clocks_mhz
         self._tracker = tracker
         self._actuator: ClockSetter | None = actuator
         self._predictor = predictor
@@ -113,12 +113,34 @@ class ControlLoop:
         self.num_wishes = 0
         """Clocks asked for that were not the one asked for last."""
         self._wish_mhz = UNLOCKED_MHZ
-        self._write(self._controller.initial_clock_mhz(), now_s)
+        self.adopt(controller, now_s)
+
+    def adopt(self, controller: Controller, now_s: float) -> None:
+        """Ask this controller from now on, first for its initial clock; one that fails raises."""
+        answers = ControllerAnswers(controller, self._clocks_mhz, self._where)
+        clock_mhz = answers.initial_clock_mhz()
+        self._controller, self._plan = answers, None
+        if self._safe is None:
+            self._write(clock_mhz, now_s)
 
     @property
     def is_safe(self) -> bool:
         """Whether the clock is unlocked for safety."""
         return self._safe is not None
+
+    @property
+    def safe_reason(self) -> str:
+        """Why it is; empty while it is not."""
+        return "" if self._safe is None else self._safe.reason
+
+    @property
+    def wish_mhz(self) -> int:
+        """The clock that was asked for last."""
+        return self._wish_mhz
+
+    def repeat_wish(self, now_s: float) -> None:
+        """Ask for that clock again: who stands before the actuator answers otherwise now."""
+        self._write(self._wish_mhz, now_s)
 
     def attach(self, actuator: ClockSetter) -> None:
         """A new connection to the actuator, after the old one was lost."""

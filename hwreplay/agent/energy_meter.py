@@ -58,7 +58,7 @@ class EnergyMeter:
         self._meters = [CardMeter(gpu) for gpu in gpus]
         self._period_s = period_s
         self._start_j = self._total_j()
-        self._energy_j = 0.0
+        self._reading = (time.monotonic_ns(), 0.0)
         self._error: DeviceError | None = None
         self._is_ended = threading.Event()
         self._thread = threading.Thread(target=self._follow, name="energy", daemon=True)
@@ -67,7 +67,12 @@ class EnergyMeter:
     @property
     def energy_j(self) -> float | None:
         """Last reading in J, at most a period old; None once a card has stopped answering."""
-        return None if self._error else self._energy_j
+        return None if self._error else self._reading[1]
+
+    @property
+    def read_ns(self) -> int:
+        """When that was, on CLOCK_MONOTONIC."""
+        return self._reading[0]
 
     @property
     def error(self) -> DeviceError | None:
@@ -82,7 +87,7 @@ class EnergyMeter:
     def _follow(self) -> None:
         while not self._is_ended.wait(self._period_s):
             try:
-                self._energy_j = self._total_j() - self._start_j
+                self._reading = (time.monotonic_ns(), self._total_j() - self._start_j)
             except DeviceError as error:
                 self._error = error
                 return

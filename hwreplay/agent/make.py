@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +19,15 @@ from voltana.hwreplay.actuator.client import (
 from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.hwreplay.agent.control import ControlLoop
 from voltana.hwreplay.agent.energy_meter import EnergyMeter
+from voltana.hwreplay.agent.guard import Guard, GuardedClock
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.view.context import PolicySource, check_notices, decides_before
+from voltana.hwreplay.view.engine_only import engine_only
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu, open_gpus
-from voltana.sim.policies.base import PREFILL
+from voltana.sim.policies.base import PREFILL, Controller
 
 MakeCaps = Callable[[], Mapping[int, float]]
 """Gives the power limit in W that stands for each clock."""
@@ -35,6 +39,7 @@ def make_loop(
     clock: RunClock,
     source: PolicySource,
     make_caps_w: MakeCaps,
+    guard: Guard,
 ) -> tuple[InstanceTracker, ControlLoop]:
     """The state that is kept and the loop that acts on it.
 
@@ -44,13 +49,14 @@ def make_loop(
         clock: The run's.
         source: Makes the controller.
         make_caps_w: As in `connect`.
+        guard: Stands before the actuator.
 
     Raises:
         VoltanaError: A wrong setting, or the actuator does not answer.
     """
     settings = source.config
     check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
-    controller = source.make_controller(config.phase, config.instance_id)
+    controller = make_controller(config, source)
     tracker = source.make_tracker(config.phase, config.instance_id)
     if config.actuator_socket is not None and not config.gpus:
         raise VoltanaError(
@@ -58,14 +64,14 @@ def make_loop(
             "leave actuator_socket out for a dry run"
         )
     actuator: ClockSetter = (
-        DryRun(directory / f"{config.name}.decisions.jsonl")
+        DryRun(record_file(config, directory, "decisions"))
         if config.actuator_socket is None
         else connect(config, make_caps_w)
     )
     loop = ControlLoop(
         controller,
         tracker,
-        actuator,
+        GuardedClock(actuator, guard),
         predictor=source.profile.predictor(),
         clocks_mhz=source.profile.meta.clocks.supported_mhz,
         limits=config.stale,
@@ -73,6 +79,17 @@ def make_loop(
         now_s=clock.now_s(),
     )
     return tracker, loop
+
+
+def make_controller(config: AgentConfig, source: PolicySource) -> Controller:
+    """The controller of an agent's instance; without a router it sees the engine alone."""
+    make = source.make_controller if config.event_address else partial(engine_only, source)
+    return make(config.phase, config.instance_id)
+
+
+def record_file(config: AgentConfig, directory: Path, kind: str) -> Path:
+    """Where an agent writes down what comes at every turn."""
+    return directory / f"{config.name}.{kind}.jsonl" if config.keeps_files else Path(os.devnull)
 
 
 def make_meter(config: AgentConfig) -> EnergyMeter | None:

@@ -6,7 +6,7 @@ import gc
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -16,6 +16,7 @@ import zmq
 
 from voltana.hwreplay.agent.agent import AgentConfig, read_agent_config, ready_file
 from voltana.hwreplay.agent.listener import TICK_S, Agent
+from voltana.hwreplay.messages.agent_reports import Reports
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
@@ -23,6 +24,8 @@ from voltana.sim.config import make_config
 from voltana.sim.policies.base import DECODE, PREFILL
 
 SIGNALS: Final = (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)
+RELOAD: Final = signal.SIGUSR1
+"""Asks agents to read their files again; SIGHUP ends them, as a terminal that is gone does."""
 
 
 def _make_source(configs: Sequence[AgentConfig]) -> PolicySource:
@@ -62,27 +65,79 @@ def run_agents(paths: Sequence[Path], parent_pid: int) -> None:
     Raises:
         VoltanaError: A wrong setting, or the actuator does not answer.
     """
-    for signum in SIGNALS:
-        signal.signal(signum, _on_signal)
     configs = [read_agent_config(path) for path in paths]
+    run_configs(
+        configs,
+        paths[0].parent,
+        lambda: os.getppid() == parent_pid,
+        reread=lambda: [read_agent_config(path) for path in paths],
+    )
+
+
+def run_configs(
+    configs: Sequence[AgentConfig],
+    directory: Path,
+    goes_on: Callable[[], bool],
+    reports: Reports | None = None,
+    reread: Callable[[], Sequence[AgentConfig]] | None = None,
+) -> None:
+    """Run agents in this process until a signal comes or `goes_on` says no.
+
+    Args:
+        configs: One an instance, of one simulated configuration.
+        directory: Takes their files.
+        goes_on: Asked at every turn.
+        reports: As in `Agent`.
+        reread: Asked for the configurations anew when the signal `RELOAD` has come.
+
+    Raises:
+        VoltanaError: A wrong setting, or the actuator does not answer.
+        SystemExit: A signal came; 128 and its number.
+    """
+    for signum in SIGNALS:
+        if signal.getsignal(signum) != signal.SIG_IGN:  # nohup stays what it is
+            signal.signal(signum, _on_signal)
+    asked: list[int] = []
+    if reread is not None:
+        signal.signal(RELOAD, lambda number, frame: asked.append(number))
     source, poller = _make_source(configs), zmq.Poller()
     with ExitStack() as stack:
         agents: list[Agent] = []
-        for config, path in zip(configs, paths, strict=True):
-            agents.append(Agent(config, path.parent, source, poller))
+        for config in configs:
+            agents.append(Agent(config, directory, source, poller, reports))
             stack.callback(agents[-1].close)
         stack.callback(_ignore_signals)
         _show_fleet(source, agents)
         gc.collect()
         gc.freeze()
-        for config, path in zip(configs, paths, strict=True):
-            ready_file(config, path.parent).touch()
-        while os.getppid() == parent_pid:
+        for config in configs:
+            ready_file(config, directory).touch()
+        while goes_on():
+            if asked and reread is not None:
+                asked.clear()
+                _reload(agents, reread, directory)
             for agent in agents:
                 agent.poll_actuator()
             poller.poll(int(TICK_S * 1e3))
             for agent in agents:
                 agent.turn()
+
+
+def _reload(
+    agents: Sequence[Agent], reread: Callable[[], Sequence[AgentConfig]], directory: Path
+) -> None:
+    """Take over the policies of the files, or say why not and leave all as it is."""
+    try:
+        configs = reread()
+        source = _make_source(configs)
+        for agent in agents:
+            agent.adopt(source)
+        _show_fleet(source, agents)
+    except VoltanaError as error:
+        sys.stderr.write(f"voltana agent: the old policy stays: {error}\n")
+        return
+    for config in configs:
+        ready_file(config, directory).touch()
 
 
 def _ignore_signals() -> None:

@@ -5,7 +5,7 @@ A ZMQ PUSH socket an agent, one PULL socket in the router; one msgpack array a r
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, Protocol
 
 import msgspec
 import zmq
@@ -30,10 +30,41 @@ class AgentReport(msgspec.Struct, frozen=True, array_like=True):
     """Energy of its GPUs since the start of the run, where the agent reads it."""
     decisions: int = 0
     """Decisions taken so far."""
+    energy_at_s: float | None = None
+    """When that energy was read, on the run's clock."""
+    wish_mhz: int = 0
+    """What the controller wants; not the lock in force where nothing is set."""
+    acts: bool = False
+    """Whether wishes reach a card: False in a dry run."""
+    iterations: int = 0
+    observed_s: float = 0.0
+    """Their durations in all."""
+    predicted_s: float = 0.0
+    """What the controller's predictor said of them."""
+    output_tokens: int = 0
+    """Made in decode iterations."""
+    saved_j: float = 0.0
+    """Estimated against the top clock; the wishes' saving in a dry run."""
+    safe: str = ""
+    """Why the clock is unlocked for safety; empty while it is not."""
+    attainment: float | None = None
+    """The guard's share of kept promises over the last minute, where it knows enough."""
+    is_released: bool = False
+    """The guard has given the clock back."""
 
 
 _encoder: Final = msgspec.msgpack.Encoder()
 _decoder: Final = msgspec.msgpack.Decoder(AgentReport)
+
+
+class Reports(Protocol):
+    """Where an agent's reports go."""
+
+    def send(self, report: AgentReport) -> None:
+        """Take one; never waits."""
+
+    def close(self) -> None:
+        """No more come."""
 
 
 class ReportSender:

@@ -28,6 +28,8 @@ class ReplayConfig:
     """One replay."""
 
     sim: SimConfig
+    section: str = "replay"
+    """The table that its own keys are written in, for errors; a service's is [serve]."""
     workers: tuple[WorkerConfig, ...] = ()
     """Servers that run already; empty when they are started here."""
     engine: Installation | None = None
@@ -61,30 +63,36 @@ class ReplayConfig:
                 "[fleet] must name either servers to start (engine, or python and model) or "
                 "running ones (prefill and decode)"
             )
-        if (self.power_w is None) == (not self.gpus):
+        if (self.power_w is not None and self.gpus) or self._lacks_energy():
             raise VoltanaError(
-                "[replay] must have either gpus (the cards of each instance) or power_w (a stated "
-                "power, W, where no card counts energy)"
+                f"[{self.section}] must have either gpus (the cards of each instance) or power_w "
+                "(a stated power, W, where no card counts energy)"
             )
         if not 0 <= self.vocabulary[0] < self.vocabulary[1]:
             ids = list(self.vocabulary)
-            raise VoltanaError(f"vocabulary must be two rising token ids, got {ids} ([replay])")
+            raise VoltanaError(
+                f"vocabulary must be two rising token ids, got {ids} ([{self.section}])"
+            )
         if self.power_w is not None and not self.power_w > 0:
             raise VoltanaError(f"power_w must be > 0, got {self.power_w}")
         if self.dilation != 1 and self.emulate is None:
             raise VoltanaError(
-                f"[replay] dilation must be 1 on real cards, got {self.dilation:g}: name the"
-                " profile to emulate, or leave it out"
+                f"[{self.section}] dilation must be 1 on real cards, got {self.dilation:g}: name "
+                "the profile to emulate, or leave it out"
             )
         if self.actuator is not None and not self.gpus:
             raise VoltanaError(
-                f"[replay] actuator must have gpus to set, got {self.actuator} with power_w: name "
-                "the cards, e.g. gpus = {prefill = [[0]], decode = [[1]]}, or leave actuator out"
+                f"[{self.section}] actuator must have gpus to set, got {self.actuator} without: "
+                "name the cards, e.g. gpus = {prefill = [[0]], decode = [[1]]}, or leave it out"
             )
         for worker in self.workers:
             self._check_worker(worker)
         if self.gpus:
             self._check_gpus()
+
+    def _lacks_energy(self) -> bool:
+        """Whether a run would have no energy; a service may do without."""
+        return self.section == "replay" and self.power_w is None and not self.gpus
 
     @property
     def power_kind(self) -> str:
@@ -111,13 +119,13 @@ class ReplayConfig:
             if len(cards) != count or not all(cards):
                 raise VoltanaError(
                     f"gpus.{phase} must list the cards of {count} instances, at least one each, "
-                    f"got {[list(c) for c in cards]} ([replay])"
+                    f"got {[list(c) for c in cards]} ([{self.section}])"
                 )
         named = [card for phase in counts for cards in self.gpus[phase] for card in cards]
         if twice := sorted({card for card in named if named.count(card) > 1}):
             raise VoltanaError(
-                f"gpus must name each card once, got {twice} for several servers ([replay]): its "
-                "clock would have two masters and its energy count twice"
+                f"gpus must name each card once, got {twice} for several servers "
+                f"([{self.section}]): its clock would have two masters and its energy count twice"
             )
 
     @property
@@ -165,7 +173,24 @@ def read_replay_config(path: Path) -> ReplayConfig:
     """
     data, where = read_toml(path), str(path)
     check_names(data, ("simulate", "fleet", "router", "replay"), "table", where)
-    fleet, own = table(data, "fleet", where), table(data, "replay", where)
+    return make_fleet_config(data, table(data, "replay", where), where)
+
+
+def make_fleet_config(
+    data: Mapping[str, Any], own: Mapping[str, Any], where: str, *, section: str = "replay"
+) -> ReplayConfig:
+    """What a replay or a service runs on, from the tables of a file.
+
+    Args:
+        data: The file: [simulate], [fleet] and [router] are read.
+        own: Keys of `ReplayConfig` from the table `section`.
+        where: The file's name, for errors.
+        section: As in `ReplayConfig`.
+
+    Raises:
+        VoltanaError: A key or value is wrong.
+    """
+    fleet = table(data, "fleet", where)
     check_names(fleet, FLEET_KEYS, "key", where, " of [fleet]")
     simulate = dict(table(data, "simulate", where))
     workers: tuple[WorkerConfig, ...] = ()
@@ -181,12 +206,13 @@ def read_replay_config(path: Path) -> ReplayConfig:
         own = {**own, "gpus": emulated_gpus(profile, sim.num_prefill, sim.num_decode)}
     fixed = {
         "sim": sim,
+        "section": section,
         "workers": workers,
         "engine": engine,
         "batch_sockets": {k: convert(v, Path, k, where) for k, v in sockets.items()},
         "router_limits": read_limits(table(data, "router", where), where),
     }
-    return bind(ReplayConfig, own, where, section=" of [replay]", fixed=fixed)
+    return bind(ReplayConfig, own, where, section=f" of [{section}]", fixed=fixed)
 
 
 def _engine(fleet: Mapping[str, Any], where: str) -> Installation | None:

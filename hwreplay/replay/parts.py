@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -15,6 +16,7 @@ import tomli_w
 
 from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.recording import ITERATIONS, record_iterations
 from voltana.hwreplay.router.config import WorkerConfig
@@ -46,6 +48,8 @@ class Run:
     """Of the model; None: not known."""
     has_fleet_view: bool
     """Whether a controller looks at the whole fleet: all agents are one process then."""
+    servers: list[Server] = field(default_factory=list)
+    """Those that were started here."""
     faults: list[str] = field(default_factory=list)
     """What makes the run incomplete though it went on."""
 
@@ -60,29 +64,26 @@ class Run:
         return f"ipc://{self.sockets}/reports"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRouter:
+    """The router's process."""
+
+    url: str
+    process: asyncio.subprocess.Process
+
+    def begin_anew(self) -> None:
+        """Let its policy be as it was at first, its random numbers too."""
+        self.process.send_signal(signal.SIGHUP)
+
+
 @asynccontextmanager
-async def router(run: Run) -> AsyncIterator[str]:
-    """The router as a process of its own; gives its URL.
+async def router(run: Run) -> AsyncIterator[StartedRouter]:
+    """The router as a process of its own.
 
     Raises:
         VoltanaError: It ended instead; the last line of its log.
     """
-    keys = ("url", "bootstrap_host", "bootstrap_port", "metrics")
-    tables: dict[str, list[dict[str, Any]]] = {PREFILL: [], DECODE: []}
-    for worker in run.workers:
-        values = {key: getattr(worker, key) for key in keys}
-        tables[worker.phase].append({k: v for k, v in values.items() if v is not None})
-    limits = {
-        "port": 0, "events": run.events, "reports": run.reports, "start_ns": run.clock.start_ns,
-    }  # fmt: skip
-    sizes = {} if run.vocab_size is None else {"vocab_size": run.vocab_size}
-    path = run.directory / "router.toml"
-    whole = {
-        "simulate": run.config.sim.as_dict(),
-        "fleet": tables,
-        "router": dict(run.config.router_limits) | sizes | limits,
-    }
-    write_text(tomli_w.dumps(whole), path)
+    path = write_router_file(run, port=0)
     log = run.directory / "router.log"
     with log.open("wb") as out:
         process = await asyncio.create_subprocess_exec(
@@ -95,16 +96,36 @@ async def router(run: Run) -> AsyncIterator[str]:
         if not url:
             said = log.read_text(errors="replace").strip().splitlines()
             raise VoltanaError(said[-1] if said else f"the router ended: see {log}")
-        yield url
+        yield StartedRouter(url=url, process=process)
     finally:
-        await _end_process(process)
+        await end_process(process)
 
 
-async def _end_process(process: asyncio.subprocess.Process) -> None:
+def write_router_file(run: Run, **limits: object) -> Path:
+    """Write the router's configuration; `limits` win over those of the run's [router]."""
+    keys = ("url", "bootstrap_host", "bootstrap_port", "metrics")
+    tables: dict[str, list[dict[str, Any]]] = {PREFILL: [], DECODE: []}
+    for worker in run.workers:
+        values = {key: getattr(worker, key) for key in keys}
+        tables[worker.phase].append({k: v for k, v in values.items() if v is not None})
+    own = {"events": run.events, "reports": run.reports, "start_ns": run.clock.start_ns}
+    sizes = {} if run.vocab_size is None else {"vocab_size": run.vocab_size}
+    whole = {
+        "simulate": run.config.sim.as_dict(),
+        "fleet": tables,
+        "router": dict(run.config.router_limits) | sizes | own | limits,
+    }
+    path = run.directory / "router.toml"
+    write_text(tomli_w.dumps(whole), path)
+    return path
+
+
+async def end_process(process: asyncio.subprocess.Process, limit_s: float = END_S) -> None:
+    """Ask a process to end, and kill it where it does not within `limit_s`."""
     if process.returncode is None:
         process.terminate()
     try:
-        async with asyncio.timeout(END_S):
+        async with asyncio.timeout(limit_s):
             await process.wait()
     except TimeoutError:
         process.kill()
@@ -129,8 +150,7 @@ async def agents(run: Run) -> AsyncIterator[None]:
 
     One process an instance; one for all where a controller looks at the whole fleet.
     """
-    configs = [_agent_config(run, worker) for worker in run.workers]
-    groups = [configs] if run.has_fleet_view else [[config] for config in configs]
+    groups = agent_groups(run)
     with _agent_processes(run, groups) as started:
         watch = asyncio.create_task(_watch(run, started))
         try:
@@ -138,6 +158,12 @@ async def agents(run: Run) -> AsyncIterator[None]:
         finally:
             watch.cancel()
             await asyncio.gather(watch, return_exceptions=True)
+
+
+def agent_groups(run: Run) -> list[list[AgentConfig]]:
+    """The agents of a run by process."""
+    configs = [_agent_config(run, worker) for worker in run.workers]
+    return [configs] if run.has_fleet_view else [[config] for config in configs]
 
 
 Started = list[tuple[list[AgentConfig], subprocess.Popen[bytes]]]

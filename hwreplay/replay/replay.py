@@ -28,12 +28,14 @@ import uvloop
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.emulated.fleet import emulated, note_overruns
 from voltana.hwreplay.engines.launch import run_fleet
+from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.assembly import REQUESTS, Window, assemble
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
 from voltana.hwreplay.replay.parts import (
     Recorders,
     Run,
+    StartedRouter,
     agent_reports,
     agents,
     check_recorders,
@@ -82,7 +84,7 @@ def replay(
     twin = tomli_w.dumps(config.sim.as_dict())
     write_text(twin, directory / SIMULATE)
     started_ns = time.monotonic_ns()
-    with stops_as_interrupts(), _fleet(config, directory, progress) as run:
+    with stops_as_interrupts(), fleet(config, directory, progress) as run:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(_play(run, workload, progress))
@@ -130,14 +132,24 @@ def finish(config: ReplayConfig, workload: Workload, directory: Path) -> RunReco
 
 
 @contextmanager
-def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterator[Run]:
-    """The servers, started here or there already, and a short folder for sockets."""
+def fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterator[Run]:
+    """The servers, started here or there already, and a short folder for sockets.
+
+    Args:
+        config: What to start, or what is there.
+        directory: Takes the servers' logs.
+        progress: Told how it goes.
+
+    Raises:
+        VoltanaError: No such policy or profile, or a server ended or was too late.
+    """
     # what is wrong is told before a server starts
     has_fleet_view, vocab_size = observes_fleet(config), config.vocab_size()
     with ExitStack() as stack:
         sockets = Path(tempfile.mkdtemp(prefix="voltana-"))
         stack.callback(shutil.rmtree, sockets, ignore_errors=True)
         workers, batches = config.workers, dict(config.batch_sockets)
+        servers: list[Server] = []
         if config.engine is not None and config.emulate is not None:
             config = stack.enter_context(emulated(config, sockets))
         if config.engine is not None:
@@ -174,6 +186,7 @@ def _fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterato
             batch_sockets=batches,
             vocab_size=vocab_size,
             has_fleet_view=has_fleet_view,
+            servers=servers,
         )
 
 
@@ -189,7 +202,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
     }
     async with AsyncExitStack() as stack:
         progress("starting router and agents", 0)
-        url = await stack.enter_async_context(router(run))
+        started = await stack.enter_async_context(router(run))
         await stack.enter_async_context(agents(run))
         recorders = await stack.enter_async_context(iterations(run))
         energy = EnergyRecorder(gpus_of(run), run.clock, run.directory / ENERGY)
@@ -197,7 +210,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
         state["is_power_measured"] = energy.is_measured and config_kind != "emulated"
         state["power"] = config_kind
         progress("warming up", 0)
-        await _warm_up(run, url)
+        await _warm_up(run, started)
         check_recorders(recorders)
         if run.faults:
             raise VoltanaError(f"every agent must outlive the warm-up: {'; '.join(run.faults)}")
@@ -208,7 +221,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
         write_json(state, run.directory / STATE)
         generator = LoadGenerator(
             workload,
-            _load_config(run, url, start_ns),
+            _load_config(run, started.url, start_ns),
             RunClock(start_ns=start_ns),
             run.directory / REQUESTS,
         )
@@ -256,8 +269,11 @@ def _load_config(run: Run, url: str, salt: int) -> LoadConfig:
     )
 
 
-async def _warm_up(run: Run, url: str) -> None:
-    """Every pair serves a few requests, so that no measured one is a server's first."""
+async def _warm_up(run: Run, started: StartedRouter) -> None:
+    """Every pair serves a few requests, so that no measured one is a server's first.
+
+    The router's policy then begins anew: it would have rolled dice that the simulated one has not.
+    """
     pairs = max(run.config.sim.num_prefill, run.config.sim.num_decode)
     shapes = np.array(WARM_UP_TOKENS * pairs, dtype=np.int64)
     work = Workload(
@@ -265,9 +281,10 @@ async def _warm_up(run: Run, url: str) -> None:
     )
     path = run.directory / "warm-up.jsonl"
     report: LoadReport = await LoadGenerator(
-        work, _load_config(run, url, run.clock.start_ns), RunClock(), path
+        work, _load_config(run, started.url, run.clock.start_ns), RunClock(), path
     ).run()
     if report.counts["completed"] != len(work):
         why = ", ".join(report.reasons) or "no reason given"
         raise VoltanaError(f"the warm-up must succeed before a replay, it did not: {why}")
+    started.begin_anew()
     await asyncio.sleep(run.config.rest_s)

@@ -31,6 +31,7 @@ class WorkerConfig:
     bootstrap_host: str | None = None
     """Prefill: where decode servers reach it for the KV; none = the URL's host."""
     bootstrap_port: int = BOOTSTRAP_PORT
+    """Prefill: the port of that, SGLang's --disaggregation-bootstrap-port."""
     metrics: str | None = None
     """Address of its forward-pass metrics, e.g. ipc:///tmp/decode-0.0; none = not published."""
 
@@ -64,6 +65,7 @@ class RouterConfig:
     workers: tuple[WorkerConfig, ...]
     sim: SimConfig
     host: str = LOOPBACK
+    """Address to listen on; beyond this machine give it a token."""
     port: int = 8000
     """0 takes a free one."""
     token: str | None = field(default=None, repr=False)
@@ -92,6 +94,7 @@ class RouterConfig:
     """A request that was on so many servers when they were lost is given up: it may be the reason.
     More than 1 lets a request that ends servers end as many."""
     connect_s: float = 2.0
+    """Longest wait for a connection to a server."""
     first_token_s: float = 600.0
     """Longest wait for a first token, from the sending on. An answer that is not streamed shows no
     token before its end, so it must be whole by then."""
@@ -100,12 +103,20 @@ class RouterConfig:
     client_stall_s: float = 60.0
     """A client that takes nothing for so long is dropped."""
     health_period_s: float = 1.0
+    """Between two checks of a server's health; two that fail in a row take it out."""
     health_timeout_s: float = 3.0
+    """Longest wait for the answer to one."""
     health_path: str = "/v1/loads?include=core"
     """Cheap and without a side effect; SGLang's /health generates a token on an idle server."""
     stale_s: float = 10.0
     """A server that should compute and is silent for so long gets no new requests where another can
     have them; those on it go on."""
+    drain_s: float = 5.0
+    """On SIGTERM new requests are refused (503); those that are open have so long to end."""
+    access_log: bool = False
+    """One line in the log for each request that has ended, with its energy where agents tell it."""
+    energy_header: bool = False
+    """An answer that is not streamed waits some tenths of a second for its energy, and names it."""
 
     def __post_init__(self) -> None:
         for name in _POSITIVE:
@@ -114,6 +125,8 @@ class RouterConfig:
                 raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
         if self.max_queued < 0:
             raise VoltanaError(f"max_queued must be >= 0, got {self.max_queued}")
+        if not (self.drain_s >= 0 and math.isfinite(self.drain_s)):
+            raise VoltanaError(f"drain_s must be >= 0 and finite, got {self.drain_s}")
         if not 0 <= self.port < 65536:
             raise VoltanaError(f"port must be in 0..65535, got {self.port}")
         for phase in (PREFILL, DECODE):

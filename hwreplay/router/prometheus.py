@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import time
 from typing import Final
 
 from prometheus_client import (
@@ -12,10 +14,17 @@ from prometheus_client import (
     generate_latest,
 )
 
+from voltana.hwreplay.energy.bills import Bills
+from voltana.hwreplay.energy.collector import EnergyCollector
+from voltana.hwreplay.view.attainment import Attainment
+from voltana.hwreplay.view.instance_metrics import InstanceMetrics
+
 COMPLETED: Final = "completed"
 FAILED: Final = "failed"
 CANCELLED: Final = "cancelled"
 REJECTED: Final = "rejected"
+TTFT: Final = "ttft"
+ITL: Final = "itl"
 OUTCOMES: Final = (COMPLETED, FAILED, CANCELLED, REJECTED)
 
 _TTFT_S: Final = (0.01, 0.025, 0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.2, 2.0, 5.0, 10.0, 30.0)
@@ -71,18 +80,49 @@ class RouterMetrics:
         self.kv_tokens = Gauge(
             "voltana_kv_tokens", "KV-cache tokens in use", _INSTANCE, registry=registry
         )
-        self.clock_mhz = Gauge(
-            "voltana_clock_mhz", "Clock lock in force, 0 is unlocked", _INSTANCE, registry=registry
+        self.instances = InstanceMetrics(registry)
+        self._promise_s = Gauge(
+            "voltana_promise_seconds", "The promise: ttft, itl", ["promise"], registry=registry
         )
-        self.energy_j = Gauge(
-            "voltana_energy_joules", "Energy since the start of the run", _INSTANCE,
-            registry=registry,
+        self._attainment = Gauge(
+            "voltana_attainment_ratio",
+            "Kept of the last minute: requests (ttft; those that failed miss), token gaps (itl)",
+            ["promise"], registry=registry,
         )  # fmt: skip
-        self.decisions = Gauge(
-            "voltana_decisions", "Decisions of the instance's controller", _INSTANCE,
-            registry=registry,
-        )  # fmt: skip
+        self._promises = {TTFT: math.inf, ITL: math.inf}
+        self._kept = {TTFT: Attainment(), ITL: Attainment()}
+
+    def promise(self, ttft_s: float, itl_s: float) -> None:
+        """What is promised from now on."""
+        self._promises = {TTFT: ttft_s, ITL: itl_s}
+        for name, seconds in self._promises.items():
+            self._promise_s.labels(name).set(seconds)
+
+    def show_energy(self, bills: Bills) -> None:
+        """Show whose the energy was, too."""
+        self._registry.register(EnergyCollector(bills))
+
+    def on_first_token(self, ttft_s: float) -> None:
+        """A stream has begun, so long after its request's arrival."""
+        self.ttft_s.observe(ttft_s)
+        self._count(TTFT, ttft_s)
+
+    def on_gap(self, gap_s: float) -> None:
+        """A stream goes on after so long."""
+        self.itl_s.observe(gap_s)
+        self._count(ITL, gap_s)
+
+    def on_failure(self) -> None:
+        """A request has failed: whoever waited for its first token has none in time."""
+        self._count(TTFT, math.inf)
+
+    def _count(self, name: str, seconds: float) -> None:
+        is_kept = seconds <= self._promises[name]
+        self._kept[name].add(time.monotonic(), kept=int(is_kept), total=1)
 
     def text(self) -> bytes:
         """The exposition format."""
+        for name, kept in self._kept.items():
+            share = kept.share(time.monotonic())
+            self._attainment.labels(name).set(math.nan if share is None else share)
         return generate_latest(self._registry)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+from collections.abc import Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -30,24 +31,29 @@ from voltana.hwreplay.router.servers.upstream import (
     RefusedError,
     UpstreamError,
 )
+from voltana.hwreplay.router.sink import NONE
 
 DRAIN_S: Final = 1.0
 """Time for a prefill server to end its answer after decode's; then its request is cancelled."""
 NUM_SERVERS: Final = 2
 """Servers that a request is sent to: one for each phase."""
 CLIENT_ERROR: Final = 400
+ENERGY_HEADER: Final = "X-Voltana-Energy-J"
 
 
 class Sink(Protocol):
     """Where the answer goes."""
 
-    async def begin(self, status: int, content_type: str, pair: Pair) -> None:
+    async def begin(
+        self, status: int, content_type: str, pair: Pair, more: Mapping[str, str] = NONE
+    ) -> None:
         """The decode server has begun to answer.
 
         Args:
             status: HTTP status.
             content_type: HTTP header.
             pair: The servers that serve it.
+            more: Further headers.
         """
 
     async def write(self, piece: bytes) -> None:
@@ -66,10 +72,28 @@ class Call:
     arrival_s: float
     sink: Sink
     attempt: Attempt | None = None
+    pair: Pair | None = None
+    """The servers that it was last sent to."""
+    first_s: float | None = None
+    """When the first piece of the answer came, on the run's clock."""
+    pieces: int = 0
+    """Of the answer's stream: a token each, unless the server puts several in one."""
     last_piece_s: float = 0.0
     is_prefilled: bool = False
     is_begun: bool = False
     """Something of the answer has gone to the client."""
+
+    def as_dict(self) -> dict[str, object]:
+        """Keys of its line in the access log."""
+        found: dict[str, object] = {
+            "request_id": self.request_id, "input_tokens": self.body.input_tokens,
+            "max_new_tokens": self.body.max_new_tokens, "pieces": self.pieces,
+        }  # fmt: skip
+        if self.first_s is not None:
+            found["ttft_s"] = round(self.first_s - self.arrival_s, 6)
+        if self.pair is not None:
+            found["prefill"], found["decode"] = (w.config.instance_id for w in self.pair)
+        return found
 
 
 class Proxy:
@@ -135,7 +159,7 @@ class Proxy:
 
     async def _attempt(self, call: Call, pair: Pair) -> None:
         """One pair; the loss of a server ends it."""
-        call.attempt = attempt = Attempt()
+        call.attempt, call.pair = (attempt := Attempt()), pair
         for worker in pair:
             worker.attempts.add(attempt)
         try:
@@ -214,8 +238,19 @@ class Proxy:
         """Nothing goes to the client before all is there: a lost server can still be replaced."""
         data = await answer.read()
         self._first(call, pair, limit)
-        await call.sink.begin(answer.status, answer.content_type, pair)
+        headers = await self._energy_header(call)
+        await call.sink.begin(answer.status, answer.content_type, pair, headers)
         await call.sink.end(data)
+
+    async def _energy_header(self, call: Call) -> dict[str, str]:
+        """The request's energy, where it is asked for and a meter counts."""
+        bills = self._fleet.bills
+        if bills is None or not self._config.energy_header:
+            return {}
+        known: asyncio.Future[float | None] = asyncio.get_running_loop().create_future()
+        bills.close(call.request_id, lambda j: None if known.done() else known.set_result(j))
+        energy_j = await known
+        return {} if energy_j is None else {ENERGY_HEADER: f"{energy_j:.3f}"}
 
     async def _stream(
         self, call: Call, pair: Pair, answer: Connection, limit: asyncio.Timeout
@@ -234,13 +269,15 @@ class Proxy:
                 continue
             now_s = worker.heard_s = self._clock.now_s()
             if call.is_begun:
-                self._metrics.itl_s.observe(now_s - call.last_piece_s)
+                self._metrics.on_gap(now_s - call.last_piece_s)
                 call.last_piece_s = now_s
             else:
                 self._first(call, pair, limit)
-                self._metrics.ttft_s.observe(call.last_piece_s - call.arrival_s)
+                self._metrics.on_first_token(call.last_piece_s - call.arrival_s)
                 await call.sink.begin(answer.status, answer.content_type, pair)
-            worker.tracker.on_tokens(call.request_id, piece.count(EVENT) or 1)
+            pieces = piece.count(EVENT) or 1
+            call.pieces += pieces
+            worker.tracker.on_tokens(call.request_id, pieces)
             await call.sink.write(piece)
             call.attempt.silent_since_s = self._clock.now_s()
         _check_engine(watch.end(), None)
@@ -253,7 +290,7 @@ class Proxy:
         limit.reschedule(None)
         self._mark_prefilled(call, pair)
         call.is_begun = True
-        call.last_piece_s = self._clock.now_s()
+        call.last_piece_s = call.first_s = self._clock.now_s()
         self._fleet.first_token(pair[1], call.request_id, call.last_piece_s)
         if call.attempt is not None:
             pair[0].attempts.discard(call.attempt)

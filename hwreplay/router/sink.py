@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from aiohttp import web
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
 
 PREFILL_HEADER: Final = "X-Voltana-Prefill"
 DECODE_HEADER: Final = "X-Voltana-Decode"
+NONE: Final[Mapping[str, str]] = MappingProxyType({})
 BAD_GATEWAY: Final = 502
 UNBUFFERED_BYTES: Final = 2**14
 """With less in the send buffer a write need not wait: it is full at four times as much."""
@@ -33,15 +35,18 @@ class ClientSink:
         self._is_stream = is_stream
         self.response: web.StreamResponse | None = None
 
-    async def begin(self, status: int, content_type: str, pair: Pair) -> None:
+    async def begin(
+        self, status: int, content_type: str, pair: Pair, more: Mapping[str, str] = NONE
+    ) -> None:
         """The head of the answer; it leaves with the first piece.
 
         Args:
             status: HTTP status.
             content_type: HTTP header.
             pair: The servers that serve it.
+            more: Further headers.
         """
-        headers = {"Content-Type": content_type} | {
+        headers = {"Content-Type": content_type, **more} | {
             name: str(worker.config.instance_id)
             for name, worker in zip((PREFILL_HEADER, DECODE_HEADER), pair, strict=True)
         }

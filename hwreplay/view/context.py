@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
 
 import numpy as np
 
@@ -24,6 +24,7 @@ from voltana.sim.policies.base import (
 from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
 
+T = TypeVar("T", bound=InstanceTracker)
 STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
 """Spawn keys of the policies' random streams, as in `voltana.sim.engine.fleet`."""
 
@@ -78,8 +79,18 @@ class PolicySource:
 
     def make_tracker(self, phase: Phase, instance_id: int) -> InstanceTracker:
         """One instance's live state."""
+        return self.track_by(InstanceTracker, phase, instance_id)
+
+    def track_by(self, kind: type[T], phase: Phase, instance_id: int) -> T:
+        """The same by a class of one's own.
+
+        Args:
+            kind: Begins as `InstanceTracker` does.
+            phase: Of the instance.
+            instance_id: Of the instance.
+        """
         config, engine = self.config, self.profile.meta.engine
-        return InstanceTracker(
+        return kind(
             phase,
             instance_id,
             kv_capacity_tokens=self.kv_capacity_tokens,
@@ -94,7 +105,7 @@ class PolicySource:
         clocks = self.profile.meta.clocks
         seeds = np.random.SeedSequence(config.seed, spawn_key=(STREAMS[stream], instance_id))
         return PolicyContext(
-            predictor=self._predictor(),
+            predictor=self.predictor(),
             power=SkewedPower.wrap(
                 self.profile.truth(extrapolate=True),
                 scale=config.predictor_power_scale,
@@ -117,7 +128,17 @@ class PolicySource:
             cluster=self.cluster,
         )
 
-    def _predictor(self) -> Predictor:
+    def promise_s(self, phase: Phase) -> float:
+        """What a sample of a phase may take: a token gap, or a prompt to the end of its prefill.
+
+        By the true promises, whatever policies are told to aim at (`aim_ratio`).
+        """
+        config = self.config
+        told = self._context(phase, 0, phase)
+        return replace(told, slo_ttft_s=config.slo_ttft_s, slo_itl_s=config.slo_itl_s).budget_s
+
+    def predictor(self) -> Predictor:
+        """What the configuration's policies believe of time."""
         profile, config = self.profile, self.config
         # a policy may wonder about batches that never run: its tables must not refuse them
         base = (

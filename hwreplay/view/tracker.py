@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import Iterator
 
 from voltana.hwreplay.messages.events import Event
-from voltana.hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING, OpenRequest
+from voltana.hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING, OpenRequest, engine_queue
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, step_time_s
 from voltana.sim.policies.base import PREFILL, InstanceState, Phase, RunningRequest, WaitingRequest
 
@@ -75,6 +75,11 @@ class InstanceTracker:
     def is_announced(self) -> bool:
         """Prefill: a batch was announced and has not ended."""
         return bool(self._announced)
+
+    def arrival_s(self, request_id: int) -> float | None:
+        """When a request that is here arrived; None of others."""
+        request = self._open.get(request_id)
+        return None if request is None else request.arrival_s
 
     def open_ids(self) -> list[int]:
         """Requests assigned here that have not left, in order of arrival."""
@@ -301,6 +306,10 @@ class InstanceTracker:
             else self._own_kv_tokens()
         )
         self._count_waiting()
+        if not self._has_router:
+            state.num_waiting, state.waiting_tokens = engine_queue(
+                record, state, self._max_running, self._reserve_tokens
+            )
         state.is_busy = state.num_running > 0
 
     def _join(self, request: OpenRequest) -> None:

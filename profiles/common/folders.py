@@ -15,7 +15,16 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_text
 
 FolderKind = Literal[
-    "run", "probe", "sweep", "frontier", "tuning", "comparison", "validation", "advice"
+    "run",
+    "probe",
+    "sweep",
+    "frontier",
+    "tuning",
+    "comparison",
+    "validation",
+    "advice",
+    "service",
+    "decisions",
 ]
 MARKER: Final = "voltana.json"
 _SIGNS: Final[tuple[tuple[str, str], ...]] = (

@@ -19,8 +19,12 @@ import pandas as pd
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
 from voltana.sim.workload.logs import bench_lengths, is_json_lines, is_log, read_log
+from voltana.sim.workload.prompts import Prompts
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
+MOONCAKE_BLOCK_TOKENS: Final = 512
+"""Of a block that `hash_ids` names (README of the trace release, kvcache-ai/Mooncake)."""
+_HASHES: Final = "hash_ids"
 _MAX_TOKENS: Final = 2**31
 """No request is longer; above it a length is a damaged number."""
 DAY_S: Final = 86_400.0
@@ -94,7 +98,26 @@ def read_trace(
     arrival_s = _arrivals(frame[columns[0]], path, lines, arrivals, unit)
     _require_sorted(arrival_s, frame[columns[0]], path, lines)
     tokens = [_tokens(frame[column], path, lines) for column in columns[1:]]
-    return Workload(arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=name)
+    return Workload(
+        arrival_s=arrival_s,
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
+        name=name,
+        prompts=_prompts(frame, tokens[0], path),
+    )
+
+
+def _prompts(frame: pd.DataFrame, input_tokens: IntArray, path: Path) -> Prompts | None:
+    """What prompts share, where a trace has Mooncake's hashes."""
+    if _HASHES not in frame.columns:
+        return None
+    blocks = frame[_HASHES].tolist()
+    if not all(isinstance(row, list) for row in blocks):
+        raise VoltanaError(f"{path}: {_HASHES} must be a list of whole numbers in each row")
+    try:
+        return Prompts.of_blocks(blocks, input_tokens, MOONCAKE_BLOCK_TOKENS)
+    except VoltanaError as error:
+        raise VoltanaError(f"{path}: {error}") from None
 
 
 def _log_lengths(path: Path) -> pd.DataFrame | None:

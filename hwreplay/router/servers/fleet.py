@@ -12,6 +12,7 @@ from typing import Final
 import aiohttp
 
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.energy.bills import Bills
 from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import SNAPSHOT_S, Event, EventKind, EventPublisher
 from voltana.hwreplay.messages.metrics_feed import MetricsFeed
@@ -58,20 +59,16 @@ class RouterFleet:
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self.policy = source.make_router()
-        self._fallback = source.make_router(FALLBACK)
-        self._has_routing_failed = False
+        self.bills = Bills(source, clock) if config.access_log or config.energy_header else None
+        make = (self.bills or source).make_tracker
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
-                Worker(
-                    w, source.make_tracker(phase, w.instance_id), Upstream(w.url, config.connect_s)
-                )
+                Worker(w, make(phase, w.instance_id), Upstream(w.url, config.connect_s))
                 for w in config.of(phase)
             ]
             for phase in (PREFILL, DECODE)
         }
-        source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
-        source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
+        self.adopt(source)
         self._publisher = EventPublisher(config.events) if config.events else None
         self._reports: ReportFeed | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -80,6 +77,14 @@ class RouterFleet:
         self._next_id = 0
         for worker in self.all_workers():
             self._show_health(worker)
+
+    def adopt(self, source: PolicySource) -> None:
+        """Route by this configuration's policy from now on."""
+        self.policy = source.make_router()
+        self._fallback = source.make_router(FALLBACK)
+        self._has_routing_failed = False
+        source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
+        source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
 
     def all_workers(self) -> Iterable[Worker]:
         """Prefill first."""
@@ -240,8 +245,7 @@ class RouterFleet:
             labels, state = self._labels(worker), worker.tracker.state
             self._metrics.open.labels(*labels).set(state.open_requests)
             self._metrics.kv_tokens.labels(*labels).set(state.kv_tokens)
-            self._metrics.clock_mhz.labels(*labels).set(state.clock_mhz)
-            self._metrics.energy_j.labels(*labels).set(state.energy_j)
+            self._metrics.instances.clock_mhz.labels(*labels).set(state.clock_mhz)
 
     def _candidates(self, phase: Phase, excluded: set[Worker]) -> list[Worker]:
         """Healthy servers; a suspect, or one that this request failed on, only if no other is."""
@@ -390,4 +394,6 @@ class RouterFleet:
                     worker.tracker.on_clock(report.clock_mhz)
                     if report.energy_j is not None:
                         worker.tracker.on_energy(report.energy_j)
-                    self._metrics.decisions.labels(*self._labels(worker)).set(report.decisions)
+                    self._metrics.instances.take(report)
+                    if self.bills is not None:
+                        self.bills.on_report(report)

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,11 @@ import typer
 
 from tests.conftest import ROOT
 from voltana.experiments.cli import make_app
-from voltana.experiments.documentation.tables import TABLES, table
+from voltana.experiments.documentation.tables import ROUTER, TABLES, table
 from voltana.experiments.frontier.search_page import HEADINGS
 from voltana.experiments.show import policy_table
 from voltana.experiments.study.suite import list_experiments
+from voltana.hwreplay.router.config import RouterConfig
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
@@ -57,6 +59,8 @@ def test_tables_show_what_the_code_has() -> None:
     ):
         shown = re.findall(r"^\| `([^`]+)` \|", table(name), flags=re.MULTILINE)
         assert shown == list(known)
+    keys = re.findall(r"^\| `([^`]+)` \|", table("router-keys"), flags=re.MULTILINE)
+    assert {*keys, *ROUTER} == {item.name for item in fields(RouterConfig)}
     with pytest.raises(VoltanaError, match="no table 'router': did you mean"):
         table("router")
 

@@ -1,0 +1,220 @@
+"""The service's process: starts its parts, keeps them up, drains and reloads.
+
+SIGTERM, SIGINT  new requests are refused, open ones end, clocks are given back, servers end: 0
+SIGHUP           the file is read again: policy and promises change, or all stays as it was
+a part that dies is started again; a router that keeps dying ends the service: 1
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from typing import Final
+
+import uvloop
+
+from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
+from voltana.hwreplay.replay.config import ReplayConfig
+from voltana.hwreplay.replay.parts import Run, observes_fleet, write_router_file
+from voltana.hwreplay.replay.replay import fleet
+from voltana.hwreplay.serve.agents import AgentParts
+from voltana.hwreplay.serve.config import ServeConfig, check_reload, read_serve_config
+from voltana.hwreplay.serve.part import Deaths, Part
+from voltana.hwreplay.serve.servers import keep_server
+from voltana.hwreplay.serve.systemd import notify
+from voltana.hwreplay.view.context import PolicySource
+from voltana.profiles.catalog import load_profile
+from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.common.folders import claim
+from voltana.profiles.common.signals import stops_as_interrupts
+
+LOG: Final = logging.getLogger("voltana.serve")
+MARGIN_S: Final = 5.0
+"""What a router may take to end beyond its drain."""
+OK: Final = 0
+FAILED: Final = 1
+Reread = Callable[[], ServeConfig]
+
+
+def serve(path: Path, directory: Path | None = None) -> int:
+    """Serve until a signal ends it; returns the exit code.
+
+    Args:
+        path: The service's file.
+        directory: Takes the servers' logs and the parts' files; None: a temporary one.
+
+    Raises:
+        VoltanaError: The configuration is wrong. What fails later is logged, and the code is 1.
+    """
+    config = read_serve_config(path)
+    if directory is not None:
+        claim(directory, "service")
+    observes_fleet(config.fleet)  # a policy that cannot be made is a wrong configuration too
+    os.environ[ENVIRONMENT] = config.log_level
+    start_log("serve")
+    with tempfile.TemporaryDirectory(prefix="voltana-serve-") as temporary:
+        folder = Path(temporary) if directory is None else directory
+        try:
+            with stops_as_interrupts(), fleet(config.fleet, folder, _progress) as run:
+                with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+                    code = runner.run(Service(run, config, path).run())
+                say(LOG, logging.INFO, "ending the servers", servers=len(run.servers))
+        except VoltanaError as error:
+            say(LOG, logging.ERROR, "failed", error=str(error))
+            return FAILED
+        except KeyboardInterrupt:  # before the loop could handle the signal: nothing served yet
+            say(LOG, logging.INFO, "stopped while starting")
+            return OK
+    say(LOG, logging.INFO, "ended", code=code)
+    return code
+
+
+def _progress(stage: str, _: int) -> None:
+    say(LOG, logging.INFO, stage)
+
+
+class Service:
+    """Router, agents and servers of one run, while it serves."""
+
+    def __init__(self, run: Run, config: ServeConfig, path: Path) -> None:
+        """The servers run already; `run` starts the rest.
+
+        Args:
+            run: What the parts share.
+            config: As read from the file.
+            path: The file, for a reload.
+        """
+        self._run = run
+        self._config = config
+        self._path = path
+        self._port = config.port
+        self._stop, self._hup = asyncio.Event(), asyncio.Event()
+        self._serving = asyncio.Event()
+        self._router: Part | None = None
+        self._agents = AgentParts(run, config.guard, config.log_level)
+
+    async def run(self) -> int:
+        """Serve to the end; returns the exit code.
+
+        Raises:
+            VoltanaError: A part does not come up, or the router does not stay up.
+        """
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_stop)
+        loop.add_signal_handler(signal.SIGHUP, self._hup.set)
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(self._agents.end)
+            router = await self._start_router()
+            stack.push_async_callback(self._end_router)
+            keep = asyncio.create_task(self._keep_router(router))
+            stack.callback(keep.cancel)
+            await self._agents.start()
+            for server in self._run.servers:
+                task = asyncio.create_task(keep_server(self._run, server))
+                stack.callback(task.cancel)
+            notify("READY=1")
+            say(LOG, logging.INFO, "serving", url=self._url, agents=len(self._run.workers))
+            await self._serve(keep)
+            notify("STOPPING=1")
+        return OK
+
+    def _on_stop(self) -> None:
+        """The first one drains, a second one cuts that short."""
+        if self._stop.is_set() and self._router is not None:
+            with suppress(ProcessLookupError):
+                self._router.process.terminate()
+        self._stop.set()
+
+    async def _serve(self, keep: asyncio.Task[None]) -> None:
+        """Reload as asked, until told to stop or the router is given up."""
+        while not self._stop.is_set():
+            waits = [asyncio.create_task(e.wait()) for e in (self._stop, self._hup)]
+            await asyncio.wait({keep, *waits}, return_when=asyncio.FIRST_COMPLETED)
+            for wait in waits:
+                wait.cancel()
+            if keep.done():
+                keep.result()
+            if self._hup.is_set() and not self._stop.is_set():
+                self._hup.clear()
+                await self._reload()
+
+    async def _start_router(self) -> Part:
+        own = {
+            "port": self._port,
+            "drain_s": self._config.drain_s,
+            "access_log": self._config.has_access_log,
+        }
+        path = write_router_file(self._run, **own)
+        command = [sys.executable, "-P", "-m", "voltana.hwreplay.router", str(path)]
+        if self._config.token_file is not None:
+            command.append(str(self._config.token_file))
+        part = await Part.start("router", command, os.environ, self._config.log_level)
+        self._router = part
+        try:
+            self._url = await part.first_line()
+        except BaseException:
+            await part.end()
+            raise
+        self._port = int(self._url.rpartition(":")[2])  # it comes back where clients know it
+        return part
+
+    async def _keep_router(self, part: Part) -> None:
+        """Start it again when it dies.
+
+        Raises:
+            VoltanaError: It keeps dying.
+        """
+        died = Deaths()
+        while True:
+            error = await part.ended()
+            say(LOG, logging.ERROR, "part died", name=part.name, error=str(error))
+            if (wait_s := died.add()) is None:
+                raise error
+            await asyncio.sleep(wait_s)
+            part = await self._start_router()
+            say(LOG, logging.WARNING, "part is back", name=part.name)
+
+    async def _end_router(self) -> None:
+        """Let it drain. The agents hold their clocks until the last request has ended."""
+        if self._router is not None:
+            await self._router.end(self._config.drain_s + MARGIN_S)
+
+    async def _reload(self) -> None:
+        """Take over the file's policy and promises, or say why not and leave all as it is."""
+        try:
+            new = read_serve_config(self._path)
+            check_reload(self._config, new, str(self._path))
+            config = dataclasses.replace(self._run.config, sim=new.fleet.sim)
+            has_fleet_view = _rehearse(config)
+        except VoltanaError as error:
+            say(LOG, logging.ERROR, "reload refused, all stays as it was", error=str(error))
+            return
+        notify("RELOADING=1")
+        self._config = new
+        self._run.config, self._run.has_fleet_view = config, has_fleet_view
+        assert self._router is not None
+        own = {"port": self._port, "drain_s": new.drain_s, "access_log": new.has_access_log}
+        write_router_file(self._run, **own)
+        with suppress(ProcessLookupError):  # it has just died: it starts with the new file
+            self._router.process.send_signal(signal.SIGHUP)
+        await self._agents.reload()
+        notify("READY=1")
+        sim = new.fleet.sim
+        policy = {"prefill": sim.prefill_controller_spec, "decode": sim.decode_controller_spec}
+        promises = {"slo_ttft_s": sim.slo_ttft_s, "slo_itl_s": sim.slo_itl_s}
+        say(LOG, logging.INFO, "reloaded", router=sim.router, **policy, **promises)
+
+
+def _rehearse(config: ReplayConfig) -> bool:
+    """Make every policy once; returns whether a controller looks at the whole fleet."""
+    PolicySource(config=config.sim, profile=load_profile(config.sim.profile)).make_router()
+    return observes_fleet(config)
