@@ -17,7 +17,7 @@ help:
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
-	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=)"
+	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=, SEED=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB), and the emulated card's NVML"
 	@echo "make faults  kill actuator, agents, router, servers on emulated cards (TRIES=100 each; needs gcc)"
 	@echo "make loop   real SGLang on emulated cards against simulator and profile (15 minutes, after make engine)"
@@ -94,14 +94,16 @@ fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
-# Half an hour on an idle core for 400 mutants. KILLERS are the tests that may find them.
+# Half an hour on an idle core for 400 mutants. KILLERS are the tests that may find them; another
+# SEED draws another sample.
 MUTATE ?= sim/metrics.py sim/policies sim/engine sim/mdp
-KILLERS ?= tests/sim
+KILLERS ?= tests/sim tests/independent
 MUTANTS ?= 400
+SEED ?= 1
 
 mutants: $(STAMP)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "mutmut==3.8.1"
-	nice -n 10 $(BIN)/python benchmarks/mutants.py $(MUTATE) --tests $(KILLERS) --sample $(MUTANTS)
+	nice -n 10 $(BIN)/python benchmarks/mutants.py $(MUTATE) --tests $(KILLERS) --sample $(MUTANTS) --seed $(SEED)
 
 engine: $(STAMP)
 	sh hwreplay/engines/sglang/install.sh .engine

@@ -14,6 +14,7 @@ from voltana.sim.engine.simulate import simulate
 from voltana.sim.memory import require_room
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.generate import make_workload, stream_arrivals
+from voltana.sim.workload.sessions.generate import is_session_workload
 from voltana.sim.workload.traces import open_trace
 from voltana.sim.workload.workload import Workload
 
@@ -66,6 +67,8 @@ def stream_of(config: SimConfig) -> Iterator[Workload] | None:
     A streamed workload needs metrics=sketch, see `voltana.sim.engine.simulate`.
     """
     if config.metrics != "sketch" or config.trace is not None:
+        return None
+    if is_session_workload(config.workload):
         return None
     parts = stream_arrivals(
         config.workload,

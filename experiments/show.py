@@ -50,6 +50,11 @@ def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:
         ("both, per request", f"{100 * summary['attainment']:.2f} %"),
         ("goodput", f"{summary['goodput_rps']:.2f} requests/s"),
     ]  # fmt: skip
+    if "host_energy_j" in summary:
+        rows.append(("of it hosts", f"{summary['host_energy_j']:,.0f} J"))
+    if "cached_share" in summary:
+        found = f"{100 * summary['cached_share']:.1f} % of prompt tokens"
+        rows.append(("in prefill's caches", found))
     for row in rows:
         table.add_row(*row)
     return render(table)

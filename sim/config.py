@@ -84,6 +84,11 @@ class SimConfig:
     clock_stall_s: float = _key(
         0.0, "how long a busy GPU stands still at a clock change; an instance's GPUs one by one"
     )
+    host_power_w: float | None = _key(
+        None,
+        "what an instance's share of its host draws (CPU, memory, network), always; none = only"
+        " GPUs are counted",
+    )
     noise_scale: float = _key(
         1.0, "multiplies the profile's spread of iteration times; 0: no noise"
     )
@@ -134,6 +139,11 @@ class SimConfig:
     max_prefill_requests: int = _key(512, "requests in a prefill batch (reference: 512)")
     max_running_requests: int | None = _key(None, "decode batch limit; none = profile's")
     kv_capacity_tokens: int | None = _key(None, "KV tokens of a decode instance; none = profile's")
+    prefix_cache_tokens: int | None = _key(
+        None,
+        "KV tokens of a prefill instance, which its batch and a cache of prefixes share; none or 0"
+        " = no cache, and no limit in prefill",
+    )
     kv_reserve_tokens: int = _key(
         512, "KV tokens kept free per running request at admission (SGLang's default)"
     )
@@ -219,6 +229,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
     "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
+    "prefix_cache_tokens", "host_power_w",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))

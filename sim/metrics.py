@@ -147,6 +147,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "clock_changes": sum(i.num_clock_changes for i in record.instances),
         "retractions": sum(i.num_retractions for i in record.instances),
         "iterations": sum(i.num_iterations for i in record.instances),
+        **_reuse(record),
         "clock_residency": clock_residency(record),
         "wall_s": record.wall_s,
     }
@@ -216,17 +217,33 @@ def _ratio(amount: float, per: float) -> float:
 
 
 def _energy(record: RunRecord) -> dict[str, float]:
-    """Energy by part: busy prefill + busy decode + idle = total, exactly these instances' sums."""
+    """Energy by part: busy prefill + busy decode + idle (+ hosts) = total, exactly these sums."""
     busy = {"prefill": 0.0, "decode": 0.0}
     for instance in record.instances:
         busy[instance.phase] += instance.busy_energy_j
     idle = sum(i.idle_energy_j for i in record.instances)
+    host_w = record.settings.get("host_power_w")
+    host = (host_w or 0.0) * len(record.instances) * record.makespan_s
     return {
-        "energy_j": busy["prefill"] + busy["decode"] + idle,
+        "energy_j": busy["prefill"] + busy["decode"] + idle + host,
         "energy_busy_window_j": sum(i.busy_window_energy_j for i in record.instances),
         "prefill_energy_j": busy["prefill"],
         "decode_energy_j": busy["decode"],
         "idle_energy_j": idle,
+        **({} if host_w is None else {"host_energy_j": host}),
+    }
+
+
+def _reuse(record: RunRecord) -> dict[str, float]:
+    """What a cache of prefixes saved and lost; nothing for a run without one."""
+    caches = [i for i in record.instances if i.cached_tokens is not None]
+    if not caches:
+        return {}
+    cached = sum(i.cached_tokens or 0 for i in caches)
+    return {
+        "cached_tokens": cached,
+        "cached_share": _ratio(cached, cached + sum(i.computed_tokens or 0 for i in caches)),
+        "evicted_tokens": sum(i.evicted_tokens or 0 for i in caches),
     }
 
 

@@ -37,6 +37,10 @@ class RequestTable:
     finish_s: FloatArray
     status: IntArray
     retractions: IntArray
+    cached_tokens: IntArray | None = None
+    """Of the prompt, found in a cache of prefixes; None in a run without one."""
+    workload_row: IntArray | None = None
+    """Which request of the workload it was, where turns make the order of arrival another one."""
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -60,6 +64,11 @@ class InstanceRecord:
     clock_idle_s: Mapping[int, float]
     num_clock_changes: int
     num_retractions: int
+    cached_tokens: int | None = None
+    """Of prompts, found in this instance's cache of prefixes; None if it has none."""
+    computed_tokens: int | None = None
+    """Of the same prompts, computed; both count a prompt from when it begins."""
+    evicted_tokens: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

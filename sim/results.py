@@ -123,7 +123,8 @@ def finite(value: Any) -> Any:  # noqa: ANN401 (any JSON value)
 
 
 def _columns(table: RequestTable | IterationTable) -> dict[str, Any]:
-    return {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    columns = {f.name: getattr(table, f.name) for f in dataclasses.fields(table)}
+    return {name: column for name, column in columns.items() if column is not None}
 
 
 def _arrays(frame: pd.DataFrame) -> dict[str, Any]:

@@ -116,12 +116,18 @@ def lower_bound(
             a positive share says nothing of runs that attain less.
 
     Raises:
-        VoltanaError: `attainment` is out of range, or the configuration cuts runs short.
+        VoltanaError: `attainment` is out of range, the configuration cuts runs short, prompts need
+            not be computed whole, or turns arrive when a run says.
     """
     if not 0.0 <= attainment <= 1.0:
         raise VoltanaError(f"attainment of a bound must be in [0, 1], got {attainment}")
     if config.run_limit_s is not None:
         raise VoltanaError("a bound is for runs played to their end: leave out run_limit_s")
+    if config.prefix_cache_tokens or workload.turns is not None:
+        raise VoltanaError(
+            "the bound computes prompts whole, at the workload's arrivals: leave out "
+            "prefix_cache_tokens, and let no turn wait (chat:waits=false)"
+        )
     engine = profile.meta.engine
     capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
     admitted = workload.input_tokens + workload.output_tokens <= capacity
@@ -148,7 +154,7 @@ def lower_bound(
     makespan_s = float((work.arrival_s + first_s + steps * surface.shortest_s).max())
     prefill_j = prefill.per_token_j * float(work.input_tokens.sum())
     return EnergyBound(
-        idle_floor_j=instances * floor_w * makespan_s,
+        idle_floor_j=instances * (floor_w + (config.host_power_w or 0.0)) * makespan_s,
         prefill_j=prefill_j - noise["prefill"] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
         decode_j=_decode_j(surface, work, floor_w, config.slo_itl_s, noise["decode"]),
         makespan_s=makespan_s,

@@ -42,6 +42,9 @@ def recommend(
         list[str] | None,
         typer.Option(help="Dynamic policy 'controller + router', repeatable [default: four]"),
     ] = None,
+    caps: Annotated[
+        bool, typer.Option("--caps", help="Search power caps, too, for where locks are not allowed")
+    ] = False,
     price: Annotated[float | None, typer.Option(help="Of a kWh")] = None,
     currency: Annotated[str, typer.Option(help="Of the price, for the reader")] = "",
     carbon: Annotated[float | None, typer.Option(help="g of CO2 a kWh")] = None,
@@ -86,7 +89,8 @@ def recommend(
     costs = Costs(price_per_kwh=price, currency=currency, carbon_g_per_kwh=carbon)
     found = recommend_all(
         profile or [], given, out, costs, gpus=gpus, watts=watts, target=target,
-        policies=policy or (), seeds=seeds, draws=uncertainty, jobs=jobs, executor=engine,
+        policies=policy or (), seeds=seeds, draws=uncertainty, is_capped=caps, jobs=jobs,
+        executor=engine,
     )  # fmt: skip
     if json:
         typer.echo(summary_json(found.told))

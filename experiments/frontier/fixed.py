@@ -42,6 +42,8 @@ _STEPS: Final = (6, 3, 1)
 """Of the pattern search around the best, in supported clocks."""
 _QUICK_JOINT: Final = 12
 """Combinations that a quick search tries at most, once one has kept the target."""
+_TOGETHER: Final = 2
+"""Combinations whose first repeat is run ahead of them."""
 _FINE: Final = 32
 """Clocks from which on a quick search bisects to two steps only, not to single ones."""
 _REACH: Final = 2
@@ -73,8 +75,10 @@ class FleetSearch:
         counts: For prefill and decode the numbers of active instances allowed.
         target: Attainment that every repeat has to reach.
         is_quick: Clocks are bisected instead of tried by steps, a number of instances
-            whose tables' clocks cost 3 % more than another number's is not looked at further, and
-            of the combinations the most promising dozen is tried.
+            whose tables' clocks cost 3 % more than another number's is not looked at further,
+            of the combinations the most promising dozen is tried, and what a side fails at is
+            learned from the first repeat alone.
+        ahead: Runs the first repeat of some fleets side by side, so that `attempt` knows them.
     """
 
     def __init__(
@@ -86,7 +90,9 @@ class FleetSearch:
         counts: tuple[Sequence[int], Sequence[int]],
         target: float,
         is_quick: bool = False,
+        ahead: Callable[[Sequence[Fleet]], None] | None = None,
     ) -> None:
+        self._ahead = ahead
         self._is_quick = is_quick
         self._steps = _STEPS[1:] if is_quick else _STEPS
         self._most_joint = _QUICK_JOINT if is_quick else None
@@ -208,7 +214,8 @@ class FleetSearch:
         ]
         favour = 1.0
         tried = 0
-        for predicted_j, a, b in sorted(options):
+        options.sort()
+        for i, (predicted_j, a, b) in enumerate(options):
             if tried == self._most_joint and self._best is not None:
                 return
             if self._best is not None and (
@@ -217,6 +224,8 @@ class FleetSearch:
                 return
             if self._is_ruled_out(a, b):
                 continue
+            if self._ahead is not None and tried % _TOGETHER == 0:
+                self._ahead([(a, b) for _, a, b in options[i : i + _TOGETHER]])
             tried += 1
             first = self._attempt((a, b), False)
             if first.energy_j == first.energy_j:
@@ -235,7 +244,7 @@ class FleetSearch:
         if cell not in self._too_low:
             top = self._clocks[-1]
             fleet = (Side(a.active, top), Side(b.active, top))
-            is_hopeless = not self._attempt(fleet, True).keeps(self._target)
+            is_hopeless = not self._attempt(fleet, not self._is_quick).keeps(self._target)
             self._too_low[cell] = [top, top] if is_hopeless else [0, 0]
         low = self._too_low[cell]
         return a.clock_mhz <= low[0] or b.clock_mhz <= low[1]
@@ -243,8 +252,11 @@ class FleetSearch:
     def _blame(self, a: Side, b: Side) -> None:
         """Learn from a pair that failed which side fails whatever the other one does."""
         top, low = self._clocks[-1], self._too_low[a.active, b.active]
-        for phase, fleet in enumerate(((a, Side(b.active, top)), (Side(a.active, top), b))):
-            if not self._attempt(fleet, True).keeps(self._target):
+        beside = ((a, Side(b.active, top)), (Side(a.active, top), b))
+        if self._ahead is not None:
+            self._ahead(beside)
+        for phase, fleet in enumerate(beside):
+            if not self._attempt(fleet, not self._is_quick).keeps(self._target):
                 low[phase] = max(low[phase], fleet[phase].clock_mhz)
 
     def _confirm(self, fleet: Fleet, first: Trial) -> bool:

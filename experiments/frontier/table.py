@@ -150,10 +150,13 @@ def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -
         with ProcessPoolExecutor(max_workers=workers) as pool:
             for name, energy_j in zip(wanted, pool.map(_bound_j, wanted.values()), strict=True):
                 write_json({"energy_j": energy_j}, store / f"{name}.json")
-    return {k: float(read_json(store / f"{n}.json")["energy_j"]) for k, n in of_key.items()}
+    found = {k: read_json(store / f"{n}.json")["energy_j"] for k, n in of_key.items()}
+    return {k: math.nan if energy_j is None else float(energy_j) for k, energy_j in found.items()}
 
 
 def _bound_j(task: tuple[SimConfig, float]) -> float:
     config, attainment = task
-    profile = profile_of(config)
-    return lower_bound(config, profile, workload_of(config), attainment=attainment).energy_j
+    workload = workload_of(config)
+    if config.prefix_cache_tokens or workload.turns is not None:
+        return math.nan  # the bound does not know them
+    return lower_bound(config, profile_of(config), workload, attainment=attainment).energy_j

@@ -106,7 +106,7 @@ def times_of(observed: RunRecord, config: SimConfig, work: Workload) -> HostTime
     passages = [p for i in range(len(work)) if (p := _passage(observed, i)) is not None]
     if len(passages) < LEAST:
         raise VoltanaError(f"a probe needs {LEAST} requests prefilled alone, got {len(passages)}")
-    free = [p for p in passages if not p.waited]
+    free = [p for p in passages if p.caught_s > 0 and not p.waited]
     found = HostTimes(
         serving_s=_limit_s([p.caught_s for p in free], [p.passed_s for p in free]),
         handshake_s=float(np.mean([p.handshake_s for p in free])),
@@ -138,7 +138,8 @@ class _Passage:
     """How a request that was prefilled alone met decode's boundaries, before and after prefill."""
 
     caught_s: float
-    """From its arrival to the boundary that let it go to prefill; not above 0: decode was idle."""
+    """From its arrival to the boundary that let it go to prefill; not above 0: decode rested, and
+    no boundary did."""
     passed_s: float
     """The same of the boundary before that one."""
     handshake_s: float

@@ -63,12 +63,18 @@ def run_replay(
         only_finish: Send nothing: write the results of what an earlier replay left there.
 
     Raises:
-        VoltanaError: A wrong configuration, or a part of the fleet that does not start.
+        VoltanaError: A wrong configuration, turns that wait, or a part of the fleet that does not
+            start.
     """
     config = read_replay_config(path)
     refuse_existing(out)
     claim(out, "run")
     workload = workload_of(config.sim)
+    if workload.turns is not None or config.sim.prefix_cache_tokens:
+        raise VoltanaError(
+            "a replay sends each request when the workload says, with random text: let no turn "
+            "wait (chat:waits=false), and leave out prefix_cache_tokens"
+        )
     if only_finish:
         return config, write_run(finish(config, workload, out), out)
     with progress_bar("replay", len(workload)) as bar:

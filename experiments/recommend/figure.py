@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from voltana.experiments.draw.plots import stretch_attainment
-from voltana.experiments.recommend.judge import Advice
+from voltana.experiments.recommend.advice import Advice
 from voltana.profiles.draw.style import COLOURS, GREY, STYLE, WIDTH_IN
 
 _HIGHEST: Final = 150.0

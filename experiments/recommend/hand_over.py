@@ -1,9 +1,9 @@
 """Lines and files that put the advice into use.
 
 GPUs are numbered from 0, prefill instances first. A clock is locked by `nvidia-smi -lgc`; where
-locks are not allowed, `-pl` holds the card to what it draws at most at that clock, which is a
-ceiling and slows nothing that the lock would not. Dynamo's power agent sets the same from a pod's
-annotation.
+locks are not allowed, `-pl` sets the power cap that was searched, or, where none was, what the card
+draws at most at that clock, which is a ceiling and slows nothing that the lock would not. Dynamo's
+power agent sets the same from a pod's annotation.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Final
 
 import tomli_w
 
-from voltana.experiments.recommend.desk import fixed_clock_mhz
-from voltana.experiments.recommend.judge import DYNAMIC, Advice, Judged
+from voltana.experiments.recommend.advice import DYNAMIC, FIXED, Advice, Judged, top_clock_mhz
+from voltana.experiments.recommend.choose.desk import PHASES, fixed_cap_w, fixed_clock_mhz
 from voltana.profiles.common.files import write_text
 from voltana.sim.config import SimConfig, make_config
 
@@ -26,7 +26,6 @@ ANNOTATION: Final = "dynamo.nvidia.com/gpu-power-limit"
 FIRST_PORT: Final = 30_000
 BOOTSTRAP_PORT: Final = 8_998
 _CAP_STEP_W: Final = 5
-PHASES: Final = ("prefill", "decode")
 _NOT_REPLAYED: Final = (
     "seed", "duration_s", "rate_rps", "workload", "trace", "trace_start_s", "trace_unit",
     "trace_drop_failed", "arrivals", "time_scale", "num_prefill", "num_decode",
@@ -47,7 +46,8 @@ class Role:
     clock_mhz: int | None
     """Fixed; None if a policy chooses."""
     cap_w: int
-    """What a GPU draws at most at its clock (a policy: at its top one), rounded up."""
+    """Of a GPU: the one that is set, else what it draws at most at its clock (a policy: at its top
+    one), rounded up."""
 
 
 def roles(advice: Advice, way: Judged) -> tuple[Role, Role]:
@@ -59,27 +59,37 @@ def roles(advice: Advice, way: Judged) -> tuple[Role, Role]:
         gpus = tuple(tuple(range(first + i * width, first + (i + 1) * width)) for i in range(count))
         first += count * width
         clock = fixed_clock_mhz(way.settings, phase)
-        at_mhz = clock or question.clocks_mhz[-1]
+        at_mhz = clock or top_clock_mhz(advice, way)
         cap_w = math.ceil(question.peak_w(phase, at_mhz) / width / _CAP_STEP_W) * _CAP_STEP_W
+        set_w = fixed_cap_w(way.settings, phase)
+        cap_w = cap_w if set_w is None else math.ceil(set_w / width)
         limit_w = question.profile.meta.gpu.power_limit_w
         found.append(Role(phase=phase, gpus=gpus, clock_mhz=clock, cap_w=min(cap_w, int(limit_w))))
     return found[0], found[1]
 
 
+def _capped(advice: Advice, way: Judged) -> tuple[Role, Role]:
+    """The roles whose caps are set: in place of fixed clocks the power caps, if searched."""
+    return roles(advice, advice.caps if way.name == FIXED and advice.caps is not None else way)
+
+
 def gpu_lines(advice: Advice, way: Judged) -> list[str]:
     """`nvidia-smi` lines; for a policy those of its helper."""
     lines = []
-    for role in roles(advice, way):
+    searched = way.name == FIXED and advice.caps is not None
+    for role, cap in zip(roles(advice, way), _capped(advice, way), strict=True):
+        if way.name == DYNAMIC:
+            continue
         cards = ",".join(str(g) for instance in role.gpus for g in instance)
+        why = role.phase
         if role.clock_mhz is not None:
             lines.append(
                 f"sudo nvidia-smi -i {cards} -lgc {role.clock_mhz},{role.clock_mhz}"
                 f"  # {role.phase}; back: -rgc"
             )
-            lines.append(
-                f"sudo nvidia-smi -i {cards} -pl {role.cap_w}"
-                f"  # or, where locks are not allowed: {role.phase}'s most at that clock"
-            )
+            what = "'s cap" if searched else "'s most at that clock"
+            why = f"or, where locks are not allowed: {role.phase}{what}"
+        lines.append(f"sudo nvidia-smi -i {cards} -pl {cap.cap_w}  # {why}")
     if way.name == DYNAMIC:
         cards = " ".join(f"--gpu {g}" for r in roles(advice, way) for i in r.gpus for g in i)
         lines.append(f"sudo voltana actuator /run/voltana.sock {cards}")
@@ -96,7 +106,7 @@ def dynamo_yaml(advice: Advice, way: Judged) -> str:
         "  extraPodMetadata:\n"
         "    annotations:\n"
         f'      {ANNOTATION}: "{role.cap_w}"'
-        for role in roles(advice, way)
+        for role in _capped(advice, way)
     ]
     return "\n".join(parts) + "\n"
 

@@ -1,7 +1,7 @@
 """The advice: what was chosen, judged on requests that the search has not seen.
 
-Fixed clocks and the dynamic policy are judged at the asked load on all judging repeats, and on two
-of them at other loads; the draws from the profile's errors play them in turn. What breaks its
+What was chosen is judged at the asked load on all judging repeats, and on one or two of them at
+other loads; the draws from the profile's errors play them in turn. What breaks its
 promise when it is judged is chosen again with those repeats among those of the choice, and judged
 on new ones.
 """
@@ -9,147 +9,38 @@ on new ones.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Any, Final
 
-from voltana.experiments.compare.draws import UNDECIDED, Drawn, Run, compare_drawn
-from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
+from voltana.experiments.compare.draws import Drawn, Run, compare_drawn
 from voltana.experiments.frontier.fixed import Side
-from voltana.experiments.frontier.trial import Trial, pooled
-from voltana.experiments.recommend.desk import Desk, fleet_at, fleet_settings
-from voltana.experiments.recommend.dynamic_choice import DynamicChoice, find_dynamic
-from voltana.experiments.recommend.fixed_choice import (
+from voltana.experiments.recommend.advice import (
+    CAPS,
+    DYNAMIC,
+    FIXED,
+    NOW,
+    Advice,
+    Judged,
+    Knee,
+)
+from voltana.experiments.recommend.choose.desk import Desk, Means
+from voltana.experiments.recommend.choose.dynamic import DynamicChoice, find_dynamic
+from voltana.experiments.recommend.choose.fixed import (
     FixedChoice,
     FixedSearch,
     allows,
     fleet_of,
-    fleet_peak_w,
     highest_allowed,
-    label_of,
 )
-from voltana.experiments.recommend.question import LOADS, Question, Repeats
+from voltana.experiments.recommend.question import Question, Repeats, duration_s
 from voltana.profiles.common.errors import VoltanaError
 
-AT_OTHER_LOADS: Final = 2
-"""Judging repeats at loads other than the asked one."""
-_KNEE_STEPS: Final = 6
+AT_LOAD: Final = {0.8: 2, 1.0: None, 1.2: 2, 1.5: 1}
+"""Times the asked load: judging repeats that are played there; None: all."""
+DRAWN: Final = 0.6
+"""Part of a judging repeat that is played on each draw from the profile's errors."""
+_KNEE_STEPS: Final = 4
 """Moves of both clocks, down and up, of the knee's curve."""
-WORTH_PCT: Final = 1.0
-"""Energy that dynamic control has to save beyond fixed clocks to be worth it. Ours."""
-NOW, FIXED, DYNAMIC = "top clocks", "fixed clocks", "dynamic policy"
-HOURS: Final = 24.0
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Judged:
-    """One way to run the fleet, and how it did."""
-
-    name: str
-    """`top clocks`, `fixed clocks` or `dynamic policy`."""
-    setting: str
-    """In words."""
-    settings: Mapping[str, Any]
-    """Configuration keys."""
-    counts: tuple[int, int]
-    router: str
-    at_load: Mapping[float, Trial]
-    """By times the asked load."""
-    drawn: Sequence[Run] = ()
-    """On each draw."""
-
-    @property
-    def asked(self) -> Trial:
-        """At the asked load."""
-        return self.at_load[1.0]
-
-    def attainment(self, factor: float = 1.0) -> float:
-        """Of all requests of the repeats at that load together; NaN if a run failed."""
-        trial = self.at_load[factor]
-        return float("nan") if trial.error else pooled(trial.rows, "attainment")
-
-    @property
-    def mean_w(self) -> float:
-        """Energy over the time that the runs took, in W."""
-        rows = self.asked.rows
-        return float(rows["energy_j"].sum() / rows["makespan_s"].sum())
-
-    @property
-    def joules_per_request(self) -> Interval:
-        """With its interval over the repeats."""
-        return t_interval(list(self.asked.rows["energy_per_request_j"]))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Knee:
-    """What a promise, or a number of GPUs, costs: fixed clocks on the first tuning repeat."""
-
-    attainments: Sequence[tuple[float, float]]
-    """Attainment and energy (J) of every fixed setting that was tried and is allowed."""
-    by_gpus: Sequence[tuple[int, float, str]]
-    """GPUs, energy (J), setting: the best found that keeps the target."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Advice:
-    """All that is told."""
-
-    question: Question
-    now: Judged
-    fixed: Judged
-    dynamic: Judged | None
-    knee: Knee
-    fixed_choice: FixedChoice
-    dynamic_choice: DynamicChoice | None
-    drawn: Mapping[str, Drawn] = field(default_factory=dict)
-    """`fixed clocks` against the top clocks, `dynamic policy` against fixed clocks."""
-    rounds: int = 1
-    """How often was chosen."""
-
-    @property
-    def ways(self) -> list[Judged]:
-        """Every way that was judged."""
-        return [w for w in (self.now, self.fixed, self.dynamic) if w is not None]
-
-    def keeps(self, way: Judged, factor: float = 1.0) -> bool:
-        """Whether it keeps the target at that load, all requests of the repeats together."""
-        return way.attainment(factor) >= self.question.target
-
-    def saving(self, way: Judged, other: Judged, factor: float = 1.0) -> Interval:
-        """Energy that one way saves against another, in %, paired over the repeats.
-
-        Args:
-            way: What is asked about.
-            other: What it is compared with.
-            factor: Load at which both were judged, over the asked one.
-        """
-        mine, theirs = way.at_load[factor], other.at_load[factor]
-        return saving_pct(mine.energies_j, theirs.energies_j)
-
-    def kwh_a_day(self, way: Judged) -> float:
-        """Of all GPUs that it uses; savings against the top clocks as energies have them."""
-        base = self.now.mean_w * HOURS / 1e3
-        return base * (1.0 - self.saving(way, self.now).mean / 100.0)
-
-    @property
-    def is_worth_it(self) -> str:
-        """`yes`, `no` or `undecided`: is dynamic control worth it beyond fixed clocks?"""
-        if self.dynamic is None or not self.keeps(self.dynamic):
-            return "no"
-        if not self.keeps(self.fixed):
-            return "yes"
-        saved = self.saving(self.dynamic, self.fixed)
-        half = 0.0 if saved.half != saved.half else saved.half
-        if saved.mean - half <= WORTH_PCT:
-            return "no" if saved.mean + half <= WORTH_PCT or saved.mean <= 0.0 else UNDECIDED
-        told = self.drawn.get(DYNAMIC)
-        return UNDECIDED if told is not None and told.verdict == UNDECIDED else "yes"
-
-    @property
-    def best(self) -> Judged:
-        """What is advised: the dynamic policy where it is worth it, else the fixed clocks."""
-        return (
-            self.dynamic if self.dynamic is not None and self.is_worth_it == "yes" else self.fixed
-        )
 
 
 def advise(desk: Desk) -> Advice:
@@ -159,6 +50,7 @@ def advise(desk: Desk) -> Advice:
         VoltanaError: Not one run of the advice ended.
     """
     question = desk.question
+    question.profile.truth()  # before processes are forked, each of which would build it
     tuning: Repeats = question.tuning
     judging: Repeats = question.judging
     rounds = 1
@@ -177,47 +69,50 @@ def _round(desk: Desk, tuning: Repeats, judging: Repeats, rounds: int) -> tuple[
     strict = desk.question.choice_target
     search = FixedSearch(desk, tuning)
     fixed = search.find()
+    caps = search.in_caps(fixed) if desk.question.is_capped else None
     dynamic = find_dynamic(desk, tuning, fixed.counts)
-    advice = _judge(desk, search, fixed, dynamic, judging, rounds)
-    fell = fixed.trial.keeps(strict) and not advice.keeps(advice.fixed)
-    if dynamic is not None and advice.dynamic is not None:
-        fell |= dynamic.trial.keeps(strict) and not advice.keeps(advice.dynamic)
+    ways, knee = _judge(desk, [
+        _plan_now(desk.question, fixed), _plan_set_once(FIXED, fixed),
+        *([] if caps is None else [_plan_set_once(CAPS, caps)]),
+        *([] if dynamic is None else [_plan_dynamic(dynamic)]),
+    ], judging), _knee(desk, search, fixed)  # fmt: skip
+    advice = Advice(
+        question=desk.question, now=ways[NOW], fixed=ways[FIXED], caps=ways.get(CAPS),
+        dynamic=ways.get(DYNAMIC), knee=knee, fixed_choice=fixed, caps_choice=caps,
+        dynamic_choice=dynamic, rounds=rounds,
+    )  # fmt: skip
+    chosen = ((fixed, advice.fixed), (caps, advice.caps), (dynamic, advice.dynamic))
+    fell = any(
+        choice.trial.keeps(strict) and not advice.keeps(way)
+        for choice, way in chosen
+        if choice is not None and way is not None
+    )
     return advice, fell
 
 
 def _judge(
-    desk: Desk, search: FixedSearch, fixed: FixedChoice, dynamic: DynamicChoice | None,
-    judging: Repeats, rounds: int,
-) -> Advice:  # fmt: skip
+    desk: Desk, plans: Sequence[Mapping[str, Any]], judging: Repeats
+) -> Mapping[str, Judged]:
+    """Each way by its name, played on the judging repeats and at the other loads."""
     question = desk.question
-    plans = [_plan_now(question, fixed), _plan_fixed(fixed)]
-    plans += [_plan_dynamic(dynamic)] if dynamic is not None else []
-    loads = [(factor, judging if factor == 1.0 else judging[:AT_OTHER_LOADS]) for factor in LOADS]
+    loads = [(factor, judging[:count]) for factor, count in AT_LOAD.items()]
     desk.ahead(
         (plan["settings"] | question.at_load(factor), repeats)
         for plan in plans
         for factor, repeats in loads
     )
-    ways = [
-        Judged(
-            **plan,
-            at_load={
-                factor: desk.trial(
-                    plan["settings"] | question.at_load(factor), plan["setting"], repeats
-                )
-                for factor, repeats in loads
-            },
-        )
-        for plan in plans
-    ]
-    for way in ways[1:]:
-        if way.asked.error:
-            raise VoltanaError(way.asked.error)
-    return Advice(
-        question=question, now=ways[0], fixed=ways[1],
-        dynamic=ways[2] if len(ways) > 2 else None, knee=_knee(desk, search, fixed),
-        fixed_choice=fixed, dynamic_choice=dynamic, rounds=rounds,
-    )  # fmt: skip
+    ways = {}
+    for plan in plans:
+        at_load = {
+            factor: desk.trial(
+                plan["settings"] | question.at_load(factor), plan["setting"], repeats
+            )
+            for factor, repeats in loads
+        }
+        ways[plan["name"]] = Judged(**plan, at_load=at_load)
+        if plan["name"] != NOW and at_load[1.0].error:
+            raise VoltanaError(at_load[1.0].error)
+    return ways
 
 
 def _plan_now(question: Question, fixed: FixedChoice) -> dict[str, Any]:
@@ -230,16 +125,16 @@ def _plan_now(question: Question, fixed: FixedChoice) -> dict[str, Any]:
         counts, fleet = fixed.counts, fixed.fleet
     router = question.routers[0]
     return {
-        "name": NOW, "settings": fleet_settings(fleet, router), "counts": counts, "router": router,
+        "name": NOW, "settings": Means(router).settings(question, fleet), "counts": counts,
+        "router": router,
         "setting": f"{counts[0]}P{counts[1]}D at {fleet[0].clock_mhz} MHz",
     }  # fmt: skip
 
 
-def _plan_fixed(fixed: FixedChoice) -> dict[str, Any]:
+def _plan_set_once(name: str, choice: FixedChoice) -> dict[str, Any]:
     return {
-        "name": FIXED, "settings": fleet_settings(fixed.fleet, fixed.router),
-        "counts": fixed.counts, "router": fixed.router,
-        "setting": f"{label_of(fixed.fleet)}, {fixed.router}",
+        "name": name, "settings": dict(choice.trial.settings), "counts": choice.counts,
+        "router": choice.means.router, "setting": f"{choice.trial.label}, {choice.means.router}",
     }  # fmt: skip
 
 
@@ -263,10 +158,10 @@ def _knee(desk: Desk, search: FixedSearch, fixed: FixedChoice) -> Knee:
             fleet = fixed.fleet
         if fleet is None:
             continue
-        router = fixed.router if fleet == fixed.fleet else question.routers[0]
-        trial = search.attempt(router, fleet, on_all=False)
+        means = fixed.means if fleet == fixed.fleet else Means(question.routers[0])
+        trial = search.attempt(means, fleet, on_all=False)
         if trial.keeps(question.target):
-            by_gpus.append((instances * width, trial.energies_j[0], label_of(fleet)))
+            by_gpus.append((instances * width, trial.energies_j[0], trial.label))
     return Knee(attainments=_attainments(desk, search, fixed), by_gpus=by_gpus)
 
 
@@ -282,9 +177,9 @@ def _attainments(desk: Desk, search: FixedSearch, fixed: FixedChoice) -> list[tu
         fleets.append((sides[0], sides[1]))
     allowed = [f for f in dict.fromkeys(fleets) if allows(desk.question, f)]
     first = desk.question.tuning[:1]
-    desk.ahead((fleet_settings(f, fixed.router), first) for f in allowed)
+    desk.ahead((fixed.means.settings(desk.question, f), first) for f in allowed)
     for fleet in allowed:
-        search.attempt(fixed.router, fleet, on_all=False)
+        search.attempt(fixed.means, fleet, on_all=False)
     fleets_tried = ((t, fleet_of(t)) for t in desk.screened)
     return [
         (t.worst_attainment, t.energies_j[0])
@@ -298,32 +193,34 @@ def _with_draws(desk: Desk, advice: Advice, judging: Repeats) -> Advice:
     if not question.draws:
         return advice
     plays = [
-        ({"profile_draw": k}, [judging[(k - 1) % len(judging)]])
+        ({"profile_draw": k}, [{**repeat, "duration_s": DRAWN * duration_s(question)}])
         for k in range(1, question.draws + 1)
+        for repeat in [judging[(k - 1) % len(judging)]]
     ]
+    # all ways of a draw one after the other: a process holds few drawn profiles
     desk.ahead(
-        ({**way.settings, **more}, repeats) for way in advice.ways for more, repeats in plays
+        ({**way.settings, **more}, repeats) for more, repeats in plays for way in advice.ways
     )
-    runs: dict[str, list[Run]] = {}
+    ways: dict[str, Judged] = {}
     for way in advice.ways:
         trials = [desk.trial({**way.settings, **m}, way.setting, r) for m, r in plays]
         failed = next((t.error for t in trials if t.error), "")
         if failed:
             raise VoltanaError(failed)
-        runs[way.name] = [Run(t.energy_j, t.keeps(question.target)) for t in trials]
-    found = {}
-    for mine, other in ((FIXED, NOW), (DYNAMIC, FIXED)):
-        if mine in runs:
-            ways = {w.name: w for w in advice.ways}
-            nominal = [Run(ways[n].asked.energy_j, advice.keeps(ways[n])) for n in (mine, other)]
-            drawn = list(zip(runs[mine], runs[other], strict=True))
-            found[mine] = compare_drawn((nominal[0], nominal[1]), drawn)
-    return replace(advice, drawn=found)
+        ways[way.name] = replace(way, drawn=trials)
+    advice = replace(
+        advice, now=ways[NOW], fixed=ways[FIXED], caps=ways.get(CAPS), dynamic=ways.get(DYNAMIC)
+    )
+    pairs = [(way, advice.still if way.name == DYNAMIC else advice.now) for way in advice.ways[1:]]
+    return replace(advice, drawn={way.name: _compared(advice, way, o) for way, o in pairs})
 
 
-def peak_w(advice: Advice, way: Judged) -> float:
-    """The most that a way may draw at once, in W: fixed clocks at theirs, a policy at the top."""
-    question = advice.question
-    if way is advice.fixed:
-        return fleet_peak_w(question, advice.fixed_choice.fleet)
-    return fleet_peak_w(question, fleet_at(way.counts, question.clocks_mhz[-1]))
+def _compared(advice: Advice, way: Judged, other: Judged) -> Drawn:
+    """One way against another on the profile as it stands and on each draw."""
+    target = advice.question.target
+    nominal = [Run(each.asked.energy_j, advice.keeps(each)) for each in (way, other)]
+    drawn = [
+        (Run(a.energy_j, a.keeps(target)), Run(b.energy_j, b.keeps(target)))
+        for a, b in zip(way.drawn, other.drawn, strict=True)
+    ]
+    return compare_drawn((nominal[0], nominal[1]), drawn)

@@ -10,7 +10,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from voltana.experiments.compare.intervals import Interval
-from voltana.experiments.recommend.show import half_text
+from voltana.experiments.recommend.show import RANGES, half_text, range_text
 from voltana.profiles.common.files import write_text
 from voltana.sim.config import make_config
 
@@ -34,7 +34,12 @@ def write_page(
         {**advice, **_promises(advice["question"]), "figure": _embedded(figure)}
         for advice, figure in zip(advices, figures, strict=True)
     ]
-    write_text(template.render(advices=rows, currency=currency, half=_half), path)
+    write_text(
+        template.render(
+            advices=rows, currency=currency, half=_half, RANGES=RANGES, range_text=range_text
+        ),
+        path,
+    )
 
 
 def _promises(question: Mapping[str, Any]) -> dict[str, str]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final
+
+import numpy as np
 
 from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.study import check_settings
@@ -23,8 +26,6 @@ POLICIES: Final = (
 """Dynamic policies that take part, unless others are named."""
 ROUTERS: Final = ("round-robin", "consolidate")
 """Routers of fixed clocks."""
-LOADS: Final = (0.8, 1.0, 1.2, 1.5)
-"""Times the asked load, at which the advice is judged."""
 TUNING_SEEDS: Final = (1, 2, 3)
 JUDGING_SEED: Final = 11
 RESERVE_SEED: Final = 101
@@ -65,6 +66,8 @@ class Question:
     """Further judging repeats, each used once where the ones before went into the choice."""
     draws: int
     """From the profile's errors; 0: none are stated, or none were asked for."""
+    is_capped: bool = False
+    """Whether power caps are searched, too."""
 
     @property
     def choice_target(self) -> float:
@@ -100,6 +103,10 @@ class Question:
         """The most that an instance draws at a clock, in any iteration that its tables have."""
         return peak_w(self.profile, phase, clock_mhz)
 
+    def cap_w(self, phase: str, clock_mhz: int) -> int:
+        """The power cap of an instance that slows nothing that this clock would not, in whole W."""
+        return math.ceil(cap_w(self.profile, phase, clock_mhz))
+
 
 @lru_cache
 def peak_w(profile: Profile, phase: str, clock_mhz: int) -> float:
@@ -116,6 +123,14 @@ def peak_w(profile: Profile, phase: str, clock_mhz: int) -> float:
     return float(frame.loc[frame["frequency_mhz"] <= above, "power_w"].max())
 
 
+@lru_cache
+def cap_w(profile: Profile, phase: str, clock_mhz: int) -> float:
+    """As `peak_w`, but linear between two clocks of the tables. Args: as of `peak_w`."""
+    frame = profile.prefill if phase == "prefill" else profile.decode
+    most = frame.groupby("frequency_mhz")["power_w"].max().cummax()
+    return float(np.interp(clock_mhz, most.index, most))
+
+
 def make_question(
     settings: Mapping[str, Any],
     *,
@@ -127,6 +142,7 @@ def make_question(
     draws: int = 0,
     clocks_mhz: Sequence[int] = (),
     routers: Sequence[str] = ROUTERS,
+    is_capped: bool = False,
 ) -> Question:
     """Check what is asked.
 
@@ -140,6 +156,7 @@ def make_question(
         draws: From the profile's stated errors.
         clocks_mhz: The only fixed clocks; empty: all of the profile.
         routers: Of fixed clocks.
+        is_capped: Search power caps, too.
 
     Raises:
         VoltanaError: A key that is the search's own, a bad value, or too little hardware.
@@ -170,7 +187,7 @@ def make_question(
         base={**settings, "profile": config.profile},
         gpus=_gpus(profile, clocks, gpus, watts, tensor_parallel), watts=watts, target=target,
         contenders=contenders, routers=tuple(routers), clocks_mhz=clocks, tuning=tuning,
-        judging=judging, reserves=reserves, draws=draws,
+        judging=judging, reserves=reserves, draws=draws, is_capped=is_capped and len(clocks) > 1,
     )  # fmt: skip
 
 

@@ -9,13 +9,14 @@ from typing import Any
 
 from voltana.experiments.draw.plots import save
 from voltana.experiments.progress import progress_bar
-from voltana.experiments.recommend.desk import Desk
+from voltana.experiments.recommend.advice import Advice
+from voltana.experiments.recommend.choose.desk import Desk
 from voltana.experiments.recommend.figure import knee_figure
 from voltana.experiments.recommend.hand_over import write_ready
-from voltana.experiments.recommend.judge import Advice, advise
+from voltana.experiments.recommend.judge import advise
 from voltana.experiments.recommend.question import make_question
 from voltana.experiments.recommend.show import Costs, as_dict
-from voltana.experiments.sweep.executors import check_executor
+from voltana.experiments.sweep.executors import check_executor, staying_connected
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.folders import claim
 from voltana.sim.config import DEFAULT_PROFILE
@@ -66,7 +67,7 @@ def recommend_all(
     questions = [make_question({**settings, "profile": name}, **options) for name in names]
     claim(out, "advice")
     advices = []
-    with progress_bar("searching", len(questions)) as bar:
+    with progress_bar("searching", len(questions)) as bar, staying_connected(executor):
         for name, question in zip(names, questions, strict=True):
             bar.advance(0, f"searching {name}")
             advices.append(advise(Desk(question, out, jobs, executor)))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Final
 
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from voltana.experiments.compare.draws import UNDECIDED
 from voltana.experiments.compare.intervals import Interval
+from voltana.experiments.recommend.advice import DYNAMIC, Advice, Judged, peak_w
 from voltana.experiments.recommend.hand_over import (
     dynamo_yaml,
     gpu_lines,
@@ -19,7 +21,7 @@ from voltana.experiments.recommend.hand_over import (
     roles,
     sglang_lines,
 )
-from voltana.experiments.recommend.judge import DYNAMIC, FIXED, Advice, Judged, peak_w
+from voltana.experiments.recommend.ranges import LOAD, PROFILE, SEEDS, Range, ranges
 from voltana.experiments.show import render, width
 
 
@@ -43,32 +45,32 @@ class Costs:
 
 def sentence(advice: Advice) -> str:
     """Whether dynamic control is worth it here, in one plain sentence."""
-    dynamic, fixed = advice.dynamic, advice.fixed
+    dynamic, still = advice.dynamic, advice.still
     if dynamic is None:
         return "No: no dynamic policy takes part, as there are no clocks to choose among."
     if not advice.keeps(dynamic):
-        if not advice.keeps(fixed):
+        if not advice.keeps(still):
             return (
-                "Neither fixed clocks nor a dynamic policy keeps the promise here: take more GPUs, "
-                "a lower load or a longer promise."
+                f"Neither {still.name} nor a dynamic policy keeps the promise here: take more "
+                "GPUs, a lower load or a longer promise."
             )
         return (
             f"No: dynamic control is not worth it here, as no policy kept the promise "
-            f"({_pct(dynamic.attainment())} of the requests), and fixed clocks do."
+            f"({_pct(dynamic.attainment())} of the requests), and {still.name} do."
         )
-    saved = advice.saving(dynamic, fixed)
-    kwh = advice.kwh_a_day(fixed) - advice.kwh_a_day(dynamic)
-    amount = f"{_saving(saved)} beyond the best fixed clocks ({kwh:+.1f} kWh a day)"
-    if not advice.keeps(fixed):
+    saved = advice.saving(dynamic, still)
+    kwh = advice.kwh_a_day(still) - advice.kwh_a_day(dynamic)
+    amount = f"{_saving(saved)} beyond the best {still.name} ({kwh:+.1f} kWh a day)"
+    if not advice.keeps(still):
         return (
-            f"Yes: {dynamic.setting} keeps the promise, and fixed clocks that were chosen the same "
-            f"way do not ({_pct(fixed.attainment())})."
+            f"Yes: {dynamic.setting} keeps the promise, and {still.name} that were chosen the same "
+            f"way do not ({_pct(still.attainment())})."
         )
     if advice.is_worth_it == "yes":
         return f"Yes: dynamic control is worth it here, it saves {amount}."
     if advice.is_worth_it == "no":
         return (
-            f"No: dynamic control is not worth it here, fixed clocks do as well; it would save "
+            f"No: dynamic control is not worth it here, {still.name} do as well; it would save "
             f"{amount}."
         )
     told = advice.drawn.get(DYNAMIC)
@@ -96,8 +98,16 @@ def more_lines(advice: Advice) -> list[str]:
     at = [f"{w.name} {_pct(w.attainment(1.5))}" for w in advice.ways]
     lines.append(f"At 1.5 times the load the promise is kept by {', '.join(at)} of the requests.")
     for name, drawn in advice.drawn.items():
-        other = "the top clocks" if name == FIXED else "fixed clocks"
+        other = advice.still.name if name == DYNAMIC else "the top clocks"
         lines.append(f"If the profile is off by its stated errors: {name} {drawn.text(other)}.")
+    if advice.caps is not None:
+        more = advice.saving(advice.fixed, advice.caps)
+        lines.append(
+            f"Fixed clocks save {_saving(more)} against power caps, if a card does at its cap what "
+            "the model says."
+        )
+    elif advice.question.is_capped:
+        lines.append("No power caps keep the promise on the instances of the fixed clocks.")
     if advice.rounds > 1:
         lines.append(f"Chosen {advice.rounds} times: the first choice fell when it was judged.")
     return lines
@@ -110,10 +120,10 @@ def text(advice: Advice, costs: Costs) -> str:
     load = base.get("trace") or f"{base.get('workload', 'sharegpt')}"
     limits = f"{question.gpus} GPUs" + (f", {question.watts:g} W" if question.watts else "")
     title = f"{base['profile']}, {load}, {limits}, promise kept by {_pct(question.target)}"
-    parts = [_table(advice, costs, title), _loads(advice), sentence(advice), *more_lines(advice)]
-    wrapped = [p if "\n" in p else textwrap.fill(p, width()) for p in parts]
+    tables = [_table(advice, costs, title), _loads(advice), _ranges(advice)]
+    said = [textwrap.fill(line, width()) for line in (sentence(advice), *more_lines(advice))]
     ready = [f"To use {advice.best.setting}:", *gpu_lines(advice, advice.best)]
-    return "\n\n".join([*wrapped[:2], "\n".join(wrapped[2:]), "\n    ".join(ready)])
+    return "\n\n".join([*tables, "\n".join(said), "\n    ".join(ready)])
 
 
 def _table(advice: Advice, costs: Costs, title: str) -> str:
@@ -150,6 +160,35 @@ def _loads(advice: Advice) -> str:
             saved = advice.saving(way, advice.now, factor).mean
             cells.append(kept if way is advice.now else f"{kept}, {saved:.1f}")
         table.add_row(way.name, *cells)
+    return render(table)
+
+
+RANGES: Final[Mapping[str, str]] = {
+    SEEDS: "seeds (95 % of the mean)",
+    LOAD: "load x 0.8 to 1.2 (all runs)",
+    PROFILE: "profile's errors (95 % of draws)",
+}
+"""What is uncertain, for the reader."""
+
+
+def range_text(found: Mapping[str, Range]) -> str:
+    """Saving and kept, of one way and one thing that is uncertain."""
+    low, high = found["saving_vs_top_clocks_pct"]
+    least, most = (100.0 * share for share in found["attainment"])
+    return f"{low:.1f} to {high:.1f}; {least:.1f} to {most:.1f}"
+
+
+def _ranges(advice: Advice) -> str:
+    """Where savings against the top clocks and what is kept may lie."""
+    table = Table(title="where they lie: saved %; kept %", box=SIMPLE_HEAD, padding=(0, 1),
+                  title_justify="left")  # fmt: skip
+    found = {way.name: ranges(advice, way) for way in advice.ways if way is not advice.now}
+    by = [key for key in RANGES if all(key in each for each in found.values())]
+    table.add_column("way")
+    for key in by:
+        table.add_column(RANGES[key], justify="right", no_wrap=True)
+    for name, each in found.items():
+        table.add_row(name, *(range_text(each[key]) for key in by))
     return render(table)
 
 
@@ -196,6 +235,13 @@ def _way(advice: Advice, way: Judged, costs: Costs) -> dict[str, Any]:
         **costs.of_day(kwh),
         "saving_vs_top_clocks_pct": asdict(advice.saving(way, advice.now)),
         "saving_vs_fixed_clocks_pct": asdict(advice.saving(way, advice.fixed)),
+        "ranges": {
+            source: {
+                **each,
+                **_costs_between(costs, each["kwh_a_day"]),
+            }
+            for source, each in ranges(advice, way).items()
+        },
         "at_load": {
             f"{factor:g}": {
                 "attainment": way.attainment(factor),
@@ -204,6 +250,11 @@ def _way(advice: Advice, way: Judged, costs: Costs) -> dict[str, Any]:
             for factor in way.at_load
         },
     }
+
+
+def _costs_between(costs: Costs, kwh: Range) -> dict[str, Range]:
+    low, high = costs.of_day(kwh[0]), costs.of_day(kwh[1])
+    return {name: (low[name], high[name]) for name in low}
 
 
 def _pct(share: float) -> str:

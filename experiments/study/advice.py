@@ -20,9 +20,10 @@ from typing import Any, Final
 
 from voltana.experiments.frontier.fixed import Fleet, Side
 from voltana.experiments.frontier.trial import Trial, pooled
-from voltana.experiments.recommend.desk import Desk, fleet_settings
-from voltana.experiments.recommend.fixed_choice import allows
-from voltana.experiments.recommend.judge import Advice, advise
+from voltana.experiments.recommend.advice import Advice
+from voltana.experiments.recommend.choose.desk import Desk, Means
+from voltana.experiments.recommend.choose.fixed import allows
+from voltana.experiments.recommend.judge import advise
 from voltana.experiments.recommend.question import Question, Repeats, make_question
 from voltana.experiments.script import run_script
 from voltana.profiles.common.markdown import markdown_table
@@ -75,7 +76,7 @@ def exhaustive(desk: Desk) -> list[Option]:
     """Every setting on all tuning repeats, but for those that are hopeless on the first."""
     question = desk.question
     settings = [
-        (fleet_settings(fleet, router), f"{fleet} {router}")
+        (Means(router).settings(question, fleet), f"{fleet} {router}")
         for fleet, router in every_setting(question)
     ]
     first = question.tuning[:1]

@@ -117,14 +117,19 @@ class RayExecutor:
                 f"engine ray needs a cluster: set {RAY_ADDRESS} to its address (host:port), "
                 "or to auto on a machine of the cluster"
             )
+        self._is_mine = not self._ray.is_initialized()
+        if self._is_mine:
+            self._connect(address)
+        self._remote = self._ray.remote(max_retries=_RETRIES)(run_point)
+        self._keys: dict[Any, str] = {}
+
+    def _connect(self, address: str) -> None:
         _require_listener(address)
         try:
             self._ray.init(address=address, log_to_driver=False, logging_level="ERROR")
         except (ConnectionError, RuntimeError, ValueError) as error:
             text = str(error).strip().splitlines()[0]
             raise VoltanaError(f"no Ray cluster at {RAY_ADDRESS}={address}: {text}") from None
-        self._remote = self._ray.remote(max_retries=_RETRIES)(run_point)
-        self._keys: dict[Any, str] = {}
 
     @property
     def capacity(self) -> int:
@@ -139,10 +144,11 @@ class RayExecutor:
         return [(self._keys.pop(handle), self._outcome(handle)) for handle in done]
 
     def close(self) -> None:
-        """Leave the cluster; what runs is cancelled."""
+        """Leave the cluster, unless somebody else came first; what runs is cancelled."""
         for handle in self._keys:
             self._ray.cancel(handle, force=True)
-        self._ray.shutdown()
+        if self._is_mine:
+            self._ray.shutdown()
 
     def _outcome(self, handle: object) -> Outcome:
         try:
@@ -178,6 +184,20 @@ def open_executor(name: str, jobs: int) -> Iterator[Executor]:
         yield executor
     finally:
         executor.close()
+
+
+@contextmanager
+def staying_connected(name: str) -> Iterator[None]:
+    """Hold on to a cluster, whose workers stay warm, over several executors of that name.
+
+    Raises:
+        VoltanaError: As of `open_executor`.
+    """
+    if name != "ray":
+        yield
+        return
+    with open_executor(name, 1):
+        yield
 
 
 def _require_listener(address: str) -> None:

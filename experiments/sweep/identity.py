@@ -27,7 +27,7 @@ from voltana.sim.policies.spec import parse_spec
 _SHARED: Final = (
     "*.py",
     "engine/**/*.py",
-    "workload/*.py",
+    "workload/**/*.py",
     "workload/data/*",
     "policies/**/*.py",
     "mdp/*.py",

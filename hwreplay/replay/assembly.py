@@ -109,27 +109,30 @@ class _View:
         """Of each iteration."""
         return self.energy_at(self.start_s + self.duration_s) - self.energy_at(self.start_s)
 
-    def _pieces(self) -> tuple[FloatArray, IntArray, IntArray]:
-        """Busy time cut at each change of the clock: its seconds, clock and iteration."""
+    def _at_clock_s(self) -> dict[int, FloatArray]:
+        """How long each iteration ran at each clock."""
         end_s = self.start_s + self.duration_s
-        edges = np.unique(np.concatenate((self.start_s, end_s, self.changed_s[1:])))
-        middle_s, lasts_s = (edges[1:] + edges[:-1]) / 2, np.diff(edges)
-        mine = np.searchsorted(self.start_s, middle_s, side="right") - 1
-        busy = (mine >= 0) & (middle_s < end_s[mine])
-        return lasts_s[busy], self._clock_at(middle_s[busy]), mine[busy]
+        if not len(end_s):
+            return {}
+        first_s, last_s = self.start_s.min(), end_s.max()
+        edges = np.clip([first_s, *self.changed_s[1:], last_s], first_s, last_s)
+        lasts_s = np.diff(edges)
+        found = {}
+        for clock in np.unique(self.changed_mhz):
+            passed_s = np.append(0.0, np.cumsum(np.where(self.changed_mhz == clock, lasts_s, 0.0)))
+            spent_s = np.interp(end_s, edges, passed_s) - np.interp(self.start_s, edges, passed_s)
+            found[int(clock)] = spent_s
+        return found
 
     @property
     def clock_mhz(self) -> IntArray:
         """Of each iteration, the clock that most of it ran at."""
-        found = self._clock_at(self.start_s)
-        longest_s = np.zeros(len(found))
-        lasts_s, clocks, mine = self._pieces()
-        for clock in np.unique(clocks):
-            at = clocks == clock
-            share_s = np.bincount(mine[at], lasts_s[at], len(found))
-            found = np.where(share_s > longest_s, clock, found)
-            longest_s = np.maximum(share_s, longest_s)
-        return found
+        spent_s = self._at_clock_s()
+        if not spent_s:
+            return np.empty(0, dtype=np.int64)
+        clocks: IntArray = np.array([*spent_s], dtype=np.int64)
+        longest = np.argmax(np.stack([*spent_s.values()]), axis=0)
+        return np.asarray(clocks[longest], dtype=np.int64)
 
     def _clock_at(self, at_s: FloatArray) -> IntArray:
         return self.changed_mhz[np.searchsorted(self.changed_s, at_s, side="right") - 1]
@@ -137,8 +140,8 @@ class _View:
     def record(self, makespan_s: float) -> InstanceRecord:
         busy_s, busy_j = float(self.duration_s.sum()), float(self.energy_j.sum())
         total_j = float(self.energy_at(makespan_s) - self.energy_at(0.0))
-        lasts_s, clocks, _ = self._pieces()
-        clock_busy_s = _sum_by(clocks, lasts_s)
+        spent_s = {clock: float(s.sum()) for clock, s in self._at_clock_s().items()}
+        clock_busy_s = {clock: seconds for clock, seconds in spent_s.items() if seconds > 0}
         edges = np.unique(np.clip(np.append(self.changed_s, [0.0, makespan_s]), 0.0, makespan_s))
         clock_s = _sum_by(self._clock_at(edges[:-1]), np.diff(edges))
         window_j = 0.0

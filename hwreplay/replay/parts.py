@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -63,9 +64,21 @@ class Run:
         return f"ipc://{self.sockets}/reports"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StartedRouter:
+    """The router's process."""
+
+    url: str
+    process: asyncio.subprocess.Process
+
+    def begin_anew(self) -> None:
+        """Let its policy be as it was at first, its random numbers too."""
+        self.process.send_signal(signal.SIGHUP)
+
+
 @asynccontextmanager
-async def router(run: Run) -> AsyncIterator[str]:
-    """The router as a process of its own; gives its URL.
+async def router(run: Run) -> AsyncIterator[StartedRouter]:
+    """The router as a process of its own.
 
     Raises:
         VoltanaError: It ended instead; the last line of its log.
@@ -83,7 +96,7 @@ async def router(run: Run) -> AsyncIterator[str]:
         if not url:
             said = log.read_text(errors="replace").strip().splitlines()
             raise VoltanaError(said[-1] if said else f"the router ended: see {log}")
-        yield url
+        yield StartedRouter(url=url, process=process)
     finally:
         await end_process(process)
 

@@ -35,6 +35,7 @@ from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport
 from voltana.hwreplay.replay.parts import (
     Recorders,
     Run,
+    StartedRouter,
     agent_reports,
     agents,
     check_recorders,
@@ -201,7 +202,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
     }
     async with AsyncExitStack() as stack:
         progress("starting router and agents", 0)
-        url = await stack.enter_async_context(router(run))
+        started = await stack.enter_async_context(router(run))
         await stack.enter_async_context(agents(run))
         recorders = await stack.enter_async_context(iterations(run))
         energy = EnergyRecorder(gpus_of(run), run.clock, run.directory / ENERGY)
@@ -209,7 +210,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
         state["is_power_measured"] = energy.is_measured and config_kind != "emulated"
         state["power"] = config_kind
         progress("warming up", 0)
-        await _warm_up(run, url)
+        await _warm_up(run, started)
         check_recorders(recorders)
         if run.faults:
             raise VoltanaError(f"every agent must outlive the warm-up: {'; '.join(run.faults)}")
@@ -220,7 +221,7 @@ async def _play(run: Run, workload: Workload, progress: Progress) -> None:
         write_json(state, run.directory / STATE)
         generator = LoadGenerator(
             workload,
-            _load_config(run, url, start_ns),
+            _load_config(run, started.url, start_ns),
             RunClock(start_ns=start_ns),
             run.directory / REQUESTS,
         )
@@ -268,8 +269,11 @@ def _load_config(run: Run, url: str, salt: int) -> LoadConfig:
     )
 
 
-async def _warm_up(run: Run, url: str) -> None:
-    """Every pair serves a few requests, so that no measured one is a server's first."""
+async def _warm_up(run: Run, started: StartedRouter) -> None:
+    """Every pair serves a few requests, so that no measured one is a server's first.
+
+    The router's policy then begins anew: it would have rolled dice that the simulated one has not.
+    """
     pairs = max(run.config.sim.num_prefill, run.config.sim.num_decode)
     shapes = np.array(WARM_UP_TOKENS * pairs, dtype=np.int64)
     work = Workload(
@@ -277,9 +281,10 @@ async def _warm_up(run: Run, url: str) -> None:
     )
     path = run.directory / "warm-up.jsonl"
     report: LoadReport = await LoadGenerator(
-        work, _load_config(run, url, run.clock.start_ns), RunClock(), path
+        work, _load_config(run, started.url, run.clock.start_ns), RunClock(), path
     ).run()
     if report.counts["completed"] != len(work):
         why = ", ".join(report.reasons) or "no reason given"
         raise VoltanaError(f"the warm-up must succeed before a replay, it did not: {why}")
+    started.begin_anew()
     await asyncio.sleep(run.config.rest_s)

@@ -7,8 +7,9 @@ written, into the TOML files of `profiles/importing/data`.
 
 - Host time: gaps between tokens of Qwen3-8B and Gemma-3-27B (vLLM) less the sum of their kernels,
   as a time a layer and one a request. Gemma-3-12B is held out.
-- Power of H100 and B200: the same rows and Gemma-3-12B's, on weight bytes, cache bytes and
-  arithmetic a second.
+- Power of H100 and B200: the same rows and Gemma-3-12B's. Above idle power, which is known from
+  elsewhere, on weight bytes, cache bytes and arithmetic a second. A base that is fitted too comes
+  out 50 to 60 W above idle, and predicts a model that is left out worse.
 - RTX PRO 6000: mean clock and power under power caps, two AWQ models, one or 32 streams.
 - A100's clock shape: that of the shipped A100 profiles, relative to the top clock.
 """
@@ -57,10 +58,11 @@ HOST_UNCERTAINTY: Final = {
     "b200": (0.15, "about 15 %, more where a slow host holds the GPU back: experimental"),
 }
 """Standard deviation, and in words."""
-POWER_UNCERTAINTY: Final = (
-    0.15, "about 10 %; a model left out of the fit is off by 6 to 14 % on average"
-)  # fmt: skip
-"""See `voltana.profiles.importing.held_out`."""
+POWER_UNCERTAINTY: Final = {
+    "h100": (0.1, "about 10 %; a model left out of the fit is off by 2 to 7 % on average"),
+    "b200": (0.15, "about 10 to 15 %; a model left out of the fit is off by 8 to 10 % on average"),
+}
+"""Standard deviation, and in words. See `voltana.profiles.importing.held_out`."""
 LARGEST_BATCH: Final = 260.0
 CAP_SWEEP: Final = (
     "Light-Heart-Labs/MMBT-Messy-Model-Bench-Tests @ ec660c1 (RTX PRO 6000 Workstation, vLLM, "
@@ -136,7 +138,7 @@ def host_design(
 
 
 def power_design(rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
-    """One, TB/s of weights and of cache, TFLOP/s; and the W of each row."""
+    """TB/s of weights and of cache, TFLOP/s, shape (n, 3); and the W of each row."""
     design, watts = [], []
     for row in rows:
         model, prompt = MODELS[row.model], PROMPT_TOKENS[row.task]
@@ -144,7 +146,7 @@ def power_design(rows: Sequence[Row]) -> tuple[FloatArray, FloatArray]:
         cache = row.batch * row.context_tokens(prompt) * model.kv_bytes_per_token
         prefilled = row.batch * (1.0 + prompt / row.output_tokens)
         weights = BYTES * model.weights_read(row.batch)
-        design.append((1.0, weights * tera, cache * tera, model.flops(prefilled) * tera))
+        design.append((weights * tera, cache * tera, model.flops(prefilled) * tera))
         watts.append(row.power_w)
     return np.array(design), np.array(watts)
 
@@ -164,10 +166,10 @@ def fit_host(rows: Sequence[Row], data: Path | None, system: str) -> tuple[float
     return float(found[0]), float(found[1]), error
 
 
-def fit_power(rows: Sequence[Row]) -> tuple[FloatArray, float]:
-    """Base, W per TB/s of weights and of cache, W per TFLOP/s; and the mean error."""
+def fit_power(rows: Sequence[Row], idle_w: float) -> tuple[FloatArray, float]:
+    """W per TB/s of weights and of cache and per TFLOP/s, above idle; and the mean error."""
     design, watts = power_design(rows)
-    return relative_fit(design, watts, watts)
+    return relative_fit(design, watts - idle_w, watts)
 
 
 def fit_rtx(data: Path) -> tuple[FloatArray, float, dict[float, float], dict[int, float]]:
@@ -267,13 +269,14 @@ def derive(data: Path, tables: Path | None) -> dict[str, dict[str, Any]]:
             "source": f"fitted to the gaps between tokens of Qwen3-8B and Gemma-3-27B on {gpu}, "
             f"mean error {error:.1%}: {EVIDENCE}; not SGLang's own",
         }
-        found, error = fit_power(chosen)
+        idle_w = IDLE[name][0]
+        found, error = fit_power(chosen, idle_w)
         files[f"power/{name}.toml"] = _power_table(
-            name, found, "calibrated",
-            f"base, bytes and arithmetic a second fitted to {len(chosen)} rows of Qwen3-8B, "
-            f"Gemma-3-12B and -27B on {gpu}, mean error {error:.1%}: {EVIDENCE}, default clocks, "
-            "prefill and decode mixed",
-            POWER_UNCERTAINTY,
+            name, np.insert(found, 0, idle_w), "calibrated",
+            f"bytes and arithmetic a second, above idle power, fitted to {len(chosen)} rows of "
+            f"Qwen3-8B, Gemma-3-12B and -27B on {gpu}, mean error {error:.1%}: {EVIDENCE}, "
+            "default clocks, prefill and decode mixed",
+            POWER_UNCERTAINTY[name],
         )  # fmt: skip
     found, error, phi, shares = fit_rtx(data)
     files["power/rtx-pro-6000.toml"] = _power_table(

@@ -19,6 +19,8 @@ from voltana.profiles.common.markdown import markdown_table
 from voltana.profiles.evidence import Row, read_rows
 from voltana.profiles.importing.fit import (
     CARDS,
+    IDLE,
+    fit_power,
     host_design,
     power_design,
     relative_fit,
@@ -40,24 +42,25 @@ class HeldOut:
     worst_pct: float
 
 
-def held_out(rows: Sequence[Row], tables: Path | None, gpu: str, system: str) -> list[HeldOut]:
+def held_out(rows: Sequence[Row], tables: Path | None, name: str) -> list[HeldOut]:
     """Of one card, for each model and quantity.
 
     Args:
         rows: Usable rows of the card.
         tables: Folder of kernel tables; None takes the installed wheel.
-        gpu: The card, as its rows call it.
-        system: The card, as its tables call it.
+        name: The card, one of `voltana.profiles.importing.fit.CARDS`.
     """
+    gpu, system = CARDS[name]
+    idle_w = IDLE[name][0]
     found = []
     for model in sorted({r.model for r in rows}):
         mine = [r for r in rows if r.model == model]
         others = [r for r in rows if r.model != model]
         for quantity in ("gap between tokens", "power"):
             if quantity == "power":
-                (design, wanted), (own, watts) = power_design(others), power_design(mine)
-                fitted = relative_fit(design, wanted, wanted)[0]
-                errors = (own @ fitted - watts) / watts
+                design, _ = power_design(others)
+                own, watts = power_design(mine)
+                errors = (idle_w + own @ fit_power(others, idle_w)[0] - watts) / watts
             else:
                 design, rest, gaps = host_design(others, tables, system)
                 own, own_rest, own_gaps = host_design(mine, tables, system)
@@ -84,8 +87,8 @@ def main(say: Callable[[str], object] = print) -> None:
     rows = read_rows([options.data / "ml_energy_v3" / "qwen3_8b_gemma3_h100_b200.csv"])
     found = [
         each
-        for gpu, system in CARDS.values()
-        for each in held_out(usable(rows, gpu), tables, gpu, system)
+        for name, (gpu, _) in CARDS.items()
+        for each in held_out(usable(rows, gpu), tables, name)
     ]
     heads = ("card", "left out", "quantity", "its rows", "fitted to", "mean error %", "worst %")
     cells = [

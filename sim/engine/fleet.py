@@ -15,16 +15,19 @@ from itertools import count
 import numpy as np
 
 from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.decode import DecodeInstance
-from voltana.sim.engine.instance import Instance
+from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.logs.timeline import Timeline
 from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.engine.prefill import PrefillInstance
 from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.reuse.prefill import SPARE_TOKENS, CachingPrefillInstance
+from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.answers import ControllerAnswers, route
 from voltana.sim.policies.base import (
     Cluster,
@@ -37,7 +40,7 @@ from voltana.sim.policies.base import (
 )
 from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
-from voltana.sim.records import IterationTable, RunRecord
+from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
 
 _STREAMS = {"router": 1, "prefill": 2, "decode": 3}
@@ -77,6 +80,7 @@ class Fleet:
         self._profile = profile
         self._requests = requests
         self._log = log
+        self._sessions = log if isinstance(log, Sessions) else None
         self._truth = profile.truth(extrapolate=config.extrapolate)
         # a policy may wonder about batches that never run: its tables must not refuse them
         self._truth_beyond = profile.truth(extrapolate=True)
@@ -93,6 +97,10 @@ class Fleet:
         )
         engine = profile.meta.engine
         self._kv_capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
+        self._cache_tokens = config.prefix_cache_tokens or 0
+        self._longest_prompt = (
+            self._cache_tokens - SPARE_TOKENS - 1 if self._cache_tokens else 2**62
+        )
         self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
         self._max_running = config.max_running_requests or engine.max_running_requests
         self._cluster = Cluster()
@@ -178,8 +186,13 @@ class Fleet:
         self.agenda.call_at(self._timeline.sample(now_s), self._sample)
 
     def _arrivals(self) -> Iterator[SimRequest]:
+        if self._sessions is not None:
+            yield from self._sessions.begin(self.agenda.call_at, self.accept)
+            return
         ids = count()
         for part in self._requests:
+            if part.turns is not None:
+                raise VoltanaError(f"turns of {part.name} wait, which `simulate` alone can play")
             rows = zip(
                 ids,
                 part.arrival_s.tolist(),
@@ -196,7 +209,9 @@ class Fleet:
         self.agenda.num_events += 1
         self._log.arrive(request)
         output_tokens = request.output_tokens
-        if request.input_tokens + output_tokens > self._kv_capacity:  # as `can_hold`
+        input_tokens = request.input_tokens
+        # as `can_hold`
+        if input_tokens + output_tokens > self._kv_capacity or input_tokens > self._longest_prompt:
             self._log.reject(request)
             return
         if self._looks_at_load:
@@ -209,8 +224,9 @@ class Fleet:
         view = RequestView(
             request.request_id,
             request.arrival_s,
-            request.input_tokens,
+            input_tokens,
             output_tokens if self._length_oracle else None,
+            request.prompt,
         )
         prefill_id, decode_id = route(self._router, view, self._routed_prefill, self._routed_decode)
         request.prefill_id, request.decode_id = prefill_id, decode_id
@@ -240,8 +256,9 @@ class Fleet:
             start(now_s)
 
     def can_hold(self, request: SimRequest) -> bool:
-        """Whether the request fits an empty decode instance; it is rejected if not."""
-        return request.input_tokens + request.output_tokens <= self._kv_capacity
+        """Whether the request fits empty instances; it is rejected if not."""
+        fits = request.input_tokens + request.output_tokens <= self._kv_capacity
+        return fits and request.input_tokens <= self._longest_prompt
 
     def _make_refresh(self, instance: Instance) -> Callable[[], None]:
         return lambda: instance.look(self.agenda.now_s)
@@ -266,6 +283,10 @@ class Fleet:
             self._deliver(request, now_s)
 
     def _deliver(self, request: SimRequest, now_s: float) -> None:
+        if self._cache_tokens:
+            prefill = self.prefill[request.prefill_id]
+            assert isinstance(prefill, CachingPrefillInstance)
+            prefill.release(request, now_s)
         if self._finishes_in_prefill and request.output_tokens == 1:
             self._log.first_token(request, now_s)
             self._decode_states[request.decode_id].open_requests -= 1
@@ -281,7 +302,10 @@ class Fleet:
             self._config.prefill_controller_spec, self._context("prefill", index, "prefill")
         )
         answers = self._answers(controller, "prefill", index)
-        return PrefillInstance(
+        make: Callable[..., PrefillInstance] = PrefillInstance
+        if self._cache_tokens:
+            make = partial(CachingPrefillInstance, cache_tokens=self._cache_tokens)
+        return make(
             self._config,
             self._log,
             self._state("prefill", index),
@@ -354,25 +378,6 @@ class Fleet:
             slo_itl_s=self._config.slo_itl_s,
             wall_s=wall_s,
             settings=self._config.as_dict(),
-            iterations=_iteration_table(self.instances),
+            iterations=iteration_table(self.instances),
             timeline=self._timeline.columns() if self._timeline else None,
         )
-
-
-def _iteration_table(instances: list[Instance]) -> IterationTable | None:
-    rows = [row for i in instances for row in i.iteration_rows or ()]
-    if not rows:
-        return None
-    rows.sort(key=lambda row: row[2])
-    columns = list(zip(*rows, strict=True))
-    ids, batch, tokens, clocks = (np.array(columns[k], dtype=np.int64) for k in (1, 4, 5, 6))
-    return IterationTable(
-        phase=np.array(columns[0]),
-        instance_id=ids,
-        start_s=np.array(columns[2]),
-        duration_s=np.array(columns[3]),
-        batch_size=batch,
-        tokens=tokens,
-        clock_mhz=clocks,
-        energy_j=np.array(columns[7]),
-    )

@@ -6,12 +6,14 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
+import numpy as np
+
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import InstanceState
-from voltana.sim.records import InstanceRecord
+from voltana.sim.records import InstanceRecord, IterationTable
 
 IterationRow = tuple[str, int, float, float, int, int, int, float]
 """phase, instance_id, start_s, duration_s, batch_size, tokens, clock_mhz, energy_j"""
@@ -181,6 +183,26 @@ class Instance(ABC):
     @abstractmethod
     def _end(self, now_s: float) -> None:
         """The run has ended and is booked: hand tokens and finished requests on."""
+
+
+def iteration_table(instances: list[Instance]) -> IterationTable | None:
+    """The kept rows of all instances in order of time; None if there are none."""
+    rows = [row for i in instances for row in i.iteration_rows or ()]
+    if not rows:
+        return None
+    rows.sort(key=lambda row: row[2])
+    columns = list(zip(*rows, strict=True))
+    ids, batch, tokens, clocks = (np.array(columns[k], dtype=np.int64) for k in (1, 4, 5, 6))
+    return IterationTable(
+        phase=np.array(columns[0]),
+        instance_id=ids,
+        start_s=np.array(columns[2]),
+        duration_s=np.array(columns[3]),
+        batch_size=batch,
+        tokens=tokens,
+        clock_mhz=clocks,
+        energy_j=np.array(columns[7]),
+    )
 
 
 def _not_in_a_fleet(instance: Instance, at_s: float) -> None:

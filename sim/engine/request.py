@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from voltana.sim.policies.requests import Prompt
+
 NEVER = float("nan")
 
 
@@ -11,7 +13,7 @@ class SimRequest:
     __slots__ = (
         "arrival_s", "decode_id", "end_context_tokens", "finish_iteration", "first_token_s",
         "generated_tokens", "input_tokens", "is_running", "last_token_s", "output_tokens",
-        "prefill_id", "prefilled_tokens", "request_id", "retractions",
+        "prefill_id", "prefilled_tokens", "prompt", "request_id", "retractions",
     )  # fmt: skip
 
     def __init__(
@@ -32,6 +34,9 @@ class SimRequest:
         self.prefill_id = -1
         self.decode_id = -1
         self.prefilled_tokens = 0
+        """Of the prompt: computed, or found in a cache of prefixes."""
+        self.prompt: Prompt | None = None
+        """What it consists of; None where the workload does not say."""
         self.generated_tokens = 0
         """Tokens whose keys and values decode holds or held beyond the prompt."""
         self.end_context_tokens = 0

@@ -14,6 +14,7 @@ from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import ExactLog, RunLog
 from voltana.sim.engine.logs.sketched import RowSpill, SketchLog
+from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.engine.simpy_agenda import SimpyAgenda
 from voltana.sim.memory import MOST_WAITING, max_requests, watch_backlog
 from voltana.sim.records import RunRecord
@@ -72,6 +73,15 @@ def _fleet(
     config: SimConfig, profile: Profile, workload: Workload | Iterable[Workload], log: RunLog
 ) -> Fleet:
     _require_clocks(config, profile)
+    cache_tokens = config.prefix_cache_tokens
+    whole = workload if isinstance(workload, Workload) else None
+    if cache_tokens and (whole is None or whole.prompts is None):
+        raise VoltanaError(
+            f"prefix_cache_tokens={cache_tokens} needs to know what prompts share: take a workload "
+            "of sessions (chat, agent) or a trace with hash_ids, and no stream"
+        )
+    if whole is not None and (cache_tokens or whole.turns is not None):
+        log = Sessions(whole, log)
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
     return Fleet(config, profile, parts, log, agenda=agenda)

@@ -121,17 +121,19 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[str, npt.NDArray[Any]]]:
 
 
 def _check_arrays(policy: PolicyFile, path: Path) -> None:
-    if policy.kind == "table":
-        good = sum(len(group) for group in group_members(policy.arrays)) == policy.num_instances
-        states, rates = policy.grid.num_states, len(policy.rates_rps)
-        for name, values in policy.arrays.items():
-            members = values.shape[-1] if values.ndim else 0
-            good &= name.startswith("delta_")
-            good &= values.shape == (rates, *(states,) * members, members)
-    else:
-        good = _is_network(policy)
+    good = _is_table(policy) if policy.kind == "table" else _is_network(policy)
     if not good or not policy.rates_rps:
         raise VoltanaError(f"{path} has arrays that do not fit its grid: train the policy again")
+
+
+def _is_table(policy: PolicyFile) -> bool:
+    """Whether the groups have an entry for each rate and state, and the fleet's members."""
+    rates, states = len(policy.rates_rps), policy.grid.num_states
+    for name, values in policy.arrays.items():
+        members = values.shape[-1] if values.ndim else 0
+        if not name.startswith("delta_") or values.shape != (rates, *(states,) * members, members):
+            return False
+    return sum(len(group) for group in group_members(policy.arrays)) == policy.num_instances
 
 
 def _is_network(policy: PolicyFile) -> bool:
@@ -142,10 +144,10 @@ def _is_network(policy: PolicyFile) -> bool:
         return False
     width = size(policy.num_instances)
     for k in range(layers):
-        rows = len(policy.arrays[f"bias_{k}"])
-        if policy.arrays[f"weight_{k}"].shape != (rows, width):
+        weight, bias = policy.arrays[f"weight_{k}"], policy.arrays[f"bias_{k}"]
+        if bias.ndim != 1 or weight.shape != (len(bias), width):
             return False
-        width = rows
+        width = len(bias)
     return width == policy.num_instances
 
 

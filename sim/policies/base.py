@@ -17,6 +17,10 @@ from typing import ClassVar, Final, Literal, Protocol, TypeVar, cast, runtime_ch
 import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.policies.requests import Prompt
+from voltana.sim.policies.requests import RequestView as RequestView
+from voltana.sim.policies.requests import RunningRequest as RunningRequest
+from voltana.sim.policies.requests import WaitingRequest as WaitingRequest
 
 Phase = Literal["prefill", "decode"]
 PREFILL: Final = "prefill"
@@ -90,35 +94,16 @@ class Truth(Protocol):
     def idle_power_w(self, clock_mhz: int) -> float: ...
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class WaitingRequest:
-    """A request in an instance's queue."""
-
-    request_id: int
-    arrival_s: float
-    input_tokens: int
-    """Tokens still to be prefilled (prefill), or of context to be loaded (decode)."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunningRequest:
-    """A request in the running batch."""
-
-    request_id: int
-    arrival_s: float
-    input_tokens: int
-    generated_tokens: int
-    output_tokens: int | None
-    """The length it will reach; None unless the driver knows it (a length oracle)."""
-    first_token_s: float | None
-
-
 def _none_waiting() -> Sequence[WaitingRequest]:
     return ()
 
 
 def _none_running() -> Sequence[RunningRequest]:
     return ()
+
+
+def _nothing_cached(prompt: Prompt) -> int:
+    return 0
 
 
 def _always_true() -> None:
@@ -177,6 +162,8 @@ class InstanceState:
     list_waiting: Callable[[], Sequence[WaitingRequest]] = field(default=_none_waiting, repr=False)
     """Takes time in proportion to the queue: call it only if the rule needs it."""
     list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
+    count_cached: Callable[[Prompt], int] = field(default=_nothing_cached, repr=False)
+    """Prefill: tokens of a prompt that need not be computed if it begins here and now."""
 
     def clock_or_top_mhz(self, top_mhz: int) -> int:
         """The clock in force; without a lock the top one, which a busy card boosts to."""
@@ -257,17 +244,6 @@ class Controller(ABC):
     def learnt(self) -> Mapping[str, float]:
         """What it has found out about its instance, for the report of a run."""
         return {}
-
-
-@dataclass(slots=True)
-class RequestView:
-    """A request as the router sees it on arrival."""
-
-    request_id: int
-    arrival_s: float
-    input_tokens: int
-    output_tokens: int | None
-    """None unless the driver offers a length oracle."""
 
 
 class Router(ABC):

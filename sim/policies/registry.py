@@ -30,7 +30,7 @@ from voltana.sim.policies.controllers import (
     throttllm,
 )
 from voltana.sim.policies.reconstructed import greenllm, kairos, miad, rapid
-from voltana.sim.policies.routers import consolidate, ecoroute, packing, simple
+from voltana.sim.policies.routers import consolidate, ecoroute, packing, prefix, simple
 from voltana.sim.policies.routers.kairos import KairosRouter
 from voltana.sim.policies.spec import (
     ParameterInfo,
@@ -117,6 +117,9 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "least-requests": _shipped(simple.LeastRequests, "published"),
     "two-choices": _shipped(simple.TwoChoices, "published"),
     "least-kv": _shipped(simple.LeastKv, "published"),
+    "prefix-affinity": _shipped(prefix.PrefixAffinity, "partly"),
+    "cache-aware": _shipped(prefix.CacheAware, "published"),
+    "prefix-energy": _shipped(prefix.PrefixEnergy),
     "ecoroute": _shipped(ecoroute.EcoRoute, "published"),
     "ecoroute-tile": _shipped(ecoroute.EcoRouteTile, "published"),
     "slo-pack": _shipped(packing.SloPack, "partly"),

@@ -9,6 +9,7 @@ import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.workload.lengths import draw_lengths, list_lengths
+from voltana.sim.workload.sessions.generate import KINDS, is_session_workload, make_sessions
 from voltana.sim.workload.shapes import (
     DAY_S,
     SWING,
@@ -29,7 +30,7 @@ PART_REQUESTS: Final = 65_536
 
 def list_workloads() -> dict[str, str]:
     """Names that `make_workload` takes, with one line of explanation."""
-    return list_lengths()
+    return {**list_lengths(), **{name: line for name, (_, _, line) in KINDS.items()}}
 
 
 def make_workload(
@@ -42,7 +43,8 @@ def make_workload(
     `duration_s`, not at it.
 
     Args:
-        name: Length distribution, one of `list_workloads`.
+        name: One of `list_workloads`: a length distribution, or sessions with their parameters
+            (see `sessions.generate.make_sessions`).
         rate_rps: Mean rate, requests/s, > 0.
         duration_s: Nominal length, > 0.
         seed: Of two independent streams, one for arrivals and one for lengths.
@@ -54,6 +56,10 @@ def make_workload(
     Raises:
         VoltanaError: Unknown name or arrival process, or a number out of range.
     """
+    if is_session_workload(name):
+        if arrivals != "poisson":
+            raise VoltanaError(f"sessions of {name} begin as arrivals=poisson, got {arrivals!r}")
+        return make_sessions(name, rate_rps=rate_rps, duration_s=duration_s, seed=seed)
     parts = stream_arrivals(
         name, rate_rps=rate_rps, duration_s=duration_s, seed=seed, arrivals=arrivals
     )

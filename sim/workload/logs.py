@@ -8,15 +8,19 @@ Three kinds are told by their keys:
 - **aiperf**, `profile_export.jsonl`: `metadata.request_start_ns` and
   `metrics.input_sequence_length`, `metrics.output_sequence_length`; warm-up requests do not count;
 - **SGLang**, `--log-requests --log-requests-format json`: each `request.finished` with the time of
-  its `request.received`, or else its own less `e2e_latency`.
+  its `request.received`, or else its own less `e2e_latency`. Its files are called
+  `HOST_RANK.log`, and a time in brackets stands before each object; on its standard output other
+  lines stand between, which a `.log` may hold.
 
 A line is written when a request ends, so lines are put in the order of arrival. Failed requests
-(an error, a status from 400 on, cancelled, no usage) are an error unless they are to be dropped.
+(an error, a status from 400 on or `failure`, cancelled, no usage) are an error unless they are to
+be dropped.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -32,6 +36,10 @@ TIMES: Final = (
 INPUTS: Final = ("prompt_tokens", "input_tokens")
 OUTPUTS: Final = ("completion_tokens", "output_tokens")
 COLUMNS: Final = ("arrival_s", "input_tokens", "output_tokens")
+_STAMP: Final = re.compile(r"^\[\d{4}-\d\d-\d\d[^\]]*\] ?")
+"""What SGLang's loggers put before a line."""
+_FAILED: Final = ("failure", "failed", "error")
+"""A status in words; `failure` is LiteLLM's."""
 _DAWN_S: Final = 1e8
 """Numbers from here on are times since 1970; each unit is a thousand of the one above."""
 Line = tuple[int, dict[str, Any]]
@@ -39,8 +47,17 @@ Request = tuple[float, Any, Any]
 """Arrival in s, input and output tokens; None for a failed one's."""
 
 
+def is_json_lines(path: Path) -> bool:
+    """Whether a file is JSON lines by its name; a server's log may have been rotated."""
+    return ".jsonl" in path.suffixes[-2:] or _is_log_file(path)
+
+
+def _is_log_file(path: Path) -> bool:
+    return ".log" in path.suffixes[-2:]
+
+
 def is_log(path: Path) -> bool:
-    """Whether the first line of a JSON-lines file is of one of the three kinds."""
+    """Whether the first object of a file of JSON lines is of one of the three kinds."""
     try:
         _, first = next(_lines(path))
     except (StopIteration, VoltanaError, OSError, UnicodeDecodeError):
@@ -106,10 +123,11 @@ def bench_lengths(path: Path) -> pd.DataFrame | None:
 def _lines(path: Path) -> Iterator[Line]:
     with path.open(encoding="utf-8") as file:
         for number, text in enumerate(file, 1):
-            if not text.strip():
+            told = _STAMP.sub("", text.strip())
+            if not told or (_is_log_file(path) and not told.startswith("{")):
                 continue
             try:
-                line = json.loads(text)
+                line = json.loads(told)
             except ValueError as error:
                 raise VoltanaError(f"cannot read {path}:{number}: {error}") from None
             if not isinstance(line, dict):
@@ -198,7 +216,13 @@ def _is_failed(line: Mapping[str, Any]) -> bool:
     response = line.get("response")
     inner = response if isinstance(response, dict) else {}
     codes = (line.get("status"), line.get("status_code"), inner.get("status_code"))
-    return bool(line.get("error")) or any(isinstance(c, int) and c >= 400 for c in codes)
+    return bool(line.get("error")) or any(map(_is_bad_status, codes))
+
+
+def _is_bad_status(code: object) -> bool:
+    if isinstance(code, str) and not code.isdecimal():
+        return code.lower() in _FAILED
+    return isinstance(code, int | str) and int(code) >= 400
 
 
 def seconds(value: object, key: str, where: str, *, unit_s: float | None = None) -> float:

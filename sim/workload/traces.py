@@ -18,9 +18,13 @@ import pandas as pd
 
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
-from voltana.sim.workload.logs import bench_lengths, is_log, read_log
+from voltana.sim.workload.logs import bench_lengths, is_json_lines, is_log, read_log
+from voltana.sim.workload.prompts import Prompts
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
+MOONCAKE_BLOCK_TOKENS: Final = 512
+"""Of a block that `hash_ids` names (README of the trace release, kvcache-ai/Mooncake)."""
+_HASHES: Final = "hash_ids"
 _MAX_TOKENS: Final = 2**31
 """No request is longer; above it a length is a damaged number."""
 DAY_S: Final = 86_400.0
@@ -74,7 +78,7 @@ def read_trace(
     Raises:
         VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
     """
-    if fmt is None and path.suffix == ".jsonl" and is_log(path):
+    if fmt is None and is_json_lines(path) and path.suffix != ".gz" and is_log(path):
         return _of_log(path, unit, drop_failed=drop_failed)
     frame = _read_frame(path)
     format_name = fmt or _detect(frame, path)
@@ -89,17 +93,36 @@ def read_trace(
         frame = kept
         if frame.empty:
             raise VoltanaError(f"{path}: holds no request with output")
-    first_line = 1 if _is_json_lines(path) else _FIRST_LINE
+    first_line = 1 if is_json_lines(path) else _FIRST_LINE
     lines = frame.index.to_numpy() + first_line
     arrival_s = _arrivals(frame[columns[0]], path, lines, arrivals, unit)
     _require_sorted(arrival_s, frame[columns[0]], path, lines)
     tokens = [_tokens(frame[column], path, lines) for column in columns[1:]]
-    return Workload(arrival_s=arrival_s, input_tokens=tokens[0], output_tokens=tokens[1], name=name)
+    return Workload(
+        arrival_s=arrival_s,
+        input_tokens=tokens[0],
+        output_tokens=tokens[1],
+        name=name,
+        prompts=_prompts(frame, tokens[0], path),
+    )
+
+
+def _prompts(frame: pd.DataFrame, input_tokens: IntArray, path: Path) -> Prompts | None:
+    """What prompts share, where a trace has Mooncake's hashes."""
+    if _HASHES not in frame.columns:
+        return None
+    blocks = frame[_HASHES].tolist()
+    if not all(isinstance(row, list) for row in blocks):
+        raise VoltanaError(f"{path}: {_HASHES} must be a list of whole numbers in each row")
+    try:
+        return Prompts.of_blocks(blocks, input_tokens, MOONCAKE_BLOCK_TOKENS)
+    except VoltanaError as error:
+        raise VoltanaError(f"{path}: {error}") from None
 
 
 def _log_lengths(path: Path) -> pd.DataFrame | None:
     """Lengths of a log or of a benchmark's output; None if it is neither."""
-    if path.is_file() and path.suffix == ".jsonl":
+    if path.is_file() and path.suffix != ".gz":
         return read_log(path, drop_failed=False)[0] if is_log(path) else bench_lengths(path)
     return None
 
@@ -126,7 +149,7 @@ def _read_frame(path: Path) -> pd.DataFrame:
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
-        elif _is_json_lines(path):
+        elif is_json_lines(path):
             frame = pd.read_json(path, lines=True, dtype=False)
         else:
             with warnings.catch_warnings():
@@ -157,11 +180,11 @@ def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
     Raises:
         VoltanaError: As `read_trace`.
     """
-    frame = _log_lengths(path) if _is_json_lines(path) else None
+    frame = _log_lengths(path) if is_json_lines(path) else None
     frame = _read_frame(path) if frame is None else frame
     for columns, _ in _FORMATS.values():
         if set(columns[1:]) <= set(frame.columns):
-            lines = frame.index.to_numpy() + (1 if _is_json_lines(path) else _FIRST_LINE)
+            lines = frame.index.to_numpy() + (1 if is_json_lines(path) else _FIRST_LINE)
             inputs, outputs = (_tokens(frame[column], path, lines) for column in columns[1:])
             return inputs, outputs
     known = "; ".join(", ".join(columns[1:]) for columns, _ in _FORMATS.values())
@@ -169,10 +192,6 @@ def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
         f"{path}:1: a workload's file must have columns of lengths ({known}), got "
         f"{', '.join(map(str, frame.columns))}: name the columns so"
     )
-
-
-def _is_json_lines(path: Path) -> bool:
-    return ".jsonl" in path.suffixes[-2:]
 
 
 def _arrivals(

@@ -7,11 +7,12 @@ decode.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
+from tests.independent.cache import Token, TokenCache
 from tests.independent.card import Card
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller
@@ -39,6 +40,16 @@ class Job:
     prefill: int = -1
     decode: int = -1
     is_rejected: bool = False
+    tokens: Sequence[Hashable] = ()
+    """What the prompt consists of; only a cache of prefixes asks."""
+    next_turn: tuple[float, Job] | None = None
+    """Seconds from its last token to the request that waited for it."""
+    cached: int = 0
+    """Tokens of the prompt that were there already."""
+    is_cut: bool = False
+    """A part of its prompt was in an earlier batch."""
+    path: list[Token] | None = None
+    """What it has locked in the cache."""
 
     @property
     def context(self) -> int:
@@ -110,25 +121,68 @@ class Prefill(Server):
         super().__init__(fleet, controller, noise)
         self.coming = 0
         """Requests that count as waiting and may not start yet."""
+        memory = int(fleet.settings.get("prefix_cache_tokens") or 0)
+        self.cache = TokenCache(memory) if memory else None
 
     def let_in(self, job: Job, now_s: float) -> None:
         self.coming -= 1
         self.queue.append(job)
-        self.wake(now_s)
+        self._start(now_s)
+
+    def _start(self, now_s: float) -> None:
+        if not self.is_busy and self.queue and self._fits(self.queue[0], 0):
+            self.wake(now_s)
+
+    def _fits(self, job: Job, others: int) -> bool:
+        """Two tokens a request stay free, beside what others of the batch take."""
+        if self.cache is None or job.path is not None:
+            return True
+        path = self.cache.find(job.tokens[: job.prompt - 1])
+        fresh = sum(t.locks == 0 for t in path)
+        if job.prompt - len(path) + 2 >= self.cache.room() - fresh - others:
+            return False
+        self._lock(job, path)
+        job.cached = job.done_prompt = len(path)
+        return True
+
+    @staticmethod
+    def _lock(job: Job, path: list[Token]) -> None:
+        for token in path:
+            token.locks += 1
+        for token in job.path or ():
+            token.locks -= 1
+        job.path = path
+
+    def _keep(self, job: Job) -> None:
+        if self.cache is not None:
+            self._lock(job, self.cache.keep(job.tokens[: job.done_prompt]))
+
+    def let_go(self, job: Job, now_s: float) -> None:
+        """Its keys and values are with decode."""
+        if self.cache is not None:
+            self.cache.keep(job.tokens)
+            self._lock(job, [])
+            self._start(now_s)
 
     def next_iteration(self, now_s: float, *, is_first: bool) -> None:
-        if not self.queue:
+        if not self.queue or not self._fits(self.queue[0], 0):
             self.rest(now_s)
             return
         budget = self.fleet.limit("max_prefill_tokens")
         taken: list[tuple[Job, int]] = []
         for job in self.queue[: self.fleet.limit("max_prefill_requests")]:
-            if not budget:
+            others = sum(chunk + 2 for _, chunk in taken)
+            is_full = self.cache is not None and self.cache.room() <= others
+            if not budget or (is_full and any(not j.is_cut for j, _ in taken)):
+                break
+            if not self._fits(job, others):
                 break
             chunk = min(job.prompt - job.done_prompt, budget)
             budget -= chunk
             taken.append((job, chunk))
         tokens = sum(chunk for _, chunk in taken)
+        if self.cache is not None:
+            self.cache.take(tokens)
         equal = tokens**2 / sum(chunk * (chunk + 2 * job.done_prompt) for job, chunk in taken)
         for job, chunk in taken:
             job.done_prompt += chunk
@@ -138,12 +192,20 @@ class Prefill(Server):
         clock = self.controller.decide(len(taken), tokens, len(self.queue) + self.coming, delay_s)
         self.card.ask(now_s, clock)
         end_s = self.run(now_s, equal, tokens)
-        self.fleet.at(end_s, HANDOVER, lambda at_s: self._end(at_s, ready))
+        cut = [job for job, _ in taken if job.done_prompt < job.prompt]
+        self.fleet.at(end_s, HANDOVER, lambda at_s: self._end(at_s, ready, cut, tokens))
 
-    def _end(self, now_s: float, ready: Sequence[Job]) -> None:
+    def _end(self, now_s: float, ready: Sequence[Job], cut: Sequence[Job], tokens: int) -> None:
+        if self.cache is not None:
+            self.cache.computing -= tokens
+        for job in ready:
+            self._keep(job)
         for job in ready:
             self.open_jobs -= 1
             self.fleet.hand_over(job, now_s)
+        for job in cut:
+            job.is_cut = True
+            self._keep(job)
         self.go_on(now_s)
 
 
@@ -218,6 +280,8 @@ class Decode(Server):
         finished = [job for job in self.running if len(job.token_s) == job.wanted]
         self.running = [job for job in self.running if len(job.token_s) < job.wanted]
         self.open_jobs -= len(finished)
+        for job in finished:
+            self.fleet.answered(job, now_s)
         visitors, self.visitors = self.visitors, []
         for visit in visitors:
             visit(now_s)
@@ -272,7 +336,10 @@ class Fleet:
         heappush(self._events, (when_s, order, self._count, action))
 
     def play(self, jobs: Sequence[Job]) -> None:
+        turns = {id(job.next_turn[1]) for job in jobs if job.next_turn is not None}
         for job in jobs:
+            if id(job) in turns:
+                continue
             self.at(job.arrival_s, ARRIVAL, lambda now_s, job=job: self._arrive(job, now_s))  # type: ignore[misc]
         while self._events:
             now_s, _, _, action = heappop(self._events)
@@ -282,7 +349,10 @@ class Fleet:
             server.card.pass_idle(self.end_s)
 
     def _arrive(self, job: Job, now_s: float) -> None:
-        if job.prompt + job.wanted > self.limit("kv_capacity_tokens"):
+        memory = int(self.settings.get("prefix_cache_tokens") or 0)
+        if job.prompt + job.wanted > self.limit("kv_capacity_tokens") or (
+            memory and job.prompt + 2 >= memory
+        ):
             job.is_rejected = True
             return
         job.prefill, job.decode = self._router.route(job, self, now_s)
@@ -329,11 +399,20 @@ class Fleet:
         else:
             self._deliver(job, now_s)
 
+    def answered(self, job: Job, now_s: float) -> None:
+        """Its last token is out: whoever waited for it reads, and asks on."""
+        if job.next_turn is not None:
+            think_s, turn = job.next_turn
+            turn.arrival_s = now_s + think_s
+            self.at(turn.arrival_s, ARRIVAL, lambda at_s: self._arrive(turn, at_s))
+
     def _deliver(self, job: Job, now_s: float) -> None:
+        self.prefill[job.prefill].let_go(job, now_s)
         server = self.decode[job.decode]
         if self.prefill_makes_first and job.wanted == 1:
             job.token_s.append(now_s)
             server.open_jobs -= 1
+            self.answered(job, now_s)
             return
         server.queue.append(job)
         server.wake(now_s)

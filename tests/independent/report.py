@@ -40,6 +40,12 @@ def report(fleet: Fleet, jobs: Sequence[Job]) -> Numbers:
         **_sample("e2e_s", np.array([j.token_s[-1] - j.arrival_s for j in done])),
         **_energy(fleet),
     }
+    caches = [p.cache for p in fleet.prefill if p.cache is not None]
+    if caches:
+        found = sum(j.cached for j in jobs)
+        numbers["cached_tokens"] = found
+        numbers["cached_share"] = found / sum(j.prompt for j in jobs if not j.is_rejected)
+        numbers["evicted_tokens"] = sum(c.evicted for c in caches)
     numbers["goodput_per_j"] = kept / numbers["energy_j"]
     numbers["energy_per_request_j"] = numbers["energy_j"] / len(done)
     numbers["energy_per_output_token_j"] = numbers["energy_j"] / tokens
@@ -66,7 +72,11 @@ def _energy(fleet: Fleet) -> Numbers:
         "clock_changes": sum(c.changes for c in cards),
         "iterations": sum(c.iterations for c in cards),
     }
-    numbers["energy_j"] = sum(numbers[f"{part}_energy_j"] for part in ("prefill", "decode", "idle"))
+    parts = ["prefill", "decode", "idle"]
+    if fleet.settings.get("host_power_w") is not None:
+        numbers["host_energy_j"] = fleet.settings["host_power_w"] * len(servers) * fleet.end_s
+        parts.append("host")
+    numbers["energy_j"] = sum(numbers[f"{part}_energy_j"] for part in parts)
     for phase, of in (("prefill", fleet.prefill), ("decode", fleet.decode)):
         total_s = sum(sum(s.card.busy_s.values()) for s in of)
         for clock in {c for s in of for c in s.card.busy_s}:

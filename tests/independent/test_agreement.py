@@ -18,6 +18,7 @@ from tests.independent.fleet import Fleet, Job, Noise, Router
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
 from tests.independent.report import Numbers, report
+from tests.sim.engine.sessions import random_sessions
 from voltana.experiments.runs import cached_profile, workload_of
 from voltana.profiles.catalog import DATA
 from voltana.sim.config import make_config
@@ -34,6 +35,9 @@ VARYING: Settings = {
     "rate_rps": 34, "arrivals": "gamma:cv=4", "slo_itl_s": 0.022, "slo_ttft_s": 0.25,
 }  # fmt: skip
 LONG = "ten prompts longer than a prefill batch, in ordinary ones"
+SESSIONS = "sessions whose turns come when they like"
+TURNS = "sessions whose turns wait for answers"
+CACHE = {"prefix_cache_tokens": 3_000}
 SMALL_KV = {"kv_capacity_tokens": 40_000, "kv_reserve_tokens": 12}
 
 CASES: dict[str, Settings] = {
@@ -100,11 +104,21 @@ CASES: dict[str, Settings] = {
         "rate_rps": 40, "noise_scale": 1.0, "sag_depth": 0.5, "sag_interval_s": 4.0,
         "sag_duration_s": 1.0,
     },
+    "hosts": {"rate_rps": 8, "host_power_w": 150.0, "num_prefill": 3},
     "stalls": {**VARYING, "controller": "ecofreq", "clock_stall_s": 0.03},
     "stalls of two cards": {
         "rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2", "controller": "ecofreq",
         "clock_stall_s": 0.02, "actuation_latency_s": 0.0, "slo_itl_s": 0.03,
     },
+    "cache of prefixes": {"workload": SESSIONS, **CACHE},
+    "cache of prefixes, KV over a link": {
+        "workload": SESSIONS, **CACHE, "kv_transfer_latency_s": 0.05, "max_prefill_tokens": 700,
+        "first_token": "prefill",
+    },
+    "turns that wait, cache of prefixes, EcoFreq": {
+        "workload": TURNS, **CACHE, "controller": "ecofreq", "slo_ttft_s": 0.1, "noise_scale": 1.0,
+    },
+    "turns that wait, no cache": {"workload": TURNS, "num_prefill": 1},
     "EcoRoute, small KV cache": {
         "rate_rps": 50, "controller": "ecofreq", "router": "ecoroute", **SMALL_KV,
     },
@@ -121,6 +135,9 @@ SHOWN = {
     "EcoFreq, small KV cache": ("retractions", 20),
     "EcoRoute, 2P4D": ("clock_changes", 30),
     "EcoRoute, small KV cache": ("retractions", 50),
+    "cache of prefixes": ("evicted_tokens", 5_000),
+    "cache of prefixes, KV over a link": ("cached_tokens", 20_000),
+    "turns that wait, cache of prefixes, EcoFreq": ("cached_tokens", 20_000),
     "stalls": ("clock_changes", 30),
     "stalls of two cards": ("clock_changes", 10),
 }
@@ -146,12 +163,15 @@ def spelled(settings: Settings) -> Settings:
     keys = {k: v for k, v in settings.items() if k not in ("clock", "idle_s")}
     is_static = settings["controller"] == "static"
     told = f"static:f={settings['clock']}" if is_static else f"ecofreq:idle={settings['idle_s']}"
-    if settings.get("workload") == LONG:
+    if settings.get("workload") in (LONG, SESSIONS, TURNS):
         keys.pop("workload")
     return keys | {"controller": told}
 
 
 def requests_of(settings: Settings) -> Workload:
+    if settings.get("workload") in (SESSIONS, TURNS):
+        is_closed = settings["workload"] == TURNS
+        return random_sessions(3, count=150, mean_gap_s=0.03, longest=300, is_closed=is_closed)
     made = workload_of(make_config(spelled(settings)))
     if settings.get("workload") != LONG:
         return made
@@ -209,6 +229,17 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
     fleet = Fleet(keys, hardware, router, controller, noise)
     columns = requests.arrival_s, requests.input_tokens, requests.output_tokens
     jobs = [Job(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
+    if requests.prompts is not None:
+        for row, job in enumerate(jobs):
+            prompt = requests.prompts.prompt(row)
+            starts = [0, *prompt.ends[:-1]]
+            parts = zip(prompt.names, starts, prompt.ends, strict=True)
+            job.tokens = [(name, k) for name, start, end in parts for k in range(end - start)]
+    if requests.turns is not None:
+        rows = zip(jobs, requests.turns.previous, requests.turns.think_s, strict=True)
+        for job, previous, think_s in rows:
+            if previous >= 0:
+                jobs[previous].next_turn = (float(think_s), job)
     fleet.play(jobs)
     return report(fleet, jobs)
 

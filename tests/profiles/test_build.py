@@ -185,15 +185,20 @@ def test_the_builder_reproduces_the_shipped_bytes(shared_data: Path, tmp_path: P
 def test_gemms_agree_with_an_independent_measurement(shared_data: Path) -> None:
     """Vidur measured the same MLP on an A100: up and down projection, TP1.
 
-    Its times include launch overhead and another library, so agreement is to a third.
+    Theirs are medians of another version of the library, 149 to 233 TFLOP/s, ours 161 to 248: a
+    sixth apart at one size (1,024 tokens) and less at the others; a tenth on average, in which a
+    wrong shape or unit (a factor of two at least) could not hide.
     """
     table = pd.read_csv(shared_data / "dvfs" / "vidur_a100" / "Meta-Llama-3-8B_mlp.csv")
     one = table[table["num_tensor_parallel_workers"] == 1].set_index("num_tokens")
     gemm = Gemm(read_a100(shared_data / "dvfs", "gemm_bf16"))
-    for tokens in (512, 2048, 8192):
+    ratios = []
+    for tokens in (128, 256, 512, 1024, 2048, 4096, 8192):
         up, down = (
             float(one[f"time_stats.mlp_{part}_proj.median"].to_dict()[tokens]) * 1e-3
             for part in ("up", "down")
         )
         ours = gemm.time_s(tokens, 2 * 14336, 4096) + gemm.time_s(tokens, 4096, 14336)
-        assert ours == pytest.approx(up + down, rel=0.34)
+        ratios.append(ours / (up + down))
+    assert ratios == pytest.approx([1.0] * 7, abs=0.18)
+    assert sum(ratios) / 7 == pytest.approx(1.0, abs=0.1)

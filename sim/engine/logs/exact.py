@@ -19,14 +19,18 @@ from voltana.sim.workload.workload import Workload
 class RunLog(Protocol):
     """Where every instance of a run reports to."""
 
-    unresolved: int
-    """Requests that have arrived and not ended."""
+    @property
+    def unresolved(self) -> int:
+        """Requests that have arrived and not ended."""
 
     def arrive(self, request: SimRequest) -> None:
         """It has arrived."""
 
     def assign(self, request: SimRequest) -> None:
         """The router has chosen its instances."""
+
+    def reuse(self, request: SimRequest, tokens: int) -> None:
+        """Its prompt begins to be computed, and so many tokens of it need not be."""
 
     def first_token(self, request: SimRequest, now_s: float) -> None:
         """Its first token was made."""
@@ -120,8 +124,8 @@ class ExactLog:
     """Keeps every request and every run of gaps; memory grows with the workload."""
 
     __slots__ = (
-        "_arrived", "_decode_id", "_finish_s", "_first_token_s", "_gaps", "_prefill_id",
-        "_retractions", "_status", "_workload", "unresolved",
+        "_arrived", "_cached_tokens", "_decode_id", "_finish_s", "_first_token_s", "_gaps",
+        "_prefill_id", "_retractions", "_status", "_workload", "unresolved",
     )  # fmt: skip
 
     def __init__(self, workload: Workload) -> None:
@@ -133,6 +137,8 @@ class ExactLog:
         self._finish_s = [NEVER] * count
         self._status = [IN_FLIGHT] * count
         self._retractions = [0] * count
+        self._cached_tokens: list[int] = []
+        """Empty where nobody has a cache of prefixes."""
         self._arrived = 0
         self._gaps = GapRuns()
         self.unresolved = 0
@@ -144,6 +150,11 @@ class ExactLog:
     def assign(self, request: SimRequest) -> None:
         self._prefill_id[request.request_id] = request.prefill_id
         self._decode_id[request.request_id] = request.decode_id
+
+    def reuse(self, request: SimRequest, tokens: int) -> None:
+        if not self._cached_tokens:
+            self._cached_tokens = [0] * len(self._status)
+        self._cached_tokens[request.request_id] = tokens
 
     def first_token(self, request: SimRequest, now_s: float) -> None:
         request.first_token_s = now_s
@@ -187,4 +198,7 @@ class ExactLog:
             finish_s=np.array(self._finish_s[came]),
             status=np.array(self._status[came], dtype=np.int64),
             retractions=np.array(self._retractions[came], dtype=np.int64),
+            cached_tokens=np.array(self._cached_tokens[came], dtype=np.int64)
+            if self._cached_tokens
+            else None,
         )

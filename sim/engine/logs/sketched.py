@@ -52,6 +52,9 @@ class SketchLog:
     def retract(self, request: SimRequest) -> None:
         pass
 
+    def reuse(self, request: SimRequest, tokens: int) -> None:
+        pass
+
     def first_token(self, request: SimRequest, now_s: float) -> None:
         request.first_token_s = now_s
         self._ttft_s.append(now_s - request.arrival_s)

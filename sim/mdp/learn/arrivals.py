@@ -208,6 +208,9 @@ class CountingLog:
         self.unresolved -= 1
         self._log.reject(request)
 
+    def reuse(self, request: SimRequest, tokens: int) -> None:
+        self._log.reuse(request, tokens)
+
     def retract(self, request: SimRequest) -> None:
         self._log.retract(request)
 

@@ -46,6 +46,13 @@ class AgftParameters:
     )
     idle_s: float = parameter(2.4, "idle time before the lowest clock (three windows)", low=0)
 
+    def exploration(self, num_rounds: int) -> float:
+        """Weight of uncertainty after so many rounds."""
+        return max(
+            self.explore_floor_ratio,
+            self.explore_ratio * math.exp(-self.explore_decay * num_rounds),
+        )
+
 
 class Arm:
     """One clock: ridge regression of reward on features, and what its windows cost."""
@@ -103,29 +110,29 @@ class Agft(Controller):
     """
 
     __slots__ = (
-        "_arms", "_baseline", "_clock_mhz", "_context", "_edp0", "_mean", "_parameters", "_round",
-        "_squares", "_window", "_windows", "_x",
+        "_baseline", "_context", "_edp0", "_parameters", "_scores", "_tried", "_window", "_x",
+        "arms", "num_rounds",
     )  # fmt: skip
 
     def __init__(self, parameters: AgftParameters, context: PolicyContext) -> None:
         levels = levels_of(context, parameters.frequencies_mhz, parameters.num_levels, "agft")
-        self._arms = [Arm(clock, parameters.ridge) for clock in levels]
+        self.arms = [Arm(clock, parameters.ridge) for clock in levels]
+        """Clocks not yet dropped, ascending."""
+        self.num_rounds = 0
+        """Windows learnt from."""
         self._parameters = parameters
         self._context = context
         self._baseline: list[float] = []
         self._edp0 = 0.0
-        self._clock_mhz = UNLOCKED_MHZ
-        self._round = 0
+        self._tried: Arm | None = None
         self._x: Vector = np.zeros(NUM_FEATURES)
-        self._windows = 0
-        self._mean: Vector = np.zeros(NUM_FEATURES - 1)
-        self._squares: Vector = np.zeros(NUM_FEATURES - 1)
-        self._window = _Window(0.0)
+        self._scores = Scores(NUM_FEATURES - 1)
+        self._window = EdpWindow(0.0)
 
     @property
     def clocks_mhz(self) -> tuple[int, ...]:
         """Clocks not yet dropped, ascending."""
-        return tuple(arm.clock_mhz for arm in self._arms)
+        return tuple(arm.clock_mhz for arm in self.arms)
 
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return IdlePlan(after_s=self._parameters.idle_s, clock_mhz=self._context.clocks_mhz[0])
@@ -133,34 +140,31 @@ class Agft(Controller):
     def decide(self, state: InstanceState) -> int:
         p, window = self._parameters, self._window
         if state.now_s - window.heard_s > p.window_s + p.idle_s:
-            window = self._window = _Window(state.now_s)
+            window = self._window = EdpWindow(state.now_s)
         window.add(state)
         if window.is_open and state.now_s - window.opened_s >= p.window_s:
             self._close(state)
-        return self._clock_mhz
+        return UNLOCKED_MHZ if self._tried is None else self._tried.clock_mhz
 
     def _close(self, state: InstanceState) -> None:
-        features, edp, delay_s = self._window.measure(state, self._parameters.window_s)
-        x = self._standardise(features)
-        before_mhz = self._clock_mhz
-        if len(self._baseline) < self._parameters.num_baseline:
+        p, tried = self._parameters, self._tried
+        features, edp, delay_s = self._window.measure(state, p.window_s)
+        x = np.append(self._scores.of(features), 1.0)
+        if tried is None:
             self._baseline.append(edp)
-            if len(self._baseline) == self._parameters.num_baseline:
-                mean = sum(self._baseline) / len(self._baseline)
-                self._edp0 = max(self._parameters.baseline_ratio * mean, 1e-12)
-                self._clock_mhz = self._choose(x)
+            if len(self._baseline) == p.num_baseline:
+                mean = sum(self._baseline) / p.num_baseline
+                self._edp0 = max(p.baseline_ratio * mean, 1e-12)
+                self._choose(x)
         else:
-            self._learn(edp, delay_s)
-            self._clock_mhz = self._choose(x)
-        changed = self._clock_mhz != before_mhz
-        self._window = _Window(state.now_s + (self._parameters.settle_s if changed else 0.0))
+            self._learn(tried, edp, delay_s)
+            self._choose(x)
+        rest_s = 0.0 if self._tried is tried else p.settle_s
+        self._window = EdpWindow(state.now_s + rest_s)
         self._window.add(state)
 
-    def _learn(self, edp: float, delay_s: float) -> None:
-        self._round += 1
-        tried = next((arm for arm in self._arms if arm.clock_mhz == self._clock_mhz), None)
-        if tried is None:
-            return
+    def _learn(self, tried: Arm, edp: float, delay_s: float) -> None:
+        self.num_rounds += 1
         tried.learn(self._x, self.reward(edp), edp)
         self._prune(tried, delay_s)
 
@@ -168,54 +172,69 @@ class Agft(Controller):
         """2 for no energy or no delay, 0 at the reference, -2 at twice it or worse."""
         return 2.0 * (1.0 - min(2.0, edp / self._edp0))
 
-    def _choose(self, x: Vector) -> int:
-        p = self._parameters
-        weight = max(
-            p.explore_floor_ratio, p.explore_ratio * math.exp(-p.explore_decay * self._round)
-        )
+    def _choose(self, x: Vector) -> None:
+        weight = self._parameters.exploration(self.num_rounds)
         self._x = x
-        return max(self._arms, key=lambda arm: (arm.bound(x, weight), arm.clock_mhz)).clock_mhz
+        self._tried = max(self.arms, key=lambda arm: (arm.bound(x, weight), arm.clock_mhz))
 
     def _prune(self, tried: Arm, delay_s: float) -> None:
-        c = self._context
-        budget_s = c.budget_s
-        failed = self._round <= 60 and tried.tries >= 3 and tried.reward / tried.tries <= -1.2
-        with_slower = delay_s > budget_s or tried.clock_mhz < self._parameters.prune_below_mhz
-        if delay_s > budget_s or failed:
+        is_late = delay_s > self._context.budget_s
+        if is_late or has_failed_early(tried, self.num_rounds):
+            with_slower = is_late or tried.clock_mhz < self._parameters.prune_below_mhz
             self._drop(
                 [
-                    arm for arm in self._arms
+                    arm for arm in self.arms
                     if arm is tried or (with_slower and arm.clock_mhz < tried.clock_mhz)
                 ]
             )  # fmt: skip
-        if self._round >= 30 and self._round % 20 == 0:
-            self._prune_history()
-
-    def _prune_history(self) -> None:
-        known = [arm for arm in self._arms if arm.tries >= 6]
-        if not known:
-            return
-        best = min(known, key=lambda arm: float(np.mean(arm.edps)))
-        limit = float(np.mean(best.edps) + 4.0 * np.std(best.edps, ddof=1))
-        self._drop([arm for arm in known if float(np.mean(arm.edps)) > limit])
+        if self.num_rounds >= 30 and self.num_rounds % 20 == 0:
+            self._drop(surely_worse(self.arms))
 
     def _drop(self, arms: Sequence[Arm]) -> None:
-        self._arms = [arm for arm in self._arms[:-1] if arm not in arms] + self._arms[-1:]
+        self.arms = [arm for arm in self.arms[:-1] if arm not in arms] + self.arms[-1:]
 
-    def _standardise(self, features: Vector) -> Vector:
-        """Z-scores by the mean and spread of all windows so far (Welford), and the constant 1."""
-        self._windows += 1
+
+def has_failed_early(arm: Arm, num_rounds: int) -> bool:
+    """Whether a clock's mean reward is -1.2 or less after three tries within 60 rounds."""
+    return num_rounds <= 60 and arm.tries >= 3 and arm.reward / arm.tries <= -1.2
+
+
+def surely_worse(arms: Sequence[Arm]) -> list[Arm]:
+    """Clocks whose mean EDP lies above the best one's by more than 4 of its standard deviations.
+
+    Those tried six times at least are compared.
+    """
+    known = [arm for arm in arms if arm.tries >= 6]
+    if not known:
+        return []
+    best = min(known, key=lambda arm: float(np.mean(arm.edps)))
+    limit = float(np.mean(best.edps) + 4.0 * np.std(best.edps, ddof=1))
+    return [arm for arm in known if float(np.mean(arm.edps)) > limit]
+
+
+class Scores:
+    """Z-scores by the mean and spread of all samples so far, the scored one included (Welford)."""
+
+    __slots__ = ("_count", "_mean", "_squares")
+
+    def __init__(self, num_features: int) -> None:
+        self._count = 0
+        self._mean: Vector = np.zeros(num_features)
+        self._squares: Vector = np.zeros(num_features)
+
+    def of(self, features: Vector) -> Vector:
+        """Scores within 3, 0 for a feature that has not varied yet. Shape (num_features,)."""
+        self._count += 1
         off = features - self._mean
-        self._mean = self._mean + off / self._windows
+        self._mean = self._mean + off / self._count
         self._squares = self._squares + off * (features - self._mean)
-        spread = np.sqrt(self._squares / self._windows)
-        scores = np.where(
-            spread > 0.0, (features - self._mean) / np.where(spread > 0, spread, 1), 0
-        )
-        return np.append(np.clip(scores, -_BOUND, _BOUND), 1.0)
+        spread = np.sqrt(self._squares / self._count)
+        scores = np.zeros_like(spread)
+        np.divide(features - self._mean, spread, out=scores, where=spread > 0.0)
+        return np.clip(scores, -_BOUND, _BOUND)
 
 
-class _Window:
+class EdpWindow:
     """What is summed between two decisions. It opens with the first iteration after `start_s`."""
 
     __slots__ = (
@@ -246,7 +265,7 @@ class _Window:
 
     def measure(self, state: InstanceState, window_s: float) -> tuple[Vector, float, float]:
         """Features, EDP (J·s, the energy scaled to a whole window) and requests' mean delay (s)."""
-        elapsed_s = max(state.now_s - self.opened_s, 1e-9)
+        elapsed_s = state.now_s - self.opened_s
         energy_j = (state.energy_j - self._energy_j) * window_s / elapsed_s
         count = max(self._iterations, 1)
         delay_s = self._delay_s / max(self._batches, 1)

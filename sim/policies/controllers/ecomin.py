@@ -202,15 +202,14 @@ class EcoMin(Controller):
         room = (most - here) / math.sqrt(most)
         floor_mhz = self._bottom_mhz if self._is_draining(state) else 0
         if room < settings.reserve_ratio:
-            climb = min(1.0 - room / settings.reserve_ratio, 1.0) ** 2
+            climb = (1.0 - room / settings.reserve_ratio) ** 2
             wanted_mhz = self._bottom_mhz + (self._top_mhz - self._bottom_mhz) * climb
             floor_mhz = nearest_clock_mhz(self._levels_mhz, wanted_mhz)
-        soon = max(min(here, most), batch)
         limit_s = self._limit_s(self._context.slo_itl_s)
-        soon_tokens = tokens * soon // batch
+        here_tokens = tokens * here // batch
         return first_clock_mhz(
             self._levels_mhz,
-            lambda f: f >= floor_mhz and self._bound_s(f, soon, soon_tokens) <= limit_s,
+            lambda f: f >= floor_mhz and self._bound_s(f, here, here_tokens) <= limit_s,
         )
 
     def _most(self, context_tokens: float) -> int:

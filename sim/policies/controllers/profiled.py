@@ -99,7 +99,7 @@ class PowerCapParameters:
         0.85, "cap as a part of the natural draw (the source: 0.8 to 0.9)", low=0.05, high=1.0
     )
     release_s: float = parameter(
-        1.0, "window of the p99 latency that releases the cap, and for how long", low=0.001
+        1.0, "window of the p99 latency that releases the cap, and for how long; 0: never", low=0
     )
 
 
@@ -110,7 +110,8 @@ class PowerCap(Controller):
     slowest if none is. The natural draw is the most the top clock would have drawn in any batch so
     far. While the p99 latency of the last `release_s` misses the promise (in prefill: what the TTFT
     promise leaves for prefill), and for as long after, the cap is released: the top clock. Idle:
-    the top clock's lock stays, as a cap leaves the clock alone.
+    the top clock's lock stays, as a cap leaves the clock alone. With `release_s` 0 nothing releases
+    it: a card's own limit.
 
     Source: phase-decoupled power control, arXiv 2609.11133, which caps decode and holds prefill in
     a window of clocks; capping prefill by the same rule and the release window are ours.
@@ -136,7 +137,8 @@ class PowerCap(Controller):
 
     def decide(self, state: InstanceState) -> int:
         context = self._context
-        self._window.add(state, context.phase)
+        if self._parameters.release_s > 0:
+            self._window.add(state, context.phase)
         if state.last_batch_size == 0:
             return context.clocks_mhz[-1]
         natural_w = self._power_w(context.clocks_mhz[-1], state)

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import deque
+from itertools import accumulate
+from typing import Final
 
 from voltana.sim.policies.base import DECODE, InstanceState
+
+_ROUNDING: Final = 1e-9
+"""Of a product of quantile and weight, in requests."""
 
 
 class LatencyWindow:
@@ -36,9 +42,5 @@ class LatencyWindow:
         if not self._samples:
             return None
         ordered = sorted((latency, weight) for _, latency, weight in self._samples)
-        rest = self._quantile * sum(weight for _, weight in ordered)
-        for latency_s, weight in ordered:
-            rest -= weight
-            if rest <= 1e-9:
-                return latency_s
-        return ordered[-1][0]
+        reached = list(accumulate(weight for _, weight in ordered))
+        return ordered[bisect_left(reached, self._quantile * reached[-1] - _ROUNDING)][0]

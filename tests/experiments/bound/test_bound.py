@@ -28,6 +28,7 @@ from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+from voltana.sim.workload.generate import make_workload
 from voltana.sim.workload.workload import Workload
 
 
@@ -224,3 +225,12 @@ def test_what_a_bound_refuses(profiles: list[Profile]) -> None:
 def test_requests_that_are_turned_away_cost_nothing(profiles: list[Profile]) -> None:
     config = make_config({"kv_capacity_tokens": 50})
     assert lower_bound(config, profiles[0], make_requests((0.0, 100, 100))).energy_j == 0.0
+
+
+def test_what_the_bound_does_not_know_is_refused(profiles: list[Profile]) -> None:
+    workload = make_workload("chat:think=1", rate_rps=5.0, duration_s=5.0, seed=1)
+    with pytest.raises(VoltanaError, match="let no turn wait"):
+        lower_bound(make_config({}), profiles[-1], workload)
+    alone = replace(workload, turns=None)
+    with pytest.raises(VoltanaError, match="leave out prefix_cache_tokens"):
+        lower_bound(make_config({"prefix_cache_tokens": 9_000}), profiles[-1], alone)

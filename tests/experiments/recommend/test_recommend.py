@@ -7,7 +7,7 @@ import json
 import shlex
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
@@ -17,17 +17,29 @@ from voltana.experiments.cli import make_app
 from voltana.experiments.compare.draws import Drawn, Run, compare_drawn
 from voltana.experiments.frontier.fixed import Side
 from voltana.experiments.frontier.trial import Trial, pooled
-from voltana.experiments.recommend.desk import Desk
-from voltana.experiments.recommend.fixed_choice import FixedSearch, allows, fleet_peak_w
-from voltana.experiments.recommend.hand_over import replay_toml, roles, router_toml
-from voltana.experiments.recommend.judge import DYNAMIC, FIXED, NOW, Advice, Judged, advise
+from voltana.experiments.recommend.advice import CAPS, DYNAMIC, FIXED, NOW, Advice, Judged
+from voltana.experiments.recommend.choose.desk import Desk, Means
+from voltana.experiments.recommend.choose.fixed import FixedSearch, allows, fleet_peak_w
+from voltana.experiments.recommend.hand_over import (
+    dynamo_yaml,
+    gpu_lines,
+    replay_toml,
+    roles,
+    router_toml,
+)
+from voltana.experiments.recommend.judge import advise
 from voltana.experiments.recommend.question import make_question
+from voltana.experiments.recommend.ranges import ranges
 from voltana.experiments.recommend.show import sentence
 from voltana.experiments.study.advice import best_by_rule, exhaustive
+from voltana.experiments.sweep.executors import Outcome
 from voltana.hwreplay.replay.config import read_replay_config
 from voltana.hwreplay.router.config import read_router_config
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
+
+if TYPE_CHECKING:
+    from ray.cluster_utils import Cluster
 
 LOAD = {"rate_rps": 14, "duration_s": 12, "slo_itl_s": 0.045}
 
@@ -44,7 +56,7 @@ def question(**more: Any) -> Any:  # noqa: ANN401 (options of make_question)
 
 @pytest.fixture(scope="module")
 def advised(tmp_path_factory: pytest.TempPathFactory) -> tuple[Desk, Advice]:
-    asked = question(policies=("ecofreq + round-robin",), draws=2)
+    asked = question(policies=("ecofreq + round-robin",), draws=2, is_capped=True)
     desk = Desk(asked, tmp_path_factory.mktemp("advice"), jobs=1)
     return desk, advise(desk)
 
@@ -73,13 +85,13 @@ def test_the_advice_is_of_repeats_that_took_no_part_in_the_choice(
     assert set(advice.fixed.asked.rows["seed"]).isdisjoint(
         set(range(1, 4))  # on which was chosen
     )
-    assert [len(t.energies_j) for t in advice.fixed.at_load.values()] == [2, 3, 2, 2]
+    assert [len(t.energies_j) for t in advice.fixed.at_load.values()] == [2, 3, 2, 1]
     loads = {f: t.rows["rate_rps"].iloc[0] for f, t in advice.fixed.at_load.items()}
     assert loads == pytest.approx({0.8: 11.2, 1.0: 14.0, 1.2: 16.8, 1.5: 21.0})
     by_hand = 100 * (1 - advice.fixed.asked.energies_j[0] / advice.now.asked.energies_j[0])
     kept = [advice.saving(advice.fixed, advice.now).mean, by_hand]
     assert kept[0] == pytest.approx(kept[1], abs=5)
-    assert set(advice.drawn) == {FIXED, DYNAMIC}
+    assert set(advice.drawn) == {FIXED, CAPS, DYNAMIC}
 
 
 def test_watts_bound_what_the_tables_can_draw(tmp_path: Path) -> None:
@@ -118,6 +130,14 @@ def test_mistakes(more: dict[str, Any], words: str) -> None:
         question(**more)
     with pytest.raises(VoltanaError, match="--set num_decode is what the search decides"):
         make_question(LOAD | {"num_decode": 3}, gpus=4, watts=None)
+
+
+def test_runs_that_all_fail_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failed = Outcome(error="an iteration lies outside the grid")
+    monkeypatch.setattr("voltana.experiments.frontier.trial.run_point", lambda _: failed)
+    asked = question(gpus=2)
+    with pytest.raises(VoltanaError, match=r"^an iteration lies outside the grid$"):
+        FixedSearch(Desk(asked, tmp_path, jobs=1), asked.tuning).find()
 
 
 def test_windows_of_a_trace_choose_and_judge_apart(tmp_path: Path) -> None:
@@ -171,10 +191,51 @@ def test_the_plain_sentence(
         advice, now=made(NOW, (200.0,) * 3, 1.0, advice.now),
         fixed=made(FIXED, fixed_j, fixed_kept, advice.fixed),
         dynamic=made(DYNAMIC, dynamic_j, dynamic_kept, advice.dynamic), drawn={DYNAMIC: drawn},
+        caps=None,
     )  # fmt: skip
     assert sentence(told).startswith(answer)
     is_dynamic = answer.startswith("Yes")
     assert told.best.name == (DYNAMIC if is_dynamic else FIXED)
+
+
+def test_caps_slow_only_what_would_draw_more(advised: tuple[Desk, Advice]) -> None:
+    """From what the best clocks draw at most, where no batch is slower than under the lock."""
+    desk, advice = advised
+    caps, choice = advice.caps, advice.caps_choice
+    assert caps is not None
+    assert choice is not None
+    means = Means(choice.means.router, is_cap=True)
+    begun = desk.trial(means.settings(desk.question, advice.fixed_choice.fleet), "",
+                       desk.question.tuning)  # fmt: skip
+    capped, locked = begun.rows, advice.fixed_choice.trial.rows
+    assert (capped["itl_mean_s"] <= locked["itl_mean_s"]).all()
+    assert (capped["attainment"] >= locked["attainment"] - 0.01).all()
+    assert choice.trial.energy_j <= begun.energy_j
+    assert advice.keeps(caps)
+    profile = load_profile("a100-80g-sxm/llama-3.1-8b")
+    for role, frame in zip(roles(advice, caps), (profile.prefill, profile.decode), strict=True):
+        assert frame["power_w"].min() <= role.cap_w <= frame["power_w"].max() + 1
+        assert f"-pl {role.cap_w} " in "\n".join(gpu_lines(advice, advice.fixed))
+        assert f'gpu-power-limit: "{role.cap_w}"' in dynamo_yaml(advice, caps)
+
+
+def test_ranges_hold_what_was_played(advised: tuple[Desk, Advice]) -> None:
+    _, advice = advised
+    found = ranges(advice, advice.fixed)
+    assert set(found) == {"seeds", "load", "profile"}
+    savings = [
+        100 * (1 - a / b)
+        for f in (0.8, 1.0, 1.2)
+        for a, b in zip(advice.fixed.at_load[f].energies_j, advice.now.at_load[f].energies_j,
+                        strict=True)
+    ]  # fmt: skip
+    assert found["load"]["saving_vs_top_clocks_pct"] == pytest.approx((min(savings), max(savings)))
+    whole = advice.saving(advice.fixed, advice.now)
+    low, high = found["seeds"]["saving_vs_top_clocks_pct"]
+    assert ((low + high) / 2, (high - low) / 2) == pytest.approx((whole.mean, whole.half))
+    day = sum(found["seeds"]["kwh_a_day"]) / 2
+    assert day == pytest.approx(advice.kwh_a_day(advice.fixed), rel=0.02)
+    assert all(0 <= share <= 1 for each in found.values() for share in each["attainment"])
 
 
 def test_what_is_handed_over_can_be_read(advised: tuple[Desk, Advice], tmp_path: Path) -> None:
@@ -248,9 +309,64 @@ def test_the_command_writes_text_json_and_a_page(tmp_path: Path) -> None:
     assert "dynamo.nvidia.com/gpu-power-limit" in (out / "ready" / "dynamo.yaml").read_text()
     page = _Page()
     page.feed((out / "recommend.html").read_text())
-    assert page.tags.count("table") == 2
+    assert page.tags.count("table") == 3
     assert [s[:22] for s in page.sources] == ["data:image/png;base64,"]
     runs = len(list((out / "points").iterdir()))
     again = runner.invoke(make_app(), [*shlex.split(line), "--json"])
     assert json.loads(again.output) == json.loads((out / "recommend.json").read_text())
     assert len(list((out / "points").iterdir())) == runs
+
+
+@pytest.mark.slow
+def test_two_cards_within_a_budget_of_watts(tmp_path: Path) -> None:
+    """The least energy of those that keep the promise is named; nothing may draw more than W."""
+    out, watts = tmp_path / "advice", 1000.0
+    names = ("a100-80g-sxm/llama-3.1-8b", "h100-sxm/llama-3.1-8b")
+    line = (
+        f"recommend --profile {names[0]} --profile {names[1]} --watts {watts} --rate 4 --caps "
+        "--slo-itl-ms 60 --set duration_s=6 --seeds 2 --uncertainty 0 --jobs 1 "
+        f"--policy 'ecofreq + round-robin' --out {out}"
+    )
+    done = CliRunner().invoke(make_app(), shlex.split(line))
+    assert done.exit_code == 0, done.output
+    told = json.loads((out / "recommend.json").read_text())
+    assert [a["question"]["profile"] for a in told["advices"]] == [*names]
+    days = {}
+    for number, advice in enumerate(told["advices"], 1):
+        profile = load_profile(names[number - 1])
+        assert [w["name"] for w in advice["ways"]] == [NOW, FIXED, CAPS, DYNAMIC]
+        for way in advice["ways"]:
+            most_w = 0.0
+            for role, frame in zip(way["roles"], (profile.prefill, profile.decode), strict=True):
+                each_w = role["cap_w"]
+                if role["clock_mhz"] is not None:  # locked: what the tables draw up to there
+                    below = frame["frequency_mhz"] <= role["clock_mhz"]
+                    each_w = frame.loc[below, "power_w"].max()
+                most_w += len(role["gpus"]) * each_w
+            assert most_w <= watts + 10 * len(names)  # caps are told in steps of 5 W
+            assert way["peak_w"] <= watts + 2
+        best = next(w for w in advice["ways"] if w["name"] == advice["advised"])
+        assert best["keeps"]
+        days[names[number - 1]] = best["kwh_a_day"]
+        assert (out / f"ready-{number}" / "gpus.sh").is_file()
+    assert told["best_profile"] == min(days, key=lambda name: days[name])
+    assert f"Least energy: {told['best_profile']}" in done.output
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_on_ray_as_on_this_machine(
+    ray_cluster: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", ray_cluster.address)
+    told = []
+    for more in ("--engine ray", "--jobs 1"):
+        out = tmp_path / more.split()[-1]
+        line = (
+            "recommend --gpus 2 --rate 6 --slo-itl-ms 60 --set duration_s=6 --seeds 2 "
+            f"--uncertainty 0 --policy 'ecofreq + round-robin' --out {out} {more} --json"
+        )
+        done = CliRunner().invoke(make_app(), shlex.split(line))
+        assert done.exit_code == 0, done.output
+        told.append((out / "recommend.json").read_text())
+    assert told[0] == told[1]

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -199,24 +198,6 @@ def test_ray_without_a_cluster_is_one_clear_line(
     with pytest.raises(VoltanaError, match="RAY_ADDRESS") as caught:
         RayExecutor()
     assert "\n" not in str(caught.value)
-
-
-@pytest.fixture
-def ray_cluster() -> Iterator[Cluster]:
-    """A real Ray on this machine: a head without CPUs and two nodes of one CPU each."""
-    pytest.importorskip("ray")
-    from ray.cluster_utils import Cluster
-
-    handler = signal.getsignal(signal.SIGTERM)  # Ray puts its own there and leaves it
-    cluster = Cluster(
-        initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False}
-    )
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
-    cluster.wait_for_nodes()
-    yield cluster
-    cluster.shutdown()
-    signal.signal(signal.SIGTERM, handler)
 
 
 @pytest.mark.slow

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -253,15 +254,20 @@ def test_token_and_size_limits() -> None:
 
 
 def test_metrics_name_what_happened() -> None:
-    """One request of 4 tokens: one TTFT, three gaps, nothing open at the end."""
+    """One request of 4 tokens: one TTFT, three gaps, nothing open at the end.
+
+    The router's times lie within what the client waits."""
 
     async def play() -> None:
         async with bench(2, 1, times=StubTimes(decode_base_s=0.02)) as b:
+            began_s = time.monotonic()
             await b.generate(8, 4)
+            waited_s = time.monotonic() - began_s
             found = await b.samples()
             assert found[("voltana_ttft_seconds_count", "")] == 1
             assert found[("voltana_itl_seconds_count", "")] == 3
-            assert found[("voltana_itl_seconds_sum", "")] == pytest.approx(0.06, rel=0.5)
+            itl_s, ttft_s = (found[(f"voltana_{n}_seconds_sum", "")] for n in ("itl", "ttft"))
+            assert 0.0 < itl_s < itl_s + ttft_s <= waited_s
             assert found[("voltana_routing_seconds_count", "")] == 1
             for name in ("prefill-0", "prefill-1", "decode-0"):
                 assert found[("voltana_healthy", name)] == 1

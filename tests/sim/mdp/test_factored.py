@@ -6,16 +6,26 @@ import numpy as np
 import pytest
 
 from tests.sim.mdp.small import one_level
+from tests.sim.mdp.test_solve import two_levels
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.mdp.factored import (
     GroupPolicy,
     delta_of,
+    group_sizes,
     lower_bound_w,
+    solve_by_policies,
     solve_group,
     solve_groups,
     splits,
 )
 from voltana.sim.mdp.model import InstanceModel
-from voltana.sim.mdp.solve import JointModel, evaluate, policy_iteration, sum_over_axes
+from voltana.sim.mdp.solve import (
+    JointModel,
+    evaluate,
+    policy_iteration,
+    sum_over_axes,
+    value_iteration,
+)
 
 CASES = [
     (one_level(4, penalty_j=5.0), 2.0, 2, 1),
@@ -110,3 +120,81 @@ def test_splits_share_the_whole_stream() -> None:
             assert len(shares) == len(sizes)
             assert sum(shares) == pytest.approx(24.0)
         assert len(set(splits(24.0, sizes))) == len(splits(24.0, sizes))
+
+
+def test_splits_by_hand() -> None:
+    """30/s over a pair and a single: the pair alone, with the single at a quarter, a half and three
+    quarters of an even share (its members then have 2 : part of it), and all alike."""
+    assert splits(30.0, (2, 1)) == [
+        (30.0, 0.0), pytest.approx((30 * 2 / 2.25, 30 * 0.25 / 2.25)), (24.0, 6.0),
+        pytest.approx((30 * 2 / 2.75, 30 * 0.75 / 2.75)), (20.0, 10.0),
+    ]  # fmt: skip
+    assert splits(9.0, (1, 1, 1))[4:] == [
+        (4.5, 4.5, 0.0), (4.0, 4.0, 1.0), pytest.approx((3.6, 3.6, 1.8)),
+        pytest.approx((9 / 2.75, 9 / 2.75, 9 * 0.75 / 2.75)), (3.0, 3.0, 3.0),
+    ]  # fmt: skip
+    assert [group_sizes(n, 2) for n in (1, 4, 5)] == [(1,), (2, 2), (2, 2, 1)]
+
+
+def test_a_group_policy_says_what_it_was_made_of() -> None:
+    """Its split is the cheapest of those tried, each group's part solved by itself."""
+    instance, rate_rps, count, size = CASES[3]
+    told: list[tuple[int, int]] = []
+    made = solve_groups(
+        instance, rate_rps, count, group_size=size, tolerance=1e-9,
+        progress=lambda *now: told.append(now),
+    )  # fmt: skip
+    tried = splits(rate_rps, (2, 1))
+    assert told == [(k, len(tried)) for k in range(1, len(tried) + 1)]
+    costs = [
+        sum(solve_group(instance, r, n, 1e-9).cost_w for r, n in zip(shares, (2, 1), strict=True))
+        for shares in tried
+    ]
+    assert made.split_cost_w == pytest.approx(min(costs), rel=1e-9)
+    assert made.shares_rps == tried[int(np.argmin(costs))]
+    assert [d.shape for d in made.delta_j] == [(4, 4, 2), (4, 1)]
+    gaps = [
+        solve_group(instance, r, n, 1e-9).gap_w
+        for r, n in zip(made.shares_rps, (2, 1), strict=True)
+    ]
+    assert made.gap_w == pytest.approx(sum(gaps), abs=1e-9)
+
+
+def test_policy_iteration_is_a_single_group() -> None:
+    instance, rate_rps, count, _ = CASES[1]
+    exact = solve_by_policies(instance, rate_rps, count)
+    model = JointModel(instance, rate_rps, count)
+    assert exact.shares_rps == (rate_rps,)
+    assert exact.gap_w == 0.0
+    assert exact.split_cost_w == policy_iteration(model).cost_w
+    assert cost_of(exact, model) == pytest.approx(exact.split_cost_w, rel=1e-9)
+
+
+def test_what_cannot_be_grouped_or_bounded_is_refused_in_one_line() -> None:
+    small = one_level(1)
+    start = "a fleet needs an instance, a group size >= 1 and a rate > 0, got "
+    for arguments, got in (((0.0, 1, 1), "1, 1, 0.0"), ((1.0, 0, 1), "0, 1, 1.0"),
+                           ((1.0, 1, 0), "1, 0, 1.0")):  # fmt: skip
+        with pytest.raises(VoltanaError) as caught:
+            solve_groups(small, arguments[0], arguments[1], group_size=arguments[2])
+        assert str(caught.value) == start + got
+    with pytest.raises(VoltanaError) as caught:
+        lower_bound_w(two_levels(1), 1.0, 1)
+    assert str(caught.value) == "the bound needs a clock rule that is not free"
+
+
+def test_a_group_without_a_share_knows_the_cost_of_a_request() -> None:
+    """Hardly any load: 40 W and no error, and 70 J for the first request, which takes a second."""
+    solution = solve_group(one_level(1), 0.0, 1)
+    assert solution.cost_w == pytest.approx(40.0, abs=0.1)
+    assert delta_of(one_level(1), solution.values_j)[0, 0] == pytest.approx(70.0, abs=0.1)
+
+
+def test_a_free_instance_is_a_group_too() -> None:
+    """Solved by value iteration, alone and in pairs; the pair is never dearer than two halves."""
+    instance = two_levels(2)
+    one, pair = (solve_group(instance, rate, n, 1e-8) for rate, n in ((1.0, 1), (2.0, 2)))
+    for solution, rate, n in ((one, 1.0, 1), (pair, 2.0, 2)):
+        exact = value_iteration(JointModel(instance, rate, n), tolerance=1e-9)
+        assert solution.cost_w == pytest.approx(exact.cost_w, rel=1e-7)
+    assert pair.cost_w <= 2.0 * one.cost_w

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 import pytest
@@ -16,9 +17,16 @@ from voltana.sim.config import make_config
 from voltana.sim.mdp.clock_rule import ControllerClock
 from voltana.sim.mdp.factored import solve_group
 from voltana.sim.mdp.grid import StateGrid, batch_edges
-from voltana.sim.mdp.model import InstanceModel, ModelParameters, build_instance
+from voltana.sim.mdp.model import (
+    InstanceModel,
+    ModelParameters,
+    bucket_loads,
+    build_instance,
+)
+from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.controllers.fixed import NoParameters
 from voltana.sim.policies.parts.clocks import levels_of
-from voltana.sim.policies.registry import make_controller
+from voltana.sim.policies.registry import CONTROLLERS, Entry, make_controller
 
 PARAMETERS = ModelParameters(
     slo_itl_s=0.15, input_tokens=5, output_tokens=10, context_tokens=15, penalty_j=2.0
@@ -173,8 +181,136 @@ def test_moving_clocks_go_where_the_controller_says() -> None:
     assert rates[2, 3] == rates[5, 4] == rates[0, 1] == 0.0
 
 
+def test_a_wide_bucket_keeps_the_mean_of_its_moves_and_of_its_tables() -> None:
+    """Batches 0, 1 and 2 to 4, nodes 0, 1 and 3, at 1000 MHz, 0.1 s a request: the last takes 0.2,
+    0.3 and 0.4 s, 0.3 on average, two of three are late of 0.25 s, ten tokens a second.
+
+    Requests of ten tokens leave the node 3 at 3/(10·0.3) a second, half of that by steps of two. An
+    arrival lifts the node 1 by two with probability 1/2; the last bucket turns it away."""
+    grid = StateGrid(batch_edges_requests=(0, 1, 2, 5), kv_nodes_tokens=(15.0,), levels_mhz=(1000,))
+    slow = dataclasses.replace(PARAMETERS, slo_itl_s=0.25, clock_rule="static:f=1000")
+    model = build_instance(grid, slow, CONTEXT)
+    assert model.energy_w.tolist() == pytest.approx([40.0, 100.0, 100.0])
+    assert model.cost_w.tolist() == pytest.approx([40.0, 100.0, 100.0 + 2.0 * 10.0 * 2 / 3])
+    rates = np.array([[0, 0, 0], [1, -1, 0], [0, 0.5, -0.5]])
+    np.testing.assert_allclose(model.generator.toarray(), rates, atol=1e-12)
+    after = np.array([[0, 1, 0], [0, 0.5, 0.5], [0, 0, 1]])
+    np.testing.assert_allclose(model.arrival.toarray(), after)
+    assert model.exit_rate == pytest.approx(1.0)
+    assert model.clock_rate.tolist() == [0.0, 0.0, 0.0]
+
+
+class KvPower(ClockPower):
+    """A watt a token beside."""
+
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 0.1 * clock_mhz + tokens
+
+
+def test_loads_of_a_bucket_have_the_node_s_context_each() -> None:
+    """Two to four requests of 12.5 tokens: 25, 38 (37.5) and 50, 37.67 on average; in the middle of
+    the bucket three of 38."""
+    grid = StateGrid(
+        batch_edges_requests=(0, 1, 2, 5), kv_nodes_tokens=(12.5, 20.0), levels_mhz=(1000,)
+    )
+    assert bucket_loads(grid) == [(1, 12), (1, 20), (3, 38), (3, 60)]
+    static = dataclasses.replace(PARAMETERS, clock_rule="static:f=1000")
+    model = build_instance(grid, static, dataclasses.replace(CONTEXT, power=KvPower()))
+    assert model.energy_w.tolist() == pytest.approx([40, 40, 112, 120, 100 + 113 / 3, 160])
+
+
+def test_free_clocks_may_change_after_each_iteration_and_when_they_have_waited() -> None:
+    """1/(T + 3 ms) where busy, 1/5 s where idle; no move of the chain's own changes the clock. One
+    that parks at once is given a millisecond, one that never does waits for the model's 5 s."""
+    free = build(dataclasses.replace(PARAMETERS, clock_rule="free"), (1000, 1400))
+    busy = [1 / (t * n + 0.003) for n in (1, 2, 3) for t in (0.1, 0.06)]
+    assert free.clock_rate.tolist() == pytest.approx([0.2, 0.2, *busy])
+    rates = free.generator.toarray()
+    assert rates[2, 0] == pytest.approx(1.0)
+    assert rates[3, 2] == rates[2, 3] == rates[1, 0] == 0.0
+    assert free.exit_rate == pytest.approx(max(free.clock_rate - free.generator.diagonal()))
+    for spec, wait_s in (("oracle", 0.001), ("ecofreq:idle=2", 2.0)):
+        made = build(dataclasses.replace(PARAMETERS, clock_rule=spec), (1000, 1400))
+        assert np.abs(made.generator.toarray()[:2, :2]).max() == pytest.approx(1 / wait_s), spec
+    held = build(dataclasses.replace(PARAMETERS, clock_rule="static:f=1000"), (1000, 1400))
+    assert not held.generator.toarray()[:2, :2].any()
+
+
+class Flapping(Controller):
+    """1200 MHz at 1000, 1000 at 1200, 1200 at any other; parks at 1000 MHz."""
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None: ...
+
+    def decide(self, state: InstanceState) -> int:
+        return 1000 if state.clock_mhz == 1200 else 1200
+
+    def on_idle(self, state: InstanceState) -> IdlePlan:
+        return IdlePlan(after_s=1.0, clock_mhz=1000)
+
+
+def test_where_a_controller_settles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that goes on changing: the faster of its two clocks. Empty: where it parks, or at the top
+    if it does not; what it may set at all is what it says at the clocks that it may set."""
+    made = Entry(make=Flapping, parameters=NoParameters)
+    monkeypatch.setitem(CONTROLLERS, "flapping", made)
+    rule = ControllerClock("flapping", CONTEXT)
+    assert rule.settled_mhz(2, 30) == 1200
+    assert rule.settled_mhz(0, 0) == 1000
+    assert rule.idle_plan == IdlePlan(after_s=1.0, clock_mhz=1000)
+    assert rule.reachable_mhz([(1, 15)]) == (1000, 1200, 1400)
+    boost = ControllerClock("boost", CONTEXT)
+    assert boost.settled_mhz(0, 0) == boost.settled_mhz(3, 45) == 1400  # no lock is the top clock
+    assert boost.reachable_mhz([(3, 45)]) == (1400,)
+
+
+class Asked(Flapping):
+    """Keeps what it is shown."""
+
+    seen: ClassVar[list[InstanceState]] = []
+
+    def decide(self, state: InstanceState) -> int:
+        self.seen.append(state)
+        return 1000
+
+
+def test_a_controller_is_asked_about_a_batch_that_has_run_for_long(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setitem(CONTROLLERS, "asked", Entry(make=Asked, parameters=NoParameters))
+    Asked.seen.clear()
+    ControllerClock("asked", CONTEXT).next_mhz(3, 45, 1200)
+    (state,) = Asked.seen
+    assert state.now_s > 3600.0
+    assert (state.phase, state.clock_mhz, state.is_busy) == ("decode", 1200, True)
+    assert (state.num_running, state.open_requests, state.last_batch_size) == (3, 3, 3)
+    assert (state.kv_tokens, state.last_tokens, state.kv_capacity_tokens) == (45, 45, 100_000)
+    assert (state.ended_batch_size, state.ended_tokens) == (3, 45)
+
+
+BAD: list[tuple[dict[str, float | str], str]] = [
+    ({"slo_itl_s": 0.0}, "slo_itl_s must be > 0, got 0.0"),
+    ({"input_tokens": 0}, "input_tokens must be > 0, got 0"),
+    ({"output_tokens": -1}, "output_tokens must be > 0, got -1"),
+    ({"idle_wait_s": 0.0}, "idle_wait_s must be > 0, got 0.0"),
+    ({"context_tokens": 5}, "context_tokens must exceed the mean prompt, 5, got 5"),
+    ({"penalty_j": -1.0}, "penalty_j must be >= 0, got -1.0"),
+    ({"actuation_s": -0.5}, "actuation_s must be >= 0, got -0.5"),
+    ({"clock_rule": "free", "is_tied": True}, "clocks that are tied to the state cannot be free"),
+]
+
+
+@pytest.mark.parametrize("number", range(len(BAD)))
+def test_bad_parameters_are_one_line(number: int) -> None:
+    changes, line = BAD[number]
+    with pytest.raises(VoltanaError) as caught:
+        dataclasses.replace(PARAMETERS, **changes)  # type: ignore[arg-type]
+    assert str(caught.value) == line
+    dataclasses.replace(PARAMETERS, penalty_j=0.0, actuation_s=0.0, context_tokens=6)
+
+
 def test_contradictions_are_refused() -> None:
     with pytest.raises(VoltanaError, match="cannot be free"):
         dataclasses.replace(TIED, clock_rule="free")
-    with pytest.raises(VoltanaError, match="a grid of one level"):
+    with pytest.raises(VoltanaError) as caught:
         build(TIED, (1000, 1400))
+    assert str(caught.value) == "tied clocks need a grid of one level, got (1000, 1400)"

@@ -141,6 +141,61 @@ def test_learning_on_the_simulator_moves_values_that_were_seen() -> None:
     assert 100.0 < learner.cost_w < 1000.0  # two A100 idle at about 100 W, and draw at most 800 W
 
 
+class Scripted:
+    """Two choices in state A, two in B, the second of which counts twice; A, B, A and over."""
+
+    num_features = 4
+
+    def reset(self, seed: int) -> None:
+        a: list[Features] = [([0], [1.0]), ([1], [1.0])]
+        b: list[Features] = [([2], [1.0]), ([3], [2.0])]
+        self._coming = [a, b, a]
+        self._costs = [(6.0, 2.0), (10.0, 1.0), (1.0, 1.0)]
+        self.taken: list[int] = []
+
+    def actions(self) -> Sequence[Features]:
+        return self._coming[0] if self._coming else ()
+
+    def act(self, action: int) -> tuple[float, float]:
+        self.taken.append(action)
+        self._coming.pop(0)
+        return self._costs.pop(0)
+
+
+def test_three_steps_by_hand() -> None:
+    """Weights 4, 5, 3, 1, rate 0.5/(1 + steps), cost per second with a memory of 10 s.
+
+    A: 4 < 5. 6 J in 2 s, 3 J/s; B's least is 2·1: the error is 6 - 6 + 2 - 4 = -2, half of it: 3.
+    B: 2 < 3. 10 J in 1 s; (0.9·6 + 10) J / (0.9·2 + 1) s = 5.5 J/s; A's least is 3 now: the error
+    is 10 - 5.5 + 3 - 2 = 5.5, a quarter of it is 1.375, by a feature of 2: 1 + 1.375·2/4. A again:
+    1 J in 1 s, and nothing follows that could be learnt from."""
+    task = Scripted()
+    settings = QSettings(
+        episodes=1, exploration=0.0, learning_rate=0.5, learning_steps=1.0, memory_s=10.0
+    )
+    learner = q_learn(task, settings, Learner(weights_j=np.array([4.0, 5.0, 3.0, 1.0])))
+    assert task.taken == [0, 1, 0]
+    assert learner.weights_j.tolist() == pytest.approx([3.0, 5.0, 3.0, 1.6875], rel=1e-12)
+    assert learner.cost_j == pytest.approx(0.9 * 15.4 + 1.0, rel=1e-12)
+    assert learner.time_s == pytest.approx(0.9 * 2.8 + 1.0, rel=1e-12)
+    assert (learner.steps, learner.episodes) == (3, 1)
+    assert Learner(weights_j=np.zeros(1)).cost_w == 0.0
+
+
+def test_exploration_falls_to_nothing_after_the_last_episode() -> None:
+    """0.8, 0.6, 0.4 and 0.2 of 500 actions are drawn, half of them the dear one: 200, 150, 100 and
+    50, each within four standard deviations, sqrt(500·p·(1 - p))."""
+    task, dear = TwoChoices(), []
+
+    def count(learner: Learner) -> bool:
+        dear.append(sum(task.taken))
+        return True
+
+    q_learn(task, QSettings(episodes=4, exploration=0.8), after_episode=count)
+    for seen, share in zip(dear, (0.4, 0.3, 0.2, 0.1), strict=True):
+        assert abs(seen - 500 * share) < 4.0 * math.sqrt(500 * share * (1.0 - share))
+
+
 class TwoChoices:
     """An endless choice between 1 J and 100 J, a second each."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -67,6 +68,39 @@ def test_states_are_blended_between_nodes() -> None:
     assert GRID.blend(1, 100, 1000) == (4, 4, 0.0)
     assert GRID.blend(1, 200, 1400) == (7, 7, 0.0)
     assert GRID.blend(500, 500, 1000) == (8, 8, 0.0)
+
+
+BAD_GRIDS: list[tuple[dict[str, tuple[float, ...]], str]] = [
+    ({"batch_edges_requests": (0, 1)}, "batch bucket edges must ascend as 0, 1, …, got (0, 1)"),
+    ({"batch_edges_requests": (0, 2, 3)},
+     "batch bucket edges must ascend as 0, 1, …, got (0, 2, 3)"),
+    ({"batch_edges_requests": (0, 1, 1)},
+     "batch bucket edges must ascend as 0, 1, …, got (0, 1, 1)"),
+    ({"kv_nodes_tokens": ()}, "kv_nodes_tokens must be positive and ascending, got ()"),
+    ({"kv_nodes_tokens": (0.0, 1.0)},
+     "kv_nodes_tokens must be positive and ascending, got (0.0, 1.0)"),
+    ({"levels_mhz": (1400, 1000)}, "levels_mhz must be positive and ascending, got (1400, 1000)"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("number", range(len(BAD_GRIDS)))
+def test_a_bad_grid_is_refused_in_one_line(number: int) -> None:
+    changes, line = BAD_GRIDS[number]
+    with pytest.raises(VoltanaError) as caught:
+        dataclasses.replace(GRID, **changes)  # type: ignore[arg-type]
+    assert str(caught.value) == line
+
+
+def test_what_lies_between_counts_to_the_nearest_and_to_the_lower_of_a_tie() -> None:
+    """150 tokens a request are as near to 100 as to 200, 1200 MHz as near to 1000 as to 1400."""
+    assert [GRID.level_of(f) for f in (1, 1200, 1201, 9999, 0)] == [0, 0, 1, 1, 1]
+    assert [GRID.blend(2, 2 * t, 1000)[0] for t in (150, 151)] == [4, 6]
+    # on a node its state alone counts, and between the last two both
+    assert GRID.blend(6, 600, 1000) == (4, 8, 0.875)
+    assert GRID.blend(7, 700, 1000) == (8, 8, 0.0)
+    live = decode_state(opened=6, kv=500, clock=1000)
+    live.waiting_tokens = 100
+    assert GRID.blend_instance(live) == (4, 8, 0.875)
 
 
 def test_buckets_end_at_the_steps_of_decode_time() -> None:
@@ -134,12 +168,18 @@ def test_the_nearest_rate_is_used(tmp_path: Path) -> None:
 
 
 def test_rate_meter_forgets() -> None:
-    """Evenly spaced arrivals read their rate at once; after a change it is followed."""
-    meter = RateMeter(1.0)
-    assert meter.arrive(0.0) == 0.0
-    rates = [meter.arrive(0.1 * k) for k in range(1, 50)]
-    assert rates[-1] == pytest.approx(10.0, rel=0.06)
-    assert [meter.arrive(5.0 + k) for k in range(20)][-1] < 2.0
+    """The count of the arrivals after the first, each weighed by exp(-age/window), over the time
+    since the first, weighed alike: window·(1 - exp(-age of the first/window))."""
+    meter = RateMeter(2.0)
+    times_s = [1.0, 1.1, 1.3, 2.0, 2.05, 9.0, 9.5]
+    for k, now_s in enumerate(times_s):
+        count = sum(math.exp(-(now_s - t) / 2.0) for t in times_s[1 : k + 1])
+        time_s = 2.0 * (1.0 - math.exp(-(now_s - times_s[0]) / 2.0))
+        expected = count / time_s if k else 0.0
+        assert meter.arrive(now_s) == pytest.approx(expected, rel=1e-12)
+    assert RateMeter(1.0).arrive(5.0) == 0.0
+    twice = RateMeter(1.0)
+    assert [twice.arrive(0.0), twice.arrive(0.0)] == [0.0, 0.0]  # no time has passed
 
 
 def test_a_network_takes_the_greatest_value(tmp_path: Path) -> None:
@@ -225,6 +265,63 @@ def test_a_foreign_or_broken_file_is_refused_in_one_line(tmp_path: Path) -> None
     refused("arrays that do not fit")
 
 
+def test_what_is_wrong_with_a_policy_is_said_to_the_letter(tmp_path: Path) -> None:
+    path = tmp_path / "p.npz"
+    made = policy("table", {"delta_0": np.zeros((1, 12, 12, 2))})
+
+    def line() -> str:
+        with pytest.raises(VoltanaError) as caught:
+            make_router(f"mdp:policy={path}", make_context().__class__(**_two_decode()))
+        return str(caught.value)
+
+    assert line() == f"no such policy file: {path}: make one with voltana train mdp"
+    path.write_text("text")
+    assert line() == f"{path} is not a policy file (no NumPy archive)"
+    np.savez(path, other=np.zeros(1))
+    assert line() == f"{path} is not a policy file (KeyError)"
+    np.savez(path, meta=np.array("[]"))
+    assert line() == f"{path} is not a policy file (its meta is no table)"
+    make = "make one with voltana train mdp"
+    for wrong in ({"format": "else"}, {"version": 2}):
+        made.save(path)
+        rewrite(path, **wrong)
+        assert line() == f"{path} is no routing policy of version 1: {make}"
+    dataclasses.replace(made, profile_hash="1234567890abcdef").save(path)
+    assert line() == (
+        f"{path} was trained for profile gpu/model (hash 1234567890ab), this run's profile has "
+        "hash 0: train it again for this one"
+    )
+    dataclasses.replace(made, num_instances=3, arrays={
+        "delta_0": np.zeros((1, 12, 12, 2)), "delta_1": np.zeros((1, 12, 1)),
+    }).save(path)  # fmt: skip
+    assert line() == (
+        f"{path} was trained for 3 decode instances, this fleet has 2: train it again with that "
+        "number"
+    )
+    misfit = f"{path} has arrays that do not fit its grid: train the policy again"
+    for arrays in (
+        {"delta_0": np.zeros((2, 12, 12, 2))}, {"delta_0": np.zeros((1, 11, 12, 2))},
+        {"delta_0": np.zeros(())}, {"gamma_0": np.zeros((1, 12, 12, 2))}, {},
+    ):  # fmt: skip
+        dataclasses.replace(made, arrays=arrays).save(path)
+        assert line() == misfit, list(arrays)
+    dataclasses.replace(made, rates_rps=(), arrays={"delta_0": np.zeros((0, 12, 12, 2))}).save(path)
+    assert line() == misfit
+    layers = {"weight_0": np.zeros((3, 10)), "bias_0": np.zeros(3),
+              "weight_1": np.zeros((2, 3)), "bias_1": np.zeros(2)}  # fmt: skip
+    for change in (
+        {"weight_1": np.zeros((2, 4))}, {"bias_1": np.zeros(3)}, {"bias_1": np.zeros(())},
+        {"extra": np.zeros(1)},
+    ):  # fmt: skip
+        policy("network", layers | change).save(path)
+        assert line() == misfit, list(change)
+    policy("network", layers).save(path)
+    make_router(f"mdp:policy={path}", make_context().__class__(**_two_decode()))
+
+
 def test_mdp_without_a_file_says_how_to_get_one() -> None:
-    with pytest.raises(VoltanaError, match="voltana train mdp"):
+    with pytest.raises(VoltanaError) as caught:
         make_router("mdp", make_context())
+    assert str(caught.value) == (
+        "mdp needs a trained policy, mdp:policy=FILE: make one with voltana train mdp"
+    )

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
 import numpy.typing as npt
 import pytest
 from scipy.optimize import linprog
 
 from tests.sim.mdp.small import one_level
+from tests.sim.policies.doubles import Formula, make_context
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.mdp.model import InstanceModel
+from voltana.sim.mdp.grid import StateGrid
+from voltana.sim.mdp.model import InstanceModel, ModelParameters, build_instance
 from voltana.sim.mdp.solve import JointModel, evaluate, policy_iteration, value_iteration
 
 
@@ -106,6 +112,130 @@ def test_the_bounds_hold_the_optimum_from_the_first_sweep() -> None:
         assert early.cost_w - early.gap_w - 1e-9 <= best <= early.cost_w + early.gap_w + 1e-9
 
 
-def test_too_large_a_chain_is_refused() -> None:
-    with pytest.raises(VoltanaError, match="take the factored solver"):
-        JointModel(one_level(40), 1.0, 4)
+def two_levels(capacity: int) -> InstanceModel:
+    """Free clocks: 0.1 s an iteration at 1000 MHz and 100 W, 0.05 s at 1400 MHz and 190 W."""
+    grid = StateGrid(
+        batch_edges_requests=tuple(range(capacity + 2)),
+        kv_nodes_tokens=(15.0,),
+        levels_mhz=(1000, 1400),
+    )
+    parameters = ModelParameters(
+        slo_itl_s=0.07, input_tokens=5, output_tokens=10, context_tokens=15, penalty_j=3.0,
+        clock_rule="free",
+    )  # fmt: skip
+    predictor = Formula(lambda p, f, b, t: 0.1 if f == 1000 else 0.05)
+    context = replace(make_context(predictor), power=TwoPowers())
+    return build_instance(grid, parameters, context)
+
+
+class TwoPowers:
+    """Busy 100 and 190 W, idle 40 and 60 W."""
+
+    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 100.0 if clock_mhz == 1000 else 190.0
+
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return 40.0 if clock_mhz == 1000 else 60.0
+
+
+@pytest.mark.parametrize("rate_rps", [0.5, 2.0])
+def test_free_clocks_are_the_best_of_all_rules_of_clocks(rate_rps: float) -> None:
+    """One instance of up to two requests, two clocks: each of the 64 ways to choose a clock in its
+    six states is a chain of its own, and its average cost a linear solve with plain matrices."""
+    instance = two_levels(2)
+    size = instance.grid.num_states
+    arrive = rate_rps * (instance.arrival.toarray() - np.eye(size))
+    fixed = instance.generator.toarray() + arrive
+    cost = instance.cost_w + rate_rps * instance.blocked_j
+    costs = []
+    for levels in product((0, 1), repeat=size):
+        rates = fixed.copy()
+        for state, level in enumerate(levels):
+            target = state // 2 * 2 + level
+            rates[state, target] += instance.clock_rate[state]
+            rates[state, state] -= instance.clock_rate[state]
+        # balance of all states, and probabilities that add up to one; least squares, as a rule
+        # that holds a clock for ever makes another one's states transient
+        system = np.vstack([rates.T, np.ones(size)])
+        share = np.linalg.lstsq(system, np.append(np.zeros(size), 1.0))[0]
+        if np.linalg.matrix_rank(system) == size:  # one recurrent class
+            costs.append(float(share @ cost))
+    found = value_iteration(JointModel(instance, rate_rps, 1), tolerance=1e-10)
+    assert found.cost_w == pytest.approx(min(costs), rel=1e-8)
+    assert min(costs) < 0.95 * max(costs)
+
+
+@pytest.mark.parametrize("instance", [one_level(3, penalty_j=5.0), two_levels(2)])
+def test_a_pair_s_shortcut_is_the_general_rule(instance: InstanceModel) -> None:
+    """On values that are symmetric, whatever they are."""
+    model = JointModel(instance, 2.0, 2)
+    values = np.random.default_rng(6).normal(size=model.shape)
+    values = values + values.T
+    np.testing.assert_allclose(
+        model.pair_improvement_w(values), model.improvement_w(values), atol=1e-9
+    )
+    start = np.random.default_rng(7).normal(size=model.shape)
+    free = value_iteration(model, tolerance=1e-9)
+    begun = value_iteration(model, tolerance=1e-9, start_j=start)
+    assert begun.cost_w == pytest.approx(free.cost_w, rel=1e-8)
+    np.testing.assert_allclose(begun.values_j, begun.values_j.T, atol=1e-9)
+    assert begun.values_j[0, 0] == 0.0
+
+
+def test_progress_is_told_every_fifty_sweeps_and_may_stop() -> None:
+    told: list[int] = []
+
+    def progress(sweep: int, width: float) -> bool:
+        told.append(sweep)
+        return sweep < 150
+
+    model = JointModel(*CASES[0], 2)
+    stopped = value_iteration(model, tolerance=0.0, max_sweeps=1000, progress=progress)
+    assert told == [50, 100, 150]
+    assert stopped.gap_w == value_iteration(model, tolerance=0.0, max_sweeps=150).gap_w
+    exact = value_iteration(model, tolerance=1e-6)
+    assert exact.gap_w <= 0.5e-6 * exact.cost_w
+
+
+def test_the_whole_rate_matrix_is_that_of_plain_loops() -> None:
+    """Three instances, each joint state's request sent to a random one."""
+    instance, rate_rps = one_level(2), 1.5
+    model = JointModel(instance, rate_rps, 3)
+    routing = np.random.default_rng(8).integers(0, 3, model.shape)
+    move, arrive = instance.generator.toarray(), instance.arrival.toarray()
+    size = len(move)
+    expected = np.zeros((size**3, size**3))
+    for number, state in enumerate(np.ndindex(model.shape)):
+        for axis in range(3):
+            for to in range(size):
+                other = list(state)
+                other[axis] = to
+                at = np.ravel_multi_index(tuple(other), model.shape)
+                expected[number, at] += move[state[axis], to]
+                if routing[state] == axis:
+                    expected[number, at] += rate_rps * arrive[state[axis], to]
+        expected[number, number] -= rate_rps
+    np.testing.assert_allclose(model.generator_of(routing).toarray(), expected, atol=1e-12)
+
+
+def test_what_cannot_be_solved_is_refused_in_one_line() -> None:
+    small, free = one_level(1), two_levels(1)
+    many = "the joint chain of 4 instances has 41^4 states"
+    lines: list[tuple[Callable[[], object], str]] = [
+        (lambda: JointModel(one_level(40), 1.0, 4),
+         f"{many}, more than 2000000: take the factored solver, or fewer buckets"),
+        (lambda: JointModel(small, 0.0, 1),
+         "a joint model needs rate > 0 and an instance, got 0.0, 1"),
+        (lambda: JointModel(small, 1.0, 0),
+         "a joint model needs rate > 0 and an instance, got 1.0, 0"),
+        (lambda: policy_iteration(JointModel(one_level(150), 1.0, 2)),
+         "a linear solve takes at most 20000 states, got 22801: use value iteration"),
+        (lambda: policy_iteration(JointModel(free, 1.0, 1)),
+         "a linear solve needs a clock rule that is not free"),
+        (lambda: policy_iteration(JointModel(small, 1.0, 2), max_rounds=0),
+         "policy iteration did not settle in 0 rounds"),
+    ]  # fmt: skip
+    for call, line in lines:
+        with pytest.raises(VoltanaError) as caught:
+            call()
+        assert str(caught.value) == line

@@ -42,6 +42,7 @@ class LineFormula(Formula):
         super().__init__(lambda p, f, b, t: (1e-3 * b + 1e-6 * t) * 1000 / f)
 
     def predict_line(self, phase: Phase, clock_mhz: int, batch_size: int) -> tuple[float, float]:
+        require_point(phase, clock_mhz, batch_size, 0)
         return 1e-3 * batch_size * 1000 / clock_mhz, 1e-6 * 1000 / clock_mhz
 
 
@@ -53,6 +54,7 @@ class FlatPower:
         return 100.0
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 

@@ -11,7 +11,16 @@ import pytest
 
 from tests.sim.policies.doubles import decode_state, make_context
 from voltana.sim.policies.base import InstanceState
-from voltana.sim.policies.controllers.agft import NUM_FEATURES, Agft, AgftParameters, Arm, _Window
+from voltana.sim.policies.controllers.agft import (
+    NUM_FEATURES,
+    Agft,
+    AgftParameters,
+    Arm,
+    EdpWindow,
+    Scores,
+    has_failed_early,
+    surely_worse,
+)
 from voltana.sim.policies.registry import make_controller
 
 
@@ -35,8 +44,8 @@ class Bench:
 
     def __init__(self, made: Agft, delay_s: dict[int, float], power_w: dict[int, float]) -> None:
         self.made = made
-        self._delay_s = delay_s
-        self._power_w = power_w
+        self.delay_s = delay_s
+        self.power_w = power_w
         self.state: InstanceState = decode_state(batch=10, tokens=1000)
         self.state.ended_batch_size, self.state.ended_tokens = 10, 1000
         self.state.kv_capacity_tokens = 100_000
@@ -48,8 +57,8 @@ class Bench:
         for _ in range(steps):
             at = self.clock or 1400
             state.now_s += 0.125
-            state.energy_j += 0.125 * self._power_w[at]
-            state.last_duration_s = self._delay_s[at]
+            state.energy_j += 0.125 * self.power_w[at]
+            state.last_duration_s = self.delay_s[at]
             state.clock_mhz = self.clock
             self.clock = self.made.decide(state)
             self.history.append((state.now_s, self.clock))
@@ -149,8 +158,8 @@ def test_a_clock_that_is_only_a_little_worse_is_not_dropped_early() -> None:
     bench = Bench(agft(explore_decay=0.0, explore_ratio=50.0), SAME, power_w)
     bench.play(380)
     assert bench.made.clocks_mhz == (1000, 1200, 1400)
-    assert bench.made._arms[0].tries >= 3
-    assert bench.made._round < 40
+    assert bench.made.arms[0].tries >= 3
+    assert bench.made.num_rounds < 40
 
 
 @pytest.mark.parametrize(("power_w", "left"), [(170.0, (1000, 1400)), (151.0, (1000, 1200, 1400))])
@@ -160,7 +169,7 @@ def test_history_prunes_what_is_surely_worse(power_w: float, left: tuple[int, ..
     made = agft(explore_decay=0.0, explore_ratio=50.0, explore_floor_ratio=50.0)
     bench = Bench(made, SAME, {1000: 150.0, 1200: power_w, 1400: 300.0})
     for k in range(500):
-        bench._power_w[1000] = 148.5 if k % 16 < 8 else 151.5
+        bench.power_w[1000] = 148.5 if k % 16 < 8 else 151.5
         bench.play(1)
     assert made.clocks_mhz == left
 
@@ -195,7 +204,7 @@ def test_clocks_can_be_named() -> None:
 def test_a_prefill_window_s_delay_is_that_of_the_batches_that_ended() -> None:
     """Three requests that waited 10 ms for a batch of 20 ms, one that waited 30 for 40:
     (3·30 + 70) / 4 = 40 ms. What the batch to come has waited is not over."""
-    window = _Window(0.0)
+    window = EdpWindow(0.0)
     state = InstanceState(instance_id=0, phase="prefill", last_queue_delay_s=9.0)
     window.add(state)
     for now_s, batch, delay_s, duration_s in ((0.5, 3, 0.010, 0.020), (1.0, 1, 0.030, 0.040)):
@@ -205,8 +214,136 @@ def test_a_prefill_window_s_delay_is_that_of_the_batches_that_ended() -> None:
         if now_s == 0.5:
             assert window.measure(state, 1.0)[2] == pytest.approx(0.030)
     assert window.measure(state, 1.0)[2] == pytest.approx(0.040)
-    alone = _Window(0.0)
+    alone = EdpWindow(0.0)
     for now_s in (0.0, 0.5):
         state.now_s = now_s
         alone.add(state)
     assert alone.measure(state, 1.0)[2] == pytest.approx(0.070)  # one batch of one request
+
+
+def test_decode_window_by_hand() -> None:
+    """Opened at 1 s and 100 J; until 2 s 10 requests an iteration of 20 ms and 20 of 30 ms, 400 J.
+
+    30 tokens in 1 s are 24 in a window of 0.8 s, 15 an iteration; 300 J are 240; mean delay (10·20
+    + 20·30) / 30 ms. An iteration of unknown length counts for nothing."""
+    window = EdpWindow(1.0)
+    state = decode_state(batch=99, tokens=9999, waiting=2, kv=250)
+    state.kv_capacity_tokens = 1000
+    for now_s, energy_j, batch, duration_s in (
+        (0.9, 70.0, 7, 0.5), (1.0, 100.0, 7, 0.5), (1.2, 200.0, 10, 0.02), (1.6, 300.0, 5, 0.0),
+        (2.0, 400.0, 20, 0.03),
+    ):  # fmt: skip
+        state.now_s, state.energy_j = now_s, energy_j
+        state.ended_batch_size, state.ended_tokens, state.last_duration_s = batch, 999, duration_s
+        window.add(state)
+        assert window.is_open == (now_s >= 1.0)
+    assert (window.opened_s, window.heard_s) == (1.0, 2.0)
+    features, edp, delay_s = window.measure(state, 0.8)
+    assert features.tolist() == pytest.approx([1.0, 0.0, 24.0, 15.0, 15.0, 0.25])
+    assert delay_s == pytest.approx(0.8 / 30)
+    assert edp == pytest.approx(240 * 0.8 / 30)
+
+
+def test_prefill_window_by_hand() -> None:
+    """1,000 tokens of 4 prompts and 500 of one within 0.5 s: 2,400 in 0.8 s, 750 an iteration."""
+    window = EdpWindow(0.0)
+    state = InstanceState(instance_id=0, phase="prefill", kv_tokens=1)
+    window.add(state)
+    for now_s, batch, tokens in ((0.25, 4, 1000), (0.5, 1, 500)):
+        state.now_s, state.last_duration_s = now_s, 0.1
+        state.ended_batch_size, state.ended_tokens = batch, tokens
+        window.add(state)
+    features, edp, delay_s = window.measure(state, 0.8)
+    assert features.tolist() == pytest.approx([0.0, 2400.0, 0.0, 750.0, 2.5, 1.0])
+    assert edp == 0.0
+    assert delay_s == pytest.approx(0.1)
+
+
+def test_a_window_without_an_iteration_has_no_delay() -> None:
+    window, state = EdpWindow(0.0), decode_state()
+    window.add(state)
+    state.now_s, state.energy_j = 1.0, 50.0
+    window.add(state)
+    features, edp, delay_s = window.measure(state, 1.0)
+    assert (features.tolist(), edp, delay_s) == ([0.0] * 6, 0.0, 0.0)
+
+
+def test_scores_are_numpys_of_all_samples_so_far_within_three() -> None:
+    """Against the mean and the population's spread at once. The last feature never varies; the one
+    before is 0 fifty times and then 1, which is 7 deviations off."""
+    rng = np.random.default_rng(2)
+    samples = rng.normal(size=(51, 4))
+    samples[:, 2], samples[:, 3] = 0.0, 5.0
+    samples[50, 2] = 1.0
+    made = Scores(4)
+    for count, sample in enumerate(samples, start=1):
+        seen = samples[:count]
+        spread = seen.std(axis=0)
+        expected = (sample - seen.mean(axis=0)) / np.where(spread > 0, spread, 1.0)
+        scores = made.of(sample)
+        assert scores == pytest.approx(np.clip(expected, -3, 3), abs=1e-9)
+        assert count < 51 or scores[2:].tolist() == [3.0, 0.0]
+
+
+@pytest.mark.parametrize(("num_rounds", "weight"), [(0, 10.0), (50, 3.678794), (231, 0.1)])
+def test_exploration_decays_to_its_floor(num_rounds: int, weight: float) -> None:
+    """10·exp(-0.02·round): 10/e after 50; 0.0985, less than 0.1, after 231."""
+    assert AgftParameters().exploration(num_rounds) == pytest.approx(weight, abs=1e-6)
+
+
+def arm(*edps: float, reward: float = 0.0) -> Arm:
+    """A clock that was tried at those energy delay products, with that mean reward."""
+    made = Arm(1000, ridge=1.0)
+    for edp in edps:
+        made.learn(np.zeros(NUM_FEATURES), reward, edp)
+    return made
+
+
+@pytest.mark.parametrize(
+    ("tries", "reward", "num_rounds", "failed"),
+    [
+        (3, -1.25, 60, True), (2, -1.25, 60, False), (3, -1.25, 61, False), (3, -1.125, 60, False),
+        (8, -1.25, 8, True),
+    ],
+)  # fmt: skip
+def test_early_failure(tries: int, reward: float, num_rounds: int, failed: bool) -> None:
+    """A mean of -1.2 or less after three tries at least, up to the sixtieth round."""
+    assert has_failed_early(arm(*[1.0] * tries, reward=reward), num_rounds) is failed
+
+
+def test_surely_worse_is_by_more_than_four_deviations_of_the_best() -> None:
+    """Three times 9 and 11: mean 10, spread sqrt(6/5) = 1.095 with n - 1: up to 14.38."""
+    best = arm(9.0, 11.0, 9.0, 11.0, 9.0, 11.0)
+    near, far, hardly_tried = arm(*[14.38] * 6), arm(*[14.39] * 6), arm(*[99.0] * 5)
+    assert surely_worse([near, best, far, hardly_tried]) == [far]
+    assert surely_worse([hardly_tried]) == []
+
+
+@pytest.mark.parametrize(
+    ("below_mhz", "left"),
+    [
+        (1200, (1000, 1400)),  # it alone: it is not below the limit
+        (1201, (1400,)),  # below it: with all slower ones
+    ],
+)
+def test_a_slow_clock_that_fails_early_takes_the_slower_with_it(
+    below_mhz: int, left: tuple[int, ...]
+) -> None:
+    """1200 MHz takes 900 W·20 ms, three times what the other two and the reference's windows do:
+    -2 at each try, and 2·(1 - 1/0.9) = -0.22 for the others."""
+    made = agft(explore_decay=0.0, prune_below_mhz=below_mhz)
+    bench = Bench(made, SAME, {1000: 300.0, 1200: 900.0, 1400: 300.0})
+    bench.play(380)
+    assert made.clocks_mhz == left
+
+
+def test_a_rest_begins_when_nothing_was_heard_for_a_window_and_the_idle_time() -> None:
+    """Windows of 1 s, idle after 2 s: at 3 s of silence the window goes on and closes, at 3.125 s
+    it is forgotten and another begins. Two windows of 300 W set the reference, then 1400 MHz."""
+    for silent_s, clocks in ((3.0, [0, 1400]), (3.125, [0, 0])):
+        bench = Bench(agft(num_baseline=2, idle_s=2.0), SAME, dict.fromkeys(SAME, 300.0))
+        bench.play(9)
+        bench.state.now_s += silent_s - 0.125
+        seen = [bench.clock]
+        bench.play(1)
+        assert [*seen, bench.clock] == clocks

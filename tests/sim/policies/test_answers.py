@@ -311,6 +311,31 @@ def test_a_policy_that_cannot_be_made(write: Write, text: str, words: str) -> No
     assert repr(name) in str(caught.value)
 
 
+def test_a_line_about_a_module_is_whole(write: Write) -> None:
+    """What was asked for, what is wrong with it and what to do, for controllers and routers."""
+    of = "must be a voltana.sim.policies.base."
+    derive = "got a Mine: derive your class from it"
+    path = "set PYTHONPATH to its folder"
+    known, near = "known are agft, boost", "did you mean 'least-requests'?"
+    plain = write(CONTROLLER.format("").replace("(Controller)", ""))
+    routes = write(ROUTER.format("pass").replace("(Router)", ""))
+    lines = [
+        (make_controller, plain, f"controller {plain!r} {of}Controller, {derive}"),
+        (make_router, routes, f"router {routes!r} {of}Router, {derive}"),
+        (make_router, "nosuch.x", f"cannot import router 'nosuch.x': no module 'nosuch'; {path}"),
+        (make_controller, "json", f"unknown controller 'json': {known}"),
+        (make_controller, "no-module", f"unknown controller 'no-module': {known}"),
+        (make_controller, "qqqq", f"unknown controller 'qqqq': {known}"),
+        (make_router, "least-request", f"unknown router 'least-request': {near}"),
+    ]
+    for make, name, start in lines:
+        with pytest.raises(VoltanaError) as caught:
+            make(name, make_context())
+        assert one_line(caught).startswith(start)
+        ending = f" (a module of yours: {path})"
+        assert str(caught.value).endswith(ending) == (name == "qqqq")
+
+
 def test_parameters_of_a_kind_that_cannot_be_written(write: Write) -> None:
     text = CONTROLLER.format("").replace(
         "\nclass Mine", "\n@dataclass\nclass Parameters:\n    x: dict = None\n\nclass Mine"

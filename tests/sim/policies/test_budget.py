@@ -38,6 +38,7 @@ class Power:
         return watts if phase == "prefill" else watts / 2
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 
@@ -58,6 +59,10 @@ def polca(cluster: Cluster, **parameters: float) -> PolcaPlan:
         (MILD, 0.90, HARD), (HARD, 0.85, HARD), (HARD, 0.83, MILD), (HARD, 0.90, HARD_ALL),
         (HARD_ALL, 0.95, HARD_ALL), (HARD_ALL, 0.85, HARD_ALL), (HARD_ALL, 0.70, MILD),
         (HARD_ALL, 1.01, BRAKE), (BRAKE, 0.90, BRAKE), (BRAKE, 0.83, MILD),
+        # at each threshold nothing happens yet: above and below are strict
+        (FREE, 0.75, FREE), (MILD, 0.80, MILD), (MILD, 0.75, MILD), (FREE, 0.89, MILD),
+        (HARD, 0.89, HARD), (HARD, 0.84, HARD), (HARD_ALL, 0.84, HARD_ALL), (BRAKE, 0.84, BRAKE),
+        (FREE, 1.0, HARD), (HARD, 1.0, HARD_ALL), (BRAKE, 1.0, BRAKE),
     ],
 )  # fmt: skip
 def test_polca_levels(level: int, use: float, asked: int) -> None:
@@ -86,6 +91,29 @@ def test_polca_escalates_in_its_own_time() -> None:
     assert changes == [
         (42, (1100, 0)), (82, (1100, 1305)), (89, (700, 700)), (130, (1275, 0)), (170, (0, 0)),
     ]  # fmt: skip
+
+
+def test_polca_caps_each_phase_by_its_level() -> None:
+    """Caps of 1275, 1110 and 1305 MHz among 1000, 1200 and 1400: 1200, 1200 and 1400. The brake is
+    the lowest clock. Before two seconds have passed nothing is measured."""
+    cluster = make_cluster()
+    plan = PolcaPlan(PolcaParameters(), make_context(), cluster)
+    caps = []
+    for plan.level in (FREE, MILD, HARD, HARD_ALL, BRAKE):
+        caps.append((plan.clock_mhz("decode", 1.9), plan.clock_mhz("prefill", 1.9)))
+    assert caps == [(0, 0), (1200, 0), (1200, 0), (1200, 1400), (1000, 1000)]
+
+
+def test_polca_counts_energy_since_it_last_looked() -> None:
+    """Budget 100 W, 160 J at 2 s: 80 W, at the threshold. 350 J at 4 s: 95 W since then, not 87.5
+    since the start: a hard cap, 3 s later."""
+    cluster = make_cluster()
+    plan = polca(cluster, budget_w=100.0, lag_s=3.0)
+    seen = []
+    for now_s, energy_j in ((2.0, 160.0), (4.0, 350.0), (6.9, 350.0), (7.0, 350.0)):
+        cluster.prefill[0].energy_j = energy_j
+        seen.append(plan.clock_mhz("decode", now_s))
+    assert seen == [0, 0, 0, 1100]
 
 
 def test_polca_sizes_its_budget_by_the_full_draw() -> None:
@@ -147,6 +175,10 @@ def feed(plan: RapidPlan, phase: Phase, now_s: float, latency_s: float, waiting:
         (0.30, 0, 0.046, -40.0),
         (0.41, 0, 0.046, 0.0),
         (0.60, 0, 0.060, 0.0),  # both pressed: power does not help
+        (0.45, 0, 0.030, 0.0),  # at the threshold of pressure, and at that of slack
+        (0.40, 0, 0.046, 0.0),
+        (0.39, 0, 0.046, -40.0),
+        (0.30, 0, 0.044, 0.0),
     ],
 )
 def test_rapid_moves_power_to_the_pressed_phase(
@@ -162,6 +194,40 @@ def test_rapid_moves_power_to_the_pressed_phase(
     feed(plan, "decode", 3.6, decode_s)
     assert plan.caps_w["prefill"] == pytest.approx(300.0 + moved)
     assert plan.caps_w["decode"] == pytest.approx(150.0 - moved / 2)
+
+
+def test_rapid_counts_the_queue_of_all_prefill_instances() -> None:
+    """Two instances may queue 16 together. Prefill's caps: 600 W of 1200 full draw, half of 400 W;
+    a move of 2·40 W is 40 W for each of two."""
+    for waiting, cap_w in (((10, 6), 200.0), ((10, 7), 240.0)):
+        cluster = make_cluster(2, 2)
+        settings = RapidParameters(budget_w=600.0, step_w=40.0, cooldown_s=3.0)
+        plan = RapidPlan(settings, replace(context(cluster), num_prefill=2), cluster)
+        cluster.prefill[1].num_waiting = waiting[1]
+        feed(plan, "decode", 2.4, 0.030)
+        assert feed(plan, "prefill", 3.0, 0.30, waiting[0]) == pytest.approx(cap_w)
+
+
+def test_rapid_looks_twice_a_second_and_begins_after_its_cooldown() -> None:
+    """The first move at 3 s, the second at 6 s; the phase that felt nothing yet can give."""
+    plan = rapid(budget_w=600.0, step_w=10.0)
+    caps = [feed(plan, "prefill", at_s, 0.60) for at_s in (2.9, 3.0, 3.4, 5.9, 6.0, 6.4)]
+    assert caps == [300.0, 300.0, 320.0, 320.0, 320.0, 340.0]
+    plan = rapid(budget_w=600.0, step_w=10.0)
+    assert [feed(plan, "prefill", at_s, 0.60) for at_s in (0.4, 0.5, 3.0)] == [300.0, 300.0, 320.0]
+
+
+def test_rapid_does_not_rest_after_a_look_that_moved_nothing() -> None:
+    """Nobody pressed at 3 s, prefill at 3.5 s. And a phase that has nothing to give rests nobody:
+    with decode at its least of 50 W, power goes the other way half a second later."""
+    plan = rapid(budget_w=600.0, step_w=10.0)
+    assert [feed(plan, "prefill", s, t) for s, t in ((3.0, 0.3), (3.5, 0.6))] == [300.0, 320.0]
+    plan = rapid(budget_w=400.0, step_w=60.0, window_s=0.1)  # 200 W, and 100 W each
+    assert feed(plan, "prefill", 3.0, 0.6) == 300.0
+    assert plan.caps_w["decode"] == 50.0
+    assert feed(plan, "prefill", 6.0, 0.6) == 300.0
+    feed(plan, "prefill", 6.4, 0.1)
+    assert feed(plan, "decode", 6.5, 0.06) == 80.0
 
 
 def test_rapid_rests_after_a_move() -> None:

@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
+from tests.sim.policies.doubles import Formula, Known, decode_state, make_context, require_point
 from voltana.profiles.catalog import load_profile
-from voltana.sim.policies.base import InstanceState, Phase, PolicyContext
+from voltana.sim.policies.base import InstanceState, Phase, PolicyContext, RunningRequest
 from voltana.sim.policies.parts.clocks import (
     cheapest_clock_mhz,
     clock_at_least_mhz,
@@ -34,6 +34,7 @@ class CubicPower:
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 
@@ -138,6 +139,56 @@ def test_every_planning_prefill_controller_has_the_same_budget(name: str) -> Non
             last_queue_delay_s=delay_s, clock_mhz=1400, num_running=1, kv_tokens=9,
         )  # fmt: skip
         assert (made.decide(state) == 1000) is is_slow, delay_s
+
+
+PLAIN = "frequencies=1000+1200+1400"
+EXACT = {
+    "ecofreq": "", "throttllm": "", "dualscale-mpc": "", "oracle": "",
+    "greenllm": ",window=1", "window": ",period=0.125", "ecomin": ",headroom=0,dwell=0",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", sorted(EXACT))
+def test_a_promise_of_prefill_is_kept_to_the_last_bit(name: str) -> None:
+    """TTFT 1 s less two ITL of a quarter: half a second; a quarter of delay and one to run. EcoFreq
+    alone plans with all of TTFT. The slowest clock costs least: 50 W·0.25 s above idle. All of it
+    is exact in binary."""
+    for late_s, is_slow in ((0.0, True), (2.0**-40, False)):
+        formula = Formula(lambda p, f, b, t: {1000: 0.25, 1200: 0.21875, 1400: 0.203125}[f])
+        context = make_context(formula, phase="prefill", slo_ttft_s=1.0, slo_itl_s=0.25)
+        truth = Known(formula, CubicPower())
+        made = make_controller(
+            f"{name}:{PLAIN}{EXACT[name]}", replace(context, power=CubicPower(), truth=truth)
+        )
+        state = InstanceState(
+            instance_id=0, phase="prefill", now_s=1.0, last_batch_size=1, last_tokens=9,
+            last_queue_delay_s=(0.75 if name == "ecofreq" else 0.25) + late_s, clock_mhz=1400,
+            num_running=1, kv_tokens=9,
+        )  # fmt: skip
+        assert made.decide(state) == (1000 if is_slow else 1200)
+
+
+@pytest.mark.parametrize("name", sorted(set(EXACT) - {"greenllm"}))  # it goes by what it measures
+def test_a_promise_of_decode_is_kept_to_the_last_bit(name: str) -> None:
+    """A quarter of a second, whatever the batch."""
+    for late_s, clock in ((0.0, 1000), (2.0**-40, 1200)):
+        formula = Formula(lambda p, f, b, t: {1000: 0.25, 1200: 0.21875, 1400: 0.203125}[f])
+        context = make_context(formula, slo_ttft_s=99.0, slo_itl_s=0.25 - late_s)
+        truth = Known(formula, CubicPower())
+        made = make_controller(
+            f"{name}:{PLAIN}{EXACT[name]}", replace(context, power=CubicPower(), truth=truth)
+        )
+        state = decode_state(batch=4, tokens=400, kv=400, opened=4)
+        state.now_s, state.num_running = 1.0, 4
+        running = [
+            RunningRequest(
+                request_id=k, arrival_s=0.0, input_tokens=99, generated_tokens=1, output_tokens=9,
+                first_token_s=0.5,
+            )
+            for k in range(4)
+        ]  # fmt: skip
+        state.list_running = lambda running=running: running  # type: ignore[misc]
+        assert made.decide(state) == clock
 
 
 def test_first_clock_mhz_does_not_ask_about_the_last() -> None:

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 
-from tests.sim.policies.doubles import Formula, make_context
+from tests.sim.policies.doubles import Formula, LineFormula, make_context
 from tests.sim.policies.test_ecomin import CubicPower
 from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
-from voltana.sim.policies.base import InstanceState, RequestView
+from voltana.sim.policies.base import InstanceState, Phase, RequestView
 from voltana.sim.policies.registry import make_router
 
 
@@ -78,13 +78,120 @@ def test_a_batch_at_its_limit_opens_the_next_instance() -> None:
     assert send(made, 0.2, decode(530, 7, 0, clock=1000)) == 1  # one more, not two
 
 
+def test_room_is_counted_with_the_context_of_the_new_one() -> None:
+    """(1 ms + 1 µs a token)·b/1.4 of 45 ms: b = 63 / (1 + context in thousands). Nine of 9,000
+    tokens and a prompt of 11,000 share 20,000 by ten: 2,000 each, searched as 2,016: 20.9, so 20.
+    Of the nine four may still wait. With 19 on their way there is room, with 20 not."""
+    for waiting in (0, 4):
+        for opened, chosen in ((19, 0), (20, 1)):
+            made = make_router("consolidate", make_context(LineFormula()))
+            states = decode(0, 0, clock=1000)
+            first = states[0]
+            first.num_running, first.num_waiting, first.open_requests = 9 - waiting, waiting, opened
+            first.kv_tokens, first.waiting_tokens = 9000 - 1000 * waiting, 1000 * waiting
+            view = RequestView(request_id=0, arrival_s=0.0, input_tokens=11_000, output_tokens=None)
+            assert made.route(view, idle_prefill(), states) == (0, chosen)
+
+
+def test_the_token_rate_is_a_mean_over_its_memory() -> None:
+    """300 at 1400 MHz: 10,500 tokens/s, looked at each second with a memory of 3 s: a quarter of
+    what is missing is added each time. One instance at 1200 MHz is cheapest up to 9,778 tokens/s:
+    after nine looks the mean is 10,500·(1 - 0.75^9) = 9,712, after ten 9,909."""
+    made = router("consolidate:memory=3,dwell=5")
+    busy = decode(300, 0, clock=1400)
+    assert [send(made, float(second), busy) for second in range(1, 11)] == [0] * 9 + [1]
+
+
+def test_the_number_is_looked_at_once_a_period() -> None:
+    """A quarter of a second: the rate that asks for two is not looked at before."""
+    for at_s, chosen in ((0.24, 0), (0.25, 1)):
+        assert send(router(), at_s, decode(300, 0, clock=1400)) == chosen
+
+
+def test_all_are_used_where_no_number_keeps_the_promise() -> None:
+    """600 at 1400 MHz: 70 ms/1.4 = 50 ms, 12,000 tokens/s each, and 11,778 are the most that one
+    sustains: four of four, so that the fourth, which has the fewest, is taken."""
+    assert send(router(), 1.0, decode(600, 600, 600, 590, clock=1400)) == 3
+
+
+def test_nobody_running_changes_nothing() -> None:
+    """Two are in use; a moment without requests is no reason for fewer, whatever the dwell."""
+    made = router("consolidate:memory=0,dwell=0")
+    assert send(made, 1.0, decode(300, 0, clock=1400)) == 1
+    waiting = decode(0, 0, clock=1400)
+    waiting[0].open_requests = 5
+    assert send(made, 2.0, waiting) == 1
+
+
+class TokenPower(CubicPower):
+    """A watt for so many tokens beside."""
+
+    def __init__(self, tokens_per_w: float) -> None:
+        self._tokens_per_w = tokens_per_w
+
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return super().power_w(phase, clock_mhz, batch_size, tokens) + tokens / self._tokens_per_w
+
+
+@pytest.mark.parametrize(
+    ("running", "clock", "tokens_per_w", "chosen"),
+    [
+        (150, 1200, 1e9, 0),
+        (150, 1400, 1e9, 1),
+        (150, 1200, 1e3, 1),  # a watt a request: 125.9 + 152 against 2·(72.9 + 48)
+    ],
+)
+def test_the_context_is_part_of_the_price(
+    running: int, clock: int, tokens_per_w: float, chosen: int
+) -> None:
+    """Contexts of 1,000 tokens: 10 ms + 0.2 ms a request at 1000 MHz.
+
+    One instance sustains 220/45 ms = 4,889 tokens/s at 1200 MHz. 150 there: 33.3 ms, 4,500/s, at
+    which 152 settle; two at 1000 MHz, 48 each. 150 at 1400 MHz: 28.6 ms, 5,250/s: two."""
+    formula = Formula(
+        lambda p, f, b, t: (0.01 + 1e-4 * b + 1e-7 * t if p == "decode" else 1e-4 * t) * 1000 / f
+    )
+    context = replace(make_context(formula), power=TokenPower(tokens_per_w))
+    made = make_router("consolidate:memory=0", context)
+    states = decode(running, 0, clock=clock)
+    states[0].kv_tokens = 1000 * running
+    assert send(made, 1.0, states) == chosen
+
+
+def test_a_driver_that_shows_no_context_asks_of_a_token() -> None:
+    def asked_of_one(phase: str, clock: int, batch: int, tokens: int) -> float:
+        assert tokens >= 1
+        return time_s(phase, clock, batch, tokens)
+
+    context = replace(make_context(Formula(asked_of_one)), power=CubicPower())
+    states, prefill = decode(300, 0, clock=1400), idle_prefill()
+    states[0].kv_tokens, prefill[0].num_running = 0, 1
+    view = RequestView(request_id=0, arrival_s=1.0, input_tokens=1, output_tokens=None)
+    made = make_router("consolidate:memory=0", context)
+    assert made.route(view, prefill, states) == (0, 1)
+
+
 def test_one_fewer_is_used_only_after_the_dwell() -> None:
     made = router()
     assert send(made, 1.0, decode(300, 0, clock=1400)) == 1
     low = decode(21, 20, clock=1000)
     # 41/12 ms = 3,400 tokens/s: one at 1000 MHz is enough and costs half
     assert send(made, 5.9, low) == 1
-    assert send(made, 6.2, low) == 0
+    assert send(made, 6.15, low) == 0
+    made = router()
+    assert send(made, 1.0, decode(300, 0, clock=1400)) == 1
+    assert send(made, 6.0, low) == 0  # five seconds to the last bit
+
+
+def test_one_fewer_at_a_time() -> None:
+    """Three at 1400 MHz, 10,500 tokens/s each, then hardly any load: two are left at first."""
+    made = router("consolidate:memory=0,dwell=0")
+    assert send(made, 1.0, decode(300, 300, 300, clock=1400)) == 0
+    low = decode(9, 9, 1, clock=1000)
+    assert send(made, 2.0, low) == 0
+    low = decode(9, 9, 9, clock=1000)
+    low[1].open_requests = 1
+    assert send(made, 2.1, low) == 1
 
 
 def test_a_small_gain_is_not_worth_a_change() -> None:
@@ -112,6 +219,28 @@ def test_prefill_is_packed_up_to_its_share_of_the_promise() -> None:
     # the running batch counts as well: 0.2 s of it and 0.051 s
     prefill[1].num_running, prefill[1].kv_tokens, prefill[1].waiting_tokens = 1, 2000, 500
     assert made.route(view, prefill, decode(0, clock=1000))[0] == 0
+
+
+def test_a_prompt_waits_for_the_batch_and_then_runs_with_the_queue() -> None:
+    """(50 ms a prompt + 0.1 ms a token)·1000/f, 0.4 s of 0.5. 1: two run with 1,000 tokens (0.2 s),
+    one of 90 waits and takes this one of 10 along (0.11 s): 0.31 s. 2: one waits, of the tokens
+    named: 0.1 s and theirs. The fuller is taken, up to 0.4 s."""
+    formula = Formula(lambda p, f, b, t: (0.05 * b + 1e-4 * t) * 1000 / f)
+    made = make_router("consolidate", make_context(formula, slo_ttft_s=0.6))
+    view = RequestView(request_id=0, arrival_s=0.0, input_tokens=10, output_tokens=None)
+    first, second = prefill = idle_prefill(2)
+    first.num_running, first.kv_tokens, first.num_waiting, first.waiting_tokens = 2, 1000, 1, 90
+    second.num_waiting = 1
+    for tokens, clock, chosen in (
+        (2080, 1000, 0), (2100, 1000, 1), (2980, 1000, 1), (3000, 1000, 0),
+        (3320, 1400, 0), (3340, 1400, 1),  # 0.433 s at 1000 MHz are 0.31 at 1400
+        (3320, 0, 0), (3340, 0, 1),  # without a lock a busy card is at its top clock
+    ):  # fmt: skip
+        second.waiting_tokens, second.clock_mhz = tokens, clock
+        assert made.route(view, prefill, decode(0, clock=1000))[0] == chosen, (tokens, clock)
+    second.waiting_tokens, second.clock_mhz = 4000, 1000  # 0.501 s
+    first.kv_tokens = 3000  # 0.51 s: neither is in time, so the one that has less before it
+    assert made.route(view, prefill, decode(0, clock=1000))[0] == 1
 
 
 def test_a_promise_of_many_seconds_is_no_reason_for_a_long_queue() -> None:

@@ -80,6 +80,43 @@ def test_ecofreq_steady_iterations_are_sharp() -> None:
     assert controller.steady_iterations(state, 10, 10_000) in (2999, 3000)
 
 
+def test_ecofreq_steady_iterations_by_what_it_last_decided() -> None:
+    """Somebody waits: the top clock, for good, in decode. In prefill each batch is asked for. 10 +
+    10 ms at 1000 MHz, promise 50 ms·0.8: 30,000 tokens of ten requests, 1,999 or 2,000 more."""
+    spec = "ecofreq:margin=-0.2,frequencies=1000+1200+1400"
+    made = make_controller(spec, make_context())
+    state = decode_state(batch=10, tokens=10_000, waiting=1)
+    assert made.steady_iterations(state, 10, 10_000) == 0  # it has not decided so yet
+    assert made.decide(state) == 1400
+    assert made.steady_iterations(state, 10, 10_000) >= 10**9
+    state.num_waiting = 0
+    assert made.steady_iterations(state, 10, 10_000) == 0  # the next decision is another clock
+    assert made.decide(state) == 1000
+    assert made.steady_iterations(state, 10, 10_000) in (1999, 2000)
+    prefill = make_controller(spec, make_context(phase="prefill"))
+    assert prefill.decide(state) == 1000
+    assert prefill.steady_iterations(state, 10, 10_000) == 0
+    for fixed in ("static", "boost"):
+        assert make_controller(fixed, make_context()).steady_iterations(state, 10, 9) >= 10**9
+
+
+def test_ecofreq_keeps_its_clock_while_there_is_no_record() -> None:
+    """At the start the lowest; after a decision for 1200 MHz that one."""
+    made = make_controller("ecofreq:frequencies=1000+1200+1400", make_context())
+    empty = decode_state()
+    assert made.decide(empty) == 1000
+    assert made.decide(decode_state(batch=30, tokens=20_001)) == 1200
+    assert made.decide(empty) == 1200
+
+
+@pytest.mark.parametrize(("tokens", "clock"), [(400, 1000), (401, 1200), (481, 1400)])
+def test_ecofreq_prefill_plans_with_the_whole_ttft(tokens: int, clock: int) -> None:
+    """1 ms a token at 1000 MHz; 0.5 s, less a fifth, all of it for prefill."""
+    context = make_context(Formula(lambda p, f, b, t: 1e-3 * t * 1000 / f), phase="prefill")
+    made = make_controller("ecofreq:margin=-0.2,frequencies=1000+1200+1400", context)
+    assert made.decide(decode_state(batch=1, tokens=tokens)) == clock
+
+
 def test_fixed_controllers() -> None:
     context = make_context()
     static = make_controller("static:f=1200", context)

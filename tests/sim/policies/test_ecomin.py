@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -9,11 +10,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.sim.policies.doubles import Formula, LineFormula, decode_state, make_context
+from tests.sim.policies.doubles import (
+    Formula,
+    LineFormula,
+    decode_state,
+    make_context,
+    require_point,
+)
 from voltana.experiments.runs import run
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
-from voltana.sim.policies.base import IdlePlan, InstanceState, Phase, WaitingRequest
+from voltana.sim.policies.base import IdlePlan, InstanceState, Phase
 from voltana.sim.policies.parts.fullest import FullestBatch
 from voltana.sim.policies.registry import make_controller
 
@@ -25,6 +32,7 @@ class CubicPower:
     """50 W + 200 W·(f/1400)³ busy, f/20 W idle; unlocked as at 1400 MHz."""
 
     def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return 50.0 + 200.0 * (clock_mhz / 1400) ** 3
 
     def idle_power_w(self, clock_mhz: int) -> float:
@@ -35,9 +43,11 @@ class FlatterPower(CubicPower):
     """150 W + 20 W·f/1400, 50 W idle: power says slow, energy (P - 50 W)·T says fast."""
 
     def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
         return 150.0 + 20.0 * clock_mhz / 1400
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 
@@ -109,6 +119,36 @@ def test_requests_on_their_way_count_as_if_they_were_here() -> None:
     assert controller().decide(busy(22, 22_000, waiting=11)) == 1400
 
 
+def test_what_is_known_of_the_batch_is_the_larger_of_record_and_state() -> None:
+    """Whether the record or the state says 26 (climb 0.295): 1200 MHz. And 16,000 tokens of 10 are
+    1,600 each, searched as 1,632: fullest 26, sqrt 5.1, room 3.14 of 3, T 26 ms: 1000 MHz; of 3,200
+    each (3,232) 16, sqrt 4, room 1.5, climb 0.25: 1100 MHz, so 1200."""
+    for running, recorded in ((26, 10), (10, 26)):
+        state = busy(recorded, 1000 * recorded)
+        state.num_running, state.kv_tokens = running, 1000 * running
+        state.open_requests = 0
+        assert controller().decide(state) == 1200
+    for kv_tokens, recorded, expected in ((16_000, 1, 1000), (32_000, 1, 1200), (1, 32_000, 1200)):
+        state = busy(10, recorded)
+        state.kv_tokens = kv_tokens
+        assert controller().decide(state) == expected
+
+
+def test_a_batch_is_judged_with_those_who_wait_or_are_on_their_way() -> None:
+    """Almost no reserve, so that no climb hides it. 22 run: 44 ms at 1000 MHz. With 4 on their way
+    52 ms there and 43.3 at 1200; with 11 waiting 66, 55 and 47.1."""
+    spec = f"{PLAIN},reserve=0.01"
+    assert controller(spec).decide(busy(22, 22_000)) == 1000
+    state = busy(22, 22_000)
+    state.open_requests = 26
+    assert controller(spec).decide(state) == 1200
+    assert controller(spec).decide(busy(22, 22_000, waiting=11)) == 1400
+
+
+def test_a_batch_of_one_is_decided_for() -> None:
+    assert controller().decide(busy(1, 1000)) == 1000
+
+
 def test_headroom_is_kept() -> None:
     """10 requests, 10,000 tokens: 20 ms at 1000 MHz against 50 ms·(1 - 0.65) = 17.5 ms: 1200 MHz,
     16.7 ms. The fullest batch is 12 then (17.35 ms): 0.58 deviations off, of 3: climb 0.651,
@@ -139,6 +179,20 @@ def test_a_draining_batch_does_not_run_below_the_bottom() -> None:
         assert made.decide(state) == expected
 
 
+def test_the_gap_that_tells_draining_is_a_mean_and_50_ms_at_least() -> None:
+    """Arrivals at 2 and 3 s: mean gap 0.2, then 0.2 + 0.1·(1 - 0.2) = 0.28; five are 1.4 s, until
+    4.4 s. One arrival at 10 ms: the mean is 1 ms, taken for 50, five are 0.25 s, until 0.26 s."""
+    for events in (
+        ((2.0, 10, 1000), (3.0, 11, 1000), (4.39, 11, 1000), (4.41, 11, 1400), (4.5, 9, 1400)),
+        ((0.01, 10, 1000), (0.25, 10, 1000), (0.27, 10, 1400)),
+    ):
+        made = controller(power=FlatterPower())
+        state = busy(10, 10_000)
+        for now_s, known, expected in events:
+            state.now_s, state.open_requests = now_s, known
+            assert made.decide(state) == expected, now_s
+
+
 def test_no_more_than_the_fullest_batch_is_admitted() -> None:
     """34, as above, of contexts of 1,000 tokens; of 3,000 (searched as 3,008): 4.008·b/1.4: 17."""
     state = busy(30, 30_000, waiting=5)
@@ -149,48 +203,40 @@ def test_no_more_than_the_fullest_batch_is_admitted() -> None:
     assert controller().admit_up_to(busy(0, 0)) is None
 
 
-def prefill_controller(spec: str = EXACT, predictor: Any = None, **context: Any) -> Any:  # noqa: ANN401
-    """0.1 s·1000/f an iteration; TTFT 0.5 s - 2·0.05 s ITL leaves 0.4 s."""
-    formula = predictor or Formula(lambda p, f, b, t: 100.0 / f)
-    made = make_context(formula, phase="prefill", slo_ttft_s=0.5, slo_itl_s=0.05, **context)
-    return make_controller(spec, replace(made, power=CubicPower()))
+def test_admission_goes_by_times_as_they_are_observed() -> None:
+    """T at 1400 MHz is 2.024·b/1.4 ms of 50 ms less a tenth. Where iterations take longer by a part
+    e of the promise, the limit is 45 ms / (1 + e), rounded up to whole hundredths of 50 ms."""
+    made = controller("ecomin:headroom=0.1,dwell=0.0,correction=0")
+    state = busy(30, 30_000)
+    assert made.admit_up_to(state) == 31  # 45 ms: 31.1
+    for observed_s in (0.060, 0.070):
+        for _ in range(300):
+            made.correction.observe(0.05, observed_s)
+        error = made.learnt()["correction"]
+        assert error > 1.1
+        limit_ms = 0.5 * math.ceil(90 / error)
+        assert made.admit_up_to(state) == math.floor(limit_ms * 1.4 / 2.024)
 
 
-def prefill_state() -> InstanceState:
-    return InstanceState(instance_id=0, phase="prefill", last_batch_size=1, last_tokens=9)
+def test_what_it_has_learnt_is_reported() -> None:
+    """Nothing yet: predictions are right. Then 20 % too short: a factor, and a quantile of 95 %
+    that has risen by 0.95 of its step of 0.01 once, as the next is below it."""
+    made = controller()
+    assert made.learnt() == {"correction": 1.0, "error_quantile": 1.0}
+    made.correction.observe(0.05, 0.06)
+    # one observation beside a prior of ten, x = 1: 0.2·2 / (10 + 2) more
+    assert made.learnt() == {
+        "correction": pytest.approx(1 + 0.4 / 12), "error_quantile": pytest.approx(1.0095),
+    }  # fmt: skip
 
 
-def test_prefill_sits_at_the_bottom_of_the_u() -> None:
-    """Energy (P - idle)·T: 1000: (122.9 - 50)·.1 = 7.29 J; 1200: (175.9 - 60)/12 = 9.66 J; 1400:
-    (250 - 70)/14 = 12.9 J: the bottom is 1000 MHz. 0.4 s: the oldest has waited 0.31, 0.1 s more
-    is too late, 0.083 s is not. T = 10^8/f³ s: 72.9·.1 = 7.3 J, 115.9·.0579 = 6.7 J,
-    180·.0364 = 6.6 J: running fast is the cheaper side of the U."""
-    state = prefill_state()
-    assert prefill_controller().decide(state) == 1000
-    state.last_queue_delay_s = 0.31
-    assert prefill_controller().decide(state) == 1200
-    state.last_queue_delay_s = 0.0
-    steep = Formula(lambda p, f, b, t: 1e8 / f**3)
-    assert prefill_controller(predictor=steep).decide(state) == 1400
-
-
-def test_prefill_holds_until_the_oldest_has_just_time_to_run() -> None:
-    """hold = 0.5 of 0.4 s: 0.2 s, of which 0.1 s to run at 1000 MHz. The oldest came at 1.00 s."""
-    made = prefill_controller(f"{EXACT},hold=0.5")
-    state = prefill_state()
-    state.num_waiting, state.waiting_tokens = 2, 20
-    arrivals = [WaitingRequest(request_id=k, arrival_s=1.0 + 0.01 * k, input_tokens=10)
-                for k in range(2)]  # fmt: skip
-    state.list_waiting = lambda: arrivals
-    state.now_s = 1.02
-    assert made.hold_s(state) == pytest.approx(0.08, abs=1e-12)
-    state.now_s = 1.10
-    assert made.hold_s(state) == pytest.approx(0.0, abs=1e-12)
-    state.now_s = 1.30
-    assert made.hold_s(state) == 0.0
-    assert prefill_controller(f"{EXACT},hold=0").hold_s(state) == 0.0
-    slow = Formula(lambda p, f, b, t: 300.0 / f)  # 0.3 s: nothing to gather
-    assert prefill_controller(f"{EXACT},hold=0.5", predictor=slow).hold_s(state) == 0.0
+def test_the_quantile_and_its_step_are_the_users() -> None:
+    """Step 0.1: up by 0.1·0.6 at an observation above, down by 0.1·0.4 at one below."""
+    made = controller(f"{PLAIN},quantile=0.6,correction=0.1")
+    made.correction.observe(0.05, 0.06)
+    assert made.learnt()["error_quantile"] == pytest.approx(1.06)
+    made.correction.observe(0.05, 0.02)
+    assert made.learnt()["error_quantile"] == pytest.approx(1.02)
 
 
 def test_a_wrong_decode_model_is_found_out() -> None:
@@ -208,24 +254,6 @@ def test_a_wrong_decode_model_is_found_out() -> None:
         made.decide(state)
     assert made.decide(busy(12, 12_000, clock=1000)) == 1000
     assert made.decide(busy(14, 14_000, clock=1000)) == 1200
-
-
-def test_a_wrong_prefill_model_is_found_out() -> None:
-    """0.1 s·1000/f predicted, 0.12 s taken: of 0.4 s the batch that has waited 0.29 s needs
-    1200 MHz (0.39 s), where the uncorrected prediction (0.39 s) would let it run at 1000."""
-    made = prefill_controller()
-    state = prefill_state()
-    state.clock_mhz = 1400
-    state.last_queue_delay_s = 0.29
-    assert made.decide(state) == 1000
-    state.last_queue_delay_s = 0.0
-    state.ended_batch_size, state.ended_tokens = 1, 9
-    state.clock_mhz, state.last_duration_s = 1000, 0.12
-    for step in range(200):
-        state.now_s = 0.2 * (step + 1)
-        made.decide(state)
-    state.last_queue_delay_s = 0.29
-    assert made.decide(state) == 1200
 
 
 @pytest.mark.parametrize("memory", [20, 1000])
@@ -252,6 +280,14 @@ def test_an_iteration_within_which_the_clock_changed_teaches_nothing() -> None:
     state.last_duration_s = 1.0
     made.decide(state)
     assert made.correction.correct_s(0.02) == 0.02
+
+
+def test_the_first_fall_waits_for_the_dwell_too() -> None:
+    made = controller("ecomin:headroom=0.0,dwell=0.25")
+    for now_s, expected in ((0.24, 1400), (0.25, 1000)):
+        state = busy(10, 10_000)
+        state.now_s = now_s
+        assert made.decide(state) == expected
 
 
 def test_falls_wait_for_the_dwell_and_rises_do_not() -> None:

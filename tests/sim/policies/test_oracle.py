@@ -9,7 +9,7 @@ import pytest
 
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
-from tests.sim.policies.doubles import Formula, decode_state, make_context
+from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import IdlePlan, InstanceState, Phase, PolicyContext, WaitingRequest
 from voltana.sim.policies.registry import make_controller
@@ -22,7 +22,7 @@ class Hardware:
     def time_and_power(
         self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
     ) -> tuple[float, float]:
-        assert phase in ("prefill", "decode")
+        require_point(phase, clock_mhz, round(batch_size), round(tokens))
         clock = clock_mhz or 1400
         work_s = 1e-3 * batch_size + 1e-6 * tokens
         if phase == "prefill":
@@ -96,6 +96,26 @@ def test_decode_looks_at_the_batch_that_the_rate_settles_at(
     assert made.decide(running(batch, 1000)) == clock
 
 
+class ByContext(Hardware):
+    """Decode: 10 ms + 1 µs a token of context at 1000 MHz, in proportion to 1/f."""
+
+    def time_and_power(
+        self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
+    ) -> tuple[float, float]:
+        watts = super().time_and_power(phase, clock_mhz, batch_size, tokens)[1]
+        return (0.010 + 1e-6 * tokens) * 1000 / (clock_mhz or 1400), watts
+
+
+@pytest.mark.parametrize(("headroom", "clock"), [(0.0, 1000), (0.4, 1200), (0.61, 1400)])
+def test_the_context_grows_with_the_batch(headroom: float, clock: int) -> None:
+    """Ten requests of 10,000 tokens take 20/1.4 = 14.3 ms now. A growth g makes (10 + 10·g)/f of
+    14.3·g: at 1000 MHz g = 2.33, 33.3 ms; at 1200 g = 1.4, 20 ms; 50, 30 and 19.5 ms are allowed.
+    With the context of now it would be 20 ms at 1000 MHz."""
+    made = make_controller(f"oracle:headroom={headroom}", replace(context(), truth=ByContext()))
+    assert made.decide(running(10, 10_000)) == clock
+    assert made.decide(running(10, 10_000, clock=0)) == clock  # no lock: it runs at 1400
+
+
 def prefill(tokens: int, *, effective: float = 2.0, delay_s: float = 0.0) -> InstanceState:
     return InstanceState(
         instance_id=0, phase="prefill", now_s=1.0, num_running=2, kv_tokens=tokens,
@@ -123,13 +143,53 @@ def test_prefill(tokens: int, effective: float, delay_s: float, clock: int) -> N
     assert made.decide(prefill(tokens, effective=effective, delay_s=delay_s)) == clock
 
 
+class FlatIdle(Hardware):
+    """Busy 100, 115 and 130 W, idle 50 W at any clock."""
+
+    def time_and_power(
+        self, phase: Phase, clock_mhz: int, batch_size: float, tokens: float
+    ) -> tuple[float, float]:
+        time_s = super().time_and_power(phase, clock_mhz, batch_size, tokens)[0]
+        return time_s, {1000: 100.0, 1200: 115.0, 1400: 130.0}[clock_mhz]
+
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return 50.0
+
+
+class RisingIdle(FlatIdle):
+    """Idle f/20 W."""
+
+    def idle_power_w(self, clock_mhz: int) -> float:
+        return clock_mhz / 20
+
+
+@pytest.mark.parametrize(("truth", "clock"), [(FlatIdle(), 1000), (RisingIdle(), 1400)])
+def test_prefill_counts_the_energy_above_idle(truth: Hardware, clock: int) -> None:
+    """A second of work at 1000 MHz: P·T is 100, 95.8 and 92.9 J; above 50 W idle it is 50, 54.2 and
+    57.1 J; above f/20 W 50, 45.8 and 42.9 J."""
+    made = make_controller("oracle", replace(context("prefill"), truth=truth))
+    assert made.decide(prefill(140)) == clock
+
+
+def test_a_batch_of_unknown_shape_counts_as_equal_prompts() -> None:
+    """Two of them as in the table above; a lone prompt takes twice as long: 0.56 s at 1000 MHz."""
+    made = make_controller("oracle", context("prefill"))
+    state = prefill(140, effective=0.0)
+    assert made.decide(state) == 1000
+    state.num_running = 1
+    assert made.decide(state) == 1400
+
+
 @pytest.mark.parametrize(("age_s", "clock"), [(0.11, 1000), (0.13, 1200), (0.15, 1400)])
 def test_prefill_leaves_time_for_the_queue(age_s: float, clock: int) -> None:
-    """Behind 140 tokens wait 98, as one prompt 0.14 s at the top clock, so that age and the batch's
-    0.14, 0.117 or 0.1 s may make 0.26 s."""
+    """Behind 140 tokens wait 98 in two prompts, as one 0.14 s at the top clock, so that the older's
+    age and the batch's 0.14, 0.117 or 0.1 s may make 0.26 s."""
     state = prefill(140)
-    waiting = [WaitingRequest(request_id=1, arrival_s=1.0 - age_s, input_tokens=98)]
-    state.num_waiting, state.waiting_tokens = 1, 98
+    waiting = [
+        WaitingRequest(request_id=k, arrival_s=1.0 - age, input_tokens=49)
+        for k, age in enumerate((age_s, 0.01))
+    ]
+    state.num_waiting, state.waiting_tokens = 2, 98
     state.list_waiting = lambda: waiting
     assert make_controller("oracle", context("prefill")).decide(state) == clock
 
@@ -141,8 +201,11 @@ def test_idle_parks_at_once_at_the_least_idle_power() -> None:
 
 
 def test_it_is_refused_where_nobody_knows_the_truth() -> None:
-    with pytest.raises(VoltanaError, match="only a simulation can show it"):
+    with pytest.raises(VoltanaError) as caught:
         make_controller("oracle", replace(make_context(), truth=None))
+    assert str(caught.value) == (
+        "oracle needs the hardware's true times, which only a simulation can show it"
+    )
 
 
 @pytest.mark.parametrize("engine", ["coalesced", "reference"])

@@ -1,4 +1,4 @@
-"""Window, powercap, DualScale, KAIROS and the splitting routers: decisions worked by hand."""
+"""Window, powercap, KAIROS and the splitting routers: decisions worked by hand."""
 
 from __future__ import annotations
 
@@ -12,12 +12,6 @@ from voltana.sim.policies.base import (
     Phase,
     PolicyContext,
     RequestView,
-    WaitingRequest,
-)
-from voltana.sim.policies.controllers.dualscale import (
-    DualScale,
-    DualScaleParameters,
-    ProjectedBatch,
 )
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, make_controller, make_router
 from voltana.sim.policies.spec import describe_parameters
@@ -31,6 +25,7 @@ class CubicPower:
         return {1000: 100.0, 1200: 150.0, 1400: 300.0}[clock_mhz]
 
     def idle_power_w(self, clock_mhz: int) -> float:
+        assert clock_mhz >= 0, clock_mhz
         return 50.0
 
 
@@ -96,6 +91,33 @@ def test_window_takes_off_the_mean_delay_of_its_batches() -> None:
         assert decided == [1400, clock]
 
 
+def test_window_s_load_is_the_mean_of_batches_and_tokens() -> None:
+    """10 ms a request and 1 µs a token at 1000 MHz, of 50 ms. Batches of one and three: two, so
+    that 30,000 tokens fit: the mean of 20,000 and 40,000 does, that of 20,000 and 40,001, rounded
+    up, does not. Records without a batch count for nothing, and do not end a window."""
+    times = Formula(lambda p, f, b, t: (1e-2 * b + 1e-6 * t) * 1000 / f)
+    for tokens, clock in ((40_000, 1000), (40_001, 1200)):
+        made = make_controller("window:frequencies=1000+1200+1400", cubic(predictor=times))
+        decided = []
+        for now_s, batch, of_batch in (
+            (1.0, 1, 20_000), (2.0, 0, 9**9), (4.9, 3, tokens), (5.0, 0, 9**9), (5.1, 0, 0),
+        ):  # fmt: skip
+            state = at(now_s, batch)
+            state.last_tokens = of_batch
+            decided.append(made.decide(state))
+        assert decided == [1400, 1400, 1400, clock, clock]
+    untouched = make_controller("window:frequencies=1000+1200+1400", cubic(predictor=times))
+    assert untouched.decide(at(7.0, 0)) == 1400
+
+
+def test_window_decides_again_a_window_later() -> None:
+    """20 ms, then 55 requests: 55 ms at 1000 MHz. Decided at 5.5 s, so anew at 10.5 s."""
+    made = make_controller("window:frequencies=1000+1200+1400", cubic())
+    assert [made.decide(at(s, b)) for s, b in ((5.5, 20), (10.4, 55), (10.5, 55))] == [
+        1000, 1000, 1200,
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("spec", "clock"),
     [
@@ -128,81 +150,44 @@ def test_powercap_is_released_while_the_promise_is_missed() -> None:
     assert made.decide(at(2.6, 10, duration_s=0.010)) == 1000
 
 
-def dualscale(levels: tuple[int, ...] = (1000, 1400)) -> DualScale:
-    """One ms a token at 1000 MHz; 0.5 s for prefill; powers 100, 150, 300 W."""
-    context = cubic("prefill", Formula(lambda p, f, b, t: 1e-3 * t * 1000 / f))
-    return DualScale(DualScaleParameters(frequencies_mhz=levels), context)
+def test_powercap_is_released_for_its_window_after_a_miss() -> None:
+    """Missed at 1 s; from then on 1,000 fast requests are the p99: capped again from 2 s on. An
+    iteration of just the promise misses nothing."""
+    made = make_controller("powercap:cap=120", cubic())
+    clocks = []
+    for now_s, batch, duration_s in (
+        (0.5, 1, 0.050), (1.0, 1, 0.051), (1.5, 1000, 0.010), (1.9, 1000, 0.010),
+        (2.0, 1000, 0.010),
+    ):  # fmt: skip
+        state = at(now_s, 10, duration_s=duration_s)
+        state.ended_batch_size = batch
+        clocks.append(made.decide(state))
+    assert clocks == [1000, 1400, 1400, 1400, 1000]
 
 
-def batch(tokens: int, waited_s: float) -> ProjectedBatch:
-    return ProjectedBatch(num_requests=1, tokens=tokens, waited_s=waited_s)
+def test_powercap_that_nothing_releases_is_a_cards_own_limit() -> None:
+    made = make_controller("powercap:cap=120,release=0", cubic())
+    assert [made.decide(at(s, 10, duration_s=9.0)) for s in (1.0, 1.5)] == [1000, 1000]
 
 
-@pytest.mark.parametrize(
-    ("batches", "plan"),
-    [
-        # 140 tokens take 140 ms slow, 100 ms fast
-        ([batch(140, 0.00)], [1000]),
-        ([batch(140, 0.35)], [1000]),
-        ([batch(140, 0.37)], [1400]),
-        ([batch(140, 0.90)], [1400]),  # lost anyway
-        # the second has 290 ms left: both slow end at 280
-        ([batch(140, 0.0), batch(140, 0.21)], [1000, 1000]),
-        # 350 ms left: 140 slow + 280 fast = 340 fits, 100 + 280 slow = 380 does not
-        ([batch(140, 0.0), batch(280, 0.15)], [1000, 1400]),
-        # 350 ms left: 280 slow + 100 = 380 does not fit, 200 + 140 slow = 340 does
-        ([batch(280, 0.0), batch(140, 0.15)], [1400, 1000]),
-        # 190 ms left, 200 needed
-        ([batch(140, 0.0), batch(140, 0.31)], [1400, 1400]),
-    ],
-)
-def test_dualscale_plans(batches: list[ProjectedBatch], plan: list[int]) -> None:
-    assert dualscale().plan_mhz(batches) == plan
+class PerRequest(CubicPower):
+    """A tenth of a watt a MHz, and one a request and one per 1,000 tokens."""
+
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        require_point(phase, clock_mhz, batch_size, tokens)
+        return clock_mhz / 10 + batch_size + tokens / 1000
 
 
-def test_dualscale_plans_by_the_requests_of_a_batch_too() -> None:
-    """100 ms a request at 1000 MHz: four take 400 ms slow, which fits 500; six take 600 slow
-    and 429 fast."""
-    context = cubic("prefill", Formula(lambda p, f, b, t: 0.1 * b * 1000 / f))
-    made = DualScale(DualScaleParameters(frequencies_mhz=(1000, 1400)), context)
-    for count, clock in ((4, 1000), (6, 1400)):
-        assert made.plan_mhz([ProjectedBatch(num_requests=count, tokens=9, waited_s=0.0)]) == [
-            clock
-        ]
-
-
-def test_dualscale_packs_the_queue_and_looks_no_further_than_k_batches() -> None:
-    """Queue of 60+60+60 tokens, budget 120: batches of 120 and 60 behind 140 at hand. Fast they
-    take 100, 86 and 43 ms, slow 140, 120 and 60. With 250 ms left the first may be slow if only two
-    are seen (140 + 86 = 226), not if all three are (269)."""
-
-    def state(age_s: float) -> InstanceState:
-        waiting = [
-            WaitingRequest(request_id=i, arrival_s=1.0 - age_s, input_tokens=60) for i in range(3)
-        ]
-        return InstanceState(
-            instance_id=0, phase="prefill", now_s=1.0, last_batch_size=1, last_tokens=140,
-            num_waiting=3, waiting_tokens=180, list_waiting=lambda: waiting,
-        )  # fmt: skip
-
-    context = cubic("prefill", Formula(lambda p, f, b, t: 1e-3 * t * 1000 / f))
-    spec = "dualscale-mpc:frequencies=1000+1400,batch_tokens=120,num_batches="
-    assert make_controller(spec + "8", context).decide(state(0.10)) == 1000  # 320 <= 400
-    assert make_controller(spec + "8", context).decide(state(0.25)) == 1400
-    assert make_controller(spec + "2", context).decide(state(0.25)) == 1000
-
-
-@pytest.mark.parametrize(
-    ("tokens", "kv", "waiting", "clock"),
-    [(40_000, 40_000, 0, 1000), (55_000, 55_000, 0, 1400), (40_000, 90_001, 0, 1400),
-     (40_000, 90_000, 0, 1000), (40_000, 40_000, 1, 1400)],
-)  # fmt: skip
-def test_dualscale_decode(tokens: int, kv: int, waiting: int, clock: int) -> None:
-    """10 ms + 1 µs a token at 1000 MHz: 50 ms hold at 40,000 tokens, 65 do not; KV limit 90,000."""
-    predictor = Formula(lambda p, f, b, t: (0.0099 + 1e-6 * t) * 1000 / f)
-    made = make_controller("dualscale-mpc:frequencies=1000+1400", make_context(predictor))
-    state = decode_state(batch=10, tokens=tokens, kv=kv, waiting=waiting)
-    assert made.decide(state) == clock
+def test_powercap_keeps_the_most_natural_draw_so_far() -> None:
+    """100 requests of 10,000 tokens would draw 250 W at the top: a cap of 0.85·250 = 212.5 W, which
+    they meet at 1000 MHz (210). A batch of 10 (160 W at the top) is below it. After ten alone the
+    cap is 136 W: 1200 MHz would be 140."""
+    context = replace(make_context(), power=PerRequest())
+    made = make_controller("powercap", context)
+    large, small = at(1.0, 100), at(2.0, 10)
+    large.last_tokens, small.last_tokens = 10_000, 10_000
+    assert [made.decide(large), made.decide(small)] == [1000, 1400]
+    assert make_controller("powercap", context).decide(small) == 1000
 
 
 @pytest.mark.parametrize(
@@ -214,7 +199,7 @@ def test_dualscale_decode(tokens: int, kv: int, waiting: int, clock: int) -> Non
         (37_400, 0.01, 1200),
         (37_600, 0.01, 1400),
         (80_000, 0.01, 1400),
-        (0, 0.049, 1000),
+        (0, 0.050, 1000),  # 20 tokens/s
         (0, 0.051, 1400),  # 19.6 tokens/s < 20
     ],
 )
@@ -224,6 +209,34 @@ def test_kairos_clock_follows_the_cache(kv: int, duration_s: float, clock: int) 
     assert (
         make_controller("kairos:frequencies=1000+1200+1400", make_context()).decide(state) == clock
     )
+
+
+def test_kairos_holds_the_top_clock_after_a_stream_has_starved() -> None:
+    """60 ms are 16.7 tokens/s: held from 1 s until 2 s."""
+    made = make_controller("kairos:frequencies=1000+1200+1400", make_context())
+    clocks = []
+    for now_s, duration_s in ((1.0, 0.06), (1.1, 0.01), (1.99, 0.01), (2.0, 0.01)):
+        state = decode_state(batch=1)
+        state.now_s, state.last_duration_s = now_s, duration_s
+        clocks.append(made.decide(state))
+    assert clocks == [1400, 1400, 1400, 1000]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "waiting_tokens", "clock"),
+    [(0, 0, 1000), (20_000, 17_500, 1200), (20_000, 17_600, 1400), (37_600, 0, 1400)],
+)
+def test_kairos_counts_batch_and_queue_in_prefill(
+    tokens: int, waiting_tokens: int, clock: int
+) -> None:
+    """37,500 of 100,000 tokens: 1000 + 400·(0.375 / 0.75) = 1200 MHz. A batch of 60 ms starves
+    nobody, and what the cache holds does not count."""
+    state = InstanceState(
+        instance_id=0, phase="prefill", last_tokens=tokens, waiting_tokens=waiting_tokens,
+        last_duration_s=0.06, kv_tokens=99_999,
+    )  # fmt: skip
+    context = make_context(phase="prefill")
+    assert make_controller("kairos:frequencies=1000+1200+1400", context).decide(state) == clock
 
 
 def test_kairos_clock_is_monotone_in_the_cache() -> None:

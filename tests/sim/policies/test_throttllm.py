@@ -64,6 +64,27 @@ def test_scoreboard_with_predicted_and_outrun_lengths() -> None:
     assert [(s.first_tokens, s.last_tokens) for s in board] == [(42, 42), (18, 26), (17, 20)]
 
 
+def test_those_who_leave_together_leave_by_the_earlier_deadline() -> None:
+    """104 and 54 tokens, six to go each; 10 with 20 to go. 168 tokens grow by three an iteration to
+    183; 110 + 60 leave, 16 are left and grow to 29. Deadlines 1 + .5 + .45, .5 + .5 + .45 and
+    .5 + .95."""
+    made = Throttllm(ThrottllmParameters(), make_context())
+    running = [
+        request(100, 4, 10, arrival_s=1.0), request(50, 4, 10, arrival_s=0.5), request(10, 0, 20),
+    ]  # fmt: skip
+    assert made.project(running, 168) == [
+        segment(6, 3, 168, 183, pytest.approx(1.45)),
+        segment(14, 1, 16, 29, pytest.approx(1.45)),
+    ]
+
+
+def test_a_projection_never_has_fewer_than_no_tokens() -> None:
+    """A driver that shows an empty cache: two of 100 tokens, one leaves with 102."""
+    made = Throttllm(ThrottllmParameters(), make_context())
+    board = made.project([request(100, 0, 2), request(100, 0, 3)], 0)
+    assert [(s.first_tokens, s.last_tokens) for s in board] == [(0, 2), (0, 0)]
+
+
 @pytest.mark.parametrize(
     ("inputs", "length", "clock"),
     [
@@ -79,6 +100,13 @@ def test_scoreboard_with_predicted_and_outrun_lengths() -> None:
 def test_the_last_iteration_of_the_projection_counts(inputs: int, length: int, clock: int) -> None:
     made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
     assert made.decide(state_of(request(inputs, 0, length))) == clock
+
+
+def test_a_batch_that_grows_after_others_have_left_is_looked_at_to_its_end() -> None:
+    """Two iterations of 42 ms, and then 12,000 of one request, up to 1 + 52 ms: too long at 1000
+    MHz, although no deadline is near."""
+    made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
+    assert made.decide(state_of(request(10, 0, 2), request(40_000, 0, 12_002))) == 1200
 
 
 def test_requests_that_wait_ask_for_the_top_clock() -> None:
@@ -100,6 +128,34 @@ def test_deadlines(now_s: float, clock: int) -> None:
     flat = Formula(lambda p, f, b, t: 0.040 * 1000 / f)
     made = make_controller(f"throttllm:{ALL}", make_context(flat))
     assert made.decide(state_of(request(10, 0, 11), now_s=now_s)) == clock
+
+
+@pytest.mark.parametrize(
+    ("e2e_s", "clock"), [(11.52, 1000), (11.50, 1200), (9.60, 1200), (9.58, 1400)]
+)
+def test_times_on_the_way_to_a_deadline_are_summed(e2e_s: float, clock: int) -> None:
+    """1,001 iterations with 10,000 to 11,000 tokens: 11 to 12 ms, 11.5115 s in all at 1000 MHz and
+    9.593 s at 1200."""
+    made = make_controller(f"throttllm:e2e={e2e_s},{ALL}", make_context(LineFormula()))
+    assert made.decide(state_of(request(10_000, 0, 1001))) == clock
+
+
+@pytest.mark.parametrize(
+    ("late_s", "now_s", "clock"),
+    [
+        # 40 ms at 1000 MHz. The first has ten iterations and 0.95 s, the second 20 and 1.45 s
+        (0.0, 0.54, 1000),  # 0.54 + 0.4
+        (0.0, 0.56, 1200),  # 0.56 + 0.333
+        (0.0, 0.62, 1400),  # 0.62 + 0.286
+        # the second came earlier: 0.8 s of 0.81 and of 0.79; 0.667 s of 0.66
+        (0.64, 0.0, 1000), (0.66, 0.0, 1200), (0.79, 0.0, 1400),
+    ],
+)  # fmt: skip
+def test_each_deadline_counts(late_s: float, now_s: float, clock: int) -> None:
+    flat = Formula(lambda p, f, b, t: 0.040 * 1000 / f)
+    made = make_controller(f"throttllm:{ALL}", make_context(flat))
+    running = request(10, 0, 10), request(10, 0, 20, arrival_s=-late_s)
+    assert made.decide(state_of(*running, now_s=now_s)) == clock
 
 
 def test_the_end_to_end_promise_can_be_given() -> None:
@@ -125,6 +181,53 @@ def test_it_projects_anew_only_when_the_batch_changed_or_a_length_was_outrun() -
     assert calls == [0, 3]
     grown = state_of(request(10, 6), request(60_000, 0))
     assert made.decide(grown) == 1400  # 2 + 60 ms and more at 1000, 51.7 at 1200
+
+
+def test_a_changed_queue_or_cache_asks_for_a_new_projection() -> None:
+    """Two run and nothing changes but their tokens: one projection. Somebody waits, or one has left
+    and another has come with a different context: another."""
+    calls: list[float] = []
+    made = make_controller(f"throttllm:{ALL}", make_context(LineFormula()))
+
+    def decide(now_s: float, kv_tokens: int, waiting: int) -> None:
+        state = state_of(now_s=now_s, waiting=waiting)
+        state.num_running, state.kv_tokens = 2, kv_tokens
+
+        def listed() -> list[RunningRequest]:
+            calls.append(now_s)
+            return [request(10, 0, 99)] * 2
+
+        state.list_running = listed
+        made.decide(state)
+
+    for now_s, kv_tokens, waiting in (
+        (0, 20, 0), (1, 22, 0), (2, 24, 0), (3, 26, 1), (4, 28, 1), (5, 31, 1), (6, 33, 1),
+    ):  # fmt: skip
+        decide(float(now_s), kv_tokens, waiting)
+    assert calls == [0.0, 3.0, 5.0]
+
+
+@pytest.mark.parametrize(
+    ("queued", "waiting_tokens", "clock"),
+    [
+        # 10 ms a prompt and 1 ms a token. A batch of 90 tokens, 0.1 s; the older of two in the
+        # queue has waited 0.1 s of 0.4: 0.2 s are left for the queue at 1000 MHz, 0.26 at 1200
+        (2, 179, 1000), (2, 181, 1200), (5, 149, 1000), (5, 151, 1200), (2, 238, 1200),
+        (2, 241, 1400),
+    ],
+)  # fmt: skip
+def test_prefill_leaves_the_queue_its_time(queued: int, waiting_tokens: int, clock: int) -> None:
+    times = Formula(lambda p, f, b, t: (1e-2 * b + 1e-3 * t) * 1000 / f)
+    made = make_controller(f"throttllm:{ALL}", make_context(times, phase="prefill"))
+    waiting = [
+        WaitingRequest(request_id=k, arrival_s=1.0 - age_s, input_tokens=9)
+        for k, age_s in enumerate((0.02, 0.1))
+    ]
+    state = InstanceState(
+        instance_id=0, phase="prefill", now_s=1.0, last_batch_size=1, last_tokens=90,
+        num_waiting=queued, waiting_tokens=waiting_tokens, list_waiting=lambda: waiting,
+    )  # fmt: skip
+    assert made.decide(state) == clock
 
 
 @pytest.mark.parametrize(

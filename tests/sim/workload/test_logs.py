@@ -75,6 +75,58 @@ def test_each_kind_gives_the_same_requests(tmp_path: Path, name: str) -> None:
     assert workload.output_tokens.tolist() == [44, 109]
 
 
+REAL = Path(__file__).parent / "logs"
+"""Cut from what the programs wrote, long fields left out: aiperf 0.13.0, LiteLLM 1.110.2 and
+SGLang 0.5.23, whose log has a request that was refused and one that was aborted."""
+
+
+@pytest.mark.parametrize(
+    ("name", "arrivals_s", "tokens", "dropped"),
+    [
+        ("profile_export.jsonl", [0, 0.215343966], [(60, 8)] * 2, 1),
+        (
+            "sglang_0.log",
+            [0, 0.805406, 1.128907, 1.412747, 1.720889],
+            [(5, 5), (20, 4), (40, 5), (60, 6), (80, 7)],
+            1,
+        ),
+        ("litellm.jsonl", [0, 0.516941, 0.822877], [(10, 20)] * 3, 1),
+    ],
+)
+def test_what_the_programs_wrote(
+    name: str, arrivals_s: list[float], tokens: list[tuple[int, int]], dropped: int
+) -> None:
+    with pytest.raises(VoltanaError, match=rf"{name}:\d+\): trace_drop_failed=true"):
+        open_trace(str(REAL / name))
+    workload = open_trace(str(REAL / name), drop_failed=True)
+    assert workload.arrival_s == pytest.approx(arrivals_s, abs=1e-6)
+    assert [*zip(workload.input_tokens, workload.output_tokens, strict=True)] == tokens
+    assert f"{dropped} failed" in workload.name
+
+
+def test_a_servers_log_has_stamps_and_other_lines(tmp_path: Path) -> None:
+    stamp = "[2026-05-04 10:00:09] "
+    lines = [stamp + json.dumps(line) for line in LOGS["sglang.jsonl"]]
+    chatter = ["[2026-05-04 10:00:00 TP0] Load weight end. elapsed=1.1 s", "INFO: started", ""]
+    text = "\n".join([*chatter, lines[0], chatter[0], *lines[1:]])
+    for name in ("host_0.log", "host_0.log.2026-05-04_10"):
+        (tmp_path / name).write_text(text)
+        workload = open_trace(str(tmp_path / name))
+        assert workload.arrival_s == pytest.approx([0.0, 1.5], abs=1e-6)
+        assert sorted(read_lengths(tmp_path / name)[0].tolist()) == [374, 396]
+    stamped = tmp_path / "stamped.jsonl"
+    stamped.write_text("\n".join(lines))
+    assert len(open_trace(str(stamped))) == 2
+    stamped.write_text(text)
+    with pytest.raises(VoltanaError, match=r"stamped.jsonl"):
+        open_trace(str(stamped))
+
+
+def test_lengths_of_a_real_benchmark() -> None:
+    inputs, outputs = read_lengths(REAL / "bench_serving.jsonl")
+    assert (inputs.tolist(), outputs.tolist()) == ([61, 21, 25, 21], [4] * 4)
+
+
 def test_lengths_of_a_log_and_of_a_benchmark(tmp_path: Path) -> None:
     bench = [{"backend": "sglang", "completed": 2, "input_lens": [374, 396],
               "output_lens": [44, 109], "ttfts": [0.1, 0.2]}]  # fmt: skip

@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -25,7 +26,8 @@ FORMATS = {
     "2024-05-10 00:00:00.009930+00:00,374,44\n2024-05-10 00:00:01.509930+00:00,396,109\n",
     "burst.csv": "Timestamp,Model,Request tokens,Response tokens,Total tokens,Log Type\n"
     "5,ChatGPT,374,44,418,Conversation log\n6.5,GPT-4,396,109,505,API log\n",
-    "mooncake.jsonl": '{"timestamp": 0, "input_length": 374, "output_length": 44, "hash_ids": []}\n'
+    "mooncake.jsonl": '{"timestamp": 0, "input_length": 374, "output_length": 44, "hash_ids": [1]}'
+    "\n"
     '{"timestamp": 1500, "input_length": 396, "output_length": 109, "hash_ids": [2]}\n',
     "plain.csv": "arrival_s,input_tokens,output_tokens\n0.0,374,44\n1.5,396,109\n",
 }
@@ -167,9 +169,9 @@ def test_a_local_file_is_checked_too(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_workload_cannot_be_made_of_nonsense() -> None:
     good = make_workload("lmsys", rate_rps=5, duration_s=2, seed=0)
     with pytest.raises(VoltanaError, match="must not fall"):
-        good.superposed()._with(good.arrival_s[::-1], "reversed")
+        replace(good, arrival_s=good.arrival_s[::-1], name="reversed")
     with pytest.raises(VoltanaError, match="one length"):
-        good._with(np.zeros(3), "short")
+        replace(good, arrival_s=np.zeros(3))
 
 
 def test_rows_longer_than_the_header_are_refused_and_do_not_shift_columns(tmp_path: Path) -> None:

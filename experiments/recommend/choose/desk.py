@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
 from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial, pooled
@@ -17,6 +17,9 @@ from voltana.experiments.sweep.store import FolderStore
 from voltana.sim.config import make_config
 
 LOAD = Load(name="the load", settings={})
+PHASES: Final = ("prefill", "decode")
+_LOCK: Final = "static:f="
+_CAP: Final = "powercap:cap="
 
 
 @dataclass(slots=True)
@@ -90,8 +93,11 @@ class Desk:
         return replace(trial, attainments=(pooled(trial.rows, "attainment"),))
 
     def explore(self, search: FleetSearch) -> None:
-        """Both sides of a search of fixed clocks, in a process each; the runs are kept."""
-        if self.jobs == 1:
+        """Both sides of a search of fixed clocks, in a process each; the runs are kept.
+
+        Not beside a connection to a cluster, which does not bear a fork.
+        """
+        if self.jobs == 1 or self.executor != "processes":
             return
         with ProcessPoolExecutor(2) as pool:
             list(pool.map(search.explore, (0, 1)))
@@ -103,18 +109,50 @@ def fleet_at(counts: tuple[int, int], clock_mhz: int) -> Fleet:
 
 
 def fixed_clock_mhz(settings: Mapping[str, Any], phase: str) -> int | None:
-    """The clock that `fleet_settings` gave a phase; None if a policy chooses it."""
-    name, _, clock = str(settings.get(f"{phase}_controller", "")).partition(":f=")
-    return int(clock) if name == "static" else None
+    """The clock that a fleet of `Means` was locked at in a phase; None if it is not locked."""
+    return _set_once(settings, phase, _LOCK)
 
 
-def fleet_settings(fleet: Fleet, router: str) -> dict[str, Any]:
-    """Configuration keys of fixed clocks on as many instances as are named, and no more."""
-    prefill, decode = fleet
-    return {
-        "num_prefill": prefill.active,
-        "num_decode": decode.active,
-        "prefill_controller": f"static:f={prefill.clock_mhz}",
-        "decode_controller": f"static:f={decode.clock_mhz}",
-        "router": router,
-    }
+def fixed_cap_w(settings: Mapping[str, Any], phase: str) -> int | None:
+    """The power cap of an instance that `Means` gave a phase; None if it has none."""
+    return _set_once(settings, phase, _CAP)
+
+
+def _set_once(settings: Mapping[str, Any], phase: str, by: str) -> int | None:
+    text = str(settings.get(f"{phase}_controller", ""))
+    return int(text[len(by) :].partition(",")[0]) if text.startswith(by) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Means:
+    """How a fleet that is set once is held: by locked clocks or by power caps, and its router.
+
+    A cap leaves the clock to the card, which slows down only what would draw more: a light batch
+    runs at the top clock, a heavy one at the fastest that fits. It is played as `powercap` whose
+    cap nothing releases. A fleet in caps is named by clocks, too: its cap is what the tables draw
+    at most there, so that no batch runs slower than under that lock.
+    """
+
+    router: str
+    is_cap: bool = False
+
+    def settings(self, question: Question, fleet: Fleet) -> dict[str, Any]:
+        """Configuration keys, of as many instances as are named and no more."""
+        found: dict[str, Any] = {"router": self.router}
+        for phase, side in zip(PHASES, fleet, strict=True):
+            found[f"num_{phase}"] = side.active
+            found[f"{phase}_controller"] = (
+                f"{_CAP}{question.cap_w(phase, side.clock_mhz)},release=0"
+                if self.is_cap
+                else f"{_LOCK}{side.clock_mhz}"
+            )
+        return found
+
+    def label(self, question: Question, fleet: Fleet) -> str:
+        """Such as `2P1D at 1005/1200 MHz` or, of caps, `2P1D within 310/280 W`."""
+        prefill, decode = fleet
+        counts = f"{prefill.active}P{decode.active}D"
+        if not self.is_cap:
+            return f"{counts} at {prefill.clock_mhz}/{decode.clock_mhz} MHz"
+        caps = (question.cap_w(p, s.clock_mhz) for p, s in zip(PHASES, fleet, strict=True))
+        return f"{counts} within {'/'.join(map(str, caps))} W"

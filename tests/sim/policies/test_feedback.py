@@ -1,4 +1,4 @@
-"""PID, MIAD and the packing routers: decisions worked by hand."""
+"""PID and MIAD: decisions worked by hand."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from itertools import pairwise
 
 import pytest
 
-from tests.sim.policies.doubles import Formula, decode_state, make_context, require_point
-from voltana.experiments.runs import run
-from voltana.sim.config import make_config
-from voltana.sim.metrics import summarise
-from voltana.sim.policies.base import InstanceState, RequestView
+from tests.sim.policies.doubles import decode_state, make_context
+from voltana.sim.policies.base import InstanceState
 from voltana.sim.policies.parts.latency import LatencyWindow
-from voltana.sim.policies.registry import make_controller, make_router
+from voltana.sim.policies.registry import make_controller
 
 ALL = "frequencies=1000+1200+1400"
 """Every clock of the doubles: left to themselves these controllers keep above the floor."""
@@ -39,6 +36,21 @@ def test_the_window_weighs_by_requests_and_forgets() -> None:
     assert window.quantile_s() == 0.090
     window.add(felt(5.0, 0.020, batch=1), "decode")
     assert window.quantile_s() == 0.020
+
+
+def test_a_sample_as_old_as_the_window_still_counts() -> None:
+    """A window of 0.5 s. The smallest of equals counts for one request, a time of 0 for none, and
+    seven tenths of ten are the seventh, whatever 0.7·10 is in binary."""
+    window = LatencyWindow(0.5, 0.7)
+    for now_s, duration_s, batch in ((0.0, 0.03, 0), (0.25, 0.0, 99), (0.5, 0.01, 0)):
+        window.add(felt(now_s, duration_s, batch), "decode")
+    assert window.quantile_s() == 0.03
+    window.add(felt(0.625, 0.02, 0), "decode")
+    assert window.quantile_s() == 0.02
+    tenths = LatencyWindow(9.0, 0.7)
+    for k in range(1, 11):
+        tenths.add(felt(0.0, 0.01 * k, 1), "decode")
+    assert tenths.quantile_s() == 0.07
 
 
 def test_prefill_latency_is_of_the_batch_that_has_ended() -> None:
@@ -147,6 +159,41 @@ def test_pid_does_not_wind_up() -> None:
     assert made.decide(felt(10.2, 0.010)) < 1400
 
 
+def test_pid_does_not_wind_up_at_the_bottom_either() -> None:
+    """4.5 ms of 45: error 0.9, Ki 1000 MHz/s, steps of 1/8 s: 112.5 MHz each, until the output is
+    below 1000 MHz with 450 in the integral. Then 60 ms, error -1/3, -41.7 MHz a step: the outputs
+    are 950, 992, 1033. Had it gone on for the 40 steps of slack, it would stay at the bottom."""
+    made = make_controller(f"pid:kp=0.0,ki=1000.0,kd=0.0,dwell=0.0,window=0.125,{EVERY}", FINE)
+    falling = [made.decide(felt(0.125 * k, 0.0045)) for k in range(40)]
+    assert falling[:7] == [1400, 1400, 1288, 1175, 1063, 1000, 1000]
+    rising = [made.decide(felt(0.125 * k, 0.060, 10**6)) for k in range(40, 43)]
+    assert rising == [1000, 1000, 1034]
+
+
+def test_pid_without_a_setpoint_or_a_measurement_stays_where_it_is() -> None:
+    """TTFT 0.1 s less two ITL of 50 ms leaves nothing for prefill: no error can be told."""
+    for ttft_s in (0.1, 0.05):
+        made = make_controller(f"pid:{ALL}", make_context(phase="prefill", slo_ttft_s=ttft_s))
+        assert made.decide(felt(1.0, 0.001)) == 1400
+    assert make_controller(f"pid:{ALL}", make_context()).decide(felt(1.0, 0.0)) == 1400
+
+
+def test_pid_dwells_to_the_last_bit() -> None:
+    """Error 0.8 asks for 1000 MHz at once; then 60 ms for the top, which has to wait for 0.5 s."""
+    made = make_controller(f"pid:ki=0.0,kd=0.0,dwell=0.5,window=0.125,{ALL}", make_context())
+    clocks = [made.decide(felt(0.0, 0.009))]
+    clocks += [made.decide(felt(0.125 * k, 0.060, 10**6)) for k in range(1, 5)]
+    assert clocks == [1000, 1000, 1000, 1000, 1400]
+
+
+def test_pid_rests_when_nothing_is_younger_than_its_window() -> None:
+    """Ki 1000 MHz/s at an error of 0.1 in iterations of 40.5 ms, calls 1 s apart and a window of
+    1 s: 100 MHz each. 1.1 s apart, a rest: the iteration alone counts, 4.05 MHz."""
+    for gap_s, clock in ((1.0, 1300), (1.1, 1396)):
+        made = make_controller(f"pid:kp=0.0,ki=1000.0,kd=0.0,dwell=0.0,{EVERY}", FINE)
+        assert [made.decide(felt(gap_s * k, 0.0405)) for k in range(3)] == [1400, 1400, clock]
+
+
 def test_pid_keeps_its_dwell() -> None:
     made = make_controller(f"pid:dwell=1.0,window=0.1,{ALL}", make_context())
     changes, last = [], 1400
@@ -173,123 +220,39 @@ def test_miad_falls_by_steps_and_rises_by_a_factor() -> None:
     )
 
 
+def test_miad_moves_to_the_megahertz() -> None:
+    """Between 40 and 47.5 ms of 50 nothing changes; more: times 1.25, at most 1400; less: minus
+    100, at least 1000; a queue is danger too. Every second, from the first on."""
+    made = make_controller(f"miad:fall=100,{EVERY}", FINE)
+    clocks: list[int] = []
+    for now_s, duration_s, waiting in (
+        (0.9, 0.010, 0), (1.0, 0.010, 0), (1.9, 0.010, 0), (2.0, 0.010, 0), (3.0, 0.041, 0),
+        (4.0, 0.047, 0), (5.0, 0.010, 0), (6.0, 0.010, 0), (7.0, 0.010, 0), (8.0, 0.010, 0),
+        (9.1, 0.048, 0), (10.1, 0.010, 0), (11.1, 0.010, 1),
+    ):  # fmt: skip
+        clocks.append(made.decide(felt(now_s, duration_s, 1000 ** len(clocks), waiting)))
+    assert clocks == [1400, 1300, 1300, 1200, 1200, 1200, 1100, 1000, 1000, 1000, 1250, 1150, 1400]
+
+
+def test_miad_s_quantile_is_the_attainment_target() -> None:
+    """3 % of what is felt lies at 60 ms: the p99 of a 99 % target sees it, a p95 does not."""
+    for target, clock in ((0.99, 1400), (0.95, 1370)):
+        made = make_controller(f"miad:{EVERY}", replace(FINE, attainment_target=target))
+        made.decide(felt(0.5, 0.060, batch=3))
+        assert made.decide(felt(1.0, 0.020, batch=97)) == clock
+
+
+def test_miad_s_promise_in_prefill_is_what_ttft_leaves() -> None:
+    """0.5 s less two of 50 ms: danger above 0.38 s, of delay and batch together."""
+    for delay_s, clock in ((0.30, 1400), (0.20, 1370)):
+        made = make_controller(f"miad:{EVERY}", replace(FINE, phase="prefill"))
+        state = felt(1.0, 0.090)
+        state.phase, state.ended_queue_delay_s = "prefill", delay_s
+        assert made.decide(state) == clock
+
+
 def test_miad_decides_once_a_period() -> None:
     made = make_controller(f"miad:fall=500.0,{ALL}", make_context())
     assert made.decide(felt(1.0, 0.010)) == 1000
     assert made.decide(felt(1.5, 0.049)) == 1000
     assert made.decide(felt(2.0, 0.049)) == 1400  # 1000·1.25 = 1250, the next supported is 1400
-
-
-PER_REQUEST = Formula(lambda p, f, b, t: 1e-3 * b * 1400 / f)
-"""1 ms a request at the top clock."""
-
-
-def route(name: str, *opened: int) -> int:
-    context = make_context(PER_REQUEST)
-    decode = [decode_state(opened=n) for n in opened]
-    prefill = [InstanceState(instance_id=0, phase="prefill")]
-    return make_router(name, context).route(RequestView(0, 0.0, 10, None), prefill, decode)[1]
-
-
-@pytest.mark.parametrize(
-    ("name", "opened", "chosen"),
-    [
-        ("slo-pack", (3, 30, 20), 1),  # limit 45 ms: 31 fits, the fullest
-        ("slo-pack", (3, 45, 20), 2),  # 46 ms does not: the next fullest
-        ("slo-pack", (60, 45, 50), 1),  # none fits: fewest requests
-        ("slo-pack:headroom=0.0", (3, 49, 20), 1),  # 50 ms fits exactly
-        ("slo-pack", (3, 30, 30), 1),  # equally full: the first
-        ("latency-headroom", (3, 30, 20), 0),  # spread: most headroom
-        ("latency-headroom:mode=pack", (3, 30, 20), 1),
-        ("latency-headroom:mode=pack,explore=0.0", (3, 60, 20), 2),
-        ("latency-headroom", (60, 55, 70), 1),  # none positive: least bad
-        ("latency-headroom", (3, 3, 20), 0),  # equal headroom: the first
-    ],
-)
-def test_packing(name: str, opened: tuple[int, ...], chosen: int) -> None:
-    assert route(name, *opened) == chosen
-
-
-class LevelPower:
-    """MHz / 10 in watts, and one watt for each of the first 16 requests."""
-
-    def power_w(self, phase: str, clock_mhz: int, batch_size: int, tokens: int) -> float:
-        require_point(phase, clock_mhz, batch_size, tokens)
-        return clock_mhz / 10 + min(batch_size, 16)
-
-    def idle_power_w(self, clock_mhz: int) -> float:
-        return 40.0
-
-
-def pick(name: str, states: list[InstanceState]) -> int:
-    context = replace(make_context(PER_REQUEST), power=LevelPower())
-    prefill = [InstanceState(instance_id=0, phase="prefill")]
-    return make_router(name, context).route(RequestView(0, 0.0, 10, None), prefill, states)[1]
-
-
-@pytest.mark.parametrize(
-    ("opened", "chosen"),
-    [((33, 20, 0), 1), ((33, 0), 0), ((47, 33), 1), ((20, 10), 0), ((8, 4), 1), ((30, 20), 1)],
-)
-def test_least_added_power_avoids_the_step_to_the_next_level(
-    opened: tuple[int, ...], chosen: int
-) -> None:
-    """1.4 ms a request at 1000 MHz, limit 47 ms: 33 requests fit there (46.2 ms), 34 do not.
-
-    At 33: +40 W for the higher level. At 16 to 32: +0 W. At 1 to 15: +1 W. An empty one:
-    100 + 1 - 40 = +61 W. All at the top level and over the limit come last; a tie goes to the
-    fewest requests.
-    """
-    states = [decode_state(opened=n, kv=100) for n in opened]
-    assert pick("least-added-power", states) == chosen
-
-
-def state_at(opened: int, clock: int, last_s: float = 0.03) -> InstanceState:
-    state = decode_state(opened=opened, kv=100, clock=clock)
-    state.last_duration_s = last_s
-    return state
-
-
-@pytest.mark.parametrize(
-    ("states", "chosen"),
-    [
-        # all below 10: the lowest clock, then the fewest, however much energy that takes
-        ([state_at(9, 1400), state_at(9, 1000), state_at(5, 1000)], 2),
-        ([state_at(9, 1000), state_at(0, 1400)], 0),
-        # 1.4 ms a request at 1000 MHz, 1.1667 at 1200, 1 at 1400; limit 47 ms; levels of all three.
-        # 20 at 1000: 117·29.4 ms - 116·28 ms = 0.19 J; 33 at 1000 goes on at 1200:
-        # 136·39.7 - 116·46.2 ms = 0.035 J, less than a request more at the low clock
-        ([state_at(20, 1000), state_at(33, 1000)], 1),
-        # an empty one: 101 W·1.4 ms = 0.14 J, less than 0.19: it spreads where power would pack
-        ([state_at(20, 1000), state_at(0, 1000)], 1),
-        # the clock in force counts: 20 at 1400 pays 156·20 ms now, 117·29.4 ms after: 0.31 J more
-        ([state_at(20, 1400), state_at(20, 1000)], 1),
-        # 47 misses 47 ms at any level and is left out although it would be the fullest
-        ([state_at(47, 1400), state_at(46, 1400)], 1),
-        # all are left out: the shortest last iteration
-        ([state_at(60, 1400, 0.061), state_at(61, 1400, 0.060)], 1),
-    ],
-)
-def test_min_delta_energy_is_the_cited_rule(states: list[InstanceState], chosen: int) -> None:
-    spec = "min-delta-energy:balance=10,frequencies=1000+1200+1400"
-    assert pick(spec, states) == chosen
-
-
-def test_min_delta_energy_balances_below_64_requests_by_default() -> None:
-    """63 at a low clock win over an empty one at the top; from 64 on energy decides."""
-    assert pick("min-delta-energy", [state_at(63, 1000), state_at(0, 1400)]) == 0
-    assert pick("min-delta-energy", [state_at(64, 1000), state_at(0, 1400)]) == 1
-
-
-@pytest.mark.slow
-def test_the_cited_rule_saves_nothing_where_packing_saves_two_fifths() -> None:
-    """1P4D at 15 requests/s: no instance ever has 64 requests, so that the rule only balances."""
-    values = {
-        "rate_rps": 15, "duration_s": 40, "num_prefill": 1, "num_decode": 4, "slo_itl_s": 0.045,
-    }  # fmt: skip
-    energy_j = {
-        router: summarise(run(make_config(values | {"router": router})))["energy_j"]
-        for router in ("ecoroute", "min-delta-energy", "least-added-power")
-    }
-    assert energy_j["min-delta-energy"] == pytest.approx(energy_j["ecoroute"], rel=0.02)
-    assert energy_j["least-added-power"] < 0.65 * energy_j["ecoroute"]

@@ -14,8 +14,8 @@ from typing import Any, Final
 from voltana.experiments.frontier.contenders import Contender
 from voltana.experiments.frontier.knob import COARSE, search_knob
 from voltana.experiments.frontier.trial import Trial
-from voltana.experiments.recommend.desk import Desk, fleet_at
-from voltana.experiments.recommend.fixed_choice import fleet_peak_w
+from voltana.experiments.recommend.choose.desk import Desk, fleet_at
+from voltana.experiments.recommend.choose.fixed import fleet_peak_w
 from voltana.experiments.recommend.question import Question, Repeats
 from voltana.sim.policies.spec import parse_spec
 

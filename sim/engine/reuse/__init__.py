@@ -1,0 +1,1 @@
+"""Prompts that share tokens, and sessions whose turns wait for answers: off unless asked for."""

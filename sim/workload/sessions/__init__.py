@@ -1,0 +1,1 @@
+"""Requests that belong together: prompts that share what they begin with, turns that wait."""
