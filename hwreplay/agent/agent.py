@@ -6,7 +6,7 @@
 
 One thread, no waiting: what comes first is served first, the router's events before the engine's
 records. Where several records wait, the controller sees each and the clock follows the newest.
-Run by `start_agent`, or by hand with `voltana agent FILE.json`. Where a controller looks at the
+Run by `start_agents`; `attach` runs them under another router. Where a controller looks at the
 whole fleet, one process runs all agents, each with its own sockets, over one `Cluster`.
 """
 

@@ -200,6 +200,14 @@ def test_a_wide_bucket_keeps_the_mean_of_its_moves_and_of_its_tables() -> None:
     assert model.clock_rate.tolist() == [0.0, 0.0, 0.0]
 
 
+def test_an_iteration_of_just_the_promise_is_not_late() -> None:
+    """0.1 s for one request at 1000 MHz, of 0.1 s; two take 0.2."""
+    tight = dataclasses.replace(PARAMETERS, slo_itl_s=0.1, clock_rule="static:f=1000")
+    model = build(tight, (1000,))
+    assert model.cost_w[1] == model.energy_w[1]
+    assert model.cost_w[2] > model.energy_w[2]
+
+
 class KvPower(ClockPower):
     """A watt a token beside."""
 
