@@ -173,8 +173,8 @@ class Card:
     """One card of a `Cards`. Safe to use from several processes and threads at once."""
 
     def __init__(self, library: ctypes.CDLL, address: int, index: int) -> None:
-        self._library = library
-        self._address = address
+        self.library = library
+        self.address = address
         self.index = index
         self.record = Record.from_address(address)
 
@@ -201,7 +201,7 @@ class Card:
     def look(self) -> Look:
         """Book up to now and say how the card stands."""
         found = _Look()
-        self._library.voltana_look(self._address, ctypes.byref(found))
+        self.library.voltana_look(self.address, ctypes.byref(found))
         return Look(
             **{name: getattr(found, name) for name in _PLAIN},
             is_lost=bool(found.lost),
@@ -213,11 +213,11 @@ class Card:
 
         Called within a pass it replaces power and end from now on: for a clock that has changed.
         """
-        self._library.voltana_begin_pass(self._address, power_w, duration_s)
+        self.library.voltana_begin_pass(self.address, power_w, duration_s)
 
     def end_pass(self) -> None:
         """At rest from now on; not needed after a pass that has had its duration."""
-        self._library.voltana_end_pass(self._address)
+        self.library.voltana_end_pass(self.address)
 
     def add_process(self, pid: int | None = None) -> None:
         """Put a process (this one) on the card's list, where one that has ended stood."""
@@ -233,19 +233,19 @@ class Card:
 
     def set_power_limit(self, limit_w: float) -> None:
         """As NVML's call does."""
-        self._library.voltana_limit(self._address, round(limit_w * 1e3))
+        self.library.voltana_limit(self.address, round(limit_w * 1e3))
 
     def sag(self, clock_mhz: int, duration_s: float) -> None:
         """For so long the clock is `clock_mhz` at most, as under a power limit; 0 ends it."""
-        self._library.voltana_sag(self._address, clock_mhz, duration_s)
+        self.library.voltana_sag(self.address, clock_mhz, duration_s)
 
     def lose(self) -> None:
         """Off the bus: NVML answers GPU_IS_LOST, the card draws nothing."""
-        self._library.voltana_set_lost(self._address, 1)
+        self.library.voltana_set_lost(self.address, 1)
 
     def find_again(self) -> None:
         """Back after a reset: no lock has outlived it."""
-        self._library.voltana_set_lost(self._address, 0)
+        self.library.voltana_set_lost(self.address, 0)
 
 
 _PLAIN: Final = (

@@ -160,7 +160,7 @@ class SglangEngine:
             max_prefill_tokens=min(budget_tokens, chunk_tokens if chunk_tokens > 0 else 2**31),
             max_running_requests=int(decode["max_running_requests"]),
             kv_capacity_tokens=int(decode["max_total_num_tokens"]),
-            graph_batch_sizes=_graph_batch_sizes(decode),
+            graph_batch_sizes=graph_batch_sizes(decode),
             min_context_tokens=1 + MIN_OUTPUT_TOKENS // 2,
             is_on_gpu=str(decode.get("device")) == "cuda",
             model_shape=dataclasses.asdict(self._shape),
@@ -183,12 +183,12 @@ class SglangEngine:
                 f"{point.batch_size}: the sglang engine sends equal prompts"
             )
         if point.phase == "prefill":
-            yield _Bursts(point, self.client, self.records(self.servers.prefill), self.facts)
+            yield Bursts(point, self.client, self.records(self.servers.prefill), self.facts)
         else:
-            yield _HeldStreams(point, self.client, self.records(self.servers.decode), self.facts)
+            yield HeldStreams(point, self.client, self.records(self.servers.decode), self.facts)
 
 
-class _Bursts:
+class Bursts:
     """Prefill: burst after burst, each one's pass timed by the engine itself.
 
     A server that does both phases has the next burst in its queue while one runs, so that passes
@@ -216,7 +216,7 @@ class _Bursts:
         self._records.take()
         begun_s = time.monotonic()  # pauses count: a pass of few tokens is a tenth of its burst
         while len(passes) < min_iterations or time.monotonic() - begun_s < min_duration_s:
-            found = self._burst()
+            found = self.burst()
             passes += found
             num_misses = 0 if found else num_misses + 1
             if not found:
@@ -239,7 +239,7 @@ class _Bursts:
     def _tokens(self) -> int:
         return self._prompt_tokens * self._point.batch_size
 
-    def _burst(self) -> list[IterationMetrics]:
+    def burst(self) -> list[IterationMetrics]:
         """Keep the queue filled and await the oldest: passes that ran as one burst since then."""
         while len(self._ahead) < self._depth:
             if self._ahead:
@@ -272,7 +272,7 @@ class _Bursts:
             time.sleep(POLL_S)
 
 
-class _HeldStreams:
+class HeldStreams:
     """Decode: N answers at once, timed while all N run."""
 
     def __init__(self, point: Point, client: Client, records: Records, facts: EngineFacts) -> None:
@@ -283,7 +283,7 @@ class _HeldStreams:
         self._most_tokens = min(
             facts.max_context_tokens - 1, facts.kv_capacity_tokens // point.batch_size
         )
-        self._output_tokens = min(max(self._context // 2, MIN_OUTPUT_TOKENS), USUAL_OUTPUT_TOKENS)
+        self.output_tokens = min(max(self._context // 2, MIN_OUTPUT_TOKENS), USUAL_OUTPUT_TOKENS)
 
     def run(self, *, min_duration_s: float, min_iterations: int) -> Window:
         runs: list[list[IterationMetrics]] = []
@@ -292,7 +292,7 @@ class _HeldStreams:
             found = full_runs(self._round(), self._batch_size)
             if found:
                 longest_s = max(run[-1].received_s - run[0].received_s for run in found)
-                self._stretch(longest_s, min(min_duration_s, OWN_ENERGY_S))
+                self.stretch(longest_s, min(min_duration_s, OWN_ENERGY_S))
             else:
                 self._lengthen()
             runs += found
@@ -303,7 +303,7 @@ class _HeldStreams:
 
     def _round(self) -> list[IterationMetrics]:
         """All records while one batch of answers is made."""
-        output = min(self._output_tokens, self._most_tokens - 1)
+        output = min(self.output_tokens, self._most_tokens - 1)
         prompt = max(self._context - output // 2, 1)
         prompt = min(prompt, self._most_tokens - output)
         self._records.take()
@@ -311,22 +311,22 @@ class _HeldStreams:
         time.sleep(SETTLE_S)
         return self._records.take()
 
-    def _stretch(self, longest_s: float, wanted_s: float) -> None:
+    def stretch(self, longest_s: float, wanted_s: float) -> None:
         """Longer answers where the stretches are too short, as far as the context may move."""
         most = min(MAX_OUTPUT_TOKENS, self._context // 2, self._most_tokens - 1)
         if longest_s < wanted_s:
-            needed = math.ceil(self._output_tokens * wanted_s / longest_s)
-            self._output_tokens = max(self._output_tokens, min(needed, most))
+            needed = math.ceil(self.output_tokens * wanted_s / longest_s)
+            self.output_tokens = max(self.output_tokens, min(needed, most))
 
     def _lengthen(self) -> None:
         """Many prompts reach decode one after another: the first must not end before the last."""
-        if self._output_tokens >= min(MAX_OUTPUT_TOKENS, self._most_tokens - 1):
+        if self.output_tokens >= min(MAX_OUTPUT_TOKENS, self._most_tokens - 1):
             raise NotHeldError(
                 f"{self._batch_size} streams at a context of {self._context} tokens must run "
                 "together, they never did: the engine admits fewer (its KV memory, its reserve "
                 "for each request, or its limit of running requests)"
             )
-        self._output_tokens *= 2
+        self.output_tokens *= 2
 
 
 def full_runs(records: Sequence[IterationMetrics], batch_size: int) -> list[list[IterationMetrics]]:
@@ -391,7 +391,7 @@ def _kv_element_bytes(info: dict[str, Any]) -> int:
     return 4 if kind == "float32" else 2
 
 
-def _graph_batch_sizes(info: dict[str, Any]) -> tuple[int, ...]:
+def graph_batch_sizes(info: dict[str, Any]) -> tuple[int, ...]:
     """Those that the server has captured; its arguments tell what was asked for."""
     state = (info.get("internal_states") or [{}])[0]
     return tuple(int(size) for size in state.get("decode_cuda_graph_bs") or ())

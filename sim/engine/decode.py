@@ -63,7 +63,7 @@ class DecodeInstance(Instance):
         has_steady = type(answers.controller).steady_iterations is not Controller.steady_iterations
         self.max_iterations = _MANY if has_steady else 1
         """Of a run, whatever the controller promises."""
-        self._waiting: deque[SimRequest] = deque()
+        self.waiting: deque[SimRequest] = deque()
         self._retracted: deque[SimRequest] = deque()
         """They come before those that wait; `state.num_waiting` counts both."""
         self._iteration = 0
@@ -101,7 +101,7 @@ class DecodeInstance(Instance):
 
     def submit(self, request: SimRequest, now_s: float) -> None:
         """A request's KV cache has arrived."""
-        self._waiting.append(request)
+        self.waiting.append(request)
         self.state.num_waiting += 1
         self.state.waiting_tokens += request.input_tokens + request.generated_tokens
         if self._is_parked:
@@ -184,7 +184,7 @@ class DecodeInstance(Instance):
     def _further_iterations(self, batch_size: int, tokens: int) -> int:
         """How many iterations after this one are sure to be like it."""
         # what a retraction has freed may let the next one in
-        if self.state.num_waiting and self._has_room(tokens + batch_size):
+        if self.state.num_waiting and self.has_room(tokens + batch_size):
             return 0
         # the next calls see this run's iterations: each the one to come, or the one before it
         seen_tokens = tokens if self._sees_next_batch else tokens - batch_size
@@ -285,17 +285,17 @@ class DecodeInstance(Instance):
             state.kv_tokens + freed * state.num_running > state.kv_capacity_tokens
             and state.num_running > 1
         ):
-            victim = self._least_far()
-            self._retract(victim, now_s)
+            victim = self.least_far()
+            self.retract(victim, now_s)
             self._join_order = [r for r in self._join_order if r.is_running]
 
-    def _least_far(self) -> SimRequest:
+    def least_far(self) -> SimRequest:
         """The running request with the fewest output tokens; see the class for ties."""
         latest = [r for r in reversed(self._join_order) if r.is_running]
         # all get one token an iteration: who has the fewest began last, its stays put together
         return max(latest, key=lambda r: (_began(r), r.input_tokens))
 
-    def _retract(self, request: SimRequest, now_s: float) -> None:
+    def retract(self, request: SimRequest, now_s: float) -> None:
         state = self.state
         steps_left = request.finish_iteration - self._iteration
         request.is_running = False
@@ -321,14 +321,14 @@ class DecodeInstance(Instance):
             wanted = self.answers.admit_up_to(state)
             most = self._max_running
             self._most = most if wanted is None else min(max(wanted, 1), most)
-        while state.num_waiting and self._has_room(state.kv_tokens):
-            request = (self._retracted or self._waiting).popleft()
+        while state.num_waiting and self.has_room(state.kv_tokens):
+            request = (self._retracted or self.waiting).popleft()
             context = request.input_tokens + request.generated_tokens
             state.num_waiting -= 1
             state.waiting_tokens -= context
-            self._join(request, context, now_s)
+            self.join(request, context, now_s)
 
-    def _has_room(self, kv_tokens: int) -> bool:
+    def has_room(self, kv_tokens: int) -> bool:
         """Whether the first in the queue may join those that run, with so many tokens in use.
 
         One that finds nobody there may: it fits alone, or it would have been rejected.
@@ -338,12 +338,12 @@ class DecodeInstance(Instance):
             return True
         if state.num_running >= self._most:
             return False
-        first = (self._retracted or self._waiting)[0]
+        first = (self._retracted or self.waiting)[0]
         context = first.input_tokens + first.generated_tokens
         reserve = self._reserve_tokens * (state.num_running + 1)
         return kv_tokens + context + reserve <= state.kv_capacity_tokens
 
-    def _join(self, request: SimRequest, context: int, now_s: float) -> None:
+    def join(self, request: SimRequest, context: int, now_s: float) -> None:
         state = self.state
         end = request.input_tokens + request.output_tokens - (0 if self._first_token_here else 1)
         request.end_context_tokens = end
@@ -372,7 +372,7 @@ class DecodeInstance(Instance):
                 arrival_s=r.arrival_s,
                 input_tokens=r.input_tokens + r.generated_tokens,
             )
-            for r in (*self._retracted, *self._waiting)
+            for r in (*self._retracted, *self.waiting)
         ]
 
     def _list_running(self) -> list[RunningRequest]:

@@ -30,13 +30,13 @@ class Bench:
 
     def lock(self, clock_mhz: int) -> int:
         """NVML's call; its code."""
-        return int(self.card._library.voltana_lock(self.card._address, clock_mhz))
+        return int(self.card.library.voltana_lock(self.card.address, clock_mhz))
 
     def reading_w(self) -> float:
-        return float(self.card._library.voltana_reading_w(self.card._address))
+        return float(self.card.library.voltana_reading_w(self.card.address))
 
     def counter_j(self) -> float:
-        return float(self.card._library.voltana_counter_j(self.card._address))
+        return float(self.card.library.voltana_counter_j(self.card.address))
 
 
 MakeBench = Callable[..., Bench]

@@ -120,7 +120,7 @@ def test_writers_killed_at_any_point_leave_a_file_that_adds_up(make_bench: MakeB
 def test_a_holder_that_dies_with_the_card_taken_is_survived(make_bench: MakeBench) -> None:
     """The worst moment, made: a child takes the record's mutex and is killed with it."""
     bench = make_bench()
-    address = bench.card._address + Record.mutex.offset
+    address = bench.card.address + Record.mutex.offset
     lock = ctypes.CDLL("libc.so.6").pthread_mutex_lock
     lock.argtypes = [ctypes.c_void_p]
     child = os.fork()

@@ -41,7 +41,7 @@ def instance(
         max_running=64,
     )
     for number, (prompt, outputs, wanted) in enumerate(running):
-        made._join(SimRequest(number, 0.0, prompt, wanted), prompt + outputs, 0.0)
+        made.join(SimRequest(number, 0.0, prompt, wanted), prompt + outputs, 0.0)
     return made
 
 
@@ -77,8 +77,8 @@ def test_we_admit_and_retract_as_the_engine_s_own_methods(tmp_path: Path) -> Non
         made = instance(profile, batch, capacity_tokens=10_000, reserve_tokens=0)
         ours = []
         while made.state.num_running > 1:
-            victim = made._least_far()
-            made._retract(victim, 0.0)
+            victim = made.least_far()
+            made.retract(victim, 0.0)
             ours.append(victim.request_id)
         assert ours == order[:-1], batch
     for queue, admitted in zip(queues, theirs["admitted"], strict=True):
@@ -86,7 +86,7 @@ def test_we_admit_and_retract_as_the_engine_s_own_methods(tmp_path: Path) -> Non
             profile, queue["running"], capacity_tokens=queue["capacity_tokens"],
             reserve_tokens=queue["reserve_tokens"],
         )  # fmt: skip
-        made._waiting.append(SimRequest(99, 0.0, queue["first"][0], queue["first"][2]))
+        made.waiting.append(SimRequest(99, 0.0, queue["first"][0], queue["first"][2]))
         made.state.num_waiting = 1
-        assert made._has_room(made.state.kv_tokens) == admitted, queue
+        assert made.has_room(made.state.kv_tokens) == admitted, queue
     assert 50 < sum(theirs["admitted"]) < 250

@@ -83,7 +83,7 @@ def test_hello_then_batches(plugin: ModuleType, tmp_path: Path) -> None:
     ]
     assert all(before_ns <= n.sent_ns <= time.monotonic_ns() for n in notices if n)
     feed.close()
-    announcer._socket.close()
+    announcer.close()
     assert not (tmp_path / "b").exists()
 
 
@@ -108,7 +108,7 @@ def test_one_rank_announces_for_all(
     found = [notice for _ in range(3) if (notice := feed.receive()) is not None]
     assert len(found) == num_notices
     feed.close()
-    announcer._socket.close()
+    announcer.close()
 
 
 def test_no_reader_a_full_socket_and_a_strange_batch_are_survived(
@@ -124,11 +124,12 @@ def test_no_reader_a_full_socket_and_a_strange_batch_are_survived(
     assert first is not None
     assert first.kind == NoticeKind.HELLO
     feed.close()
-    announcer._socket.close()
+    announcer.close()
 
 
 def test_the_socket_of_a_killed_agent_is_replaced(tmp_path: Path) -> None:
-    BatchFeed(tmp_path / "b")._socket.close()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as left:
+        left.bind(str(tmp_path / "b"))
     feed = BatchFeed(tmp_path / "b")
     feed.close()
     (tmp_path / "file").write_text("mine")

@@ -89,7 +89,8 @@ def test_where_there_is_no_room_the_old_file_stays_and_the_error_names_it(
     path = tmp_path / name
     path.write_text("old")
     arguments = f"{name!r}, {str(tmp_path)!r}"
-    call = f"from tests.profiles.common import test_files; test_files.write_beyond_the_limit({arguments})"
+    module = "tests.profiles.common.test_files"
+    call = f"import {module} as mine; mine.write_beyond_the_limit({arguments})"
     done = subprocess.run(
         [sys.executable, "-c", call],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=120,

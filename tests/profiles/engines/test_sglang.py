@@ -20,11 +20,11 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.base import EngineCrashError, NotHeldError, Point
 from voltana.profiles.engines.llama_config import load_shape
 from voltana.profiles.engines.sglang import (
+    Bursts,
+    HeldStreams,
     SglangEngine,
-    _Bursts,
-    _graph_batch_sizes,
-    _HeldStreams,
     full_runs,
+    graph_batch_sizes,
     steps_s,
 )
 from voltana.profiles.engines.sglang_attach import attach
@@ -199,7 +199,7 @@ def test_a_server_on_cards_gets_them_alone_and_prefills_long_prompts_whole(
     ],
 )
 def test_graph_sizes_are_those_captured(info: dict[str, Any], sizes: tuple[int, ...]) -> None:
-    assert _graph_batch_sizes(info) == sizes
+    assert graph_batch_sizes(info) == sizes
 
 
 class Answering(BaseHTTPRequestHandler):
@@ -254,7 +254,7 @@ def test_a_refused_batch_is_no_crash(
 def test_a_window_of_bursts_is_as_long_as_asked_pauses_included() -> None:
     """Bursts of 20 ms whose pass takes 1 ms: 0.1 s hold 5 of them, not 100."""
     client = Client(Endpoints(prefill=NOWHERE, decode=NOWHERE), 100)
-    bursts = _Bursts(Point(phase="prefill", batch_size=2, tokens=8), client, Records(""), FACTS)
+    bursts = Bursts(Point(phase="prefill", batch_size=2, tokens=8), client, Records(""), FACTS)
     number = 0
 
     def burst() -> list[IterationMetrics]:
@@ -263,7 +263,7 @@ def test_a_window_of_bursts_is_as_long_as_asked_pauses_included() -> None:
         time.sleep(0.02)
         return [passed(number, 2, time.monotonic(), took_s=0.001)]
 
-    bursts._burst = burst  # type: ignore[method-assign]
+    bursts.burst = burst  # type: ignore[method-assign]
     window = bursts.run(min_duration_s=0.1, min_iterations=1)
     client.close()
     assert len(window.iteration_s) == number <= 5
@@ -285,10 +285,10 @@ def test_streams_run_long_enough_for_an_energy_of_their_own(
     """Answers of 128 tokens run together for 0.1 s."""
     client = Client(Endpoints(prefill=NOWHERE, decode=NOWHERE), 100)
     point = Point(phase="decode", batch_size=2, tokens=2 * context)
-    streams = _HeldStreams(point, client, Records(""), FACTS)
-    streams._stretch(0.1, wanted_s)
+    streams = HeldStreams(point, client, Records(""), FACTS)
+    streams.stretch(0.1, wanted_s)
     client.close()
-    assert streams._output_tokens == output_tokens
+    assert streams.output_tokens == output_tokens
 
 
 def test_attached_servers_are_not_restarted() -> None:

@@ -19,7 +19,7 @@ from tests.profiles.measure.test_measure import FACTS
 from voltana.profiles.device.constant import ConstantPowerGpu
 from voltana.profiles.device.gpu import GpuIdentity
 from voltana.profiles.engines.base import Engine, Point, PreparedPoint
-from voltana.profiles.engines.sglang import _Bursts
+from voltana.profiles.engines.sglang import Bursts
 from voltana.profiles.engines.sglang_client import Client, Endpoint, Endpoints, Records
 from voltana.profiles.measure.assemble import power_provenance
 from voltana.profiles.measure.power import Reading
@@ -160,7 +160,7 @@ class Bursting:
 
     @contextmanager
     def open(self, point: Point) -> Iterator[PreparedPoint]:
-        yield _Bursts(point, self._client, self._records, FACTS)
+        yield Bursts(point, self._client, self._records, FACTS)
 
 
 def measured(tmp_path: Path, pass_s: float, *, tick_s: float = 0.0) -> Trial:

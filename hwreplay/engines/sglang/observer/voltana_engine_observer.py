@@ -52,6 +52,14 @@ class Announcer:
         except Exception:  # any error would end the scheduler
             return
 
+    def fileno(self) -> int:
+        """Of its socket."""
+        return self._socket.fileno()
+
+    def close(self) -> None:
+        """Announce nothing from now on."""
+        self._socket.close()
+
     def _announce(self, scheduler: object, batch: object) -> None:
         mode = batch.forward_mode
         if mode.is_prebuilt() or mode.is_idle():
