@@ -225,9 +225,10 @@ def measure_idle_w(gpus: Sequence[Gpu], protocol: Protocol) -> list[float]:
     time.sleep(protocol.settle_s)
     powers_w = []
     for number in range(protocol.num_trials):
-        _await_phase(gpus, number, protocol)
+        wait_for_tick(gpus)  # from tick to tick: a window from anywhere counts one more or fewer
         with PowerMeter(gpus) as meter:
             time.sleep(protocol.window_s)
+            wait_for_tick(gpus)
         try:
             powers_w.append(meter.reading.power_w)
         except SampleGapError:

@@ -78,7 +78,11 @@ def agent_config(server: Server, **values: Any) -> AgentConfig:  # noqa: ANN401
         "phase": server.plan.phase,
         "instance_id": server.plan.instance_id,
         "start_ns": time.monotonic_ns(),
-        "settings": {"controller": "ecofreq", "router": "round-robin"},
+        "settings": {
+            "controller": "ecofreq",
+            "prefill_controller": "static:f=1005",  # EcoFreq asks for delays that only a router knows
+            "router": "round-robin",
+        },
         "metrics_address": server.plan.metrics,
         "batch_socket": str(server.plan.batch_socket),
     }
