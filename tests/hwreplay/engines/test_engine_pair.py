@@ -80,7 +80,7 @@ def agent_config(server: Server, **values: Any) -> AgentConfig:  # noqa: ANN401
         "start_ns": time.monotonic_ns(),
         "settings": {
             "controller": "ecofreq",
-            "prefill_controller": "static:f=1005",  # EcoFreq asks for delays that only a router knows
+            "prefill_controller": "static:f=1005",
             "router": "round-robin",
         },
         "metrics_address": server.plan.metrics,
