@@ -64,7 +64,7 @@ class RadixCache:
         self.held_tokens = 0
         """Being computed, not in the tree yet."""
         self.evicted_tokens = 0
-        self._root = Node(None, [], 0, 0, 0, 0)
+        self.root = Node(None, [], 0, 0, 0, 0)
         self._time = 0
         self._leaves: list[tuple[int, int, Node]] = []
         """(when touched, number, node): a heap, whose times may be old."""
@@ -77,7 +77,7 @@ class RadixCache:
 
     def count(self, prompt: Prompt, limit: int) -> int:
         """How many of the first `limit` tokens are here; nothing is touched."""
-        node, names = self._root, prompt.names
+        node, names = self.root, prompt.names
         while node.end < limit:
             child = node.children.get(names[node.below])
             if child is None:
@@ -91,7 +91,7 @@ class RadixCache:
     def match(self, prompt: Prompt, limit: int) -> Node:
         """The node at which the cached part of the first `limit` tokens ends, split off for it."""
         self._time += 1
-        now, node, names = self._time, self._root, prompt.names
+        now, node, names = self._time, self.root, prompt.names
         while node.end < limit:
             child = node.children.get(names[node.below])
             if child is None:

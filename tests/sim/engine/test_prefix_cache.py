@@ -187,7 +187,7 @@ class Watched:
 
 def nodes_of(cache: RadixCache) -> list[Node]:
     found: list[Node] = []
-    seen = [cache._root]
+    seen = [cache.root]
     while seen:
         node = seen.pop()
         found += node.children.values()
@@ -204,7 +204,7 @@ def check(cache: RadixCache) -> None:
     for node in nodes:
         assert node.parent is not None
         assert node.parent.end == node.start
-        assert node.parent is cache._root or node.parent.locks >= node.locks
+        assert node.parent is cache.root or node.parent.locks >= node.locks
 
 
 @pytest.fixture(scope="module")
