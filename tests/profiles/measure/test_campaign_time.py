@@ -55,7 +55,9 @@ def test_a_budget_that_is_too_short_is_said_and_no_zero_is_promised(tmp_path: Pa
     heard = Heard()
     log = Journal.open(tmp_path / "j")
     card = ConstantPowerGpu(100.0)
-    short = replace(plan(budget_s=0.01), protocol=replace(FAST, warm_up_s=1.0))
+    # cards that settle for longer than the budget: it is over before the first point
+    rules = replace(FAST, warm_up_s=1.0, settle_s=0.02)
+    short = replace(plan(budget_s=0.01), protocol=rules)
     with ClockSession([card]) as session, Fake() as engine:
         Campaign(engine, [card], short, session, log, heard).run()
     first = next(line for line in heard.lines if "budget" in line)
