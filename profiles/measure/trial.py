@@ -285,9 +285,8 @@ def run_trial(
         SampleGapError: The cards could not be read often enough.
     """
     rests = pause_w is not None and has_energy_counter(gpus)
-    if (
-        rests
-    ):  # from tick to tick: all that the counter says is this work's, and rest of known power
+    if rests:
+        # from tick to tick: all that the counter says is this work's, and rest of known power
         wait_for_tick(gpus)
     else:
         _await_phase(gpus, number, protocol)
