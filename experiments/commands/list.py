@@ -16,12 +16,12 @@ if TYPE_CHECKING:
     from voltana.sim.policies.registry import Entry
 
 _LABEL = re.compile(r"[A-Z][A-Za-z]*(, [a-z ]+)?: ")
-KINDS = ("profiles", "controllers", "routers", "workloads")
+KINDS = ("profiles", "controllers", "routers", "scalers", "workloads")
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("list", short_help="Profiles, controllers, routers, workloads")(list_names)
+    app.command("list", short_help="Profiles, controllers, routers, scalers, workloads")(list_names)
 
 
 def list_names(
@@ -32,18 +32,18 @@ def list_names(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="One controller or router with its whole rule, one profile or its folder."
+            help="One controller, router or scaler with its whole rule, one profile or its folder."
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Profiles as JSON")] = False,
 ) -> None:
-    """List profiles, controllers, routers or workloads, each with a line of explanation.
+    """List profiles, controllers, routers, scalers or workloads, each with a line of explanation.
 
-    Without KIND the names of all four. Of a profile, what of it is measured, calibrated, modelled
+    Without KIND the names of all. Of a profile, what of it is measured, calibrated, modelled
     or emulated, and how well the predictor that policies believe fits its tables.
 
-    Controllers and routers come with their parameters (default, unit, meaning) and their source;
-    with NAME one of them with its whole rule. They are given on the command line as
+    Controllers, routers and scalers come with their parameters (default, unit, meaning) and their
+    source; with NAME one of them with its whole rule. They are given on the command line as
     name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
     from voltana.profiles.common.errors import VoltanaError, nearest
@@ -54,6 +54,7 @@ def list_names(
         "profiles": partial(_profiles, as_json=json),
         "controllers": _policies,
         "routers": _policies,
+        "scalers": _policies,
         "workloads": _workloads,
     }
     if kind is None:
@@ -70,10 +71,10 @@ def list_names(
 
 def _names() -> dict[str, list[str]]:
     from voltana.profiles.catalog import list_profiles
-    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS
     from voltana.sim.workload.generate import list_workloads
 
-    found = (list_profiles(), CONTROLLERS, ROUTERS, list_workloads())
+    found = (list_profiles(), CONTROLLERS, ROUTERS, SCALERS, list_workloads())
     return {kind: list(names) for kind, names in zip(KINDS, found, strict=True)}
 
 
@@ -87,9 +88,12 @@ def _profiles(kind: str, name: str | None, *, as_json: bool) -> list[str]:
 
 def _policies(kind: str, name: str | None) -> list[str]:
     from voltana.profiles.common.errors import VoltanaError, nearest
-    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS
 
-    entries: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controllers" else ROUTERS
+    known: dict[str, Mapping[str, Entry[Any]]] = {
+        "controllers": CONTROLLERS, "routers": ROUTERS, "scalers": SCALERS,
+    }  # fmt: skip
+    entries = known[kind]
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
     if name is None:
         lines = [line for key, entry in entries.items()

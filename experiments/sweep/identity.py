@@ -21,7 +21,7 @@ from voltana.experiments.runs import cached_profile
 from voltana.profiles import step_model
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
-from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS, Entry, is_module_name
 from voltana.sim.policies.spec import parse_spec
 
 _SHARED: Final = (
@@ -38,7 +38,7 @@ _OF_BOUND: Final = tuple(
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
     "active_decode", "aim_ratio", "predictor", "predictor_scale", "predictor_power_scale",
-    "predictor_power_clock_error",
+    "predictor_power_clock_error", "scaler",
 )  # fmt: skip
 """Of a configuration: what a policy is and what it believes."""
 
@@ -53,6 +53,8 @@ def run_key(config: SimConfig) -> str:
     for spec in (config.prefill_controller_spec, config.decode_controller_spec):
         parts += map(_content, _policy_files(spec, CONTROLLERS))
     parts += map(_content, _policy_files(config.router, ROUTERS))
+    if config.scaler is not None:
+        parts += map(_content, _policy_files(config.scaler, SCALERS))
     return _short("\n".join([*parts, *trace]))
 
 

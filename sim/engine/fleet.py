@@ -109,7 +109,6 @@ class Fleet:
         self.decode = [self._make_decode(i) for i in range(config.num_decode)]
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
-        # the first ones, so that a position is an index of the fleet too
         self._routed_prefill = self._prefill_states[: config.active_prefill]
         self._routed_decode = self._decode_states[: config.active_decode]
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
@@ -228,7 +227,9 @@ class Fleet:
             output_tokens if self._length_oracle else None,
             request.prompt,
         )
-        prefill_id, decode_id = route(self._router, view, self._routed_prefill, self._routed_decode)
+        positions = route(self._router, view, self._routed_prefill, self._routed_decode)
+        prefill_id = self._routed_prefill[positions[0]].instance_id
+        decode_id = self._routed_decode[positions[1]].instance_id
         request.prefill_id, request.decode_id = prefill_id, decode_id
         self._log.assign(request)
         self._prefill_states[prefill_id].open_requests += 1

@@ -32,6 +32,9 @@ from voltana.sim.policies.controllers import (
 from voltana.sim.policies.reconstructed import greenllm, kairos, miad, rapid
 from voltana.sim.policies.routers import consolidate, ecoroute, packing, prefix, simple
 from voltana.sim.policies.routers.kairos import KairosRouter
+from voltana.sim.policies.scalers import dualscale as placement
+from voltana.sim.policies.scalers import load
+from voltana.sim.policies.scalers.base import Scaler, ScalerContext
 from voltana.sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -39,7 +42,7 @@ from voltana.sim.policies.spec import (
     parse_spec,
 )
 
-P = TypeVar("P", Controller, Router)
+P = TypeVar("P", Controller, Router, Scaler)
 _SOURCE: Final = "Source: "
 Constants = Literal["published", "partly", "invented", "ours"]
 CONSTANTS: Final[Mapping[Constants, str]] = {
@@ -56,7 +59,8 @@ CONSTANTS: Final[Mapping[Constants, str]] = {
 class Entry(Generic[P]):
     """One policy: how to make it, and its rule in one line."""
 
-    make: Callable[[Any, PolicyContext], P]
+    make: Callable[[Any, Any], P]
+    """From its parameters and a `PolicyContext`; of a scaler a `ScalerContext`."""
     parameters: type[object]
     constants: Constants = "ours"
     """One of `CONSTANTS`; a rule is published wherever this is not "ours"."""
@@ -96,6 +100,7 @@ def _shipped(make: type[P], constants: Constants = "ours") -> Entry[P]:
 CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
     "static": _shipped(fixed.Static, "published"),
     "boost": _shipped(fixed.Boost, "published"),
+    "base": _shipped(fixed.Base, "published"),
     "ecofreq": _shipped(ecofreq.EcoFreq, "published"),
     "ecomin": _shipped(ecomin.EcoMin),
     "pid": _shipped(pid.Pid),
@@ -131,6 +136,13 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "length-split": _shipped(greenllm.LengthSplit, "invented"),
     "mdp": _shipped(MdpRouter),
 }
+SCALERS: Final[Mapping[str, Entry[Scaler]]] = {
+    "all-awake": _shipped(load.AllAwake, "published"),
+    "scale-to-load": _shipped(load.ScaleToLoad),
+    "dualscale": _shipped(placement.DualScale, "partly"),
+    "dynamo": _shipped(load.Dynamo, "partly"),
+    "throttllm": _shipped(load.Throttllm, "partly"),
+}
 
 
 def make_controller(spec: str, context: PolicyContext) -> Controller:
@@ -148,6 +160,12 @@ def make_router(spec: str, context: PolicyContext) -> Router:
     make, is_own = _maker(spec, ROUTERS, "router", Router)
     if is_own and max(context.num_prefill, context.num_decode) > 1:
         rehearse(make, context)
+    return make(context)
+
+
+def make_scaler(spec: str, context: ScalerContext) -> Scaler:
+    """Make the fleet's scaler from `name:key=value,…`. Raises as `make_controller` does."""
+    make, _ = _maker(spec, SCALERS, "scaler", Scaler)
     return make(context)
 
 
@@ -172,11 +190,11 @@ def is_module_name(name: str) -> bool:
 
 def _maker(
     text: str, known: Mapping[str, Entry[P]], kind: str, base: type[object]
-) -> tuple[Callable[[PolicyContext], P], bool]:
+) -> tuple[Callable[[Any], P], bool]:
     """A function that makes the policy, and whether the policy is in a user's own module."""
     entry, parameters = _bound(text, known, kind)
 
-    def make(context: PolicyContext) -> P:
+    def make(context: Any) -> P:  # noqa: ANN401 (a policy's or a scaler's)
         try:
             made: object = entry.make(parameters, context)
         except VoltanaError:
@@ -185,7 +203,7 @@ def _maker(
             raise VoltanaError(f"cannot make {kind} {text!r}: {describe(error)}") from error
         if not isinstance(made, base):
             raise VoltanaError(
-                f"{kind} {text!r} must be a voltana.sim.policies.base.{base.__name__}, got a "
+                f"{kind} {text!r} must be a {base.__module__}.{base.__name__}, got a "
                 f"{type(made).__name__}: derive your class from it"
             )
         return cast("P", made)
