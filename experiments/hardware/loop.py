@@ -68,7 +68,7 @@ AZURE: Final = Path(__file__).with_name("azure-conv-2023.csv")
 """Seconds of Azure's conversation trace of 2023 (CC-BY-4.0, Patel et al., Splitwise, ISCA 2024)."""
 RATE_RPS: Final = 22.0
 AZURE_FACTOR: Final = 2.2
-SECONDS: Final = 5.5
+SECONDS: Final = 7.0
 """Of arrivals: as many requests as slower time has room for. Medians of few differ by chance."""
 LONGEST_TOKENS: Final = 32
 """Answers are cut there: so a short run holds many requests, and none keeps it open for nothing."""

@@ -67,12 +67,11 @@ def plan(cell: Workload) -> Workload:
     """Requests of a cell's kind, not the cell's: its gaps and its lengths, drawn with replacement.
 
     Args:
-        cell: Whose rate and lengths the probe has, and half as many requests.
+        cell: Whose number of requests, rate and lengths the probe has.
     """
     rng = np.random.default_rng(7)
-    count = len(cell) // 2
-    drawn = rng.integers(0, len(cell), count)
-    gaps_s = rng.choice(np.diff(cell.arrival_s, prepend=0.0), count)
+    drawn = rng.integers(0, len(cell), len(cell))
+    gaps_s = rng.choice(np.diff(cell.arrival_s, prepend=0.0), len(cell))
     return Workload(
         arrival_s=np.cumsum(gaps_s),
         input_tokens=cell.input_tokens[drawn],
