@@ -20,7 +20,7 @@ help:
 	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=, SEED=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB), and the emulated card's NVML"
 	@echo "make faults  kill actuator, agents, router, servers on emulated cards (TRIES=100 each; needs gcc)"
-	@echo "make loop   real SGLang on emulated cards against simulator and profile (15 minutes, after make engine)"
+	@echo "make loop   real SGLang on emulated cards against simulator and profile (17 minutes on two cores, after make engine)"
 	@echo "make profile-gpu  measure this machine's GPU into results/profiles/CARD, clocks left alone, and compare it"
 	@echo "make replay-gpu   probe, simulate, replay and validate on SGLang with this machine's GPUs ($(REPLAY))"
 	@echo "make clean  remove the environment and every generated file"
