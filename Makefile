@@ -96,8 +96,8 @@ fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
-# Half an hour on an idle core for 400 mutants. KILLERS are the tests that may find them; another
-# SEED draws another sample.
+# A mutant costs what its tests cost until one fails, and all of them if none does: name few and fast
+# KILLERS, the likeliest first. Another SEED draws another sample; Ctrl-C reports what has been tried.
 MUTATE ?= sim/metrics.py sim/policies sim/engine sim/mdp
 KILLERS ?= tests/sim tests/independent
 MUTANTS ?= 400

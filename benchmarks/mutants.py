@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -64,7 +64,12 @@ def main() -> None:
     picks = rng.choice(len(makers), min(options.sample, len(makers)), replace=False)
     chosen = [makers[pick]() for pick in picks]
     print(f"{len(makers)} mutants, {len(chosen)} tried", flush=True)
-    report(chosen, run(chosen, options.tests, options.jobs))
+    ends: dict[Mutant, str] = {}
+    try:
+        run(chosen, options.tests, options.jobs, ends)
+    except KeyboardInterrupt:
+        print(f"interrupted: the first {len(ends)} of the sample", flush=True)
+    report(dict(ends))
 
 
 def files_of(targets: Sequence[str]) -> Iterator[str]:
@@ -83,7 +88,8 @@ def mutants_of(path: str) -> Iterator[Callable[[], Mutant]]:
 
     def written(mutation: Mutation) -> Mutant:
         changed = module.deep_replace(mutation.original_node, mutation.mutated_node)
-        return Mutant(path, changed.code, difference(module.code, changed.code))
+        source = module.code_for_node(changed)
+        return Mutant(path, source, difference(module.code, source))
 
     yield from (partial(written, mutation) for mutation in mutations)
 
@@ -94,8 +100,15 @@ def difference(before: str, after: str) -> str:
     return "\n".join(line for line in lines if line[:3] not in ("---", "+++"))
 
 
-def run(chosen: Sequence[Mutant], tests: Sequence[str], jobs: int) -> list[str]:
-    """How the tests end on each mutant."""
+def run(chosen: Sequence[Mutant], tests: Sequence[str], jobs: int, ends: dict[Mutant, str]) -> None:
+    """Run the tests on each mutant.
+
+    Args:
+        chosen: What to try, in this order.
+        tests: Files or folders.
+        jobs: Mutants at a time.
+        ends: Takes how the tests ended, as they end.
+    """
     shutil.rmtree(WORK, ignore_errors=True)
     copies: SimpleQueue[Path] = SimpleQueue()
     for job in range(jobs):
@@ -105,18 +118,21 @@ def run(chosen: Sequence[Mutant], tests: Sequence[str], jobs: int) -> list[str]:
         sys.exit(f"the tests must pass on the program as it is, and {end}: see {WORK}/0/output.txt")
     limit_s = max(PATIENCE * (time.monotonic() - begun_s), LEAST_S)
 
-    def one(mutant: Mutant) -> str:
+    def one(mutant: Mutant) -> None:
         copy = copies.get()
         path = copy / mutant.path
         path.write_text(mutant.source)
-        end = pytest_in(copy, tests, limit_s)
+        ends[mutant] = pytest_in(copy, tests, limit_s)
         shutil.copy(ROOT / mutant.path, path)
         copies.put(copy)
-        print(f"{end} {mutant.path}", file=sys.stderr, flush=True)
-        return end
+        print(f"{len(ends)}: {ends[mutant]} {mutant.path}", file=sys.stderr, flush=True)
 
-    with ThreadPoolExecutor(jobs) as pool:
-        return list(pool.map(one, chosen))
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for ended in [pool.submit(one, mutant) for mutant in chosen]:
+            ended.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def copy_project(to: Path) -> Path:
@@ -145,15 +161,14 @@ def pytest_in(copy: Path, tests: Sequence[str], limit_s: float | None) -> str:
             return HANGS
 
 
-def report(chosen: Sequence[Mutant], ends: Sequence[str]) -> None:
+def report(ends: Mapping[Mutant, str]) -> None:
     """The share killed by file, and what each survivor changed."""
     print("| file | tried | killed | share |\n| --- | --- | --- | --- |")
-    by_path = list(zip((mutant.path for mutant in chosen), ends, strict=True))
-    for path in [*sorted({mutant.path for mutant in chosen}), ""]:
-        of = [end for name, end in by_path if name.startswith(path)]
+    for path in [*sorted({mutant.path for mutant in ends}), ""]:
+        of = [end for mutant, end in ends.items() if mutant.path.startswith(path)]
         killed = sum(end != PASSED for end in of)
-        print(f"| {path or 'all'} | {len(of)} | {killed} | {100 * killed / len(of):.0f} % |")
-    for mutant, end in zip(chosen, ends, strict=True):
+        print(f"| {path or 'all'} | {len(of)} | {killed} | {killed / max(len(of), 1):.0%} |")
+    for mutant, end in ends.items():
         if end == PASSED:
             print(f"\n{mutant.path}\n{mutant.changed}")
 
