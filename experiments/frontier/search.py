@@ -175,7 +175,7 @@ def search_frontier(
     results: dict[int, list[Found]] = {}
     workers = min(jobs or os.cpu_count() or 1, len(tasks))
     with (
-        progress_bar("searching", len(tasks)) as bar,
+        progress_bar("searching", len(tasks), kept=directory) as bar,
         make_pool(workers) as pool,
     ):
         futures = {pool.submit(run_task, task): i for i, task in enumerate(tasks)}

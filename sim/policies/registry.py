@@ -264,11 +264,24 @@ def _maker(
     return make, entry not in known.values()
 
 
+def find_entry(name: str, kind: str) -> Entry[Any]:
+    """A policy by its name: shipped, registered, or in a module of the user's.
+
+    Args:
+        name: Without parameters.
+        kind: "controller" or "router".
+
+    Raises:
+        VoltanaError: There is none (the nearest is suggested), or the module holds none.
+    """
+    known: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controller" else ROUTERS
+    return known.get(name) or _REGISTERED[kind].get(name) or _own(name, known, kind)
+
+
 def _bound(text: str, known: Mapping[str, Entry[P]], kind: str) -> tuple[Entry[P], object]:
     """A policy's entry and its parameters."""
     spec = parse_spec(text)
-    entry = known.get(spec.name) or _REGISTERED[kind].get(spec.name)
-    entry = entry or _own(spec.name, known, kind)
+    entry: Entry[P] = find_entry(spec.name, kind)
     try:
         return entry, bind_parameters(spec, entry.parameters)
     except VoltanaError:
