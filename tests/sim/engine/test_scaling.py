@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +15,10 @@ from tests.sim.engine.test_coalescing import assert_same, busy_rows, crooked
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.states import PowerStates, StateMeta
-from voltana.sim.policies.registry import SCALERS, Entry
-from voltana.sim.policies.scalers.base import FleetView, Plan, Scaler, ScalerContext, Wanted
-from voltana.sim.policies.spec import parameter
+from voltana.sim.policies.registry import SCALERS
 
 DRIVERS = ("reference", "coalesced")
+TABLE = "tests.sim.engine.scaling_table"
 
 
 def state(power_w: float, enter_s: float, wake_s: float, change_w: float) -> StateMeta:
@@ -49,43 +47,6 @@ def halves(tmp_path: Path) -> Profile:
     return dataclasses.replace(made, states=STATES)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class TableParameters:
-    """Of `Table`."""
-
-    plans: tuple[str, ...] = parameter((), "for each second, a letter an instance: a, p, s or x")
-    base_mhz: int = parameter(0, "base clock of decode from the second plan on", low=0)
-    period_s: float = parameter(1.0, "between two plans")
-
-
-LETTERS: dict[str, Wanted] = {"a": "awake", "p": "parked", "s": "asleep", "x": "stopped"}
-
-
-class Table(Scaler):
-    """Plans that are written down: "aasa" is one of 2P2D; the last one holds."""
-
-    def __init__(self, parameters: TableParameters, context: ScalerContext) -> None:
-        self.period_s = parameters.period_s
-        self._settings = parameters
-        self._at = -1
-
-    def plan(self, view: FleetView) -> Plan:
-        plans = self._settings.plans
-        self._at += 1
-        words = [LETTERS[letter] for letter in plans[min(self._at, len(plans) - 1)]]
-        count = len(view.prefill)
-        return Plan(
-            prefill=words[:count],
-            decode=words[count:],
-            decode_mhz=self._settings.base_mhz if self._at else 0,
-        )
-
-
-@pytest.fixture(autouse=True)
-def table(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(SCALERS, "table", Entry(make=Table, parameters=TableParameters))
-
-
 @pytest.mark.parametrize("engine", DRIVERS)
 def test_energy_of_a_fleet_that_sleeps(halves: Profile, engine: str) -> None:
     """Of 2P2D the second ones sleep from 1 s on; the last request ends at 10 s.
@@ -95,7 +56,7 @@ def test_energy_of_a_fleet_that_sleeps(halves: Profile, engine: str) -> None:
     """
     requests = make_requests((8.5, 4, 2))
     record, summary = run(
-        halves, requests, num_prefill=2, num_decode=2, scaler="table:plans=asas", engine=engine
+        halves, requests, num_prefill=2, num_decode=2, scaler=f"{TABLE}:plans=asas", engine=engine
     )
     assert record.makespan_s == 10.0
     assert [dict(i.away_s) for i in record.instances] == [
@@ -114,7 +75,7 @@ def test_a_request_takes_no_instance_until_it_has_woken(halves: Profile, engine:
     3 s and awake at 5 s. Whoever comes at 4.75 s finds the first alone; at 5.25 s there are two."""
     requests = make_requests((2.5, 4, 2), (4.75, 4, 2), (5.25, 4, 2), (6.25, 4, 2))
     record, summary = run(
-        halves, requests, num_decode=2, scaler="table:plans=aas+aas+aaa", engine=engine
+        halves, requests, num_decode=2, scaler=f"{TABLE}:plans=aas+aas+aaa", engine=engine
     )
     assert record.requests.decode_id.tolist() == [0, 0, 0, 1]
     assert dict(record.instances[2].away_s) == {"changing": 3.0, "asleep": 1.0}
@@ -128,7 +89,9 @@ def test_who_replaces_another_wakes_before_it_goes(halves: Profile, engine: str)
     only then the first one drains: it ends the request of 4.75 s (prefill to 5.25 s, tokens at
     5.75 and 6.25 s), so that it falls until 7.25 s and sleeps for 1.5 s until all ends."""
     requests = make_requests((4.75, 4, 2), (5.5, 4, 2), (7.25, 4, 2))
-    record, _ = run(halves, requests, num_decode=2, scaler="table:plans=aas+aas+asa", engine=engine)
+    record, _ = run(
+        halves, requests, num_decode=2, scaler=f"{TABLE}:plans=aas+aas+asa", engine=engine
+    )
     assert record.requests.decode_id.tolist() == [0, 1, 1]
     assert record.requests.finish_s.tolist() == [6.25, 7.0, 8.75]
     assert dict(record.instances[1].away_s) == {"changing": 1.0, "asleep": 1.5}
@@ -143,7 +106,7 @@ def test_wake_up_is_in_the_time_to_first_token(halves: Profile, engine: str) -> 
     values: dict[str, Any] = {
         "num_decode": 2, "max_running_requests": 1, "engine": engine, "router": "least-requests",
     }  # fmt: skip
-    slept, _ = run(halves, requests, scaler="table:plans=aas+aas+aas+aaa", **values)
+    slept, _ = run(halves, requests, scaler=f"{TABLE}:plans=aas+aas+aas+aaa", **values)
     awake, _ = run(halves, requests, **values)
     # first: prefill to 4.75, tokens at 5.25 … 7.25; second: prefill to 5.25, decode when it is free
     assert slept.requests.first_token_s.tolist() == [5.25, 7.75, 7.5]
@@ -155,7 +118,7 @@ def test_kv_on_its_way_keeps_prefill_in_service(halves: Profile) -> None:
     """Prefill 1 hands over at 1.25 s, over a link of 2 s; unwanted from 1 s, it goes at 3.25 s."""
     requests = make_requests((0.25, 4, 1), (0.75, 4, 1), (9.0, 4, 1))
     record, _ = run(
-        halves, requests, num_prefill=2, scaler="table:plans=asa", kv_transfer_latency_s=2.0
+        halves, requests, num_prefill=2, scaler=f"{TABLE}:plans=asa", kv_transfer_latency_s=2.0
     )
     away_s = record.makespan_s - 3.25
     assert dict(record.instances[1].away_s) == {"changing": 1.0, "asleep": away_s - 1.0}
@@ -168,7 +131,7 @@ def test_a_deeper_sleep_and_the_way_back(halves: Profile, engine: str) -> None:
         (9.0, 4, 1),
     )
     record, _ = run(
-        halves, requests, num_decode=2, scaler="table:plans=aap+aax+aap+aaa", engine=engine
+        halves, requests, num_decode=2, scaler=f"{TABLE}:plans=aap+aax+aap+aaa", engine=engine
     )
     assert dict(record.instances[2].away_energy_j) == {
         "changing": 4 * 48.0, "parked": 32.0, "stopped": 16.0,
@@ -207,7 +170,7 @@ PLANS = "aaaa+aasa+asaa+axpa+apax+aaas+saaa+xaap+aaaa"
     ids=lambda s: str(s["controller"]),
 )
 def test_both_drivers_agree_and_nothing_is_lost(uneven: Profile, settings: dict[str, Any]) -> None:
-    spec = f"table:plans={PLANS},base=1000,period=0.377"
+    spec = f"{TABLE}:plans={PLANS},base=1000,period=0.377"
     assert_same(uneven, busy_rows(), {"scaler": spec, **settings})
 
 
@@ -225,7 +188,7 @@ def test_all_time_is_somewhere_and_energy_adds_up(uneven: Profile) -> None:
     requests = make_requests(*[(float(a), int(b), int(c)) for a, b, c in rows])
     record, summary = run(
         uneven, requests, num_prefill=2, num_decode=2, timeline_interval_s=0.001,
-        scaler=f"table:plans={PLANS},period=0.377", controller="base", timeline_max_samples=10**6,
+        scaler=f"{TABLE}:plans={PLANS},period=0.377", controller="base", timeline_max_samples=10**6,
     )  # fmt: skip
     for instance in record.instances:
         times_s = instance.busy_s, instance.idle_s, *instance.away_s.values()
@@ -249,10 +212,10 @@ def test_all_time_is_somewhere_and_energy_adds_up(uneven: Profile) -> None:
 def test_plans_that_are_none(halves: Profile, plans: str, message: str) -> None:
     rows = ((0.0, 4, 4), (5.0, 4, 4))
     with pytest.raises(VoltanaError, match=message):
-        run(halves, make_requests(*rows), num_prefill=2, scaler=f"table:plans={plans}")
+        run(halves, make_requests(*rows), num_prefill=2, scaler=f"{TABLE}:plans={plans}")
 
 
-@pytest.mark.parametrize("scaler", [None, f"table:plans={PLANS},period=0.377"])
+@pytest.mark.parametrize("scaler", [None, f"{TABLE}:plans={PLANS},period=0.377"])
 def test_a_budget_is_kept(uneven: Profile, scaler: str | None) -> None:
     """1,400 W for 2P2D, which draw 2,100 W at the top clock: no sample is above it."""
     rows = np.array(busy_rows())
