@@ -20,6 +20,7 @@ from typing import Any, Literal
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, serving_settings
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
@@ -83,6 +84,12 @@ class SimConfig:
         "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
         " sum of parts",
     )
+    prefill_profiles: str | None = _key(
+        None,
+        "a profile for each prefill instance, joined by +, as h100-sxm/llama-3.1-8b*2+NAME; none ="
+        " profile for all",
+    )
+    decode_profiles: str | None = _key(None, "the same of decode instances")
     controller: str = _key("ecofreq", "frequency controller of both phases")
     prefill_controller: str | None = _key(None, "overrides controller in prefill")
     decode_controller: str | None = _key(None, "overrides controller in decode")
@@ -213,6 +220,7 @@ class SimConfig:
         if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
             raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
         self._check_fleet()
+        _ = self.mixed_profiles
         for name in _NOT_SCALED:
             if self.is_scaled and getattr(self, name):
                 raise VoltanaError(
@@ -243,6 +251,19 @@ class SimConfig:
                     f"{key} is of a fleet with its phases apart, got {key}={getattr(self, key)} "
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
+
+    @property
+    def mixed_profiles(self) -> dict[Phase, list[str]]:
+        """By phase the profile of each instance, for phases that have their own."""
+        told: dict[Phase, tuple[str | None, int]] = {
+            PREFILL: (self.prefill_profiles, self.num_prefill),
+            DECODE: (self.decode_profiles, self.num_decode),
+        }
+        return {
+            phase: _listed(text, f"{phase}_profiles", count)
+            for phase, (text, count) in told.items()
+            if text is not None
+        }
 
     @property
     def is_scaled(self) -> bool:
@@ -279,10 +300,25 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _listed(text: str, key: str, count: int) -> list[str]:
+    """The names in "A*2+B", as many as there are instances."""
+    names: list[str] = []
+    for part in text.split("+"):
+        name, _, times = part.partition("*")
+        if not name.strip() or not (times or "1").strip().isdigit():
+            raise VoltanaError(f"{key} must be NAME or NAME*COUNT, joined by +, got {text!r}")
+        names += [name.strip()] * int(times or 1)
+    if len(names) != count:
+        raise VoltanaError(f"{key} must name {count} instances, got {len(names)} in {text!r}")
+    return names
+
+
 _NOT_SCALED = (
+    "prefill_profiles", "decode_profiles",
     "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
 )  # fmt: skip
 _OF_PHASES = (
+    "prefill_profiles", "decode_profiles",
     "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
 )  # fmt: skip
 _POSITIVE = (
