@@ -114,6 +114,10 @@ class SimConfig:
     clock_stall_s: float = _key(
         0.0, "how long a busy GPU stands still at a clock change; an instance's GPUs one by one"
     )
+    power_cap_w: float | None = _key(
+        None, "power limit of a GPU, whose own controller then lowers the clock; none = none"
+    )
+    power_cap_time_s: float = _key(0.1, "time constant of that controller; 0: at once")
     host_power_w: float | None = _key(
         None,
         "what an instance's share of its host draws (CPU, memory, network), always; none = only"
@@ -318,6 +322,7 @@ _NOT_SCALED = (
     "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
 )  # fmt: skip
 _OF_PHASES = (
+    "power_cap_w",
     "prefill_profiles", "decode_profiles",
     "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
 )  # fmt: skip
@@ -328,12 +333,12 @@ _POSITIVE = (
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
-    "timeline_interval_s", "timeline_max_samples", "budget_w",
+    "timeline_interval_s", "timeline_max_samples", "budget_w", "power_cap_w",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
     "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w", "num_prefill", "num_decode", "mixed_overlap_frac",
+    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode", "mixed_overlap_frac",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))

@@ -24,6 +24,7 @@ from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.logs.timeline import Timeline
 from voltana.sim.engine.machine import Machines
+from voltana.sim.engine.physics.capped import CappedTrack
 from voltana.sim.engine.physics.mixed import MixedTrack
 from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.track import GpuTrack
@@ -342,6 +343,11 @@ class Fleet:
     def _track(self, phase: Phase, index: int, answers: ControllerAnswers) -> GpuTrack:
         config, machine = self._config, self._machine(phase, index)
         make: Callable[..., GpuTrack] = GpuTrack
+        if config.power_cap_w is not None:
+            make = partial(
+                CappedTrack, cap_w=config.power_cap_w * machine.meta.model.tensor_parallel,
+                time_s=config.power_cap_time_s, clocks_mhz=machine.models.clocks_mhz,
+            )  # fmt: skip
         if phase == COLOCATED:
             make = partial(MixedTrack, overlap_frac=config.mixed_overlap_frac or 0.0)
         return make(
