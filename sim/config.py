@@ -338,7 +338,8 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
     "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode", "mixed_overlap_frac",
+    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode",
+    "mixed_overlap_frac",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))

@@ -3,8 +3,8 @@
 Beside the lock there is a limit of the clock, which the card moves on its own. While an iteration
 runs, the limit goes towards the highest clock at which that iteration's power fits the cap, or
 towards the top where it fits at the lock and at rest, exponentially with one time constant: what
-is left of the distance after t is exp(-t / time constant). An iteration runs at the lower of lock and limit as
-of its start, so that its power may exceed the cap for as long as the limit is on its way.
+is left of the distance after t is exp(-t / time constant). An iteration runs at the lower of lock
+and limit as of its start, so that its power may exceed the cap while the limit is on its way.
 """
 
 from __future__ import annotations
