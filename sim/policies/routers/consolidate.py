@@ -67,8 +67,8 @@ class Consolidate(Router):
     where its predicted length is a fifth too short the promise is broken for all in it.
 
     Of instances that do both phases k are used for both. Prompts take the share of their time that
-    the mean rate of prompt tokens asks for, in chunks of four prompts with 2,048 tokens (ours); a gap
-    is that much longer, and power the mean of both.
+    the mean rate of prompt tokens asks for, in chunks of four prompts with 2,048 tokens (ours): a
+    gap is longer by it, and power the mean of both.
 
     Source: ours. Near: KAIROS's consolidate-then-spread and slo-pack, which fill one instance to
     its limit first.
