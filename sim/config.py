@@ -232,6 +232,18 @@ class SimConfig:
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
 
+    def require_apart(self, what: str) -> None:
+        """Refuse colocated instances where nobody has a rule for them.
+
+        Raises:
+            VoltanaError: There are some.
+        """
+        if self.num_colocated is not None:
+            raise VoltanaError(
+                f"{what} is of fleets with their phases apart, got num_colocated="
+                f"{self.num_colocated}: leave it out"
+            )
+
     @property
     def prefill_controller_spec(self) -> str:
         """The controller that prefill instances run."""

@@ -121,11 +121,7 @@ def lower_bound(
     """
     if not 0.0 <= attainment <= 1.0:
         raise VoltanaError(f"attainment of a bound must be in [0, 1], got {attainment}")
-    if config.num_colocated:
-        raise VoltanaError(
-            "the bound is of fleets with their phases apart, got "
-            f"num_colocated={config.num_colocated}: leave it out"
-        )
+    config.require_apart("the bound")
     if config.run_limit_s is not None:
         raise VoltanaError("a bound is for runs played to their end: leave out run_limit_s")
     if config.prefix_cache_tokens or workload.turns is not None:
