@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from voltana.experiments.extras import needs
+from voltana.experiments.options import AsJson
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +29,7 @@ def report(
         typer.Option(help="Id (or its beginning) of a run whose time series to show, repeatable"),
     ] = None,
     no_series: Annotated[bool, typer.Option("--no-series", help="Leave them out")] = False,
+    json: AsJson = False,
 ) -> None:
     """Write one self-contained HTML file, about 5 MB, that opens without any network.
 
@@ -41,11 +43,15 @@ def report(
     """
     with needs("report", "voltana report"):
         from voltana.experiments.report.page import write_report
+    from voltana.experiments.progress import note
+    from voltana.experiments.show import print_result
 
     path = directory / "report.html" if out is None else out
     failures = write_report(
         directory, path, target=target, wanted=series or (), with_series=not no_series
     )
     for line in failures:
-        typer.echo(f"voltana: no time series: {line}", err=True)
-    typer.echo(f"{path} ({path.stat().st_size / 1e6:.1f} MB)")
+        note(f"no time series: {line}")
+    size = path.stat().st_size
+    told = {"files": [str(path)], "bytes": size, "without_series": failures}
+    print_result(told, f"{path} ({size / 1e6:.1f} MB)", as_json=json)

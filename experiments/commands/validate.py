@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AsJson
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -30,7 +32,7 @@ def validate(
     profile: Annotated[
         str | None, typer.Option(help="Predicts single iterations; default: the simulated run's")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print validation.json")] = False,
+    as_json: AsJson = False,
 ) -> None:
     """Compare a simulation with what was observed, and judge it.
 

@@ -19,7 +19,7 @@ import pandas as pd
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
 from voltana.sim.workload.logs import bench_lengths, is_json_lines, is_log, read_log
-from voltana.sim.workload.prompts import Prompts
+from voltana.sim.workload.prompts import PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
 MOONCAKE_BLOCK_TOKENS: Final = 512
@@ -104,11 +104,32 @@ def read_trace(
         output_tokens=tokens[1],
         name=name,
         prompts=_prompts(frame, tokens[0], path),
+        turns=_turns(frame, path, lines),
     )
 
 
+def _turns(frame: pd.DataFrame, path: Path, lines: IntArray) -> Turns | None:
+    """Who waits for whom, where `Workload.write` wrote it; rows that were left out wait no more."""
+    if PREVIOUS not in frame.columns or THINK_S not in frame.columns:
+        return None
+    previous = pd.to_numeric(frame[PREVIOUS], errors="coerce").to_numpy(dtype=np.float64)
+    rows = frame.index.to_numpy()
+    earlier = (previous == np.floor(previous)) & (previous >= -1) & (previous < rows)
+    _require(earlier, frame[PREVIOUS], path, lines, "must be an earlier row's number, or -1")
+    place = np.full(len(rows) and int(rows[-1]) + 2, -1)
+    place[rows] = np.arange(len(rows))
+    mine = place[previous.astype(np.int64)]  # of -1, the extra last one: -1
+    think_s = _seconds(frame[THINK_S], path, lines)
+    return Turns(previous=mine, think_s=np.where(mine < 0, 0.0, think_s))
+
+
 def _prompts(frame: pd.DataFrame, input_tokens: IntArray, path: Path) -> Prompts | None:
-    """What prompts share, where a trace has Mooncake's hashes."""
+    """What prompts share, where a trace has Mooncake's hashes or `Workload.write` wrote it."""
+    if SEGMENTS in frame.columns:
+        try:
+            return Prompts.of_texts(frame[SEGMENTS].tolist())
+        except VoltanaError as error:
+            raise VoltanaError(f"{path}: {error}") from None
     if _HASHES not in frame.columns:
         return None
     blocks = frame[_HASHES].tolist()
