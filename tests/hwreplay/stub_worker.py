@@ -284,7 +284,7 @@ def _event(path: str, job: Job, count: int) -> dict[str, Any]:
         return {"text": "", "output_ids": [count], "meta_info": meta}
     choice: dict[str, Any] = {"index": 0, "finish_reason": reason and "length"}
     choice |= {"delta": {"content": "x"}} if path == CHAT else {"text": "x"}
-    event = {"id": "stub", "object": "chunk", "model": "stub", "choices": [choice]}
+    event: dict[str, Any] = {"id": "stub", "object": "chunk", "model": "stub", "choices": [choice]}
     if reason is not None:
         event["usage"] = _usage(job)
     return event
