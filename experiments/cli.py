@@ -18,8 +18,8 @@ from voltana.profiles.common.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "recommend", "tune", "train",
-    "list", "profile_group", "compare_profiles", "actuator", "router", "agent", "serve", "replay",
-    "validate", "report", "paper",
+    "list", "doctor", "profile_group", "compare_profiles", "actuator", "router", "agent", "serve",
+    "replay", "validate", "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 

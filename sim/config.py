@@ -66,6 +66,23 @@ class SimConfig:
         None, "only the first so many get requests, the others rest; none = all"
     )
     active_decode: int | None = _key(None, "the same of decode instances")
+    num_colocated: int | None = _key(
+        None,
+        "instances that do both phases at one clock, in place of those of each; none = the phases"
+        " are apart",
+    )
+    active_colocated: int | None = _key(None, "as active_prefill, of colocated instances")
+    colocated_order: Literal["sglang", "sglang-mixed", "vllm"] | None = _key(
+        None,
+        "what an iteration of a colocated instance does: prompts before decoding (sglang, the"
+        " default), a chunk of prompts beside decoding (sglang-mixed), the same with decoding"
+        " first (vllm)",
+    )
+    mixed_overlap_frac: float | None = _key(
+        None,
+        "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
+        " sum of parts",
+    )
     controller: str = _key("ecofreq", "frequency controller of both phases")
     prefill_controller: str | None = _key(None, "overrides controller in prefill")
     decode_controller: str | None = _key(None, "overrides controller in decode")
@@ -110,7 +127,8 @@ class SimConfig:
     first_token: Literal["decode", "prefill"] = _key(
         "decode",
         "who makes the first token: decode (TTFT ends with the first decode step, as the"
-        " reference counts it) or prefill (TTFT ends when decode takes the request up)",
+        " reference counts it) or prefill (TTFT ends when decode takes the request up; always so of"
+        " colocated instances)",
     )
     serving_latency_s: float = _key(
         0.0, "from a request's arrival to the instances: HTTP and the router, both ways"
@@ -135,7 +153,11 @@ class SimConfig:
         "at_once",
         "transfers of one prefill instance run side by side, or one after another on its link",
     )
-    max_prefill_tokens: int | None = _key(None, "token budget of a prefill batch; none = profile's")
+    max_prefill_tokens: int | None = _key(
+        None,
+        "token budget of a prefill batch, of colocated instances of an iteration (the chunk size);"
+        " none = profile's",
+    )
     max_prefill_requests: int = _key(512, "requests in a prefill batch (reference: 512)")
     max_running_requests: int | None = _key(None, "decode batch limit; none = profile's")
     kv_capacity_tokens: int | None = _key(None, "KV tokens of a decode instance; none = profile's")
@@ -178,14 +200,37 @@ class SimConfig:
         if not math.isfinite(self.predictor_power_clock_error):
             value = self.predictor_power_clock_error
             raise VoltanaError(f"predictor_power_clock_error must be finite, got {value}")
-        for phase in ("prefill", "decode"):
-            active, there = getattr(self, f"active_{phase}"), getattr(self, f"num_{phase}")
+        for phase in ("prefill", "decode", "colocated"):
+            active, there = getattr(self, f"active_{phase}"), getattr(self, f"num_{phase}") or 0
             if active is not None and active > there:
                 raise VoltanaError(f"active_{phase} must be <= num_{phase}, {there}, got {active}")
+        if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
+            raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
+        self._check_fleet()
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise VoltanaError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
+
+    def _check_fleet(self) -> None:
+        """A fleet is of colocated instances, or of both other kinds."""
+        if self.num_colocated is None:
+            for key in ("num_prefill", "num_decode"):
+                if getattr(self, key) < 1:
+                    raise VoltanaError(f"{key} must be > 0 and finite, got {getattr(self, key)}")
+            for key in ("colocated_order", "mixed_overlap_frac"):
+                if getattr(self, key) is not None:
+                    raise VoltanaError(
+                        f"{key} is of colocated instances, got {key}={getattr(self, key)} without "
+                        "any: set num_colocated"
+                    )
+            return
+        for key in _OF_PHASES:
+            if getattr(self, key):
+                raise VoltanaError(
+                    f"{key} is of a fleet with its phases apart, got {key}={getattr(self, key)} "
+                    f"beside num_colocated={self.num_colocated}: leave one out"
+                )
 
     @property
     def prefill_controller_spec(self) -> str:
@@ -217,10 +262,13 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_OF_PHASES = (
+    "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
+)  # fmt: skip
 _POSITIVE = (
     "profile_draw",
-    "rate_rps", "duration_s", "time_scale", "num_prefill", "num_decode", "active_prefill",
-    "active_decode", "slo_ttft_s", "slo_itl_s", "aim_ratio",
+    "rate_rps", "duration_s", "time_scale", "num_colocated", "active_prefill",
+    "active_decode", "active_colocated", "slo_ttft_s", "slo_itl_s", "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
@@ -229,7 +277,7 @@ _POSITIVE = (
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
     "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w",
+    "prefix_cache_tokens", "host_power_w", "num_prefill", "num_decode", "mixed_overlap_frac",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))
@@ -242,7 +290,8 @@ def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> S
     """Build a configuration from plain values, converting text to each key's type.
 
     A profile that knows its engine's serving overheads and limits (`serving.toml`) gives the
-    defaults of those keys; a value that is given wins.
+    defaults of those keys; a value that is given wins. With `num_colocated` no instance is of one
+    phase unless that is given.
 
     Raises:
         VoltanaError: An unknown key (with the nearest one) or a value of the wrong type or range.
@@ -251,6 +300,8 @@ def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> S
     profile = given.get("profile", DEFAULT_PROFILE)
     serving = serving_settings(profile)
     known = converted(SimConfig, serving, f"{SERVING} of {profile}", takes_text=True)
+    if given.get("num_colocated") is not None:
+        known |= {"num_prefill": 0, "num_decode": 0}
     return SimConfig(**(known | given))
 
 

@@ -66,8 +66,8 @@ def watch_backlog(
         if waiting() + len(part) > allowed:
             raise VoltanaError(
                 f"{waiting():,} requests wait {part.arrival_s[0]:,.4g} s after the start, more "
-                f"than the fleet can carry (a run lets {allowed:,} wait): lower rate_rps, or raise "
-                "num_prefill and num_decode"
+                f"than the fleet can carry (a run lets {allowed:,} wait): lower rate_rps, or take "
+                "more instances"
             )
         yield part
 

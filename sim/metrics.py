@@ -13,6 +13,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
+from voltana.sim.policies.base import COLOCATED
 from voltana.sim.records import (
     COMPLETED,
     FAILED,
@@ -217,23 +218,25 @@ def _ratio(amount: float, per: float) -> float:
 
 
 def _energy(record: RunRecord) -> dict[str, float]:
-    """Energy by part: busy prefill + busy decode + idle (+ hosts) = total, exactly these sums.
+    """Energy by part: busy by phase + idle (+ hosts) = total, exactly these sums.
 
     NaN without any instance: a client's record, which no meter took part in.
     """
     if not record.instances:
         return dict.fromkeys(_ENERGIES, float("nan"))
-    busy = {"prefill": 0.0, "decode": 0.0}
+    busy = {"prefill": 0.0, "decode": 0.0, "colocated": 0.0}
     for instance in record.instances:
         busy[instance.phase] += instance.busy_energy_j
     idle = sum(i.idle_energy_j for i in record.instances)
     host_w = record.settings.get("host_power_w")
+    has_colocated = any(i.phase == COLOCATED for i in record.instances)
     host = (host_w or 0.0) * len(record.instances) * record.makespan_s
     return {
-        "energy_j": busy["prefill"] + busy["decode"] + idle + host,
+        "energy_j": sum(busy.values()) + idle + host,
         "energy_busy_window_j": sum(i.busy_window_energy_j for i in record.instances),
         "prefill_energy_j": busy["prefill"],
         "decode_energy_j": busy["decode"],
+        **({"colocated_energy_j": busy["colocated"]} if has_colocated else {}),
         "idle_energy_j": idle,
         **({} if host_w is None else {"host_energy_j": host}),
     }
@@ -260,7 +263,7 @@ def _reuse(record: RunRecord) -> dict[str, float]:
 def clock_residency(record: RunRecord) -> dict[str, dict[str, float]]:
     """Share of busy time at each clock, by phase: {"decode": {"1005": 0.8, …}}; sums to 1."""
     shares: dict[str, dict[str, float]] = {}
-    for phase in ("prefill", "decode"):
+    for phase in sorted({"prefill", "decode", *(i.phase for i in record.instances)}, reverse=True):
         seconds: dict[int, float] = {}
         for instance in record.instances:
             if instance.phase == phase:

@@ -68,6 +68,9 @@ def simulate(
     seed: Annotated[int | None, typer.Option(help="Seed of arrivals, lengths, policies")] = None,
     prefill: Annotated[int | None, typer.Option(help="Prefill instances")] = None,
     decode: Annotated[int | None, typer.Option(help="Decode instances")] = None,
+    colocated: Annotated[
+        int | None, typer.Option(help="Instances that do both phases, in place of those of each")
+    ] = None,
     controller: Annotated[
         str | None,
         typer.Option(
@@ -123,6 +126,7 @@ def simulate(
         "profile": profile, "workload": workload, "trace": trace, "trace_unit": trace_unit,
         "rate_rps": rate,
         "duration_s": duration, "seed": seed, "num_prefill": prefill, "num_decode": decode,
+        "num_colocated": colocated,
         "controller": controller, "prefill_controller": prefill_controller,
         "decode_controller": decode_controller, "router": router,
         "slo_ttft_s": None if slo_ttft_ms is None else slo_ttft_ms * 1e-3,

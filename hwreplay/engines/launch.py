@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 from voltana.hwreplay.engines.plan import (
     PROFILE,
@@ -122,7 +122,7 @@ def run_fleet(
         VoltanaError: The engine is not installed, or a server ended or was too late.
     """
     installation.check()
-    counts: dict[Phase, int] = {PREFILL: num_prefill, DECODE: num_decode}
+    counts: dict[Literal["prefill", "decode"], int] = {PREFILL: num_prefill, DECODE: num_decode}
     plans = [
         plan_server(phase, index, gpus=gpus[phase][index] if gpus else (), sockets=sockets)
         for phase, count in counts.items()

@@ -91,6 +91,7 @@ class DecodeInstance(Instance):
         than run since: who joins has waited."""
         # at least what the next iteration writes
         self._reserve_tokens = max(config.kv_reserve_tokens, 1)
+        self._held_tokens = 0  # of prompts under way, where prefill is here too
         self._freed_tokens = config.kv_retract_tokens
         self._first_token_here = config.first_token == "decode"
         self._length_oracle = config.length_oracle
@@ -280,13 +281,10 @@ class DecodeInstance(Instance):
             self.log.finish(request, now_s)
 
     def _make_room(self, now_s: float) -> None:
-        state, freed = self.state, self._freed_tokens
-        while (
-            state.kv_tokens + freed * state.num_running > state.kv_capacity_tokens
-            and state.num_running > 1
-        ):
-            victim = self.least_far()
-            self.retract(victim, now_s)
+        state, freed, held = self.state, self._freed_tokens, self._held_tokens
+        room, fewest = state.kv_capacity_tokens - held, 0 if held else 1
+        while state.kv_tokens + freed * state.num_running > room and state.num_running > fewest:
+            self.retract(self.least_far(), now_s)
             self._join_order = [r for r in self._join_order if r.is_running]
 
     def least_far(self) -> SimRequest:
@@ -318,15 +316,17 @@ class DecodeInstance(Instance):
     def _admit(self, now_s: float) -> None:
         state = self.state
         if self._has_admission:
-            wanted = self.answers.admit_up_to(state)
-            most = self._max_running
-            self._most = most if wanted is None else min(max(wanted, 1), most)
+            self._ask_admission()
         while state.num_waiting and self.has_room(state.kv_tokens):
             request = (self._retracted or self.waiting).popleft()
             context = request.input_tokens + request.generated_tokens
             state.num_waiting -= 1
             state.waiting_tokens -= context
             self.join(request, context, now_s)
+
+    def _ask_admission(self) -> None:
+        wanted, most = self.answers.admit_up_to(self.state), self._max_running
+        self._most = most if wanted is None else min(max(wanted, 1), most)
 
     def has_room(self, kv_tokens: int) -> bool:
         """Whether the first in the queue may join those that run, with so many tokens in use.

@@ -18,10 +18,12 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
+from voltana.sim.engine.colocated import ColocatedInstance
 from voltana.sim.engine.decode import DecodeInstance
 from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.logs.timeline import Timeline
+from voltana.sim.engine.physics.mixed import MixedTrack
 from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.track import GpuTrack
 from voltana.sim.engine.prefill import PrefillInstance
@@ -30,6 +32,8 @@ from voltana.sim.engine.reuse.prefill import SPARE_TOKENS, CachingPrefillInstanc
 from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.answers import ControllerAnswers, route
 from voltana.sim.policies.base import (
+    COLOCATED,
+    DECODE,
     Cluster,
     Controller,
     InstanceState,
@@ -43,7 +47,7 @@ from voltana.sim.policies.registry import make_controller, make_router
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
 
-_STREAMS = {"router": 1, "prefill": 2, "decode": 3}
+_STREAMS = {"router": 1, "prefill": 2, "decode": 3, "colocated": 6}
 """Spawn keys of the policies' random streams; others are in sim.workload and sim.engine.noise."""
 
 
@@ -103,18 +107,20 @@ class Fleet:
         )
         self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
         self._max_running = config.max_running_requests or engine.max_running_requests
+        self._is_colocated = config.num_colocated is not None
         self._cluster = Cluster()
         self._router = router or make_router(config.router, self._context("decode", 0, "router"))
         self.prefill = [self._make_prefill(i) for i in range(config.num_prefill)]
-        self.decode = [self._make_decode(i) for i in range(config.num_decode)]
+        self.decode = [self._make_decode(i, DECODE) for i in range(config.num_decode)]
+        self.decode += [self._make_decode(i, COLOCATED) for i in range(config.num_colocated or 0)]
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
         # the first ones, so that a position is an index of the fleet too
-        self._routed_prefill = self._prefill_states[: config.active_prefill]
-        self._routed_decode = self._decode_states[: config.active_decode]
+        self._routed_decode = self._decode_states[: config.active_colocated or config.active_decode]
+        self._routed_prefill = self._prefill_states[: config.active_prefill] or self._routed_decode
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
         self.instances: list[Instance] = [*self.prefill, *self.decode]
-        """Prefill instances first, then decode."""
+        """Prefill instances first, then decode or colocated ones."""
         for instance in self.instances:
             instance.state.refresh = self._make_refresh(instance)
             instance.step_at, instance.call_at = self.agenda.step_at, self.agenda.call_at
@@ -229,17 +235,26 @@ class Fleet:
             request.prompt,
         )
         prefill_id, decode_id = route(self._router, view, self._routed_prefill, self._routed_decode)
+        if self._is_colocated:
+            prefill_id = decode_id
         request.prefill_id, request.decode_id = prefill_id, decode_id
         self._log.assign(request)
-        self._prefill_states[prefill_id].open_requests += 1
         self._decode_states[decode_id].open_requests += 1
+        if self._is_colocated:
+            submit = partial(self.decode[decode_id].submit, request)
+            self._later_by(self._config.serving_latency_s, submit, now_s)
+            return
+        self._prefill_states[prefill_id].open_requests += 1
         if self._starts_at_arrival:
             self.prefill[prefill_id].submit(request, now_s)
         else:
             self._expect(request, now_s)
 
     def _later_by(self, wait_s: float, action: Callable[[float], None], now_s: float) -> None:
-        self.agenda.call_at(now_s + wait_s, action)
+        if wait_s > 0:
+            self.agenda.call_at(now_s + wait_s, action)
+        else:
+            action(now_s)
 
     def _expect(self, request: SimRequest, now_s: float) -> None:
         """The request is on its way, or waits for its decode instance to end an iteration."""
@@ -247,13 +262,9 @@ class Fleet:
         prefill.expect(request)
         start: Callable[[float], None] = partial(prefill.admit, request)
         if config.prefill_starts == "decode_boundary":
-            if config.handshake_latency_s > 0:
-                start = partial(self._later_by, config.handshake_latency_s, start)
+            start = partial(self._later_by, config.handshake_latency_s, start)
             start = partial(self.decode[request.decode_id].at_boundary, start)
-        if config.serving_latency_s > 0:
-            self.agenda.call_at(now_s + config.serving_latency_s, start)
-        else:
-            start(now_s)
+        self._later_by(config.serving_latency_s, start, now_s)
 
     def can_hold(self, request: SimRequest) -> bool:
         """Whether the request fits empty instances; it is rejected if not."""
@@ -315,15 +326,18 @@ class Fleet:
             hand_over=self.hand_over,
         )
 
-    def _make_decode(self, index: int) -> DecodeInstance:
-        controller = self._make_decode_controller(self._context("decode", index, "decode"))
-        answers = self._answers(controller, "decode", index)
-        return DecodeInstance(
+    def _make_decode(self, index: int, phase: Phase) -> DecodeInstance:
+        controller = self._make_decode_controller(self._context(phase, index, phase))
+        answers = self._answers(controller, phase, index)
+        make: Callable[..., DecodeInstance] = DecodeInstance
+        if phase == COLOCATED:
+            make = partial(ColocatedInstance, max_tokens=self._max_prefill_tokens)
+        return make(
             self._config,
             self._log,
-            self._state("decode", index),
+            self._state(phase, index),
             answers,
-            self._track("decode", index, answers),
+            self._track(phase, index, answers),
             max_running=self._max_running,
         )
 
@@ -333,7 +347,10 @@ class Fleet:
 
     def _track(self, phase: Phase, index: int, answers: ControllerAnswers) -> GpuTrack:
         config = self._config
-        return GpuTrack(
+        make: Callable[..., GpuTrack] = GpuTrack
+        if phase == COLOCATED:
+            make = partial(MixedTrack, overlap_frac=config.mixed_overlap_frac or 0.0)
+        return make(
             self._truth,
             phase,
             clock_mhz=answers.initial_clock_mhz(),
@@ -353,15 +370,15 @@ class Fleet:
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=self._config.aimed_ttft_s,
             slo_itl_s=self._config.aimed_itl_s,
-            first_token=self._config.first_token,
+            first_token="prefill" if self._is_colocated else self._config.first_token,
             profile_hash=self._profile.content_hash,
             kv_capacity_tokens=self._kv_capacity,
             rng=np.random.default_rng(seeds),
             instance_id=index,
             phase=phase,
             actuation_s=self._config.actuation_latency_s,
-            num_prefill=self._config.num_prefill,
-            num_decode=self._config.num_decode,
+            num_prefill=self._config.num_colocated or self._config.num_prefill,
+            num_decode=self._config.num_colocated or self._config.num_decode,
             truth=self._truth_beyond,
             cluster=self._cluster,
         )

@@ -64,7 +64,8 @@ def _run_sketch(
 ) -> RunRecord:
     log = SketchLog(slo_ttft_s=config.slo_ttft_s, slo_itl_s=config.slo_itl_s, spill=rows)
     if not isinstance(workload, Workload):
-        allowed = min(max_requests(), config.num_decode * MOST_WAITING)
+        most = (config.num_colocated or config.num_decode) * MOST_WAITING
+        allowed = min(max_requests(), most)
         workload = watch_backlog(iter(workload), lambda: log.unresolved, allowed)
     return _fleet(config, profile, workload, log).run()
 

@@ -22,9 +22,11 @@ from voltana.sim.policies.requests import RequestView as RequestView
 from voltana.sim.policies.requests import RunningRequest as RunningRequest
 from voltana.sim.policies.requests import WaitingRequest as WaitingRequest
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "colocated"]
+"""What an instance does; models and tables know the first two only."""
 PREFILL: Final = "prefill"
 DECODE: Final = "decode"
+COLOCATED: Final = "colocated"
 
 ATTAINMENT_TARGET: Final = 0.99
 """Share of requests and gaps that has to be within the promise (NOMENCLATURE.md)."""
@@ -144,6 +146,11 @@ class InstanceState:
     effective_batch_size: float = 0.0
     """Prefill: number of equal prompts with the same attention work (NOMENCLATURE.md); 0 if it is
     not known."""
+    chunk_requests: int = 0
+    """Colocated: requests whose prompts the iteration about to run computes, whole or in part."""
+    chunk_tokens: int = 0
+    """Colocated: new tokens of these prompts; `last_batch_size` and `last_tokens` are what is
+    decoded beside them, 0 where decoding stands meanwhile."""
     num_waiting: int = 0
     """Requests queued at this instance, not in its batch."""
     waiting_tokens: int = 0
@@ -172,7 +179,7 @@ class InstanceState:
     @property
     def kv_load_tokens(self) -> int:
         """KV tokens in use or spoken for by the queue: what EcoRoute calls the load."""
-        return self.kv_tokens + self.waiting_tokens
+        return self.kv_tokens + self.waiting_tokens + self.chunk_tokens
 
 
 States = Sequence[InstanceState]
@@ -192,6 +199,8 @@ class Controller(ABC):
 
     acts_at_once: ClassVar[bool] = False
     """True for an oracle: a simulator applies its decisions without the actuation latency."""
+    colocates: ClassVar[bool] = False
+    """Whether its rule covers an instance that does both phases with one clock."""
 
     @abstractmethod
     def decide(self, state: InstanceState) -> int:
@@ -266,7 +275,8 @@ class Router(ABC):
         Args:
             request: The request that has just arrived.
             prefill: Healthy prefill instances, at least one.
-            decode: Healthy decode instances, at least one.
+            decode: Healthy decode instances, at least one. Where instances do both phases this is
+                the same sequence as `prefill`, and the second position alone counts.
 
         Returns:
             A position in `prefill` and one in `decode`. A position is not an `instance_id`: the two
@@ -336,8 +346,8 @@ class PolicyContext:
 
     @property
     def slo_s(self) -> float:
-        """The promise of this phase: ITL in decode, TTFT in prefill."""
-        return self.slo_itl_s if self.phase == DECODE else self.slo_ttft_s
+        """The promise of this phase: TTFT in prefill, else ITL."""
+        return self.slo_ttft_s if self.phase == PREFILL else self.slo_itl_s
 
     @property
     def prefill_budget_s(self) -> float:
@@ -354,8 +364,8 @@ class PolicyContext:
 
     @property
     def budget_s(self) -> float:
-        """Decode: the ITL promise. Prefill: `prefill_budget_s`, which includes queueing."""
-        return self.slo_itl_s if self.phase == DECODE else self.prefill_budget_s
+        """Prefill: `prefill_budget_s`, which includes queueing. Else the ITL promise."""
+        return self.prefill_budget_s if self.phase == PREFILL else self.slo_itl_s
 
     def share(self, name: str, make: Callable[[], T]) -> T:
         """One object of that name for the whole run; without a cluster, one for this caller.

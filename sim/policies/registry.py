@@ -17,7 +17,7 @@ from typing import Any, Final, Generic, Literal, TypeVar, cast, get_type_hints
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.mdp.router import MdpRouter
 from voltana.sim.policies.answers import describe, rehearse
-from voltana.sim.policies.base import Controller, PolicyContext, Router
+from voltana.sim.policies.base import COLOCATED, Controller, PolicyContext, Router
 from voltana.sim.policies.controllers import (
     agft,
     dualscale,
@@ -208,10 +208,18 @@ def make_controller(spec: str, context: PolicyContext) -> Controller:
     """Make one instance's controller from `name:key=value,…`.
 
     Raises:
-        VoltanaError: Unknown name or parameter (with the nearest), or a bad value.
+        VoltanaError: Unknown name or parameter (with the nearest), a bad value, or an instance that
+            does both phases under a rule for one.
     """
     make, _ = _maker(spec, CONTROLLERS, "controller", Controller)
-    return make(context)
+    made = make(context)
+    if context.phase == COLOCATED and not made.colocates:
+        able = ", ".join(n for n, e in CONTROLLERS.items() if getattr(e.make, "colocates", False))
+        raise VoltanaError(
+            f"controller {spec!r} has no rule for an instance that does both phases: take one of "
+            f"{able}, or fleets with the phases apart"
+        )
+    return made
 
 
 def make_router(spec: str, context: PolicyContext) -> Router:

@@ -2,14 +2,28 @@
 
 from __future__ import annotations
 
-from tests.independent.hardware import Hardware
+from typing import Protocol
+
+
+class Tables(Protocol):
+    """What a card is told of its iterations; see `tests.independent.hardware`."""
+
+    cards: int
+
+    def iteration(
+        self, phase: str, clock: int, batch: float, tokens: int
+    ) -> tuple[float, float]: ...
+
+    def idle_w(self, clock: int) -> float: ...
+
+    def awake_w(self, clock: int) -> float: ...
 
 
 class Card:
     """Clock and energy of one server's GPUs."""
 
     def __init__(
-        self, hardware: Hardware, phase: str, first_mhz: int, lag_s: float, stall_s: float
+        self, hardware: Tables, phase: str, first_mhz: int, lag_s: float, stall_s: float
     ) -> None:
         self._hardware, self._phase, self._lag_s = hardware, phase, lag_s
         self._stall_s = stall_s * hardware.cards

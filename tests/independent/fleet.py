@@ -17,8 +17,9 @@ from tests.independent.card import Card
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller
 
-Noise = Callable[[float], float]
-"""From an iteration's start to the factor on its time; called once an iteration, in order."""
+Noise = Callable[..., float]
+"""From an iteration's start to the factor on its time; called once an iteration, in order. A server
+of both phases tells whether prompts are in it."""
 
 ARRIVAL, HANDOVER, DECODE = range(3)
 """Order of events at one instant."""
@@ -35,6 +36,8 @@ class Job:
     done_prompt: int = 0
     steps: int = 0
     """Decode iterations so far; each wrote the keys and values of one token."""
+    lost: int = 0
+    """Tokens made before its cache was dropped, which it has to compute again like its prompt."""
     token_s: list[float] = field(default_factory=list)
     """When each token came out."""
     prefill: int = -1
@@ -54,7 +57,7 @@ class Job:
     @property
     def context(self) -> int:
         """Tokens in the KV cache of decode."""
-        return self.prompt + self.steps
+        return self.prompt + self.lost + self.steps
 
 
 class Server:
@@ -86,7 +89,7 @@ class Server:
         """Work has come: if idle, begin after all else of this instant."""
         if not self.is_busy and not self.is_woken:
             self.is_woken = True
-            self.fleet.at(now_s, DECODE if self.phase == "decode" else HANDOVER, self._begin)
+            self.fleet.at(now_s, HANDOVER if self.phase == "prefill" else DECODE, self._begin)
 
     def run(self, now_s: float, batch: float, tokens: int) -> float:
         """Start one iteration; returns when it ends."""
@@ -301,6 +304,7 @@ class Fleet:
         settings: Keys of docs/configuration.md with their values, all of them.
         controller: Makes the controller of a server from its phase.
         noise: Makes the stream of factors on iteration times of a server from phase and number.
+        colocated: Makes servers of both phases, where they are all there is.
     """
 
     def __init__(
@@ -310,6 +314,7 @@ class Fleet:
         router: Router,
         controller: Callable[[str], Controller],
         noise: Callable[[str, int], Noise],
+        colocated: Callable[[Fleet, int], Decode] | None = None,
     ) -> None:
         self.settings, self.hardware, self._router = settings, hardware, router
         self.prefill_makes_first = settings["first_token"] == "prefill"
@@ -325,6 +330,8 @@ class Fleet:
             Decode(self, controller("decode"), noise("decode", i))
             for i in range(settings["num_decode"])
         ]
+        if colocated is not None:
+            self.decode = [colocated(self, i) for i in range(settings["num_colocated"])]
 
     def limit(self, key: str) -> int:
         """A limit of the engine: the configured one, else the profile's."""
@@ -357,6 +364,9 @@ class Fleet:
             return
         job.prefill, job.decode = self._router.route(job, self, now_s)
         self.decode[job.decode].open_jobs += 1
+        if not self.prefill:
+            self._reach_both(job, self.decode[job.decode], now_s)
+            return
         server = self.prefill[job.prefill]
         server.open_jobs += 1
         server.coming += 1
@@ -365,6 +375,17 @@ class Fleet:
             self.at(now_s + delay_s, HANDOVER, lambda at_s: self._reach(job, server, at_s))
         else:
             self._reach(job, server, now_s)
+
+    def _reach_both(self, job: Job, server: Decode, now_s: float) -> None:
+        def join(at_s: float) -> None:
+            server.queue.append(job)
+            server.wake(at_s)
+
+        delay_s = float(self.settings["serving_latency_s"])
+        if delay_s > 0:
+            self.at(now_s + delay_s, HANDOVER, join)
+        else:
+            join(now_s)
 
     def _reach(self, job: Job, server: Prefill, now_s: float) -> None:
         """The request has come to its servers; decode may have to end an iteration first."""

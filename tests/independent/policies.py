@@ -15,6 +15,10 @@ REFERENCE_LEVELS_MHZ = (1005, 1095, 1200, 1305, 1410)
 TILE = 128
 
 
+Batch = tuple[int, int]
+"""Requests, and their new tokens (prompts) or context (steps)."""
+
+
 class Controller(Protocol):
     """Decides the clock of one server."""
 
@@ -23,6 +27,10 @@ class Controller(Protocol):
     """After so many seconds without work, lock this clock."""
 
     def decide(self, batch: int, tokens: int, waiting: int, delay_s: float) -> int: ...
+
+    def decide_both(
+        self, prompts: Batch, steps: Batch, running: int, waiting: int, delay_s: float
+    ) -> int: ...
 
 
 class Static:
@@ -36,16 +44,27 @@ class Static:
     def decide(self, batch: int, tokens: int, waiting: int, delay_s: float) -> int:
         return self.first_mhz
 
+    def decide_both(
+        self, prompts: Batch, steps: Batch, running: int, waiting: int, delay_s: float
+    ) -> int:
+        return self.first_mhz
+
 
 class EcoFreq:
     """A queue: the top level. Else the lowest level whose believed time fits the promise less the
     longest wait in the batch (prefill; 0 in decode), else the top one. It begins at the lowest."""
 
     def __init__(
-        self, hardware: Hardware, phase: str, levels: list[int], promise_s: float, idle_s: float
+        self,
+        hardware: Hardware,
+        phase: str,
+        levels: list[int],
+        promises_s: dict[str, float],
+        idle_s: float,
     ) -> None:
         self._hardware, self._phase = hardware, phase
-        self._levels, self._promise_s = sorted(levels), promise_s
+        self._levels, self._promises_s = sorted(levels), promises_s
+        self._promise_s = promises_s.get(phase, 0.0)
         self.first_mhz = self._levels[0]
         self.idle_plan: tuple[float, int] | None = (idle_s, self._levels[0])
 
@@ -57,6 +76,21 @@ class EcoFreq:
                     return clock
         return self._levels[-1]
 
+    def decide_both(
+        self, prompts: Batch, steps: Batch, running: int, waiting: int, delay_s: float
+    ) -> int:
+        """Both parts' time within the promises of those who wait for it."""
+        limits_s = [self._promises_s["prefill"] - delay_s] if prompts[0] else []
+        limits_s += [self._promises_s["decode"]] if running else []
+        parts = {"prefill": prompts, "decode": steps}
+        for clock in self._levels if waiting == 0 else []:
+            time_s = sum(
+                self._hardware.believed_s(p, clock, *part) for p, part in parts.items() if part[0]
+            )
+            if time_s <= min(limits_s):
+                return clock
+        return self._levels[-1]
+
 
 class RoundRobin:
     """Prefill and decode in turn."""
@@ -66,7 +100,7 @@ class RoundRobin:
 
     def route(self, job: Job, fleet: Fleet, now_s: float) -> tuple[int, int]:
         self._turn += 1
-        return self._turn % len(fleet.prefill), self._turn % len(fleet.decode)
+        return self._turn % len(fleet.prefill or fleet.decode), self._turn % len(fleet.decode)
 
 
 class EcoRoute:

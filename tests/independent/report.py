@@ -66,18 +66,23 @@ def _energy(fleet: Fleet) -> Numbers:
     cards = [s.card for s in servers]
     numbers = {
         "prefill_energy_j": sum(s.card.busy_j for s in fleet.prefill),
-        "decode_energy_j": sum(s.card.busy_j for s in fleet.decode),
+        "decode_energy_j": sum(s.card.busy_j for s in fleet.decode if s.phase == "decode"),
         "idle_energy_j": sum(c.idle_j for c in cards),
         "energy_busy_window_j": sum(c.window_j[1] - c.window_j[0] for c in cards if c.window_j),
         "clock_changes": sum(c.changes for c in cards),
         "iterations": sum(c.iterations for c in cards),
     }
     parts = ["prefill", "decode", "idle"]
+    both = [s for s in fleet.decode if s.phase == "colocated"]
+    if both:
+        numbers["colocated_energy_j"] = sum(s.card.busy_j for s in both)
+        parts.append("colocated")
     if fleet.settings.get("host_power_w") is not None:
         numbers["host_energy_j"] = fleet.settings["host_power_w"] * len(servers) * fleet.end_s
         parts.append("host")
     numbers["energy_j"] = sum(numbers[f"{part}_energy_j"] for part in parts)
-    for phase, of in (("prefill", fleet.prefill), ("decode", fleet.decode)):
+    for phase in ("prefill", "decode", "colocated"):
+        of = [s for s in servers if s.phase == phase]
         total_s = sum(sum(s.card.busy_s.values()) for s in of)
         for clock in {c for s in of for c in s.card.busy_s}:
             busy_s = sum(s.card.busy_s.get(clock, 0.0) for s in of)

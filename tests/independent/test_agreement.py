@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.independent.colocated import Colocated
 from tests.independent.fleet import Fleet, Job, Noise, Router
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
@@ -38,6 +39,7 @@ LONG = "ten prompts longer than a prefill batch, in ordinary ones"
 SESSIONS = "sessions whose turns come when they like"
 TURNS = "sessions whose turns wait for answers"
 CACHE = {"prefix_cache_tokens": 3_000}
+COLOCATED_KV = {"num_colocated": 2, "kv_capacity_tokens": 16_000, "kv_reserve_tokens": 0}
 SMALL_KV = {"kv_capacity_tokens": 40_000, "kv_reserve_tokens": 12}
 
 CASES: dict[str, Settings] = {
@@ -122,9 +124,35 @@ CASES: dict[str, Settings] = {
     "EcoRoute, small KV cache": {
         "rate_rps": 50, "controller": "ecofreq", "router": "ecoroute", **SMALL_KV,
     },
+    "4C": {"rate_rps": 30, "num_colocated": 4},
+    "2C, small KV cache, hosts": {
+        "rate_rps": 20, **COLOCATED_KV, "host_power_w": 100.0, "serving_latency_s": 0.004,
+    },
+    "2C, mixed, small KV cache, noise": {
+        "rate_rps": 20, **COLOCATED_KV, "colocated_order": "sglang-mixed", "noise_scale": 2.0,
+        "max_prefill_tokens": 256,
+    },
+    "2C, vLLM, small KV cache, overlap": {
+        "rate_rps": 20, **COLOCATED_KV, "colocated_order": "vllm", "mixed_overlap_frac": 0.7,
+        "kv_retract_tokens": 20,
+    },
+    "2C, EcoFreq": {
+        **VARYING, "rate_rps": 14, "controller": "ecofreq", "num_colocated": 2,
+        "clock_stall_s": 0.01,
+    },
+    "2C, vLLM, EcoFreq, sags": {
+        **VARYING, "rate_rps": 14, "controller": "ecofreq", "num_colocated": 2,
+        "colocated_order": "vllm", "max_prefill_tokens": 512, "noise_scale": 1.0,
+        "sag_depth": 0.5, "sag_interval_s": 4.0, "sag_duration_s": 1.0,
+    },
+    "1C, mixed, long prompts, first tokens late": {
+        "rate_rps": 4, "num_colocated": 1, "workload": LONG, "colocated_order": "sglang-mixed",
+        "max_running_requests": 40,
+    },
+    "3C, turns that wait": {"workload": TURNS, "num_colocated": 3},
 }  # fmt: skip
 
-NOISE_KEYS = {"prefill": 4, "decode": 5}
+NOISE_KEYS = {"prefill": 4, "decode": 5, "colocated": 7}
 SHOWN = {
     "small KV cache": ("retractions", 15),
     "small KV cache, no reserve": ("retractions", 300),
@@ -138,6 +166,11 @@ SHOWN = {
     "cache of prefixes": ("evicted_tokens", 5_000),
     "cache of prefixes, KV over a link": ("cached_tokens", 20_000),
     "turns that wait, cache of prefixes, EcoFreq": ("cached_tokens", 20_000),
+    "2C, small KV cache, hosts": ("retractions", 20),
+    "2C, mixed, small KV cache, noise": ("retractions", 20),
+    "2C, vLLM, small KV cache, overlap": ("retractions", 20),
+    "2C, EcoFreq": ("clock_changes", 30),
+    "2C, vLLM, EcoFreq, sags": ("clock_changes", 30),
     "stalls": ("clock_changes", 30),
     "stalls of two cards": ("clock_changes", 10),
 }
@@ -184,19 +217,20 @@ def requests_of(settings: Settings) -> Workload:
     )
 
 
-def noise_of(settings: Settings, phase: str, number: int, spread: float) -> Noise:
+def noise_of(settings: Settings, phase: str, number: int, spreads: dict[str, float]) -> Noise:
     """Lognormal numbers of mean 1, one an iteration, and sags from time 0 on: the two streams of
     docs/simulator.md."""
-    scaled = spread * settings["noise_scale"]
-    variance = math.log(1.0 + scaled * scaled)
     streams = np.random.SeedSequence(settings["seed"], spawn_key=(NOISE_KEYS[phase], number))
     dice, waits = (np.random.default_rng(stream) for stream in streams.spawn(2))
     depth, sags = settings["sag_depth"], False
     means_s = {False: settings["sag_interval_s"], True: settings["sag_duration_s"]}
     change_s = waits.exponential(means_s[sags]) if depth else math.inf
 
-    def factor(start_s: float) -> float:
+    def factor(start_s: float, has_prompts: bool = False) -> float:
         nonlocal sags, change_s
+        own_phase = "decode" if phase == "colocated" else phase
+        scaled = spreads.get("prefill" if has_prompts else own_phase, 0.0) * settings["noise_scale"]
+        variance = math.log(1.0 + scaled * scaled)
         while change_s <= start_s:
             sags = not sags
             change_s += waits.exponential(means_s[sags])
@@ -215,7 +249,7 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
     def controller(phase: str) -> Controller:
         if settings["controller"] == "static":
             return Static(settings["clock"])
-        return EcoFreq(hardware, phase, hardware.levels_mhz, promises[phase], settings["idle_s"])
+        return EcoFreq(hardware, phase, hardware.levels_mhz, promises, settings["idle_s"])
 
     router: Router = (
         EcoRoute(hardware, keys["slo_itl_s"], keys["seed"])
@@ -224,9 +258,13 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
     )
 
     def noise(phase: str, number: int) -> Noise:
-        return noise_of(keys, phase, number, hardware.spread.get(phase, 0.0))
+        return noise_of(keys, phase, number, hardware.spread)
 
-    fleet = Fleet(keys, hardware, router, controller, noise)
+    def colocated(fleet: Fleet, number: int) -> Colocated:
+        return Colocated(fleet, controller("colocated"), noise("colocated", number))
+
+    has_both = "num_colocated" in keys
+    fleet = Fleet(keys, hardware, router, controller, noise, colocated if has_both else None)
     columns = requests.arrival_s, requests.input_tokens, requests.output_tokens
     jobs = [Job(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     if requests.prompts is not None:

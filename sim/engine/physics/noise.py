@@ -20,7 +20,7 @@ import numpy as np
 
 from voltana.profiles.spread import IterationSpread
 from voltana.sim.config import SimConfig
-from voltana.sim.policies.base import Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 BLOCK: Final = 1024
 """Numbers drawn at once; a run of iterations ends with its block."""
@@ -28,7 +28,7 @@ BLOCK: Final = 1024
 Multipliers: TypeAlias = "tuple[array[float], list[float], list[float], list[float]]"
 """m of each iteration of a block, and running sums of m, k·m and k²·m: entry k is over 0 … k-1."""
 
-_STREAMS: Final = {"prefill": 4, "decode": 5}
+_STREAMS: Final = {"prefill": 4, "decode": 5, "colocated": 7}
 """Spawn keys beside those of the policies in `voltana.sim.engine.fleet`."""
 
 
@@ -54,9 +54,9 @@ class IterationNoise:
         seeds = np.random.SeedSequence(config.seed, spawn_key=(_STREAMS[phase], instance_id))
         normals, sags = seeds.spawn(2)
         self._spread = spread
-        self._phase = phase
+        self._phase = DECODE if phase == COLOCATED else phase
         self._scale = config.noise_scale
-        self._constant = spread.constant(phase)
+        self._constant = spread.constant(self._phase)
         self._generator = np.random.default_rng(normals)
         self._normals = self._generator.standard_normal(BLOCK)
         self._kept: dict[float, Multipliers] = {}
@@ -83,9 +83,24 @@ class IterationNoise:
             phase: Of the instance.
             instance_id: Its index within the phase.
         """
-        if config.sag_depth == 0 and (config.noise_scale == 0 or spread.is_zero(phase)):
+        phases = (PREFILL, DECODE) if phase == COLOCATED else (phase,)
+        is_still = config.noise_scale == 0 or all(spread.is_zero(each) for each in phases)
+        if config.sag_depth == 0 and is_still:
             return None
         return cls(config, spread, phase, instance_id)
+
+    def multiplier(self, phase: Phase, clock_mhz: int, batch_size: float) -> float:
+        """That of the next iteration, if it has the spread of this phase.
+
+        Args:
+            phase: "prefill" or "decode".
+            clock_mhz: SM clock.
+            batch_size: Requests; in prefill the effective number of equal prompts.
+        """
+        spread = self._spread.relative(phase, clock_mhz, batch_size) * self._scale
+        if spread not in self._kept:
+            self._kept[spread] = _multipliers(self._normals, spread)
+        return self._kept[spread][0][self.at]
 
     def multipliers(self, clock_mhz: int, batch_size: float) -> Multipliers:
         """Those of the present block, if its iterations run at this clock and batch size."""

@@ -26,8 +26,8 @@ class GpuTrack:
         "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
         "_idle_s", "_idle_since_s", "_is_decode", "_last_busy_j", "_model", "_noise", "_pending",
         "_phase", "_pieces", "_plan", "_plan_due_s", "_stall_due_s", "_stall_s", "actuation_s",
-        "clock_mhz", "energy_j", "num_clock_changes", "num_iterations", "power_w", "run",
-        "target_mhz",
+        "clock_mhz", "energy_j", "is_mixed", "num_clock_changes", "num_iterations", "power_w",
+        "run", "target_mhz",
     )  # fmt: skip
 
     def __init__(
@@ -69,6 +69,8 @@ class GpuTrack:
         """The clock asked for last."""
         self.run = Run()
         """The work begun last; booked when it has ended."""
+        self.is_mixed = False
+        """Whether the iteration to come is of both phases; see `MixedTrack`."""
         self._pieces: list[tuple[float, float, float, int]] = []
         """Start, end, power and clock of each part of a split iteration; else empty."""
         self._pending: deque[tuple[float, int]] = deque()
@@ -105,7 +107,7 @@ class GpuTrack:
         if noise is not None and noise.sag_change_s <= start_s:
             noise.move_to(start_s)
         run.start_s, run.count = start_s, 1
-        if self._pending or self._stall_due_s:
+        if self._pending or self._stall_due_s or self.is_mixed:
             self._split(start_s, batch_size, tokens)
             return run
         if self._is_decode:
@@ -226,9 +228,12 @@ class GpuTrack:
         remaining, at_s, energy_j = 1.0, start_s, 0.0
         while True:
             clock = self.clock_mhz
-            time_s, power_w = self._model.time_and_power(self._phase, clock, batch_size, tokens)
-            if noise is not None:
-                time_s *= noise.slowness * noise.multipliers(clock, batch_size)[0][noise.at]
+            if self.is_mixed:
+                time_s, power_w = self.mixed_point(clock, batch_size, tokens)
+            else:
+                time_s, power_w = self._model.time_and_power(self._phase, clock, batch_size, tokens)
+                if noise is not None:
+                    time_s *= noise.slowness * noise.multipliers(clock, batch_size)[0][noise.at]
             work_s = at_s + self._stall_due_s
             self._stall_due_s = 0.0
             end_s = work_s + remaining * time_s
@@ -248,6 +253,16 @@ class GpuTrack:
         run.first_w, run.step_w = energy_j / run.first_s, 0.0
         run.line_end_tokens = float(tokens)
         run.multipliers = None
+
+    def mixed_point(self, clock_mhz: int, batch_size: float, tokens: int) -> tuple[float, float]:
+        """Time, noise included, and power at a clock of an iteration that is no table's.
+
+        Args:
+            clock_mhz: The clock.
+            batch_size: As of `begin`, like `tokens`.
+            tokens: Of the batch.
+        """
+        raise NotImplementedError
 
     def _next_idle_change_s(self) -> float:
         return min(self._plan_due_s, self._pending[0][0]) if self._pending else self._plan_due_s

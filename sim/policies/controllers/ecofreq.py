@@ -10,10 +10,12 @@ from voltana.sim.policies.base import (
     Controller,
     IdlePlan,
     InstanceState,
+    Phase,
     PolicyContext,
 )
 from voltana.sim.policies.parts.clocks import clock_list, first_clock_mhz
 from voltana.sim.policies.parts.fitting import FOREVER, LowestFitting
+from voltana.sim.policies.parts.mixed import predicted_s
 from voltana.sim.policies.spec import parameter
 
 
@@ -47,14 +49,18 @@ class EcoFreq(Controller):
     `use_bs_total` (queued requests count into the batch), off in its demo, and
     `freq_manager_interval`, whose default is to decide at each iteration, as here.
 
+    On a colocated instance (ours, in its spirit): T is the sum of both parts of the iteration about
+    to run, and the limit decode's while requests run, prefill's while prompts do: the lower.
+
     Source: VoltanaLLM v0.1, arXiv 2509.04827 (freq_manager.py); levels: the profile's default list,
     [1005, 1410] on the A100. Our default margin is 0: the reference's demo aims above its SLO.
     """
 
     __slots__ = (
-        "_decision_mhz", "_fitting", "_idle", "_levels_mhz", "_limit_s", "_phase", "_predict_s",
-        "_top_mhz",
+        "_decision_mhz", "_fitting", "_idle", "_levels_mhz", "_limit_s", "_phase", "_predictor",
+        "_top_mhz", "_ttft_s",
     )  # fmt: skip
+    colocates = True
 
     def __init__(self, parameters: EcoFreqParameters, context: PolicyContext) -> None:
         levels_mhz = clock_list(
@@ -68,10 +74,12 @@ class EcoFreq(Controller):
         self._phase = context.phase
         slo_s = context.slo_s
         self._limit_s = slo_s * (1.0 + parameters.margin_frac)
-        self._predict_s = context.predictor.predict_s
+        self._ttft_s = context.slo_ttft_s * (1.0 + parameters.margin_frac)
+        self._predictor = context.predictor
+        phase: Phase = PREFILL if context.phase == PREFILL else DECODE
         self._fitting = context.share(
-            f"ecofreq: {context.phase} {levels_mhz} {self._limit_s}",
-            lambda: LowestFitting(context.predictor, context.phase, levels_mhz, self._limit_s),
+            f"ecofreq: {phase} {levels_mhz} {self._limit_s}",
+            lambda: LowestFitting(context.predictor, phase, levels_mhz, self._limit_s),
         )
         self._idle = IdlePlan(after_s=parameters.idle_s, clock_mhz=levels_mhz[0])
         self._decision_mhz = levels_mhz[0]
@@ -83,25 +91,35 @@ class EcoFreq(Controller):
         batch_size = state.last_batch_size
         if state.num_waiting > 0:
             clock_mhz = self._top_mhz
+        elif state.chunk_tokens:
+            clock_mhz = self._for_both(state)
         elif batch_size == 0:
             clock_mhz = self._decision_mhz
-        elif self._phase == DECODE:
+        elif self._phase != PREFILL:
             clock_mhz = self._fitting.clock_mhz(batch_size, state.last_tokens)
         else:
             limit_s, tokens = self._limit_s - state.last_queue_delay_s, state.last_tokens
+            predict_s = self._predictor.predict_s
             clock_mhz = first_clock_mhz(
-                self._levels_mhz,
-                lambda f: self._predict_s(PREFILL, f, batch_size, tokens) <= limit_s,
+                self._levels_mhz, lambda f: predict_s(PREFILL, f, batch_size, tokens) <= limit_s
             )
         self._decision_mhz = clock_mhz
         return clock_mhz
+
+    def _for_both(self, state: InstanceState) -> int:
+        limit_s = self._ttft_s - state.last_queue_delay_s
+        if state.num_running:
+            limit_s = min(limit_s, self._limit_s)
+        return first_clock_mhz(
+            self._levels_mhz, lambda f: predicted_s(self._predictor, state, f) <= limit_s
+        )
 
     def on_idle(self, state: InstanceState) -> IdlePlan | None:
         return self._idle
 
     def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
         """With a queue the top clock stays; else the clock stays until tokens exceed its limit."""
-        if self._phase != DECODE:
+        if self._phase == PREFILL:
             return 0
         if state.num_waiting > 0:
             return FOREVER if self._decision_mhz == self._top_mhz else 0

@@ -16,11 +16,14 @@ from dataclasses import dataclass
 from typing import Final
 
 from voltana.sim.policies.base import (
+    COLOCATED,
     DECODE,
+    PREFILL,
     UNLOCKED_MHZ,
     Controller,
     IdlePlan,
     InstanceState,
+    Phase,
     PolicyContext,
 )
 from voltana.sim.policies.parts.clocks import (
@@ -31,6 +34,7 @@ from voltana.sim.policies.parts.clocks import (
 )
 from voltana.sim.policies.parts.correction import TimeCorrection
 from voltana.sim.policies.parts.fullest import FullestBatch
+from voltana.sim.policies.parts.mixed import GapWatch, predicted_gap_s, predicted_s
 from voltana.sim.policies.spec import parameter
 
 
@@ -101,6 +105,11 @@ class EcoMin(Controller):
     single outlier counts for little. A rise of the clock acts at once, a fall waits for `dwell_s`.
     Idle: after `idle_s` lock the clock of least idle power.
 
+    Colocated: decode's rule, its limit less the longest recent iteration in which decoding stood;
+    with prompts in the iteration to come the larger of that and the lowest clock from the bottom on
+    that keeps prefill's rule, and SLO_ITL·(1 - headroom) from token to token while requests run.
+    T is the sum of both parts. It does not wait for prompts.
+
     Source: ours. That the batch of a queue with as many servers as customers is Poisson, of
     variance equal to its mean, is the M/G/∞ queue's (Kleinrock, Queueing Systems I, 1975).
     """
@@ -117,11 +126,14 @@ class EcoMin(Controller):
         "_open",
         "_park_mhz",
         "_park_w",
+        "_planned_s",
         "_predicted_at_mhz",
         "_settings",
         "_top_mhz",
+        "_watch",
         "correction",
     )  # fmt: skip
+    colocates = True
 
     def __init__(self, parameters: EcoMinParameters, context: PolicyContext) -> None:
         self._levels_mhz = levels_of(
@@ -144,16 +156,25 @@ class EcoMin(Controller):
         self._bottom_mhz = nearest_clock_mhz(self._levels_mhz, least_energy_clock_mhz(context))
         self._open = 0
         self._came_s = self._gap_s = 0.0
+        self._watch = GapWatch()
+        self._planned_s = 0.0
+        """Colocated: predicted time of the iteration that was decided on last."""
 
     def decide(self, state: InstanceState) -> int:
-        if state.last_batch_size > 0:
+        phase = self._context.phase
+        if phase == COLOCATED:
+            self._learn_both(state)
+            self._move_to(self._for_both(state), state.now_s)
+        elif state.last_batch_size > 0:
             self._learn(state)
-            is_decode = self._context.phase == DECODE
-            wanted = self._for_decode(state) if is_decode else self._for_prefill(state)
+            wanted = self._for_decode(state) if phase == DECODE else self._for_prefill(state)
             self._move_to(wanted, state.now_s)
         # a decision that changes the clock does so within the iteration that now begins
-        steady = self._decision_mhz == state.clock_or_top_mhz(self._context.clocks_mhz[-1])
+        clock_mhz = state.clock_or_top_mhz(self._context.clocks_mhz[-1])
+        steady = self._decision_mhz == clock_mhz
         self._predicted_at_mhz = state.clock_mhz if steady else -1
+        if phase == COLOCATED:
+            self._planned_s = predicted_s(self._context.predictor, state, clock_mhz)
         return self._decision_mhz
 
     def initial_clock_mhz(self) -> int:
@@ -193,6 +214,34 @@ class EcoMin(Controller):
         )
         self.correction.observe(predicted_s, state.last_duration_s)
 
+    def _learn_both(self, state: InstanceState) -> None:
+        self._watch.look(state)
+        if state.clock_mhz == self._predicted_at_mhz:  # a rest shows no duration
+            self.correction.observe(self._planned_s, state.last_duration_s)
+
+    def _for_both(self, state: InstanceState) -> int:
+        wanted = self._for_decode(state) if state.num_running else self._bottom_mhz
+        return max(wanted, self._for_chunk(state)) if state.chunk_tokens else wanted
+
+    def _for_chunk(self, state: InstanceState) -> int:
+        context, bound_s = self._context, self.correction.bound_s
+        ttft_s, itl_s = map(self._limit_s, (context.prefill_budget_s, context.slo_itl_s))
+        predictor, queued = context.predictor, state.num_waiting
+
+        def fits(clock_mhz: int) -> bool:
+            time_s = bound_s(predicted_s(predictor, state, clock_mhz))
+            behind_s = time_s
+            if queued:
+                behind_s = bound_s(
+                    predictor.predict_s(PREFILL, clock_mhz, queued, state.waiting_tokens)
+                )
+            if max(state.last_queue_delay_s, behind_s) + time_s > ttft_s:
+                return False
+            gap_s = predicted_gap_s(predictor, state, clock_mhz)
+            return state.num_running == 0 or bound_s(gap_s) <= itl_s
+
+        return first_clock_mhz(self._levels_mhz, lambda f: f >= self._bottom_mhz and fits(f))
+
     def _for_decode(self, state: InstanceState) -> int:
         settings = self._settings
         batch = max(state.num_running, state.last_batch_size)
@@ -205,7 +254,7 @@ class EcoMin(Controller):
             climb = (1.0 - room / settings.reserve_ratio) ** 2
             wanted_mhz = self._bottom_mhz + (self._top_mhz - self._bottom_mhz) * climb
             floor_mhz = nearest_clock_mhz(self._levels_mhz, wanted_mhz)
-        limit_s = self._limit_s(self._context.slo_itl_s)
+        limit_s = self._limit_s(self._context.slo_itl_s) - self._watch.aside_s
         here_tokens = tokens * here // batch
         return first_clock_mhz(
             self._levels_mhz,
@@ -247,8 +296,9 @@ class EcoMin(Controller):
 
     def _bound_s(self, clock_mhz: int, batch_size: int, tokens: int) -> float:
         context = self._context
+        phase: Phase = PREFILL if context.phase == PREFILL else DECODE
         return self.correction.bound_s(
-            context.predictor.predict_s(context.phase, clock_mhz, batch_size, tokens)
+            context.predictor.predict_s(phase, clock_mhz, batch_size, tokens)
         )
 
     def _move_to(self, wanted_mhz: int, now_s: float) -> None:

@@ -26,6 +26,7 @@ class Static(Controller):
     """
 
     __slots__ = ("_clock_mhz",)
+    colocates = True
 
     def __init__(self, parameters: StaticParameters, context: PolicyContext) -> None:
         clocks_mhz = context.clocks_mhz
@@ -54,6 +55,7 @@ class Boost(Controller):
     """
 
     __slots__ = ()
+    colocates = True
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         pass

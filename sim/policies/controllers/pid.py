@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from voltana.sim.policies.base import Controller, IdlePlan, InstanceState, PolicyContext
+from voltana.sim.policies.base import (
+    COLOCATED,
+    Controller,
+    IdlePlan,
+    InstanceState,
+    PolicyContext,
+)
 from voltana.sim.policies.parts.clocks import clock_at_least_mhz, clocks_above_floor
 from voltana.sim.policies.parts.latency import LatencyWindow
+from voltana.sim.policies.parts.mixed import BothPhases
 from voltana.sim.policies.spec import parameter
 
 
@@ -41,6 +48,9 @@ class Pid(Controller):
     measurement, through a first-order filter; the integral stands still while the output is
     saturated and the error would drive it further (conditional anti-windup).
 
+    On a colocated instance y/setpoint is the larger one of both phases; an ITL there includes
+    iterations in which decoding stood.
+
     Nothing is measured while the instance rests. After a rest, or where no sample is younger than
     the window, the integral grows by the one iteration that was measured, not by the rest, and the
     derivative starts from zero.
@@ -50,9 +60,10 @@ class Pid(Controller):
     """
 
     __slots__ = (
-        "_changed_s", "_clocks", "_decision_mhz", "_has_rested", "_integral_mhz", "_last",
+        "_both", "_changed_s", "_clocks", "_decision_mhz", "_has_rested", "_integral_mhz", "_last",
         "_parameters", "_park_mhz", "_phase", "_rate", "_setpoint_s", "_window",
     )  # fmt: skip
+    colocates = True
 
     def __init__(self, parameters: PidParameters, context: PolicyContext) -> None:
         self._parameters = parameters
@@ -60,9 +71,9 @@ class Pid(Controller):
         self._park_mhz = context.clocks_mhz[0]
         self._phase = context.phase
         self._setpoint_s = context.budget_s * parameters.target_ratio
-        self._window = LatencyWindow(
-            parameters.window_s, parameters.quantile_ratio or context.attainment_target
-        )
+        quantile = parameters.quantile_ratio or context.attainment_target
+        self._window = LatencyWindow(parameters.window_s, quantile)
+        self._both = BothPhases(context, parameters.window_s, quantile, parameters.target_ratio)
         self._integral_mhz = 0.0
         self._rate = 0.0
         self._last: tuple[float, float] | None = None
@@ -79,20 +90,28 @@ class Pid(Controller):
         return IdlePlan(after_s=self._parameters.idle_s, clock_mhz=self._park_mhz)
 
     def decide(self, state: InstanceState) -> int:
-        self._window.add(state, self._phase)
-        felt_s = self._window.quantile_s()
-        if felt_s is None or self._setpoint_s <= 0.0:
+        measured = self._measure(state)
+        if measured is None:
             return self._decision_mhz
-        wanted = clock_at_least_mhz(self._clocks, self._output_mhz(felt_s, state))
+        wanted = clock_at_least_mhz(self._clocks, self._output_mhz(measured, state))
         if state.now_s - self._changed_s >= self._parameters.dwell_s:
             if wanted != self._decision_mhz:
                 self._changed_s = state.now_s
             self._decision_mhz = wanted
         return self._decision_mhz
 
-    def _output_mhz(self, felt_s: float, state: InstanceState) -> float:
+    def _measure(self, state: InstanceState) -> float | None:
+        """Latency over the setpoint; None if nothing can be held."""
+        if self._phase == COLOCATED:
+            return self._both.ratio(state)
+        self._window.add(state, self._phase)
+        felt_s = self._window.quantile_s()
+        if felt_s is None or self._setpoint_s <= 0.0:
+            return None
+        return felt_s / self._setpoint_s
+
+    def _output_mhz(self, measured: float, state: InstanceState) -> float:
         p = self._parameters
-        measured = felt_s / self._setpoint_s
         error = 1.0 - measured
         elapsed_s = self._follow(measured, state)
         low, high = self._clocks[0], self._clocks[-1]

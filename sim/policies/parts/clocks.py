@@ -5,10 +5,11 @@ from __future__ import annotations
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Final
 
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.policies.base import DECODE, PREFILL, Phase, PolicyContext
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase, PolicyContext
 
 _FULL_DECODE_REQUESTS: Final = 64
 _FULL_PREFILL: Final = (8, 8192)
@@ -97,6 +98,8 @@ def busy_energy_j(context: PolicyContext, clock_mhz: int, batch_size: int, token
 def least_energy_clock_mhz(context: PolicyContext) -> int:
     """The bottom of the U: the supported clock of least `busy_energy_j` for a full batch.
 
+    Of a colocated instance: of least energy for a full batch of each phase together.
+
     Left of it an iteration takes more time and more energy too. In prefill, whose work is given,
     such a clock is a loss whatever the load. In decode it is a choice: with continuous batching the
     token rate is given, not the work of an iteration, so that the energy of a token follows power
@@ -112,9 +115,12 @@ def least_energy_clock_mhz(context: PolicyContext) -> int:
         The U-shape of energy over clock in both phases: VoltanaLLM, arXiv 2509.04827. The full
         batch at which it is looked up is ours; on the A100 profiles no batch moves the bottom.
     """
-    batch_size, tokens = full_batch(context, context.phase)
+    both: tuple[Phase, ...] = PREFILL, DECODE
+    phases = both if context.phase == COLOCATED else (context.phase,)
+    parts = [(replace(context, phase=each), full_batch(context, each)) for each in phases]
     return min(
-        context.clocks_mhz, key=lambda clock: busy_energy_j(context, clock, batch_size, tokens)
+        context.clocks_mhz,
+        key=lambda clock: sum(busy_energy_j(part, clock, *batch) for part, batch in parts),
     )
 
 

@@ -33,8 +33,18 @@ class LatencyWindow:
         if state.last_duration_s <= 0:
             return
         latency_s = state.last_duration_s + (0 if phase == DECODE else state.ended_queue_delay_s)
-        self._samples.append((state.now_s, latency_s, max(state.ended_batch_size, 1)))
-        while self._samples[0][0] < state.now_s - self._window_s:
+        self.put(state.now_s, latency_s, max(state.ended_batch_size, 1))
+
+    def put(self, now_s: float, latency_s: float, requests: int) -> None:
+        """Add a latency of so many requests.
+
+        Args:
+            now_s: When it was over.
+            latency_s: How long it was.
+            requests: Its weight.
+        """
+        self._samples.append((now_s, latency_s, requests))
+        while self._samples[0][0] < now_s - self._window_s:
             self._samples.popleft()
 
     def quantile_s(self) -> float | None:

@@ -22,6 +22,7 @@ from voltana.experiments.documentation.tables import ROUTER, TABLES, table
 from voltana.experiments.frontier.search_page import HEADINGS
 from voltana.experiments.show import policy_table
 from voltana.experiments.study.suite import list_experiments
+from voltana.hwreplay.actuator.options import parse_options
 from voltana.hwreplay.router.config import RouterConfig
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS
@@ -104,6 +105,9 @@ def test_there_are_commands_to_check() -> None:
 def test_commands_in_the_text_exist_with_their_options(page: str, line: str) -> None:
     command: Any = typer.main.get_command(make_app())
     words = shlex.split(line)[1:]
+    if words[0] == "actuator":  # whose options are its own
+        parse_options(words[0], words[1:])
+        return
     while hasattr(command, "commands") and words:
         if words[0].startswith(
             "--"

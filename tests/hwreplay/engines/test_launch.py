@@ -16,12 +16,11 @@ import tomli_w
 from tests.conftest import ROOT
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.engines.launch import run_fleet, run_profiled
-from voltana.hwreplay.engines.plan import Installation, ServerPlan, plan_server
+from voltana.hwreplay.engines.plan import Installation, Role, ServerPlan, plan_server
 from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
 from voltana.hwreplay.replay.parts import Run, router
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
-from voltana.sim.policies.base import Phase
 
 INSTALLED = Installation(
     python=Path("/opt/sglang/bin/python"),
@@ -30,7 +29,7 @@ INSTALLED = Installation(
 )
 
 
-def plan(phase: Phase, gpus: tuple[int, ...] = ()) -> ServerPlan:
+def plan(phase: Role, gpus: tuple[int, ...] = ()) -> ServerPlan:
     bootstrap_port = 9000 if phase == "prefill" else None
     return ServerPlan(
         role=phase, instance_id=1, port=8000, bootstrap_port=bootstrap_port, gpus=gpus,
