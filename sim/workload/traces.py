@@ -143,10 +143,17 @@ def _prompts(frame: pd.DataFrame, input_tokens: IntArray, path: Path) -> Prompts
 
 
 def _tells_requests(path: Path) -> bool:
-    """Whether it is a log, or a load generator's output that says when requests were sent."""
+    """Whether it is a log, or a load generator's output; that must say when requests were sent."""
     if is_json_lines(path) and is_log(path):
         return True
-    return benchmark_file(path) is not None and read_one(path).has_arrivals
+    if benchmark_file(path) is None:
+        return False
+    if not read_one(path).has_arrivals:
+        raise VoltanaError(
+            f"{path} does not say when its requests were sent (bench_serving: only if all at once, "
+            "--request-rate inf): give it as a workload, whose arrivals are drawn at rate_rps"
+        )
+    return True
 
 
 def _log_lengths(path: Path) -> pd.DataFrame | None:
