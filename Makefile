@@ -20,7 +20,7 @@ help:
 	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=, SEED=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB), and the emulated card's NVML"
 	@echo "make faults  kill actuator, agents, router, servers on emulated cards (TRIES=100 each; needs gcc)"
-	@echo "make loop   real SGLang on emulated cards against simulator and profile (15 minutes, after make engine)"
+	@echo "make loop   real SGLang on emulated cards against simulator and profile (17 minutes on two cores, after make engine)"
 	@echo "make profile-gpu  measure this machine's GPU into results/profiles/CARD, clocks left alone, and compare it"
 	@echo "make replay-gpu   probe, simulate, replay and validate on SGLang with this machine's GPUs ($(REPLAY))"
 	@echo "make clean  remove the environment and every generated file"
@@ -67,7 +67,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 # These keep time with processes of their own: they run one at a time.
-TIMED := $(addprefix tests/hwreplay/,actuator agent engines replay router serve test_emulated_engine.py)
+TIMED := $(addprefix tests/hwreplay/,actuator agent engines replay router serve test_emulated_engine.py) tests/deploy/test_dashboard.py
 
 unit: $(STAMP)
 	$(BIN)/pytest -n auto $(addprefix --ignore=,$(TIMED))
@@ -96,8 +96,8 @@ fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
-# Half an hour on an idle core for 400 mutants. KILLERS are the tests that may find them; another
-# SEED draws another sample.
+# A mutant costs what its tests cost until one fails, and all of them if none does: name few and fast
+# KILLERS, the likeliest first. Another SEED draws another sample; Ctrl-C reports what has been tried.
 MUTATE ?= sim/metrics.py sim/policies sim/engine sim/mdp
 KILLERS ?= tests/sim tests/independent
 MUTANTS ?= 400

@@ -2,11 +2,12 @@
 
 python benchmarks/agent_loop.py [--instances N] [--rate R] [--seconds S]
 
-Everything is real but the engine and the card: per instance an agent process, a ZMQ socket with
-SGLang's records at a steady rate, and for prefill the plug-in's datagrams; one actuator process
-that records instead of locking. The batches alternate so that every decision changes the clock. Two
-times are measured: inside the agent, from taking a message off its socket to the decision in the
-kernel; and over all, from this program's sending to the actuator's acting, both hops included.
+Everything is real but the engine and the card, which is emulated: per instance an agent process,
+a ZMQ socket with SGLang's records at a steady rate, and for prefill the plug-in's datagrams; one
+actuator process that records instead of locking, and a router that has nothing to say. The
+batches alternate so that every decision changes the clock. Two times are measured: inside the
+agent, from taking a message off its socket to the decision in the kernel; and over all, from this
+program's sending to the actuator's acting, both hops included.
 """
 
 from __future__ import annotations
@@ -28,6 +29,8 @@ import numpy as np
 import zmq
 
 from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
+from voltana.hwreplay.emulated.build import build_library, show_here
+from voltana.hwreplay.emulated.state import create_cards
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 ROOT: Final = Path(__file__).resolve().parents[1]
@@ -37,7 +40,9 @@ BATCHES: Final[dict[Phase, tuple[tuple[int, int], tuple[int, int]]]] = {
     DECODE: ((8, 8_000), (400, 400_000)),
 }
 """(requests, tokens) that fit the lower level of EcoFreq and that do not, on the A100 profile."""
+PROFILE: Final = "a100-80g-sxm/llama-3.1-8b"
 SETTINGS: Final = {"controller": "ecofreq", "router": "round-robin"}
+EVENTS: Final = "events"
 GOAL_P99_S: Final = 0.004
 
 
@@ -61,10 +66,10 @@ class Instance:
             start_ns=time.monotonic_ns(),
             settings=SETTINGS,
             metrics_address=address,
+            event_address=f"ipc://{directory}/{EVENTS}",
             batch_socket=str(directory / f"{phase}-{number}.batches") if phase == PREFILL else None,
             actuator_socket=str(actuator),
             gpus=(gpu,),
-            power_w=1.0,
         )
         self.process = start_agents([self.config], directory)
         self._announcer = _announcer(self.config.batch_socket)
@@ -125,6 +130,8 @@ def main() -> None:
 
 def run(directory: Path, num_instances: int, rate_per_s: float, seconds: float) -> None:
     """Start everything, play the records, end everything, print."""
+    build_library(directory)
+    show_here(directory, create_cards(directory / "cards", PROFILE, num_instances, directory))
     actuator_path, actions = directory / "actuator", directory / "actions.jsonl"
     gpus = [argument for gpu in range(num_instances) for argument in ("--gpu", str(gpu))]
     actuator = subprocess.Popen(
@@ -133,6 +140,8 @@ def run(directory: Path, num_instances: int, rate_per_s: float, seconds: float) 
         cwd=ROOT, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     instances: list[Instance] = []
+    router = zmq.Context.instance().socket(zmq.PUB)
+    router.bind(f"ipc://{directory}/{EVENTS}")
     try:
         assert actuator.stderr is not None
         actuator.stderr.readline()
@@ -146,6 +155,7 @@ def run(directory: Path, num_instances: int, rate_per_s: float, seconds: float) 
         for instance in instances:
             instance.process.terminate()
             instance.process.wait()
+        router.close()
         actuator.send_signal(signal.SIGTERM)
         actuator.wait()
     acted = [json.loads(line) for line in actions.read_text().splitlines()]

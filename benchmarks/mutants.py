@@ -1,29 +1,53 @@
-"""How many small faults the tests find: mutmut over parts of `sim`, a random sample of its mutants.
+"""How many small faults the tests find: a random sample of mutmut's mutants of parts of `sim`.
 
-mutmut changes one operator, constant, argument or call at a time and runs the tests that pass
-through the changed function. A mutant that no test kills is either the same program (a stable
-sort in place of any sort) or a gap. All happens in a copy, `.mutants/`; `make mutants` calls this.
+mutmut changes one operator, constant, argument or call at a time. Here each such change is a
+program of its own, in a copy of the project, and the tests run on it until the first one fails:
+mutmut's own runner switches between mutants inside one program, and its switches make the
+simulator's inner loops so slow that these could not be counted. A mutant that no test kills is
+either the same program (a stable sort in place of any sort) or a gap. `make mutants` calls this.
 """
 
 from __future__ import annotations
 
 import argparse
+import difflib
 import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from queue import SimpleQueue
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+if TYPE_CHECKING:
+    from mutmut.mutation.file_mutation import Mutation
+
 ROOT = Path(__file__).parent.parent
 WORK = ROOT / ".mutants"
-FOLDERS = ("sim", "profiles", "hwreplay", "experiments")
-KILLED, SURVIVED = ("🎉", "⏰"), ("🙁", "🫥")
-"""mutmut's marks: failed a test or ran out of time; passed all tests, or none ran through it."""
-_QUIET = ("-W", "ignore::pytest.PytestAssertRewriteWarning")
-"""mutmut runs pytest repeatedly in one process, which has then imported its plugins already."""
+FOLDERS = ("sim", "profiles", "hwreplay", "experiments", "voltana", "tests")
+FILES = ("README.md", "pyproject.toml")
+PATIENCE = 4.0
+"""A mutant whose tests take so many times as long as those of the program hangs: it is found."""
+LEAST_S = 60.0
+PASSED, FAILED, HANGS = "passed", "failed", "hangs"
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One file with one change."""
+
+    path: str
+    """Below the project."""
+    source: str
+    changed: str
+    """The lines that differ, with their number in the file."""
 
 
 def main() -> None:
@@ -33,83 +57,120 @@ def main() -> None:
     parser.add_argument("--tests", nargs="+", default=["tests/sim"], help="tests that may kill")
     parser.add_argument("--sample", type=int, default=400, help="mutants tried, at most")
     parser.add_argument("--seed", type=int, default=1, help="of the sample")
+    parser.add_argument("--jobs", type=int, default=1, help="mutants at a time")
     options = parser.parse_args()
-    files = sorted(set(files_of(options.targets)))
-    copy_project(files, options.tests)
-    names = [name for path in files for name in mutants_of(path)]
+    makers = [make for path in sorted(set(files_of(options.targets))) for make in mutants_of(path)]
     rng = np.random.default_rng(options.seed)
-    chosen = rng.choice(names, min(options.sample, len(names)), replace=False).tolist()
-    print(f"{len(names)} mutants of {len(files)} files, {len(chosen)} tried", flush=True)
-    marks = run_mutmut(chosen)
-    report(marks)
+    picks = rng.choice(len(makers), min(options.sample, len(makers)), replace=False)
+    chosen = [makers[pick]() for pick in picks]
+    print(f"{len(makers)} mutants, {len(chosen)} tried", flush=True)
+    ends: dict[Mutant, str] = {}
+    try:
+        run(chosen, options.tests, options.jobs, ends)
+    except KeyboardInterrupt:
+        print(f"interrupted: the first {len(ends)} of the sample", flush=True)
+    report(dict(ends))
 
 
 def files_of(targets: Sequence[str]) -> Iterator[str]:
-    """Python files at or below the targets, as the modules are called."""
+    """Python files at or below the targets."""
     for target in targets:
         path = ROOT / target
         found = path.rglob("*.py") if path.is_dir() else [path]
-        paths = (f.relative_to(ROOT).as_posix() for f in found if f.name != "__init__.py")
-        yield from (f"voltana/{path}" for path in paths)
+        yield from (f.relative_to(ROOT).as_posix() for f in found if f.name != "__init__.py")
 
 
-def copy_project(files: Sequence[str], tests: Sequence[str]) -> None:
-    """A fresh copy of the sources with mutmut's settings.
+def mutants_of(path: str) -> Iterator[Callable[[], Mutant]]:
+    """What mutmut makes of one file; writing a mutant out takes longer than finding it."""
+    from mutmut.mutation.file_mutation import create_mutations  # only `make mutants` has it
 
-    mutmut names a module by its path, so the package is copied whole and not by its links. The
-    folders beside it are what tests read as files.
+    module, mutations, _, _ = create_mutations(path, (ROOT / path).read_text())
+
+    def written(mutation: Mutation) -> Mutant:
+        changed = module.deep_replace(mutation.original_node, mutation.mutated_node)
+        source = module.code_for_node(changed)
+        return Mutant(path, source, difference(module.code, source))
+
+    yield from (partial(written, mutation) for mutation in mutations)
+
+
+def difference(before: str, after: str) -> str:
+    """The lines that differ, without the rest of a unified diff."""
+    lines = difflib.unified_diff(before.splitlines(), after.splitlines(), n=0, lineterm="")
+    return "\n".join(line for line in lines if line[:3] not in ("---", "+++"))
+
+
+def run(chosen: Sequence[Mutant], tests: Sequence[str], jobs: int, ends: dict[Mutant, str]) -> None:
+    """Run the tests on each mutant.
+
+    Args:
+        chosen: What to try, in this order.
+        tests: Files or folders.
+        jobs: Mutants at a time.
+        ends: Takes how the tests ended, as they end.
     """
     shutil.rmtree(WORK, ignore_errors=True)
-    for name in ("voltana", "tests", *FOLDERS):
-        shutil.copytree(ROOT / name, WORK / name, ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copy(ROOT / "README.md", WORK)
-    settings = {
-        "source_paths": ["voltana"],
-        "only_mutate": list(files),
-        "also_copy": [*FOLDERS, "README.md"],
-        "pytest_add_cli_args_test_selection": list(tests),
-        "pytest_add_cli_args": ["-p", "no:cacheprovider", "-m", "not slow", *_QUIET],
-    }
-    lines = [f"{key} = {value!r}" for key, value in settings.items()]
-    project = (ROOT / "pyproject.toml").read_text()
-    (WORK / "pyproject.toml").write_text("\n".join([project, "[tool.mutmut]", *lines, ""]))
+    copies: SimpleQueue[Path] = SimpleQueue()
+    for job in range(jobs):
+        copies.put(copy_project(WORK / str(job)))
+    begun_s = time.monotonic()
+    if (end := pytest_in(WORK / "0", tests, None)) != PASSED:
+        sys.exit(f"the tests must pass on the program as it is, and {end}: see {WORK}/0/output.txt")
+    limit_s = max(PATIENCE * (time.monotonic() - begun_s), LEAST_S)
+
+    def one(mutant: Mutant) -> None:
+        copy = copies.get()
+        path = copy / mutant.path
+        path.write_text(mutant.source)
+        ends[mutant] = pytest_in(copy, tests, limit_s)
+        shutil.copy(ROOT / mutant.path, path)
+        copies.put(copy)
+        print(f"{len(ends)}: {ends[mutant]} {mutant.path}", file=sys.stderr, flush=True)
+
+    pool = ThreadPoolExecutor(jobs)
+    try:
+        for ended in [pool.submit(one, mutant) for mutant in chosen]:
+            ended.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
-def mutants_of(path: str) -> list[str]:
-    """Names of the mutants of one file, as mutmut's command line takes them."""
-    from mutmut.mutation.file_mutation import mutate_file_contents  # only `make mutants` has it
-
-    os.chdir(WORK)
-    module = path.removesuffix(".py").replace("/", ".")
-    names = mutate_file_contents(path, Path(path).read_text()).mutant_names
-    return [f"{module}.{name}" for name in names]
-
-
-def run_mutmut(names: Sequence[str]) -> dict[str, str]:
-    """Each mutant's mark; one process, so that no mutant's time limit hangs on another."""
-    command = [Path(sys.executable).parent / "mutmut", "run", "--max-children", "1", *names]
-    ended = subprocess.run(command, cwd=WORK, check=False, capture_output=True, text=True)
-    lines = [line.split() for line in ended.stdout.splitlines()]
-    marks = {line[1]: line[0] for line in lines if len(line) == 2 and line[1] in set(names)}
-    if len(marks) != len(names):
-        sys.exit(f"mutmut ended with {ended.returncode}:\n{ended.stdout[-3000:]}{ended.stderr}")
-    return marks
+def copy_project(to: Path) -> Path:
+    """What the tests import and read; `voltana` holds links, which stay links into the copy."""
+    for name in FOLDERS:
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(ROOT / name, to / name, symlinks=True, ignore=ignored)
+    for name in FILES:
+        shutil.copy(ROOT / name, to)
+    return to
 
 
-def report(marks: dict[str, str]) -> None:
-    """The share killed by module, and what each survivor changed."""
-    modules = sorted({name.rpartition(".")[0] for name in marks})
-    print("| module | tried | killed | share |\n| --- | --- | --- | --- |")
-    for module in [*modules, "voltana"]:
-        of = [mark for name, mark in marks.items() if name.startswith(f"{module}.")]
-        killed = sum(mark in KILLED for mark in of)
-        print(f"| {module} | {len(of)} | {killed} | {100 * killed / len(of):.0f} % |")
-    for name in sorted(n for n, mark in marks.items() if mark in SURVIVED):
-        command = [Path(sys.executable).parent / "mutmut", "show", name]
-        shown = subprocess.run(command, cwd=WORK, check=True, capture_output=True, text=True)
-        changed = [line for line in shown.stdout.splitlines() if line[:1] in ("-", "+")]
-        print(f"\n{name} {'(no test)' if marks[name] == '🫥' else ''}")
-        print("\n".join(line for line in changed if line[:3] not in ("---", "+++")))
+def pytest_in(copy: Path, tests: Sequence[str], limit_s: float | None) -> str:
+    """Run the tests on a copy until one fails; it is imported from there, being the folder."""
+    options = ("-x", "-q", "-m", "not slow", "-p", "no:cacheprovider", "-p", "no:xdist")
+    command = [sys.executable, "-B", "-m", "pytest", *options, *tests]
+    with (copy / "output.txt").open("w") as output:
+        process = subprocess.Popen(
+            command, cwd=copy, stdout=output, stderr=output, start_new_session=True
+        )
+        try:
+            return FAILED if process.wait(limit_s) else PASSED
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            return HANGS
+
+
+def report(ends: Mapping[Mutant, str]) -> None:
+    """The share killed by file, and what each survivor changed."""
+    print("| file | tried | killed | share |\n| --- | --- | --- | --- |")
+    for path in [*sorted({mutant.path for mutant in ends}), ""]:
+        of = [end for mutant, end in ends.items() if mutant.path.startswith(path)]
+        killed = sum(end != PASSED for end in of)
+        print(f"| {path or 'all'} | {len(of)} | {killed} | {killed / max(len(of), 1):.0%} |")
+    for mutant, end in ends.items():
+        if end == PASSED:
+            print(f"\n{mutant.path}\n{mutant.changed}")
 
 
 if __name__ == "__main__":

@@ -5,22 +5,28 @@ from __future__ import annotations
 import errno
 import importlib
 import importlib.metadata
+import os
 import sys
+import traceback
 from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AnywhereGroup, Interrupted
+from voltana.experiments.progress import VOICE
 from voltana.profiles.common.errors import VoltanaError
 
 VERBS = (
     "simulate", "sweep", "demo", "plot", "experiment", "frontier", "recommend", "tune", "train",
-    "list", "profile_group", "compare_profiles", "actuator", "router", "agent", "serve", "replay",
-    "validate", "report", "paper",
+    "list", "doctor", "profile_group", "compare_profiles", "actuator", "router", "agent", "serve",
+    "replay", "validate", "report", "paper",
 )  # fmt: skip
 """In the order of `voltana --help`."""
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130
+"""As shells have it: 128 and the signal's number."""
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -28,6 +34,7 @@ def make_app() -> typer.Typer:
     """Build the command line with all its verbs."""
     app = typer.Typer(
         name="voltana",
+        cls=AnywhereGroup,
         help="Energy-efficient LLM serving under latency promises: profile a GPU, simulate "
         "frequency controllers and routers, replay the chosen policy on real engines.",
         no_args_is_help=True,
@@ -54,8 +61,25 @@ def _common(
             "--version", callback=_show_version, is_eager=True, help="Print the version and end."
         ),
     ] = False,
+    quiet: Annotated[
+        bool,
+        typer.Option("-q", "--quiet", help="Say results and errors only. Also behind a verb."),
+    ] = False,
+    verbose: Annotated[
+        bool,
+        typer.Option(
+            "-v", "--verbose", help="Say each step, and where an error came from. Also there."
+        ),
+    ] = False,
+    no_color: Annotated[
+        bool, typer.Option("--no-color", help="No colour, as with NO_COLOR=1. Also there.")
+    ] = False,
 ) -> None:
-    pass
+    if quiet and verbose:
+        raise VoltanaError("--quiet and --verbose ask for opposite things: leave one out")
+    VOICE.is_quiet, VOICE.is_verbose = quiet, verbose
+    if no_color:
+        os.environ["NO_COLOR"] = "1"
 
 
 def main() -> None:
@@ -63,11 +87,13 @@ def main() -> None:
     try:
         make_app()()
     except VoltanaError as error:
+        if VOICE.is_verbose:
+            traceback.print_exc()
         sys.stderr.write(f"voltana: {error}\n")
         raise SystemExit(EXIT_USAGE) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("voltana: interrupted; what had finished is kept\n")
-        raise SystemExit(130) from None
+    except Interrupted as stop:
+        sys.stderr.write(f"voltana: {stop}\n")
+        raise SystemExit(EXIT_INTERRUPTED) from None
     except BrokenPipeError:
         raise SystemExit(EXIT_FAILED) from None
     except OSError as error:

@@ -20,6 +20,7 @@ from voltana.experiments.compare.policies import (
     attainments_of,
     keeps_promise,
 )
+from voltana.experiments.progress import note
 from voltana.experiments.runs import run
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import POINTS, run_missing
@@ -52,6 +53,10 @@ class Overload:
     ttft_attainment: float
     itl_attainment: float
 
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return dataclasses.asdict(self)
+
     def __str__(self) -> str:
         kept = f"TTFT {_pct(self.ttft_attainment)}, ITL {_pct(self.itl_attainment)}"
         return f"{self.load} ({kept})" if self.load else kept
@@ -70,7 +75,7 @@ def overload_line(found: Sequence[Overload]) -> str:
 def tell(found: Sequence[Overload]) -> None:
     """Say it on standard error, if there is anything to say."""
     if found:
-        typer.echo(f"voltana: {overload_line(found)}", err=True)
+        note(overload_line(found))
 
 
 def end_with(found: Sequence[Overload], *, require_slo: bool, says: bool = True) -> None:

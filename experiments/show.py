@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import pandas as pd
+import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -23,6 +24,26 @@ _NARROWEST = 72
 def summary_json(summary: Mapping[str, Any]) -> str:
     """The summary as strict JSON (a value that does not exist is null)."""
     return json.dumps(finite(summary), indent=1)
+
+
+def print_result(told: Mapping[str, Any], *lines: object, as_json: bool) -> None:
+    """Print a command's result: as JSON, or its lines for people.
+
+    Args:
+        told: What JSON has; tables are lists of rows.
+        lines: For people.
+        as_json: Which of the two.
+    """
+    if as_json:
+        typer.echo(summary_json(told))
+        return
+    for line in lines:
+        typer.echo(line)
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """A table's rows for JSON; an empty cell is null."""
+    return [dict(row) for row in json.loads(frame.to_json(orient="records"))]
 
 
 def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:

@@ -49,6 +49,8 @@ class Profile:
     fitted: pd.DataFrame
     content_hash: str
     """SHA-256 over the files, in hex."""
+    directory: Path | None = None
+    """Where it was read from."""
     believed: Profile | None = None
     """Of a drawn profile the nominal one, whose power policies go by; None: this one."""
 
@@ -175,7 +177,7 @@ def load_profile(name_or_path: str | Path) -> Profile:
     fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks)
     name = str(name_or_path) if directory == DATA / name_or_path else directory.name
     return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,
-                   content_hash=_hash(directory))  # fmt: skip
+                   content_hash=_hash(directory), directory=directory)  # fmt: skip
 
 
 def list_profiles() -> list[str]:

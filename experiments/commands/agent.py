@@ -28,9 +28,10 @@ def agent(
     out: Annotated[
         Path | None, typer.Option(help="Folder for each decision and clock; default: not kept")
     ] = None,
-    port: Annotated[
-        int, typer.Option(help="Port of /metrics on this machine; 0: a free one")
-    ] = 9470,
+    port: Annotated[int, typer.Option(help="Port of /metrics; 0: a free one")] = 9470,
+    host: Annotated[
+        str, typer.Option(help="Address of /metrics; 0.0.0.0 shows it beyond this machine")
+    ] = "127.0.0.1",
 ) -> None:
     """Watch running SGLang servers by their forward-pass metrics, under any router.
 
@@ -47,4 +48,4 @@ def agent(
     with needs("replay", "voltana agent"):
         from voltana.hwreplay.agent.attach import attach
 
-    attach(file, acts=act, port=port, directory=out)
+    attach(file, acts=act, port=port, directory=out, host=host)

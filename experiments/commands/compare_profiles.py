@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AsJson, complete_profile
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -16,9 +18,16 @@ def register(app: typer.Typer) -> None:
 
 
 def compare(
-    measured: Annotated[str, typer.Argument(help="Profile: name or directory")],
-    model: Annotated[str, typer.Argument(help="The one to hold it against")],
+    measured: Annotated[
+        str,
+        typer.Argument(help="Profile: name or directory", autocompletion=complete_profile),
+    ],
+    model: Annotated[
+        str,
+        typer.Argument(help="The one to hold it against", autocompletion=complete_profile),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the note, its figure and its tables")],
+    json: AsJson = False,
 ) -> None:
     """Compare the shape of two profiles: how time and power grow with batch and tokens.
 
@@ -30,8 +39,9 @@ def compare(
     """
     from voltana.experiments.compare.profiles import compare_profiles, note_text
     from voltana.experiments.draw.comparison import write_comparison
+    from voltana.experiments.show import print_result
     from voltana.profiles.catalog import load_profile
 
     found = compare_profiles(load_profile(measured), load_profile(model))
     write_comparison(found, out)
-    typer.echo(note_text(found))
+    print_result(found.as_dict(), note_text(found), as_json=json)

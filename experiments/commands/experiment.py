@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from voltana.experiments.options import RequireSlo
+from voltana.experiments.options import AsJson, RequireSlo, that_begin
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -30,19 +30,34 @@ def register(app: typer.Typer) -> None:
     app.add_typer(experiment, short_help="The shipped questions: run and draw them")
 
 
-@experiment.command("list")
-def list_all() -> None:
-    """List every experiment with its question."""
+def _complete_experiment(incomplete: str) -> list[str]:
     from voltana.experiments.study.suite import list_experiments
 
-    for name, question in list_experiments().items():
-        typer.echo(f"{name}: {question}")
-    typer.echo(f"{STEP_RESPONSE}: How does each controller answer a step, a ramp, a pulse?")
+    return that_begin(incomplete, [*list_experiments(), STEP_RESPONSE, "all"])
 
 
-@experiment.command("run")
+@experiment.command("list")
+def list_all(json: AsJson = False) -> None:
+    """List every experiment with its question."""
+    from voltana.experiments.show import print_result
+    from voltana.experiments.study.suite import list_experiments
+
+    found = {
+        **list_experiments(),
+        STEP_RESPONSE: "How does each controller answer a step, a ramp, a pulse?",
+    }
+    print_result(found, *(f"{name}: {question}" for name, question in found.items()), as_json=json)
+
+
+@experiment.command("run", short_help="Run one or all, and draw the figures")
 def run(
-    name: Annotated[str, typer.Argument(help="An experiment, a file ending in .toml, or all")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            help="An experiment, a file ending in .toml, or all",
+            autocompletion=_complete_experiment,
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Parent directory of the results")] = Path(
         "results/experiments"
     ),
@@ -51,6 +66,7 @@ def run(
     figures: Annotated[
         Path | None, typer.Option(help="Folder that takes a copy of each NAME.png")
     ] = None,
+    json: AsJson = False,
     require_slo: RequireSlo = False,
 ) -> None:
     """Run an experiment and draw its figure: OUT/NAME/results.csv, NAME.png and NAME.svg.
@@ -59,20 +75,22 @@ def run(
     figure is drawn anew each time. --quick writes to OUT/NAME-quick.
     """
     from voltana.experiments.promise import end_with
+    from voltana.experiments.show import print_result
     from voltana.experiments.study.suite import find_experiment, list_experiments, read_experiment
     from voltana.profiles.common.errors import VoltanaError
     from voltana.profiles.common.files import write_bytes
 
     names = list(list_experiments()) if name == "all" else [name]
     failures: dict[str, str] = {}
+    told: dict[str, Any] = {}
     found: list[Overload] = []
     for each in names:
         try:
             if each == STEP_RESPONSE:
-                picture = _run_step_response(out, quick=quick)
+                told[each], lines = _run_step_response(out, quick=quick)
             else:
                 chosen = read_experiment(find_experiment(each), quick=quick)
-                picture, overloaded = _run_one(chosen, out, quick=quick, jobs=jobs)
+                told[each], lines, overloaded = _run_one(chosen, out, quick=quick, jobs=jobs)
                 found += overloaded
         except VoltanaError as error:
             if name != "all":
@@ -80,9 +98,14 @@ def run(
             failures[each] = str(error)
             typer.echo(f"voltana: {each}: {error}", err=True)
             continue
+        if not json:
+            print_result({}, *lines, as_json=False)
         if figures is not None:
+            picture = Path(told[each]["files"][0])
             figures.mkdir(parents=True, exist_ok=True)
             write_bytes(picture.read_bytes(), figures / picture.name)
+    if json:
+        print_result(told, as_json=True)
     if failures:
         raise VoltanaError(
             f"{len(failures)} of {len(names)} experiments failed: {', '.join(failures)} (each said "
@@ -91,7 +114,7 @@ def run(
     end_with(found, require_slo=require_slo, says=False)
 
 
-def _run_step_response(out: Path, *, quick: bool) -> Path:
+def _run_step_response(out: Path, *, quick: bool) -> tuple[dict[str, Any], list[str]]:
     """Responses in time and not sums over runs, so that it is no file with a grid.
 
     Its loads are disturbances that are meant to overload: nobody is warned of that.
@@ -99,23 +122,24 @@ def _run_step_response(out: Path, *, quick: bool) -> Path:
     from voltana.experiments.control.responses import draw_responses
     from voltana.experiments.control.step_response import SEEDS, describe_plant, run_all
     from voltana.experiments.draw.plots import save
+    from voltana.experiments.show import rows_of
 
     directory = out / (f"{STEP_RESPONSE}-quick" if quick else STEP_RESPONSE)
     table, responses = run_all(SEEDS[:1] if quick else SEEDS)
-    typer.echo(describe_plant())
-    typer.echo(table.to_string(index=False, float_format=lambda v: f"{v:.4g}"))
     paths = save(draw_responses(responses), directory, STEP_RESPONSE)
     table.to_csv(directory / "results.csv", index=False)
-    typer.echo(" ".join(map(str, [*paths, directory / "results.csv"])))
-    return paths[0]
+    files = [*map(str, paths), str(directory / "results.csv")]
+    text = table.to_string(index=False, float_format=lambda v: f"{v:.4g}")
+    return {"rows": rows_of(table), "files": files}, [describe_plant(), text, " ".join(files)]
 
 
 def _run_one(
     chosen: Experiment, out: Path, *, quick: bool, jobs: int | None
-) -> tuple[Path, list[Overload]]:
-    """Its picture, and the loads that are too much for top clocks."""
+) -> tuple[dict[str, Any], list[str], list[Overload]]:
+    """What it found, for JSON and for people, and the loads that are too much for top clocks."""
     from voltana.experiments.draw.plots import save
     from voltana.experiments.promise import overloads, tell
+    from voltana.experiments.show import rows_of, width
     from voltana.experiments.study.curves import draw_experiment
     from voltana.experiments.study.suite import with_saving
     from voltana.experiments.sweep.run import run_sweep
@@ -129,26 +153,25 @@ def _run_one(
             f"{directory}: run again"
         )
     frame = with_saving(results, chosen.figure)
-    typer.echo(f"{chosen.name}: {chosen.question}")
-    typer.echo(_table(chosen, frame))
+    table = _table(chosen, frame)
     paths = save(draw_experiment(chosen, frame), directory, chosen.name)
-    typer.echo(" ".join(map(str, [*paths, directory / "results.csv"])))
+    files = [*map(str, paths), str(directory / "results.csv")]
     overloaded = overloads(chosen.points, directory, jobs=jobs)
     tell(overloaded)
-    return paths[0], overloaded
+    text = table.to_string(index=False, float_format=lambda v: f"{v:.4g}", line_width=width())
+    told = {"question": chosen.question, "rows": rows_of(table), "files": files}
+    return told, [f"{chosen.name}: {chosen.question}", text, " ".join(files)], overloaded
 
 
-def _table(chosen: Experiment, frame: pd.DataFrame) -> str:
+def _table(chosen: Experiment, frame: pd.DataFrame) -> pd.DataFrame:
     """One line a point: what the figure shows, as numbers."""
     import pandas as pd
 
     from voltana.experiments.compare.measures import MEASURES
-    from voltana.experiments.show import width
     from voltana.experiments.study.suite import PANEL
 
     spec = chosen.figure
     keys = [*([PANEL] if frame[PANEL].any() else []), spec.x, spec.series]
     columns = {MEASURES[r].label: MEASURES[r].of(frame) for r in spec.rows}
     table = pd.concat([frame[keys], pd.DataFrame(columns)], axis=1)
-    means = table.groupby(keys, sort=False, as_index=False).mean()
-    return means.to_string(index=False, float_format=lambda v: f"{v:.4g}", line_width=width())
+    return table.groupby(keys, sort=False, as_index=False).mean()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from voltana.experiments.options import RequireSlo
+from voltana.experiments.options import AsJson, RequireSlo, complete_setting
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import parse_settings
 
@@ -58,7 +58,10 @@ def frontier(
         typer.Option("--load", help="Of the file's loads only these, by name, repeatable"),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any configuration key, repeatable", autocompletion=complete_setting
+        ),
     ] = None,
     uncertainty: Annotated[
         int | None,
@@ -75,6 +78,7 @@ def frontier(
         ),
     ] = None,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    json: AsJson = False,
     require_slo: RequireSlo = False,
 ) -> None:
     """Find each policy's least energy at equal attainment; compare with static clocks and a bound.
@@ -94,7 +98,7 @@ def frontier(
                    ("--attainment", attainment), ("a file", config),
                    ("--uncertainty", uncertainty), ("--require-slo", require_slo))  # fmt: skip
         _refuse(further, "is not for the contest: it runs its own files")
-        _contest(out or Path("results/contest"), only, docs, jobs)
+        _contest(out or Path("results/contest"), only, docs, jobs, as_json=json)
         return
 
     from voltana.experiments.frontier.study import quick_study, read_study
@@ -108,7 +112,8 @@ def frontier(
         if only:
             raise VoltanaError("--load picks from a frontier file: name one, or use --rate")
         study, question = quick_study(given, rate, policy, seeds, target, attainment), ""
-    is_kept = _search(study, question, out or Path("results/frontier"), jobs, uncertainty)
+    target_folder = out or Path("results/frontier")
+    is_kept = _search(study, question, target_folder, jobs, uncertainty, as_json=json)
     if require_slo and not is_kept:
         from voltana.experiments.promise import missed
 
@@ -121,19 +126,25 @@ def _refuse(options: Sequence[tuple[str, object]], why: str) -> None:
         raise VoltanaError(f"{unused[0]} {why}")
 
 
-def _contest(out: Path, only: list[str] | None, docs: Path | None, jobs: int | None) -> None:
+def _contest(
+    out: Path, only: list[str] | None, docs: Path | None, jobs: int | None, *, as_json: bool
+) -> None:
     from voltana.experiments.contest.page import write_page
     from voltana.experiments.contest.run import CSV, run_contest
+    from voltana.experiments.progress import note
+    from voltana.experiments.show import print_result
 
     if docs is not None:
-        for path in write_page(CSV, docs):
-            typer.echo(path)
+        files = [str(path) for path in write_page(CSV, docs)]
     else:
-        run_contest(out, CSV, typer.echo, only=only or (), jobs=jobs)
-        typer.echo(CSV)
+        run_contest(out, CSV, note if as_json else typer.echo, only=only or (), jobs=jobs)
+        files = [str(CSV)]
+    print_result({"files": files}, *files, as_json=as_json)
 
 
-def _search(study: Study, question: str, out: Path, jobs: int | None, draws: int | None) -> bool:
+def _search(
+    study: Study, question: str, out: Path, jobs: int | None, draws: int | None, *, as_json: bool
+) -> bool:
     """One frontier, of a file or of the options; whether the top clocks carry every load."""
     import pandas as pd
 
@@ -142,6 +153,7 @@ def _search(study: Study, question: str, out: Path, jobs: int | None, draws: int
     from voltana.experiments.frontier.search import search_frontier
     from voltana.experiments.frontier.search_page import write_frontier
     from voltana.experiments.frontier.table import carries, frontier_table
+    from voltana.experiments.show import print_result, rows_of
     from voltana.profiles.common.files import write_csv
     from voltana.profiles.common.folders import claim
     from voltana.sim.config import make_config
@@ -152,11 +164,13 @@ def _search(study: Study, question: str, out: Path, jobs: int | None, draws: int
     done = {load.name: row for load, row in search_frontier(study, out, jobs=jobs)}
     found = {load.name: done[load.name] for load in study.loads}
     frame = pd.concat([frontier_table(study, row, out, jobs) for row in found.values()])
-    for line in write_frontier(study, found, frame, out, question):
-        typer.echo(line)
+    lines = write_frontier(study, found, frame, out, question)
+    told = {"rows": rows_of(frame), "files": lines[-1].split()}
     if draws is not None:
         tables = {name: drawn_table(study, row, out, draws, jobs) for name, row in found.items()}
         for name, table in tables.items():
-            typer.echo(drawn_text(table, f"{name}: on {draws} draws of the profile's errors"))
+            lines.append(drawn_text(table, f"{name}: on {draws} draws of the profile's errors"))
+        told["draws"] = rows_of(pd.concat(tables.values()))
         write_csv(pd.concat(tables.values()), out / "draws.csv")
+    print_result(told, *lines, as_json=as_json)
     return all(carries(study, row) for row in found.values())

@@ -5,99 +5,138 @@ from __future__ import annotations
 import re
 import shutil
 import textwrap
-from functools import partial
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from voltana.experiments.options import AsJson, that_begin
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Mapping
 
     from voltana.sim.policies.registry import Entry
 
 _LABEL = re.compile(r"[A-Z][A-Za-z]*(, [a-z ]+)?: ")
-KINDS = ("profiles", "controllers", "routers", "workloads")
+KINDS = ("profiles", "controllers", "routers", "workloads", "traces")
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("list", short_help="Profiles, controllers, routers, workloads")(list_names)
+    app.command("list", short_help="Profiles, controllers, routers, workloads, traces")(list_names)
+
+
+def _complete_kind(incomplete: str) -> list[str]:
+    return that_begin(incomplete, KINDS)
 
 
 def list_names(
     kind: Annotated[
         str | None,
-        typer.Argument(help=" or ".join(KINDS) + "; all by name", metavar="KIND"),
+        typer.Argument(
+            help=" or ".join(KINDS) + "; all by name",
+            metavar="KIND",
+            autocompletion=_complete_kind,
+        ),
     ] = None,
     name: Annotated[
         str | None,
         typer.Argument(
-            help="One controller or router with its whole rule, one profile or its folder."
+            help="One controller or router with its whole rule, or the module of your own; one "
+            "profile or its folder."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Profiles as JSON")] = False,
+    json: AsJson = False,
 ) -> None:
-    """List profiles, controllers, routers or workloads, each with a line of explanation.
+    """List profiles, controllers, routers, workloads or traces, with a line of explanation each.
 
-    Without KIND the names of all four. Of a profile, what of it is measured, calibrated, modelled
-    or emulated, and how well the predictor that policies believe fits its tables.
+    Without KIND the names of all. Of a profile, what of it is measured, calibrated, modelled or
+    emulated, and how well the predictor that policies believe fits its tables. Of a published
+    trace, its licence and source, and whether its file is here.
 
     Controllers and routers come with their parameters (default, unit, meaning) and their source;
     with NAME one of them with its whole rule. They are given on the command line as
     name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
+    from voltana.experiments.show import print_result
     from voltana.profiles.common.errors import VoltanaError, nearest
 
-    if json and kind != "profiles":
-        raise VoltanaError(f"--json is for profiles, got {kind!r}: leave it out")
-    printers: dict[str, Callable[[str, str | None], list[str]]] = {
-        "profiles": partial(_profiles, as_json=json),
-        "controllers": _policies,
-        "routers": _policies,
-        "workloads": _workloads,
-    }
     if kind is None:
-        for found, names in _names().items():
-            typer.echo(f"{found}: {', '.join(names)}")
+        named = _names()
+        lines = (f"{found}: {', '.join(names)}" for found, names in named.items())
+        print_result(named, *lines, as_json=json)
         return
-    if kind not in printers:
-        raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, printers)}")
-    if name is not None and kind == "workloads":
+    if kind not in KINDS:
+        raise VoltanaError(f"nothing called {kind!r} to list{nearest(kind, KINDS)}")
+    if name is not None and kind in ("workloads", "traces"):
         raise VoltanaError(f"{kind} are listed all at once, got {name!r}: leave it out")
-    for line in printers[kind](kind, name):
-        typer.echo(line)
+    if kind == "profiles":
+        _print_profiles(name, as_json=json)
+    elif kind in ("workloads", "traces"):
+        told = _workloads() if kind == "workloads" else _traces()
+        print_result(told, *(f"{found}: {text}" for found, text in told.items()), as_json=json)
+    else:
+        _print_policies(kind, name, as_json=json)
 
 
 def _names() -> dict[str, list[str]]:
     from voltana.profiles.catalog import list_profiles
     from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.sim.workload.fetch import named_traces
     from voltana.sim.workload.generate import list_workloads
 
-    found = (list_profiles(), CONTROLLERS, ROUTERS, list_workloads())
+    found = (list_profiles(), CONTROLLERS, ROUTERS, list_workloads(), named_traces())
     return {kind: list(names) for kind, names in zip(KINDS, found, strict=True)}
 
 
-def _profiles(kind: str, name: str | None, *, as_json: bool) -> list[str]:
+def _print_profiles(name: str | None, *, as_json: bool) -> None:
     from voltana.experiments.profile_columns import profiles_json, profiles_text
     from voltana.profiles.catalog import list_profiles
 
     names = list_profiles() if name is None else [name]
-    return [profiles_json(names) if as_json else profiles_text(names)]
+    typer.echo(profiles_json(names) if as_json else profiles_text(names))
 
 
-def _policies(kind: str, name: str | None) -> list[str]:
-    from voltana.profiles.common.errors import VoltanaError, nearest
-    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+def _workloads() -> dict[str, str]:
+    from voltana.sim.workload.generate import list_workloads
+
+    return list_workloads()
+
+
+def _traces() -> dict[str, str]:
+    from voltana.sim.workload.fetch import TRACES, is_here
+
+    return {
+        name: f"{trace.citation}; {trace.licence}; "
+        + ("here" if is_here(name) else f"fetched at first use from {trace.url}")
+        for name, trace in sorted(TRACES.items())
+    }
+
+
+def _print_policies(kind: str, name: str | None, *, as_json: bool) -> None:
+    from voltana.experiments.show import print_result
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, find_entry
+    from voltana.sim.policies.spec import parse_spec
 
     entries: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controllers" else ROUTERS
+    if name is not None:
+        name = parse_spec(name).name
+        entries = {name: find_entry(name, kind.removesuffix("s"))}
     width = min(max(shutil.get_terminal_size((100, 24)).columns, 60), 120)
-    if name is None:
-        lines = [line for key, entry in entries.items()
-                 for line in ("", *_policy(key, entry, width, whole=False))]  # fmt: skip
-        return lines[1:]
-    if name not in entries:
-        raise VoltanaError(f"no {kind[:-1]} called {name!r}{nearest(name, entries)}")
-    return _policy(name, entries[name], width, whole=True)
+    lines = [line for key, entry in entries.items()
+             for line in ("", *_policy(key, entry, width, whole=name is not None))]  # fmt: skip
+    told = {key: _policy_dict(entry) for key, entry in entries.items()}
+    print_result(told, *lines[1:], as_json=as_json)
+
+
+def _policy_dict(entry: Entry[Any]) -> dict[str, Any]:
+    return {
+        "rule": entry.rule,
+        "description": entry.description,
+        "constants": entry.constants,
+        "source": entry.source,
+        "parameters": [asdict(info) for info in entry.parameter_infos],
+    }
 
 
 def _policy(name: str, entry: Entry[Any], width: int, *, whole: bool) -> list[str]:
@@ -114,7 +153,8 @@ def _policy(name: str, entry: Entry[Any], width: int, *, whole: bool) -> list[st
         lines += _wrap(info.meaning, cell, width)
     if entry.constants in ("partly", "invented"):
         lines += _wrap(f"constants: {CONSTANTS[entry.constants]}", "    ", width)
-    return [*lines, *_wrap(f"source: {entry.source}", "    ", width)]
+    source = entry.source or "yours, as its docstring names no source"
+    return [*lines, *_wrap(f"source: {source}", "    ", width)]
 
 
 def _paragraphs(description: str, width: int) -> list[str]:
@@ -138,9 +178,3 @@ def _wrap(text: str, head: str, width: int) -> list[str]:
     return textwrap.wrap(
         text, width, initial_indent=head, subsequent_indent=below, break_on_hyphens=False
     )
-
-
-def _workloads(kind: str, name: str | None) -> list[str]:
-    from voltana.sim.workload.generate import list_workloads
-
-    return [f"{found}: {text}" for found, text in list_workloads().items()]

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AsJson
+
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
@@ -15,18 +17,25 @@ def register(app: typer.Typer) -> None:
 
 def plot(
     directory: Annotated[Path, typer.Argument(help="Results of a sweep", metavar="DIR")],
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the figure; made if missing [default: DIR]")
+    ] = None,
     target: Annotated[
         float, typer.Option(min=0.0, max=1.0, help="Attainment that counts as keeping the SLO")
     ] = 0.99,
+    json: AsJson = False,
 ) -> None:
-    """Draw energy against request rate and attainment: DIR/energy_vs_slo.png and .svg.
+    """Draw energy against request rate and attainment: OUT/energy_vs_slo.png and .svg.
 
     Needs a policy axis with an entry named static-max; static pairs are reduced to the best one.
     """
     from voltana.experiments.compare.policies import compare
     from voltana.experiments.draw.plots import energy_vs_slo, save
+    from voltana.experiments.show import print_result
     from voltana.experiments.sweep.run import read_results
 
     frame = compare(read_results(directory), target=target)
-    for path in save(energy_vs_slo(frame, target=target), directory, "energy_vs_slo"):
-        typer.echo(str(path))
+    files = list(
+        map(str, save(energy_vs_slo(frame, target=target), out or directory, "energy_vs_slo"))
+    )
+    print_result({"files": files}, *files, as_json=json)

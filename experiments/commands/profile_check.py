@@ -7,9 +7,14 @@ from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AsJson, complete_profile
+
 
 def check_profile(
-    profile: Annotated[str, typer.Argument(help="Profile: name or directory")],
+    profile: Annotated[
+        str,
+        typer.Argument(help="Profile: name or directory", autocompletion=complete_profile),
+    ],
     rows: Annotated[
         list[Path], typer.Argument(help="JSON files of the ML.ENERGY leaderboard, or a CSV of rows")
     ],
@@ -18,6 +23,7 @@ def check_profile(
         typer.Option(help="Mean prompt of a task, TASK=TOKENS; the data has none (repeatable)"),
     ] = None,
     batches: Annotated[str, typer.Option(help="Batches that the means are over")] = "8-256",
+    json: AsJson = False,
 ) -> None:
     """Compare a profile's gaps between tokens and its power with measured rows, and print errors.
 
@@ -33,9 +39,10 @@ def check_profile(
         parse_range,
         report_lines,
     )
+    from voltana.experiments.show import print_result
     from voltana.profiles.catalog import load_profile
     from voltana.profiles.evidence import read_rows
 
     found = compare_rows(load_profile(profile), read_rows(rows), parse_prompts(prompt_tokens or ()))
-    for line in report_lines(found, parse_range(batches)):
-        typer.echo(line)
+    told = {"rows": [each.as_dict() for each in found]}
+    print_result(told, *report_lines(found, parse_range(batches)), as_json=json)

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AsJson
+
 
 def profile(
     model: Annotated[str, typer.Option(help="Built-in shape (llama-3.1-8b, toy) or a config.json")],
@@ -55,6 +57,7 @@ def profile(
         int | None,
         typer.Option(help="MHz to lock again at the end; without it the driver has the clock"),
     ] = None,
+    json: AsJson = False,
 ) -> None:
     """Measure iteration time and power against batch size and tokens, at each clock.
 
@@ -84,7 +87,8 @@ def profile(
 
     Every finished point is kept in OUT/journal.jsonl; run the same command again to go on.
     """
-    from voltana.experiments.hardware.profiling import Wish, run
+    from voltana.experiments.hardware.profiling import Wish, as_dict, run, summary
+    from voltana.experiments.show import print_result
     from voltana.profiles.measure.trial import Protocol
 
     wish = Wish(
@@ -114,4 +118,5 @@ def profile(
             settle_s=settle,
         ),
     )
-    typer.echo(run(wish))
+    made = run(wish)
+    print_result(as_dict(made, out), summary(made, out), as_json=json)

@@ -33,7 +33,7 @@ def register(app: typer.Typer) -> None:
         help="Make a profile: measure one on a GPU (the word measure may be left out), import one "
         "from public kernel tables without a GPU, or check one against public measurements.",
     )
-    group.command(DEFAULT)(profile)
-    group.command("import")(import_profile)
-    group.command("check")(check_profile)
+    group.command(DEFAULT, short_help="Time and power of one GPU and engine")(profile)
+    group.command("import", short_help="From public kernel tables, without a GPU")(import_profile)
+    group.command("check", short_help="Beside public measurements of serving")(check_profile)
     app.add_typer(group, name="profile", short_help="Measure, import or check a profile")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from voltana.experiments.options import AsJson
 
 
 def import_profile(
@@ -30,6 +33,7 @@ def import_profile(
     clock_shape: Annotated[
         str | None, typer.Option(help="a100, rtx-pro-6000 or a TOML file; none: one clock")
     ] = None,
+    json: AsJson = False,
 ) -> None:
     """Import a profile from NVIDIA's aiconfigurator tables of kernel times.
 
@@ -43,6 +47,7 @@ def import_profile(
     --clock-shape a100 --out results/profiles/h100-qwen3-8b
     """
     from voltana.experiments.hardware.profiling import check_out
+    from voltana.experiments.show import print_result
     from voltana.profiles.importing.build import Source, build_profile
     from voltana.profiles.importing.decoder import load_decoder
     from voltana.profiles.importing.power import load_clock_shape, load_power
@@ -58,11 +63,23 @@ def import_profile(
         clocks=load_clock_shape(clock_shape) if clock_shape else None,
     )
     made = build_profile(source, out)
-    typer.echo(
+    told = {
+        "profile": str(out),
+        "gpu": made.meta.gpu.name,
+        "model": made.meta.model.name,
+        "tensor_parallel": tp,
+        "engine": f"{found.engine} {found.version}",
+        "prefill_rows": len(made.prefill),
+        "decode_rows": len(made.decode),
+        "provenance": {key: asdict(entry) for key, entry in made.meta.provenance.items()},
+    }
+    print_result(
+        told,
         f"{out}: {made.meta.gpu.name}, {made.meta.model.name}, TP{tp}, {found.engine} "
-        f"{found.version}, {len(made.prefill)} prefill and {len(made.decode)} decode rows"
-    )
-    for key, entry in made.meta.provenance.items():
-        typer.echo(
+        f"{found.version}, {len(made.prefill)} prefill and {len(made.decode)} decode rows",
+        *(
             f"  {key}: {entry.status}" + (f", {entry.uncertainty}" * bool(entry.uncertainty))
-        )
+            for key, entry in made.meta.provenance.items()
+        ),
+        as_json=json,
+    )

@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from voltana.experiments.options import RequireSlo
+from voltana.experiments.options import (
+    AsJson,
+    RequireSlo,
+    complete_profile,
+    complete_setting,
+    complete_trace,
+    complete_workload,
+)
 from voltana.sim.config import parse_settings
 
 
@@ -18,21 +25,29 @@ def register(app: typer.Typer) -> None:
 
 def recommend(
     profile: Annotated[
-        list[str] | None, typer.Option(help="Profile name or directory; repeatable: compared")
+        list[str] | None,
+        typer.Option(
+            help="Profile name or directory; repeatable: compared", autocompletion=complete_profile
+        ),
     ] = None,
     gpus: Annotated[int | None, typer.Option(min=2, help="How many GPUs there are")] = None,
     watts: Annotated[
         float | None, typer.Option(help="What all GPUs together may draw at once, W")
     ] = None,
     workload: Annotated[
-        str | None, typer.Option(help="Length distribution by name, or a file of lengths")
+        str | None,
+        typer.Option(
+            help="Length distribution by name, or a file of lengths",
+            autocompletion=complete_workload,
+        ),
     ] = None,
     rate: Annotated[float | None, typer.Option(help="Mean arrival rate, requests/s")] = None,
     trace: Annotated[
         str | None,
         typer.Option(
             help="Trace, or a log of one's own (OpenAI-style access log, SGLang, aiperf), in place"
-            " of workload and rate"
+            " of workload and rate",
+            autocompletion=complete_trace,
         ),
     ] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Promised TTFT, ms")] = None,
@@ -53,7 +68,10 @@ def recommend(
     ] = 10,
     seeds: Annotated[int, typer.Option(min=2, help="Repeats that judge")] = 5,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any configuration key, repeatable")
+        list[str] | None,
+        typer.Option(
+            "--set", help="Any configuration key, repeatable", autocompletion=complete_setting
+        ),
     ] = None,
     out: Annotated[
         Path, typer.Option(help="Directory of runs, page, figure and ready-made files")
@@ -62,7 +80,7 @@ def recommend(
     engine: Annotated[
         str, typer.Option(help="processes, or ray: the cluster of RAY_ADDRESS")
     ] = "processes",
-    json: Annotated[bool, typer.Option("--json", help="Print the advice as JSON")] = False,
+    json: AsJson = False,
     require_slo: RequireSlo = False,
 ) -> None:
     """Recommend clocks, instances and a policy for a load, its promises and some GPUs.
@@ -77,7 +95,7 @@ def recommend(
     """
     from voltana.experiments.recommend.run import recommend_all
     from voltana.experiments.recommend.show import Costs, text
-    from voltana.experiments.show import summary_json
+    from voltana.experiments.show import print_result
 
     options: dict[str, Any] = {
         "workload": workload, "trace": trace, "rate_rps": rate,
@@ -92,13 +110,8 @@ def recommend(
         policies=policy or (), seeds=seeds, draws=uncertainty, is_capped=caps, jobs=jobs,
         executor=engine,
     )  # fmt: skip
-    if json:
-        typer.echo(summary_json(found.told))
-    else:
-        for advice in found.advices:
-            typer.echo(text(advice, costs))
-        for line in found.lines:
-            typer.echo(line)
+    lines = [text(advice, costs) for advice in found.advices]
+    print_result(found.told, *lines, *found.lines, as_json=json)
     if require_slo and not all(a.keeps(a.best) for a in found.advices):
         from voltana.experiments.promise import missed
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from voltana.experiments.extras import needs
+from voltana.experiments.options import AsJson
 
 
 def register(app: typer.Typer) -> None:
@@ -37,7 +39,7 @@ def replay(
             "--fit", help="With --probe: fit iteration times as well, to a profile in OUT/profile"
         ),
     ] = False,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+    json: AsJson = False,
 ) -> None:
     """Replay a configuration on SGLang prefill and decode servers.
 
@@ -56,19 +58,22 @@ def replay(
     """
     with needs("replay", "voltana replay"):
         from voltana.experiments.hardware.replay import enter_time, run_probe, run_replay
-    from voltana.experiments.show import summary_json, summary_table
+    from voltana.experiments.show import print_result, summary_table
 
     enter_time(config)
     if probe:
         overhead, adjusted = run_probe(config, out, fits_profile=fit)
-        typer.echo(
+        latency_s = adjusted.kv_transfer_latency_s
+        print_result(
+            {**asdict(overhead), "kv_transfer_latency_s": latency_s},
             f"a first token takes {overhead.idle_s * 1e3:.1f} ms beyond its iterations on idle"
             f" servers, {overhead.busy_s * 1e3:.1f} ms beside a running stream;"
-            f" kv_transfer_latency_s = {adjusted.kv_transfer_latency_s} in {out}/simulate.toml"
+            f" kv_transfer_latency_s = {latency_s} in {out}/simulate.toml",
+            as_json=json,
         )
         return
     made, summary = run_replay(config, out, only_finish=finish)
-    typer.echo(summary_json(summary) if json else summary_table(made.sim, summary))
+    print_result(summary, summary_table(made.sim, summary), as_json=json)
     if not finish:
         _check_complete(out)
 

@@ -8,6 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
+from voltana.experiments.options import (
+    AsJson,
+    complete_controller,
+    complete_profile,
+    complete_router,
+    complete_setting,
+    complete_trace,
+    complete_workload,
+)
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, read_serving
 from voltana.sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
@@ -34,12 +43,22 @@ def simulate(
     config: Annotated[
         Path | None, typer.Option(help="TOML file of configuration keys; options override it")
     ] = None,
-    profile: Annotated[str | None, typer.Option(help="Profile name or directory")] = None,
+    profile: Annotated[
+        str | None,
+        typer.Option(help="Profile name or directory", autocompletion=complete_profile),
+    ] = None,
     workload: Annotated[
-        str | None, typer.Option(help="Length distribution by name, or a file of lengths")
+        str | None,
+        typer.Option(
+            help="Length distribution by name, or a file of lengths",
+            autocompletion=complete_workload,
+        ),
     ] = None,
     trace: Annotated[
-        str | None, typer.Option(help="Trace file or named trace, in place of a workload")
+        str | None,
+        typer.Option(
+            help="Trace file or named trace, in place of a workload", autocompletion=complete_trace
+        ),
     ] = None,
     trace_unit: Annotated[
         str | None, typer.Option(help="Of a trace's arrival numbers: s, ms, us or ns")
@@ -53,20 +72,34 @@ def simulate(
         int | None, typer.Option(help="Instances that do both phases, in place of those of each")
     ] = None,
     controller: Annotated[
-        str | None, typer.Option(help="Frequency controller, e.g. ecofreq:margin=0.1")
+        str | None,
+        typer.Option(
+            help="Frequency controller, e.g. ecofreq:margin=0.1",
+            autocompletion=complete_controller,
+        ),
     ] = None,
-    prefill_controller: Annotated[str | None, typer.Option(help="Of prefill only")] = None,
-    decode_controller: Annotated[str | None, typer.Option(help="Of decode only")] = None,
-    router: Annotated[str | None, typer.Option(help="Router, e.g. ecoroute:tile=64")] = None,
+    prefill_controller: Annotated[
+        str | None, typer.Option(help="Of prefill only", autocompletion=complete_controller)
+    ] = None,
+    decode_controller: Annotated[
+        str | None, typer.Option(help="Of decode only", autocompletion=complete_controller)
+    ] = None,
+    router: Annotated[
+        str | None,
+        typer.Option(help="Router, e.g. ecoroute:tile=64", autocompletion=complete_router),
+    ] = None,
     slo_ttft_ms: Annotated[float | None, typer.Option(help="Promised TTFT, ms")] = None,
     slo_itl_ms: Annotated[float | None, typer.Option(help="Promised ITL, ms")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help=_SET_HELP)] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help=_SET_HELP, autocompletion=complete_setting),
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="Write the run directory here")] = None,
     spill: Annotated[
         Path | None,
         typer.Option(help="With metrics=sketch: a parquet file, one row a request as it ends"),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print the summary as JSON")] = False,
+    json: AsJson = False,
     uncertainty: Annotated[
         int | None,
         typer.Option(

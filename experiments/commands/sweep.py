@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from voltana.experiments.options import RequireSlo
+from voltana.experiments.options import AsJson, RequireSlo
 
 
 def register(app: typer.Typer) -> None:
@@ -28,6 +28,7 @@ def sweep(
         str | None,
         typer.Option(help="Folder or fsspec URL of the points' results, to be shared"),
     ] = None,
+    json: AsJson = False,
     require_slo: RequireSlo = False,
 ) -> None:
     """Run every point of a grid and write one tidy table, DIR/results.csv.
@@ -38,12 +39,17 @@ def sweep(
     command again to go on after an interruption, or on several machines with one --store.
     """
     from voltana.experiments.promise import end_with, overloads
+    from voltana.experiments.show import print_result
     from voltana.experiments.sweep.grid import read_sweep
     from voltana.experiments.sweep.run import RESULTS, run_sweep
 
     points = read_sweep(config)
     table = run_sweep(points, out, jobs=jobs, executor=engine, store=store)
-    typer.echo(f"{len(table)} points in {out / RESULTS}")
-    end_with(
-        overloads(points, out, jobs=jobs, executor=engine, store=store), require_slo=require_slo
-    )
+    overloaded = overloads(points, out, jobs=jobs, executor=engine, store=store)
+    told = {
+        "points": len(table),
+        "results": str(out / RESULTS),
+        "overloads": [each.as_dict() for each in overloaded],
+    }
+    print_result(told, f"{len(table)} points in {out / RESULTS}", as_json=json)
+    end_with(overloaded, require_slo=require_slo)

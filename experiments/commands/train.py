@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
+from voltana.experiments.options import AsJson
 from voltana.sim.config import make_config, parse_settings, read_toml
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def _verbs() -> None:
     """Keeps `train` a group: what is trained is named after it."""
 
 
-@train.command("mdp")
+@train.command("mdp", short_help="The `mdp` router for a fleet and a load")
 def train_mdp(
     out: Annotated[Path, typer.Option(help="Policy file to write, for mdp:policy=FILE")],
     rate: Annotated[
@@ -75,6 +76,7 @@ def train_mdp(
     steps: Annotated[int, typer.Option(help="sb3: arrivals to learn from")] = 100_000,
     algorithm: Annotated[str, typer.Option(help="sb3: ppo or dqn")] = "ppo",
     seed: Annotated[int, typer.Option(help="q, sb3: seed of everything drawn")] = 1,
+    json: AsJson = False,
 ) -> None:
     """Train the `mdp` router for a fleet and a load; print its cost and bounds.
 
@@ -84,7 +86,8 @@ def train_mdp(
     Example: voltana train mdp --rate 30 --out mdp.npz --set slo_itl_s=0.045
     """
     from voltana.experiments.promise import overloads_at, tell
-    from voltana.experiments.study.train import TrainingPlan, describe
+    from voltana.experiments.show import print_result
+    from voltana.experiments.study.train import TrainingPlan, as_dict, describe
     from voltana.experiments.study.train import train as run
 
     values = (read_toml(config) if config else {}) | parse_settings(settings or [])
@@ -110,4 +113,5 @@ def train_mdp(
         seed=seed,
     )  # the plan checks the words
     tell(overloads_at(plan.config, plan.rates_rps))
-    typer.echo(describe(run(plan, out), out))
+    made = run(plan, out)
+    print_result(as_dict(made, out), describe(made, out), as_json=json)

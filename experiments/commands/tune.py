@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from voltana.experiments.options import AsJson
+from voltana.experiments.progress import note
 from voltana.sim.config import parse_settings, read_toml
 
 tune = typer.Typer(
@@ -24,7 +27,7 @@ def _verbs() -> None:
     """Keeps `tune` a group: what is tuned is named after it."""
 
 
-@tune.command("pid")
+@tune.command("pid", short_help="Target and gains of `pid`, by phase")
 def tune_pid(
     out: Annotated[Path, typer.Option(help="Directory of the runs and of pid.toml")] = Path(
         "results/tune-pid"
@@ -44,6 +47,7 @@ def tune_pid(
     population: Annotated[int, typer.Option(min=5, help="Settings a generation")] = 16,
     generations: Annotated[int, typer.Option(min=1, help="Generations after the first")] = 6,
     jobs: Annotated[int | None, typer.Option(min=1, help="Processes; all cores by default")] = None,
+    json: AsJson = False,
     require_slo: Annotated[
         bool,
         typer.Option(
@@ -59,6 +63,7 @@ def tune_pid(
     """
     from voltana.experiments.control.tune import PidTuner
     from voltana.experiments.promise import missed
+    from voltana.experiments.show import print_result
     from voltana.profiles.common.files import write_text
     from voltana.profiles.common.folders import claim
 
@@ -81,9 +86,16 @@ def tune_pid(
     lines += [f'{key} = "{value}"' for key, value in tuned.settings.items()]
     path = out / "pid.toml"
     write_text("\n".join(lines) + "\n", path)
-    typer.echo("\n".join([*lines, str(path)]))
+    told = {
+        "settings": tuned.settings,
+        "target": target,
+        "tuning": {name: asdict(o) for name, o in tuned.tuning.items()},
+        "held_out": {name: asdict(o) for name, o in tuned.held_out.items()},
+        "files": [str(path)],
+    }
+    print_result(told, *lines, path, as_json=json)
     if top < target:
-        typer.echo(f"voltana: {_overload(target, top).removeprefix('# ')}", err=True)
+        note(_overload(target, top).removeprefix("# "))
     if require_slo and reached < target:
         raise missed(f"the tuned gains keep {_pct(reached)} of {_pct(target)} on held-out seeds")
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final
+from dataclasses import asdict, dataclass
+from typing import Any, Final
 
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
@@ -40,6 +40,17 @@ class Compared:
     def is_host_bound(self) -> bool:
         """Whether time and power both say that the GPU waited."""
         return self.itl_s < self.row.itl_s * (1 - HOST_BOUND) and self.power_error > HOST_BOUND
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: the measured row, what the profile says, and both errors."""
+        return {
+            **asdict(self.row),
+            "profile_itl_s": self.itl_s,
+            "profile_power_w": self.power_w,
+            "itl_error_frac": self.itl_error,
+            "power_error_frac": self.power_error,
+            "is_host_bound": self.is_host_bound,
+        }
 
 
 def compare_rows(

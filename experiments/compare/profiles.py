@@ -7,9 +7,9 @@ compared point by point after one factor for the whole phase (the median ratio) 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import pairwise
-from typing import Final
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -75,6 +75,17 @@ class ProfileComparison:
     shapes: tuple[Shape, ...]
     costs: tuple[Costs, Costs]
     steps: tuple[Step, ...]
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON: all but the points, which `shape.csv` has."""
+        return {
+            "profile": self.ours.name,
+            "beside": self.theirs.name,
+            "clocks_mhz": list(self.clocks_mhz),
+            "shapes": [asdict(shape) for shape in self.shapes],
+            "costs": [asdict(costs) for costs in self.costs],
+            "steps": [asdict(step) for step in self.steps],
+        }
 
 
 def compare_profiles(ours: Profile, theirs: Profile) -> ProfileComparison:

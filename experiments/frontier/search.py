@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +26,7 @@ from voltana.experiments.frontier.knob import search_knob
 from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
 from voltana.experiments.progress import progress_bar
 from voltana.experiments.runs import cached_profile
+from voltana.experiments.sweep.executors import make_pool
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config
 
@@ -178,8 +179,8 @@ def search_frontier(
     results: dict[int, list[Found]] = {}
     workers = min(jobs or os.cpu_count() or 1, len(tasks))
     with (
-        progress_bar("searching", len(tasks)) as bar,
-        ProcessPoolExecutor(max_workers=workers) as pool,
+        progress_bar("searching", len(tasks), kept=directory) as bar,
+        make_pool(workers) as pool,
     ):
         futures = {pool.submit(run_task, task): i for i, task in enumerate(tasks)}
         for future in as_completed(futures):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Final
 
@@ -16,6 +15,7 @@ from voltana.experiments.compare.intervals import Interval, saving_pct, t_interv
 from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
 from voltana.experiments.frontier.trial import pooled
 from voltana.experiments.runs import profile_of, workload_of
+from voltana.experiments.sweep.executors import make_pool
 from voltana.experiments.sweep.identity import bound_key
 from voltana.sim.config import KEYS, SimConfig, make_config
 from voltana.sim.results import read_json, write_json
@@ -154,7 +154,7 @@ def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -
                 wanted[name] = (config, attainment)
     if wanted:
         workers = min(jobs or os.cpu_count() or 1, len(wanted))
-        with ProcessPoolExecutor(max_workers=workers) as pool:
+        with make_pool(workers) as pool:
             for name, energy_j in zip(wanted, pool.map(_bound_j, wanted.values()), strict=True):
                 write_json({"energy_j": energy_j}, store / f"{name}.json")
     found = {k: read_json(store / f"{n}.json")["energy_j"] for k, n in of_key.items()}

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
+
+import pandas as pd
 
 from voltana import profiles
 from voltana.experiments.extras import needs
@@ -59,8 +63,8 @@ class Wish:
     protocol: Protocol
 
 
-def run(wish: Wish) -> str:
-    """Measure; returns what to print.
+def run(wish: Wish) -> Profile:
+    """Measure.
 
     Raises:
         VoltanaError: A wrong option, or the measurement cannot be made.
@@ -78,7 +82,7 @@ def run(wish: Wish) -> str:
         )
         if wish.frequencies == "all":
             plan = _thinned(plan, progress)
-        made = measure_profile(
+        return measure_profile(
             cards,
             _engine(wish, cards),
             plan,
@@ -87,7 +91,6 @@ def run(wish: Wish) -> str:
             allow_shared=wish.allows_shared,
             previous_clock_mhz=_restored_clock(wish.restored_clock_mhz, cards),
         )
-    return _summary(made, wish.out)
 
 
 def _engine(wish: Wish, cards: Sequence[Gpu]) -> Engine:
@@ -223,10 +226,27 @@ def _seconds(text: str) -> float:
     return seconds
 
 
-def _summary(made: Profile, out: Path) -> str:
+def as_dict(made: Profile, out: Path) -> dict[str, Any]:
+    """What was measured, for JSON."""
+    return {
+        "profile": str(out),
+        "gpu": made.meta.gpu.name,
+        "model": made.meta.model.name,
+        "clocks_mhz": list(made.clocks_mhz),
+        "prefill_points": _num_points(made.prefill),
+        "decode_points": _num_points(made.decode),
+        "provenance": {key: dataclasses.asdict(e) for key, e in made.meta.provenance.items()},
+    }
+
+
+def _num_points(table: pd.DataFrame) -> int:
+    return len(table.drop_duplicates(["frequency_mhz", "batch_size", "tokens"]))
+
+
+def summary(made: Profile, out: Path) -> str:
+    """The same in a line."""
     status = made.meta.provenance["decode_power"].status
-    points = len(made.prefill.drop_duplicates(["frequency_mhz", "batch_size", "tokens"]))
-    steps = len(made.decode.drop_duplicates(["frequency_mhz", "batch_size", "tokens"]))
+    points, steps = _num_points(made.prefill), _num_points(made.decode)
     clocks = ", ".join(map(str, made.clocks_mhz))
     return (
         f"{out}: {points} prefill and {steps} decode points at {clocks} MHz; "

@@ -23,6 +23,9 @@ from voltana.sim.config import SimConfig, make_config
 
 ANNOTATION: Final = "dynamo.nvidia.com/gpu-power-limit"
 """Of a worker's pod, in W for each of its GPUs: read by Dynamo's power agent."""
+PRODUCT: Final = "nvidia.com/gpu.product"
+"""Label of a node, by GPU feature discovery."""
+GPU_RESOURCE: Final = "nvidia.com/gpu"
 FIRST_PORT: Final = 30_000
 BOOTSTRAP_PORT: Final = 8_998
 _CAP_STEP_W: Final = 5
@@ -99,16 +102,30 @@ def gpu_lines(advice: Advice, way: Judged) -> list[str]:
 
 
 def dynamo_yaml(advice: Advice, way: Judged) -> str:
-    """Annotations of Dynamo's prefill and decode workers."""
+    """Annotations of Dynamo's prefill and decode workers, as its power agent reads them.
+
+    Source: ai-dynamo/dynamo, examples/power-aware-budget.
+    """
     parts = [
-        f"{role.phase}: # {len(role.gpus)} workers of {len(role.gpus[0])} GPU\n"
-        f"  replicas: {len(role.gpus)}\n"
-        "  extraPodMetadata:\n"
-        "    annotations:\n"
-        f'      {ANNOTATION}: "{role.cap_w}"'
+        f"    - name: {role.phase}\n"
+        f"      type: {role.phase}\n"
+        f"      replicas: {len(role.gpus)}\n"
+        "      podTemplate:\n"
+        "        metadata:\n"
+        "          annotations:\n"
+        f'            {ANNOTATION}: "{role.cap_w}"\n'
+        "        spec:\n"
+        "          nodeSelector: # the label of your nodes; Dynamo asks for it beside a limit\n"
+        f"            {PRODUCT}: {advice.question.profile.meta.gpu.name.replace(' ', '-')}\n"
+        "          containers:\n"
+        "            - name: main\n"
+        "              resources:\n"
+        "                limits:\n"
+        f'                {GPU_RESOURCE}: "{len(role.gpus[0])}"\n'
         for role in _capped(advice, way)
     ]
-    return "\n".join(parts) + "\n"
+    head = "apiVersion: nvidia.com/v1beta1\nkind: DynamoGraphDeployment # merge this into yours\n"
+    return f"{head}spec:\n  components:\n" + "".join(parts)
 
 
 def sglang_lines(advice: Advice, way: Judged) -> list[str]:

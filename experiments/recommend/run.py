@@ -67,7 +67,7 @@ def recommend_all(
     questions = [make_question({**settings, "profile": name}, **options) for name in names]
     claim(out, "advice")
     advices = []
-    with progress_bar("searching", len(questions)) as bar, staying_connected(executor):
+    with progress_bar("searching", len(questions), kept=out) as bar, staying_connected(executor):
         for name, question in zip(names, questions, strict=True):
             bar.advance(0, f"searching {name}")
             advices.append(advise(Desk(question, out, jobs, executor)))

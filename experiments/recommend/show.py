@@ -92,9 +92,8 @@ def more_lines(advice: Advice) -> list[str]:
     ]
     free = advice.question.gpus - sum(advice.best.counts) * advice.question.tensor_parallel
     if free:
-        lines.append(
-            f"{free} of {advice.question.gpus} GPUs are not needed; their energy is not counted."
-        )
+        verb = "is not needed; its" if free == 1 else "are not needed; their"
+        lines.append(f"{free} of {advice.question.gpus} GPUs {verb} energy is not counted.")
     at = [f"{w.name} {_pct(w.attainment(1.5))}" for w in advice.ways]
     lines.append(f"At 1.5 times the load the promise is kept by {', '.join(at)} of the requests.")
     for name, drawn in advice.drawn.items():

@@ -222,7 +222,8 @@ def _learn_q(
     checkpoint = out.with_name(f"{out.name}.checkpoint")
     out.parent.mkdir(parents=True, exist_ok=True)
     start = load_checkpoint(checkpoint, settings, purpose)
-    with progress_bar(f"Q-learning at {plan.rates_rps[0]:g} requests/s, episodes") as bar:
+    what = f"Q-learning at {plan.rates_rps[0]:g} requests/s, episodes"
+    with progress_bar(what, kept=checkpoint) as bar:
 
         def keep(learner: Learner) -> bool:
             save_checkpoint(checkpoint, learner, settings, purpose)
@@ -286,6 +287,18 @@ def _provenance() -> dict[str, str]:
         "numpy": np.__version__,
         "command": " ".join(["voltana", *sys.argv[1:]]),
         "made_utc": datetime.now(tz=UTC).isoformat(timespec="seconds"),
+    }
+
+
+def as_dict(policy: PolicyFile, out: Path) -> dict[str, Any]:
+    """What was found, for JSON; lists of `result` have an entry a rate."""
+    return {
+        "solver": policy.solver,
+        "num_decode": policy.num_instances,
+        "profile": policy.profile,
+        "rates_rps": [float(rate_rps) for rate_rps in policy.rates_rps],
+        "result": dict(policy.result),
+        "files": [str(out)],
     }
 
 

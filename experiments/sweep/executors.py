@@ -11,12 +11,14 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
+from multiprocessing import get_context
 from typing import Any, Final, Protocol
 
 from voltana.experiments.runs import run
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.metrics import summarise
+from voltana.sim.policies.registry import registered
 
 EXECUTORS: Final = ("processes", "ray")
 RAY_ADDRESS: Final = "RAY_ADDRESS"
@@ -83,14 +85,14 @@ class ProcessExecutor:
     def __init__(self, jobs: int) -> None:
         self._jobs = jobs
         self.capacity = 2 * jobs
-        self._pool = _pool(jobs)
+        self._pool = make_pool(jobs)
         self._keys: dict[Future[Outcome], str] = {}
 
     def submit(self, key: str, config: SimConfig) -> None:
         try:
             future = self._pool.submit(run_point, config)
         except BrokenProcessPool:
-            self._pool = _pool(self._jobs)
+            self._pool = make_pool(self._jobs)
             future = self._pool.submit(run_point, config)
         self._keys[future] = key
 
@@ -211,11 +213,14 @@ def _require_listener(address: str) -> None:
         raise VoltanaError(f"no Ray cluster at {RAY_ADDRESS}={address}: {error}") from None
 
 
-def _pool(jobs: int) -> ProcessPoolExecutor:
+def make_pool(jobs: int) -> ProcessPoolExecutor:
+    """Processes that know what this one has registered: forked, where it has."""
+    has_own = any(registered(kind) for kind in ("controller", "router"))
     # an interrupt ends a worker at once and without a traceback
     return ProcessPoolExecutor(
-        jobs, initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL)
-    )
+        jobs, mp_context=get_context("fork") if has_own else None,
+        initializer=signal.signal, initargs=(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
 
 
 def _outcome(future: Future[Outcome]) -> Outcome:

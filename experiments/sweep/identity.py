@@ -2,14 +2,17 @@
 
 A changed table, trace, policy or simulator gives another key, so that a kept result is never that
 of another program. All shipped policies count, as one imports from another; of a user's own, the
-module that the configuration names.
+module that the configuration names or, of a registered one, the class.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import importlib.util
+import inspect
 import json
+import sys
 from collections.abc import Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -21,7 +24,13 @@ from voltana.experiments.runs import cached_profile
 from voltana.profiles import step_model
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
-from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry, is_module_name
+from voltana.sim.policies.registry import (
+    CONTROLLERS,
+    ROUTERS,
+    Entry,
+    is_module_name,
+    registered,
+)
 from voltana.sim.policies.spec import parse_spec
 
 _SHARED: Final = (
@@ -51,8 +60,8 @@ def run_key(config: SimConfig) -> str:
     program, profile, trace = _world(config)
     parts = [config.content_hash(), program, profile]
     for spec in (config.prefill_controller_spec, config.decode_controller_spec):
-        parts += map(_content, _policy_files(spec, CONTROLLERS))
-    parts += map(_content, _policy_files(config.router, ROUTERS))
+        parts += _of_policy(spec, CONTROLLERS, "controller")
+    parts += _of_policy(config.router, ROUTERS, "router")
     return _short("\n".join([*parts, *trace]))
 
 
@@ -79,13 +88,40 @@ def _short(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _policy_files(text: str, known: Mapping[str, Entry[Any]]) -> Iterator[Path]:
-    """The source of a user's own policy, and the files that any policy's parameters name."""
+def _of_policy(text: str, known: Mapping[str, Entry[Any]], kind: str) -> Iterator[str]:
+    """Hashes of a user's own policy, and of the files that any policy's parameters name."""
     spec = parse_spec(text)
-    source = None if spec.name in known else _own_module(spec.name)
+    entry = registered(kind).get(spec.name)
+    source = None if spec.name in known or entry is not None else _own_module(spec.name)
+    if entry is not None:
+        yield _class_source(spec.name, entry)
     if source is not None:
-        yield Path(source)
-    yield from (Path(value) for value in spec.arguments.values() if Path(value).is_file())
+        yield _content(Path(source))
+    yield from (_content(Path(v)) for v in spec.arguments.values() if Path(v).is_file())
+
+
+def _class_source(name: str, entry: Entry[Any]) -> str:
+    """What a registered policy is: the file of its class or, of a notebook's, its functions."""
+    made: Any = entry.make
+    file = getattr(sys.modules.get(made.__module__), "__file__", None)
+    if file is not None:
+        return _content(Path(file))
+    fields = dataclasses.fields(entry.parameters)  # type: ignore[arg-type]
+    parts = [f"{f.name}={f.default!r}" for f in fields]
+    try:
+        parts += [
+            inspect.getsource(each)
+            for part in made.__mro__
+            if part.__module__ == made.__module__
+            for each in vars(part).values()
+            if inspect.isfunction(each)
+        ]
+    except OSError:
+        raise VoltanaError(
+            f"policy {name!r} must have a source that can be read, as its results are kept by it: "
+            "define it in a file or a notebook"
+        ) from None
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()
 
 
 def _own_module(name: str) -> str | None:

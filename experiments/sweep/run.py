@@ -192,7 +192,7 @@ def _shares(summary: Mapping[str, Any]) -> Residency:
 def _run_missing(missing: Configs, store: ResultStore, executor: Executor) -> Failures:
     """Run what is missing; the points that were running when a process died run again, alone."""
     failures: Failures = {}
-    with progress_bar("simulating", len(missing)) as bar:
+    with progress_bar("simulating", len(missing), kept=store.place) as bar:
         lost: Configs = {}
         for key, outcome in _outcomes(missing, store, executor):
             if outcome.is_lost:

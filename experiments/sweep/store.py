@@ -27,6 +27,11 @@ _EXCLUSIVE: Final = frozenset({"memory", "s3", "s3a", "gs", "gcs"})
 class ResultStore(Protocol):
     """Summaries of runs by key."""
 
+    @property
+    def place(self) -> str:
+        """Where they are kept, for people."""
+        ...
+
     def has(self, key: str) -> bool:
         """Whether a result is kept under this key."""
         ...
@@ -51,6 +56,10 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
+
+    @property
+    def place(self) -> str:
+        return str(self._folder)
 
     def has(self, key: str) -> bool:
         return self._path(key).exists()
@@ -92,6 +101,7 @@ class UrlStore:
         self._files.makedirs(self._root, exist_ok=True)
         names = self._files.protocol
         self._is_exclusive = not _EXCLUSIVE.isdisjoint([names] if isinstance(names, str) else names)
+        self.place = url
 
     def has(self, key: str) -> bool:
         self._files.invalidate_cache(self._root)  # another machine may have written since

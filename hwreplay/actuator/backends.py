@@ -6,7 +6,7 @@ import json
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import ClassVar, Final, Protocol, TextIO
 
@@ -90,9 +90,13 @@ class _Guarded(ABC):
         failed: list[DeviceError] = []
         for gpu in sorted(self._held):
             try:
-                self.restore(gpu)
+                self._reset(gpu)
+                self._held.discard(gpu)
             except DeviceError as error:
                 failed.append(error)
+        if not failed:
+            with suppress(DeviceError):  # it was told to end too, and has given all back
+                self._watchdog.disarm()
         self._watchdog.close()  # still armed if one failed: it tries again
         if failed:
             raise failed[0]
@@ -120,13 +124,18 @@ class ClockBackend(_Guarded):
         *,
         clocks_mhz: Collection[int] | None = None,
         previous_clock_mhz: int | None = None,
+        restores_first: bool = False,
+        zeusd: str | None = None,
     ) -> None:
-        """Start the watchdog; no clock is touched.
+        """Start the watchdog; no clock is touched unless `restores_first`.
 
         Args:
             gpus: The allowed GPUs by index.
             clocks_mhz: The allowed clocks, each supported by every GPU. None allows all supported.
             previous_clock_mhz: Lock to return to. None returns control to the driver.
+            restores_first: Give every clock back now: one that was killed together with its
+                watchdog, as with its container, has left what it had locked.
+            zeusd: Address of the daemon that sets the clocks; None sets them here.
 
         Raises:
             VoltanaError: A clock that a GPU does not support.
@@ -142,7 +151,11 @@ class ClockBackend(_Guarded):
                     )
                 self._allowed[index] = wanted
         self._previous_clock_mhz = previous_clock_mhz
-        super().__init__(gpus, Watchdog(list(gpus), previous_clock_mhz=previous_clock_mhz))
+        watchdog = Watchdog(list(gpus), previous_clock_mhz=previous_clock_mhz, zeusd=zeusd)
+        super().__init__(gpus, watchdog)
+        if restores_first:
+            for index in gpus:
+                self._reset(index)
 
     def allows(self, gpu: int, value: int) -> bool:
         return value in self._allowed[gpu]
@@ -162,11 +175,17 @@ class PowerBackend(_Guarded):
 
     operation: ClassVar[Operation] = Operation.CAP
 
-    def __init__(self, gpus: Mapping[int, PowerLimitGpu]) -> None:
-        """Remember the limits in force and start the watchdog; no limit is touched."""
+    def __init__(self, gpus: Mapping[int, PowerLimitGpu], *, zeusd: str | None = None) -> None:
+        """Remember the limits in force and start the watchdog; no limit is touched.
+
+        Args:
+            gpus: The allowed GPUs by index.
+            zeusd: Address of the daemon that sets the limits; None sets them here.
+        """
         self._limits_w = {index: gpu.power_limit_w() for index, gpu in gpus.items()}
         self._lowest_w = {index: gpu.power_limit_range_w()[0] for index, gpu in gpus.items()}
-        super().__init__(gpus, Watchdog(list(gpus), power_limits_w=self._limits_w))
+        watchdog = Watchdog(list(gpus), power_limits_w=self._limits_w, zeusd=zeusd)
+        super().__init__(gpus, watchdog)
 
     def allows(self, gpu: int, value: int) -> bool:
         return self._lowest_w[gpu] <= value * MILLI <= self._limits_w[gpu]
@@ -226,6 +245,8 @@ def open_backend(
     clocks_mhz: Collection[int] | None = None,
     previous_clock_mhz: int | None = None,
     is_power_cap: bool = False,
+    restores_first: bool = False,
+    zeusd: str | None = None,
     dry_run: Path | None = None,
 ) -> Backend:
     """The backend a command line asks for. With `dry_run` no driver is needed.
@@ -235,22 +256,33 @@ def open_backend(
         clocks_mhz: Clocks that may be locked; None for all.
         previous_clock_mhz: Lock to return to; None gives the clock back to the driver.
         is_power_cap: Lower power limits where clocks cannot be locked.
+        restores_first: Give the clocks back before anything else.
+        zeusd: Address of the daemon that sets them; None sets them here.
         dry_run: File that records each change; nothing is touched then.
 
     Raises:
         VoltanaError: No such GPU, no driver, or a clock the card does not have.
     """
+    if is_power_cap and restores_first:
+        raise VoltanaError(
+            "--restore-first is for clocks: a power limit that was left lowered cannot be told "
+            "from one that was meant; set yours with nvidia-smi -pl before the start"
+        )
     if dry_run is not None:
         file = dry_run.open("w", encoding="utf-8")
         return RecordingBackend(file, gpus=gpu_indices, clocks_mhz=clocks_mhz or ())
     with ExitStack() as opened:
-        gpus = {index: opened.enter_context(open_gpu(index)) for index in gpu_indices}
+        gpus = {i: opened.enter_context(open_gpu(i, zeusd=zeusd)) for i in gpu_indices}
         backend: Backend
         if is_power_cap:
-            backend = PowerBackend(gpus)
+            backend = PowerBackend(gpus, zeusd=zeusd)
         else:
             backend = ClockBackend(
-                gpus, clocks_mhz=clocks_mhz, previous_clock_mhz=previous_clock_mhz
+                gpus,
+                clocks_mhz=clocks_mhz,
+                previous_clock_mhz=previous_clock_mhz,
+                restores_first=restores_first,
+                zeusd=zeusd,
             )
         opened.pop_all()  # the NVML sessions live as long as the process
     return backend

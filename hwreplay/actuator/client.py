@@ -160,6 +160,11 @@ class ActuatorClient:
         return self._clock_mhz
 
     @property
+    def operation(self) -> Operation:
+        """What the actuator does: LOCK or CAP."""
+        return self._operation
+
+    @property
     def unanswered(self) -> int:
         """Messages under way."""
         return len(self._open)

@@ -33,9 +33,12 @@ class Options:
     socket: Path = field(
         metadata=_option("socket", "Unix socket to make (mode 0600)", metavar="SOCK", type=Path)
     )
-    gpus: list[int] = field(
+    gpus: list[str] = field(
         metadata=_option(
-            "--gpu", "GPU that may be set, repeatable", type=int, action="append", required=True
+            "--gpu",
+            "GPU that may be set, by number or UUID, repeatable; all: every one",
+            action="append",
+            required=True,
         )
     )
     uid: int | None = field(
@@ -54,6 +57,19 @@ class Options:
     previous_clock_mhz: int | None = field(
         metadata=_option(
             "--previous-clock", "lock to return to, MHz; default: the driver's control", type=int
+        )
+    )
+    restores_first: bool = field(
+        metadata=_option(
+            "--restore-first",
+            "give clocks back at the start: in containers, where a kill takes the watchdog too",
+            action="store_true",
+        )
+    )
+    zeusd: str | None = field(
+        metadata=_option(
+            "--zeusd",
+            "let zeusd set the clocks, at this socket or HOST:PORT; needs no root here",
         )
     )
     silence_s: float = field(

@@ -10,6 +10,7 @@ from voltana.hwreplay.actuator.backends import open_backend
 from voltana.hwreplay.actuator.options import Options
 from voltana.hwreplay.actuator.trust import check_code
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.device.cards import find_cards
 
 
 def start(options: Options) -> None:
@@ -31,14 +32,23 @@ def start(options: Options) -> None:
         max_rate_per_s=options.max_rate_per_s,
     )
     backend = open_backend(
-        sorted(set(options.gpus)),
+        _find(options),
         clocks_mhz=_parse_clocks(options.clocks),
         previous_clock_mhz=options.previous_clock_mhz,
         is_power_cap=options.is_power_cap,
+        restores_first=options.restores_first,
+        zeusd=options.zeusd,
         dry_run=options.dry_run,
     )
     greeting = f"listening on {options.socket} for user {uid}\n"
     run_actuator(backend, config, ready=lambda: _tell(greeting))
+
+
+def _find(options: Options) -> list[int]:
+    """The cards; without a driver, in a dry run, only numbers name them."""
+    if options.dry_run is not None and not all(name.isdecimal() for name in options.gpus):
+        raise VoltanaError(f"--gpu must be numbers in a dry run, got {options.gpus}")
+    return find_cards(options.gpus)
 
 
 def _tell(text: str) -> None:

@@ -57,6 +57,20 @@ class Account:
         """The iterations' durations, seen and predicted."""
         self.saved_j = 0.0
 
+    def headroom(self, state: InstanceState, promise_s: float) -> float:
+        """What the promise leaves of an iteration of the present batch at the top clock.
+
+        Args:
+            state: Of the instance.
+            promise_s: For an iteration.
+        """
+        batch, tokens = state.ended_batch_size, state.ended_tokens
+        if not state.is_busy or not batch or not tokens:
+            return 1.0
+        return (
+            1.0 - self._predictor.predict_s(state.phase, self._top_mhz, batch, tokens) / promise_s
+        )
+
     def add(self, state: InstanceState, wish_mhz: int, *, acts: bool) -> None:
         """Count the iteration that has ended.
 

@@ -51,7 +51,10 @@ class AgentConfig:
     """Where the engine's plug-in announces batches; `prefill_metrics = "before"` needs it."""
     actuator_socket: str | None = None
     """The actuator's socket; None records decisions and touches nothing."""
-    gpus: tuple[int, ...] = ()
+    gpus: tuple[int | str, ...] = ()
+    """Its cards: NVML's numbers or UUIDs."""
+    dcgm: str | None = None
+    """Page of the DCGM exporter that counts their energy; None asks NVML."""
     report_address: str | None = None
     """ZMQ address where the router takes clocks, energy and decisions."""
     power_w: float | None = None

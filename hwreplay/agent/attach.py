@@ -30,7 +30,7 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import AgentReport
 from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
 from voltana.hwreplay.view.instance_metrics import METHOD, InstanceMetrics
-from voltana.profiles.common.binding import bind, check_names, convert, table
+from voltana.profiles.common.binding import EXAMPLE, bind, check_names, convert, table
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.folders import claim
 from voltana.sim.config import make_config, read_toml
@@ -43,6 +43,9 @@ SERVICE_KEYS: Final = ("emulate", "token_file", "log_level")
 MINUTE_S: Final = 60.0
 TERMINATED: Final = 128 + signal.SIGTERM
 PHASES: Final[tuple[Phase, Phase]] = (PREFILL, DECODE)
+GPUS_EXAMPLE: Final = (
+    'e.g. {decode = [[0]]}, {decode = [["GPU-…"]]}, or {decode = ["/run/cards"]}, a file of UUIDs'
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,8 +53,11 @@ class AttachKeys:
     """Keys of [serve] that an agent reads; a service has more."""
 
     actuator: Path | None = None
-    gpus: Mapping[Phase, tuple[tuple[int, ...], ...]] = field(default_factory=dict)
+    gpus: Mapping[Phase, tuple[tuple[int | str, ...] | str, ...]] = field(
+        default_factory=dict, metadata={EXAMPLE: GPUS_EXAMPLE}
+    )
     power_w: float | None = None
+    dcgm: str | None = None
     guard_floor: float = FLOOR
     guard_resume: float = RESUME
 
@@ -93,6 +99,7 @@ def read_attached(path: Path, *, acts: bool) -> list[AgentConfig]:
         "settings": sim.as_dict(),
         "actuator_socket": str(own.actuator) if acts else None,
         "power_w": own.power_w,
+        "dcgm": own.dcgm,
         "guard": GuardLimits(floor=own.guard_floor, resume=own.guard_resume),
     }
     return [
@@ -125,7 +132,9 @@ def _addresses(fleet: Mapping[str, Any], phase: Phase, where: str) -> list[str]:
     return found
 
 
-def _gpus(own: AttachKeys, phase: Phase, index: int, count: int, where: str) -> tuple[int, ...]:
+def _gpus(
+    own: AttachKeys, phase: Phase, index: int, count: int, where: str
+) -> tuple[int | str, ...]:
     if not own.gpus:
         return ()
     cards = own.gpus.get(phase, ())
@@ -133,7 +142,23 @@ def _gpus(own: AttachKeys, phase: Phase, index: int, count: int, where: str) -> 
         raise VoltanaError(
             f"gpus.{phase} must list the cards of {count} instances, got {list(cards)} ({where})"
         )
-    return cards[index]
+    found = cards[index]
+    return _uuids_in(Path(found)) if isinstance(found, str) else found
+
+
+def _uuids_in(path: Path) -> tuple[str, ...]:
+    """The cards that a file names, as `nvidia-smi --query-gpu=uuid --format=csv,noheader` does.
+
+    Raises:
+        VoltanaError: It cannot be read, or is empty.
+    """
+    try:
+        found = tuple(path.read_text(encoding="utf-8").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise VoltanaError(f"cannot read the cards in {path}: {error}") from None
+    if not found:
+        raise VoltanaError(f"{path} must name a card a line by its UUID, it is empty")
+    return found
 
 
 def _new_folder(directory: Path) -> Path:
@@ -195,13 +220,16 @@ class MetricsPage:
         """Agents end one by one; the page stays to the end of their process."""
 
 
-def attach(path: Path, *, acts: bool, port: int, directory: Path | None) -> None:
+def attach(
+    path: Path, *, acts: bool, port: int, directory: Path | None, host: str = LOOPBACK
+) -> None:
     """Run the agents of a file until a signal ends them; clocks are given back.
 
     Args:
         path: A service's TOML file.
         acts: Whether they set clocks.
-        port: Of /metrics on the loopback; 0 takes a free one.
+        port: Of /metrics; 0 takes a free one.
+        host: Address of /metrics: whoever reaches it can read it.
         directory: Takes a folder for each start, with each decision and clock, and a report at the
             end; None keeps none.
 
@@ -214,7 +242,7 @@ def attach(path: Path, *, acts: bool, port: int, directory: Path | None) -> None
     configs = read_attached(path, acts=acts)
     if directory is None:
         configs = [dataclasses.replace(config, keeps_files=False) for config in configs]
-    page = MetricsPage(port)
+    page = MetricsPage(port, host)
     with tempfile.TemporaryDirectory(prefix="voltana-agent-") as temporary:
         folder = Path(temporary) if directory is None else _new_folder(directory)
         mode = "act" if acts else "shadow"

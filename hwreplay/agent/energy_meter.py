@@ -7,7 +7,7 @@ import time
 from collections.abc import Sequence
 from typing import Final, Protocol
 
-from voltana.profiles.device.gpu import DeviceError, UnsupportedQueryError
+from voltana.profiles.device.gpu import DeviceError, NoAnswerError, UnsupportedQueryError
 
 PERIOD_S: Final = 0.1
 """Counters of data-centre cards move every 20 to 100 ms."""
@@ -49,14 +49,23 @@ class CardMeter:
 class EnergyMeter:
     """The sum of the cards' counters since it was made."""
 
-    def __init__(self, gpus: Sequence[Card], *, period_s: float = PERIOD_S) -> None:
+    def __init__(
+        self, gpus: Sequence[Card], *, period_s: float = PERIOD_S, repeats: bool = False
+    ) -> None:
         """Read once, then start the thread.
+
+        Args:
+            gpus: What to add up.
+            period_s: Between two readings.
+            repeats: A reading that has not changed is an old one, repeated: it counts as of when it
+                came.
 
         Raises:
             DeviceError: A card can tell neither energy nor power.
         """
         self._meters = [CardMeter(gpu) for gpu in gpus]
         self._period_s = period_s
+        self._repeats = repeats
         self._start_j = self._total_j()
         self._reading = (time.monotonic_ns(), 0.0)
         self._error: DeviceError | None = None
@@ -87,10 +96,14 @@ class EnergyMeter:
     def _follow(self) -> None:
         while not self._is_ended.wait(self._period_s):
             try:
-                self._reading = (time.monotonic_ns(), self._total_j() - self._start_j)
+                now_ns, energy_j = time.monotonic_ns(), self._total_j() - self._start_j
+            except NoAnswerError:
+                continue
             except DeviceError as error:
                 self._error = error
                 return
+            if not self._repeats or energy_j != self._reading[1]:
+                self._reading = (now_ns, energy_j)
 
     def _total_j(self) -> float:
         return sum(meter.energy_j() for meter in self._meters)

@@ -288,6 +288,7 @@ class Agent:
             safe=loop.safe_reason,
             attainment=self._guard.share,
             is_released=self._guard.is_released,
+            headroom=account.headroom(state, self._promise_s),
         )
 
     def _reconnect(self) -> None:

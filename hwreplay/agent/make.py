@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
@@ -27,8 +28,11 @@ from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu, open_gpus
+from voltana.profiles.device.gpu import DriverMissingError
 from voltana.sim.policies.base import PREFILL, Controller
 
+DCGM_PERIOD_S: Final = 0.5
+"""The exporter reads no faster than ten times a second, and is asked over HTTP."""
 MakeCaps = Callable[[], Mapping[int, float]]
 """Gives the power limit in W that stands for each clock."""
 
@@ -93,7 +97,12 @@ def record_file(config: AgentConfig, directory: Path, kind: str) -> Path:
 
 
 def make_meter(config: AgentConfig) -> EnergyMeter | None:
-    """Reads its cards, or a stated power; None where it has neither."""
+    """Reads its cards, DCGM exporter or a stated power; None where it has none of them."""
+    if config.dcgm is not None and config.gpus:
+        from voltana.hwreplay.energy.dcgm import DcgmCards  # an HTTP client few agents need
+
+        page = DcgmCards(config.dcgm, _uuids(config, may_lack_driver=True))
+        return EnergyMeter([page], period_s=DCGM_PERIOD_S, repeats=True)
     gpus = open_gpus(config.gpus, config.power_w)
     return EnergyMeter(gpus) if gpus else None
 
@@ -108,18 +117,31 @@ def connect(config: AgentConfig, make_caps_w: MakeCaps) -> ActuatorClient:
         raise ActuatorLostError("a dry run has no actuator")
     return ActuatorClient(
         Path(config.actuator_socket),
-        config.gpus,
+        [card if isinstance(card, int) else i for i, card in enumerate(config.gpus)],
         uuids=_uuids(config),
         make_caps_w=make_caps_w,
     )
 
 
-def _uuids(config: AgentConfig) -> list[str]:
-    """Of the instance's cards: beyond a container's border the actuator numbers them otherwise."""
+def _uuids(config: AgentConfig, *, may_lack_driver: bool = False) -> list[str]:
+    """Of the instance's cards: beyond a container's border others number them otherwise.
+
+    Args:
+        config: Cards by number or UUID; a UUID needs no driver here.
+        may_lack_driver: Without one a number stays what it is, the host's.
+    """
     found = []
-    for index in config.gpus:
-        with open_gpu(index) as gpu:
-            found.append(gpu.identity.uuid)
+    for card in config.gpus:
+        if isinstance(card, str):
+            found.append(card)
+            continue
+        try:
+            with open_gpu(card) as gpu:
+                found.append(gpu.identity.uuid)
+        except DriverMissingError:
+            if not may_lack_driver:
+                raise
+            found.append(str(card))
     return found
 
 

@@ -51,6 +51,9 @@ class AgentReport(msgspec.Struct, frozen=True, array_like=True):
     """The guard's share of kept promises over the last minute, where it knows enough."""
     is_released: bool = False
     """The guard has given the clock back."""
+    headroom: float = 1.0
+    """What the promise would leave of an iteration of the present batch at the top clock: 1 at
+    rest, below 0 where even that clock is too slow."""
 
 
 _encoder: Final = msgspec.msgpack.Encoder()

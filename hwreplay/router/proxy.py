@@ -122,7 +122,7 @@ class Proxy:
         """
         excluded: set[Worker] = set()
         failed: AttemptError | None = None
-        lost = 0
+        lost: list[str] = []
         for attempt in range(self._config.max_attempts):
             try:
                 pair = self._fleet.choose(call.request_id, call.arrival_s, call.body, excluded)
@@ -144,11 +144,11 @@ class Proxy:
                 if error.is_final:
                     raise RequestFailedError(error.reason, str(error)) from None
                 failed = error
-                lost += await self._fleet.num_lost(_asked(call))
-                if lost >= self._config.max_lost:
-                    servers = "a server was" if lost == 1 else f"{lost} servers were"
+                lost += await self._fleet.lost(_asked(call))
+                if len(lost) >= self._config.max_lost:
+                    names = " and ".join(lost) + (" was" if len(lost) == 1 else " were")
                     raise RequestFailedError(
-                        error.reason, f"{error}; it is not tried again, {servers} lost with it"
+                        error.reason, f"{error}; it is not tried again, {names} lost with it"
                     ) from None
                 excluded |= set(pair) if error.worker is None else {error.worker}
             else:
@@ -199,9 +199,9 @@ class Proxy:
                 await self._check_status(answer, worker)
                 while piece := await answer.readany():
                     worker.heard_s = self._clock.now_s()
-                    _check_engine(watch.look(piece), worker)
+                    _check_engine(watch.look(piece), worker, blamed=worker)
                     self._mark_prefilled(call, pair)
-                _check_engine(watch.end(), worker)
+                _check_engine(watch.end(), worker, blamed=worker)
         except UpstreamError as error:
             raise self._broken(worker, call, error) from None
 
@@ -260,7 +260,7 @@ class Proxy:
         assert call.attempt is not None
         while piece := await answer.readany():
             call.attempt.silent_since_s = None
-            _check_engine(watch.look(piece), None)
+            _check_engine(watch.look(piece), worker, blamed=None)
             if watch.is_done:
                 cut = max(piece.rfind(LAST_EVENT), 0)
                 piece, held = piece[:cut], piece[cut:]
@@ -280,7 +280,7 @@ class Proxy:
             worker.tracker.on_tokens(call.request_id, pieces)
             await call.sink.write(piece)
             call.attempt.silent_since_s = self._clock.now_s()
-        _check_engine(watch.end(), None)
+        _check_engine(watch.end(), worker, blamed=None)
         if not watch.is_done or not call.is_begun:
             raise AttemptError("engine_error", f"{worker.name} ends its stream early", worker)
         await call.sink.end(held)
@@ -342,11 +342,11 @@ def _on_prefill_end(call: Call, prefill: asyncio.Task[None]) -> None:
         call.attempt.fail(error)
 
 
-def _check_engine(found: tuple[int, str] | None, worker: Worker | None) -> None:
+def _check_engine(found: tuple[int, str] | None, worker: Worker, *, blamed: Worker | None) -> None:
     """SGLang reports a failure of its own as an event of a stream that is 200 OK."""
     if found is None:
         return
     status, message = found
     if status < SERVER_ERROR:
         raise PassedError(status, "application/json", error_body(status, message))
-    raise AttemptError("engine_error", f"the engine reports {message}", worker)
+    raise AttemptError("engine_error", f"{worker.name} reports {message}", blamed)

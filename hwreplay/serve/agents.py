@@ -6,13 +6,13 @@ import asyncio
 import dataclasses
 import logging
 from contextlib import suppress
-from typing import Final
+from typing import Any, Final
 
 from voltana.hwreplay.agent.agent import AgentConfig, agents_environment, ready_file, write_agents
-from voltana.hwreplay.agent.guard import GuardLimits
 from voltana.hwreplay.agent.process import RELOAD
 from voltana.hwreplay.messages.log_lines import say
 from voltana.hwreplay.replay.parts import Run, agent_groups
+from voltana.hwreplay.serve.config import ServeConfig
 from voltana.hwreplay.serve.part import BACKOFF_S, Deaths, Part
 from voltana.profiles.common.errors import VoltanaError
 
@@ -24,17 +24,16 @@ UNLOCKED: Final = "an agent died, its clock is unlocked"
 class AgentParts:
     """One process an instance, or one for all under a policy that looks at the whole fleet."""
 
-    def __init__(self, run: Run, guard: GuardLimits, log_level: str) -> None:
+    def __init__(self, run: Run, config: ServeConfig) -> None:
         """Nothing is started yet.
 
         Args:
             run: Whose agents; its configuration may change before `reload`.
-            guard: Of each.
-            log_level: Least level of their lines.
+            config: Guard, energy and log of each.
         """
         self._run = run
-        self._guard = guard
-        self._log_level = log_level
+        self._own: dict[str, Any] = {"guard": config.guard, "dcgm": config.dcgm}
+        self._log_level = config.log_level
         self._groups: list[list[AgentConfig]] = []
         self._parts: list[Part | None] = []
         """What runs each group; None while it is being started."""
@@ -72,7 +71,7 @@ class AgentParts:
 
     def _make_groups(self) -> list[list[AgentConfig]]:
         return [
-            [dataclasses.replace(config, keeps_files=False, guard=self._guard) for config in group]
+            [dataclasses.replace(config, keeps_files=False, **self._own) for config in group]
             for group in agent_groups(self._run)
         ]
 

@@ -11,6 +11,7 @@ from voltana.hwreplay.agent.guard import FLOOR, RESUME, GuardLimits
 from voltana.hwreplay.replay.config import ReplayConfig, make_fleet_config
 from voltana.hwreplay.view.reload import check_sim_reload, refusal, refuse_changes
 from voltana.profiles.common.binding import bind, check_names, table
+from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import read_toml
 
 SECTION: Final = "serve"
@@ -33,11 +34,19 @@ class ServeConfig:
     """An agent gives its clock back below this share of kept samples in the last minute."""
     guard_resume: float = RESUME
     """And takes it again at this share."""
+    dcgm: str | None = None
+    """Page of a DCGM exporter that counts the energy of `gpus`, e.g. http://127.0.0.1:9400/metrics;
+    without it NVML does."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     """Least level of the lines in the log; requests and the course of things are info."""
 
     def __post_init__(self) -> None:
         GuardLimits(floor=self.guard_floor, resume=self.guard_resume)  # refuses what contradicts
+        if self.dcgm is not None and not self.fleet.gpus:
+            raise VoltanaError(
+                f"[{SECTION}] dcgm must have gpus whose energy it counts: name them, e.g. gpus = "
+                "{prefill = [[0]], decode = [[1]]}"
+            )
 
     @property
     def guard(self) -> GuardLimits:

@@ -99,7 +99,7 @@ class Service:
         self._stop, self._hup = asyncio.Event(), asyncio.Event()
         self._serving = asyncio.Event()
         self._router: Part | None = None
-        self._agents = AgentParts(run, config.guard, config.log_level)
+        self._agents = AgentParts(run, config)
 
     async def run(self) -> int:
         """Serve to the end; returns the exit code.

@@ -56,6 +56,10 @@ class InstanceMetrics:
             "voltana_instance_attainment_ratio",
             "Kept token gaps (decode) or prompts (prefill) of the last minute's",
         )
+        self._headroom = gauge(
+            "voltana_headroom_ratio",
+            "What the promise would leave of the present batch's iteration at the top clock",
+        )
         self._saved_j = gauge(
             "voltana_estimated_saved_joules",
             "Saved against the top clock since the agent's start, by the method named",
@@ -90,6 +94,7 @@ class InstanceMetrics:
         self._wish_mhz.labels(*key).set(report.wish_mhz)
         self._safe.labels(*key).set(bool(report.safe))
         self._released.labels(*key).set(report.is_released)
+        self._headroom.labels(*key).set(report.headroom)
         if report.attainment is not None:
             self._attainment.labels(*key).set(report.attainment)
         mode = ACT if report.acts else SHADOW

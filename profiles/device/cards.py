@@ -16,11 +16,13 @@ from typing import Final
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.constant import ConstantPowerGpu
-from voltana.profiles.device.gpu import DeviceError, Gpu
+from voltana.profiles.device.gpu import DeviceError, DriverMissingError, Gpu
 from voltana.profiles.device.nvml import NvmlGpu
+from voltana.profiles.device.zeusd import Zeusd, ZeusdGpu
 
 VISIBLE: Final = "CUDA_VISIBLE_DEVICES"
 ORDER: Final = "CUDA_DEVICE_ORDER"
+ALL: Final = "all"
 
 
 def parse_indices(text: str) -> tuple[int, ...]:
@@ -43,18 +45,22 @@ def parse_indices(text: str) -> tuple[int, ...]:
     return indices
 
 
-def open_gpu(index: int, *, may_be_partitioned: bool = False) -> NvmlGpu:
-    """One card, by NVML's index. The one place where cards are opened.
+def open_gpu(
+    card: int | str, *, may_be_partitioned: bool = False, zeusd: str | None = None
+) -> NvmlGpu:
+    """One card. The one place where cards are opened.
 
     Args:
-        index: As `nvidia-smi` counts.
+        card: NVML's index, as `nvidia-smi` counts, or the card's UUID.
         may_be_partitioned: Take a card in MIG mode too: its power and clocks are of the whole card,
             not of a part's work.
+        zeusd: Address of the daemon that sets its clock in this process's place; None sets it here.
 
     Raises:
         DeviceError: No such card, no driver, or it is in MIG mode.
     """
-    gpu = NvmlGpu(index)
+    index = card if isinstance(card, int) else find_cards([card])[0]
+    gpu = NvmlGpu(index) if zeusd is None else ZeusdGpu(index, Zeusd(zeusd))
     if not may_be_partitioned and gpu.is_partitioned():
         gpu.close()
         raise DeviceError(
@@ -64,7 +70,46 @@ def open_gpu(index: int, *, may_be_partitioned: bool = False) -> NvmlGpu:
     return gpu
 
 
-def open_gpus(indices: Sequence[int], power_w: float | None) -> list[Gpu]:
+def find_cards(names: Sequence[str]) -> list[int]:
+    """NVML's indices of cards by index ("0"), UUID ("GPU-…") or "all", ascending, each once.
+
+    Raises:
+        DeviceError: No such card, or no driver.
+    """
+    if all(name.isdecimal() for name in names):
+        return sorted({int(name) for name in names})
+    uuids = list_uuids()
+    found: set[int] = set()
+    for name in names:
+        if name == ALL:
+            found |= set(range(len(uuids)))
+        elif name.isdecimal():
+            found.add(int(name))
+        elif name in uuids:
+            found.add(uuids.index(name))
+        else:
+            raise DriverMissingError(
+                f"a GPU must be one that NVML has here, got {name!r}: it has {', '.join(uuids)}"
+            )
+    return sorted(found)
+
+
+def list_uuids() -> list[str]:
+    """The UUIDs of all cards that NVML has here, by index.
+
+    Raises:
+        DeviceError: No driver, or no card.
+    """
+    with NvmlGpu(0) as first:
+        number = first.num_cards()
+    found = []
+    for index in range(number):
+        with NvmlGpu(index) as gpu:
+            found.append(gpu.identity.uuid)
+    return found
+
+
+def open_gpus(indices: Sequence[int | str], power_w: float | None) -> list[Gpu]:
     """The cards of an instance, or one of a stated power that stands for them.
 
     Raises:

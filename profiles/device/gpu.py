@@ -34,6 +34,10 @@ class UnsupportedQueryError(DeviceError):
     """This card or driver does not offer the reading or the setting."""
 
 
+class NoAnswerError(DeviceError):
+    """Who reads the card for us does not answer now; it may later."""
+
+
 class ClockTimeoutError(DeviceError):
     """A locked clock was not reached in time."""
 

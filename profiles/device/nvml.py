@@ -123,6 +123,11 @@ class NvmlGpu:
         )
         return tuple(sorted(int(clock_mhz) for clock_mhz in clocks_mhz))
 
+    @_typed
+    def num_cards(self) -> int:
+        """How many cards this process sees."""
+        return int(pynvml.nvmlDeviceGetCount())
+
     def is_partitioned(self) -> bool:
         """Whether MIG mode is on; a card without MIG is never partitioned."""
         try:

@@ -31,6 +31,8 @@ from voltana.profiles.device.gpu import DeviceError
 
 ARMED: Final = b"A"
 DISARMED: Final = b"D"
+DIRECTLY: Final = "-"
+"""In place of zeusd's address: NVML sets clocks and limits."""
 NUM_RESTORE_TRIES: Final = 5
 RESTORE_RETRY_S: Final = 0.5
 
@@ -44,6 +46,7 @@ class Watchdog:
         *,
         previous_clock_mhz: int | None = None,
         power_limits_w: Mapping[int, float] | None = None,
+        zeusd: str | None = None,
     ) -> None:
         """Start the process and wait for its hello, so that it stands before the first lock.
 
@@ -52,13 +55,15 @@ class Watchdog:
             previous_clock_mhz: Lock to return to. None: the driver's control.
             power_limits_w: By GPU, the power limit to return to. Given, it guards the limits and
                 leaves clocks alone.
+            zeusd: Address of the daemon that sets clocks and limits; None sets them here.
 
         Raises:
             DeviceError: It did not come up, for instance because NVML refused it.
         """
         targets = [_target(index, power_limits_w) for index in gpu_indices]
         self._process = start_guard(
-            "voltana.profiles.device.watchdog", [str(previous_clock_mhz or 0), *targets]
+            "voltana.profiles.device.watchdog",
+            [str(previous_clock_mhz or 0), zeusd or DIRECTLY, *targets],
         )
         if not has_said_hello(self._process):
             raise DeviceError(
@@ -100,13 +105,13 @@ def _target(index: int, power_limits_w: Mapping[int, float] | None) -> str:
     return str(index) if power_limits_w is None else f"{index}={power_limits_w[index] * 1e3:.0f}"
 
 
-def _restore(targets: Sequence[str], previous_clock_mhz: int) -> bool:
+def _restore(targets: Sequence[str], previous_clock_mhz: int, zeusd: str | None) -> bool:
     """Put every GPU back (0: unlock), trying each a few times. True if all did."""
     pending = list(targets)
     for _ in range(NUM_RESTORE_TRIES):
         for target in list(pending):
             try:
-                _restore_one(target, previous_clock_mhz)
+                _restore_one(target, previous_clock_mhz, zeusd)
                 pending.remove(target)
             except DeviceError as error:
                 sys.stderr.write(f"voltana watchdog: GPU {target}: {error}\n")
@@ -116,11 +121,11 @@ def _restore(targets: Sequence[str], previous_clock_mhz: int) -> bool:
     return False
 
 
-def _restore_one(target: str, previous_clock_mhz: int) -> None:
+def _restore_one(target: str, previous_clock_mhz: int, zeusd: str | None) -> None:
     from voltana.profiles.device.cards import open_gpu
 
     index, _, limit_mw = target.partition("=")
-    with open_gpu(int(index), may_be_partitioned=True) as gpu:
+    with open_gpu(int(index), may_be_partitioned=True, zeusd=zeusd) as gpu:
         if limit_mw:
             gpu.set_power_limit(int(limit_mw) / 1e3)
         elif previous_clock_mhz:
@@ -142,23 +147,28 @@ def _on_terminate(signum: int, frame: FrameType | None) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Run the watchdog. Arguments: clock to return to (0: unlock), then what `_target` writes."""
+    """Run the watchdog.
+
+    Args:
+        arguments: Clock to return to (0: unlock), zeusd's address or "-", what `_target` writes.
+    """
     parent_pid = os.getppid()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _on_terminate)
-    first, *targets = arguments
+    first, address, *targets = arguments
     previous_clock_mhz = int(first)
+    zeusd = None if address == DIRECTLY else address
     from voltana.profiles.device.cards import open_gpu
 
     for target in targets:
-        open_gpu(int(target.partition("=")[0]), may_be_partitioned=True).close()
+        open_gpu(int(target.partition("=")[0]), may_be_partitioned=True, zeusd=zeusd).close()
     state = ARMED
     try:
         say_hello()  # from here on the owner may lock
         state = _watch(parent_pid)
     finally:  # told to terminate: restore rather than leave a lock without a guard
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        is_restored = state != ARMED or _restore(targets, previous_clock_mhz)
+        is_restored = state != ARMED or _restore(targets, previous_clock_mhz, zeusd)
     return 0 if is_restored else 1
 
 

@@ -72,6 +72,10 @@ def measure_profile(
     made = _assembled(log, cards, facts, out, stopped, progress)
     if stopped is not None:
         progress.say(f"{out} is a profile of the points that had finished")
+        if isinstance(stopped, KeyboardInterrupt):
+            raise KeyboardInterrupt(
+                f"stopped; {out} keeps what had finished: run it again to go on"
+            )
         raise stopped
     return made
 

@@ -1,7 +1,8 @@
 """Policies by name: what `voltana list` shows and what a configuration may name.
 
-Any other name is a module of yours that python can import; it holds `CONTROLLER = Entry(…)` or
-`ROUTER = Entry(…)`, as `experiments/examples/own_policy.py` does.
+Any other name is one that this program registered (`register_controller`, `register_router`), or a
+module of yours that python can import; it holds `CONTROLLER = Entry(…)` or `ROUTER = Entry(…)`, as
+`experiments/examples/own_policy.py` does.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, is_dataclass
 from typing import Any, Final, Generic, Literal, TypeVar, cast, get_type_hints
 
 from voltana.profiles.common.errors import VoltanaError, nearest
@@ -133,6 +134,76 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
 }
 
 
+_REGISTERED: Final[dict[str, dict[str, Entry[Any]]]] = {"controller": {}, "router": {}}
+
+
+def register_controller(
+    name: str, make: type[Controller], parameters: type[object] | None = None
+) -> None:
+    """Give a controller of your own a name in this program and the processes that it starts.
+
+    A name may be registered again, as in a notebook's cell that runs twice; a shipped one may not.
+
+    Args:
+        name: As a configuration names it; words joined by dashes.
+        make: The class; its `__init__` takes its parameters and a `PolicyContext`.
+        parameters: Their frozen dataclass; by default as that `__init__` declares it.
+
+    Raises:
+        VoltanaError: The name is taken or is none, or the class or its parameters are none.
+    """
+    _register(name, make, parameters, "controller", CONTROLLERS, Controller)
+
+
+def register_router(name: str, make: type[Router], parameters: type[object] | None = None) -> None:
+    """Give a router of your own a name; see `register_controller`.
+
+    Args:
+        name: As a configuration names it.
+        make: The class.
+        parameters: Frozen dataclass of its parameters; by default as `__init__` declares it.
+
+    Raises:
+        VoltanaError: As of `register_controller`.
+    """
+    _register(name, make, parameters, "router", ROUTERS, Router)
+
+
+def registered(kind: str) -> Mapping[str, Entry[Any]]:
+    """What this program registered, of kind "controller" or "router"."""
+    return _REGISTERED[kind]
+
+
+def _register(
+    name: str, make: object, parameters: type[object] | None, kind: str,
+    known: Mapping[str, Entry[Any]], base: type[object],
+) -> None:  # fmt: skip
+    if name in known:
+        raise VoltanaError(f"{kind} {name!r} is a shipped one: take another name")
+    if not name.replace("-", "_").isidentifier():
+        raise VoltanaError(f"a policy's name must be words joined by dashes, got {name!r}")
+    if not (isinstance(make, type) and issubclass(make, base)):
+        raise VoltanaError(
+            f"{kind} {name!r} must be a class derived from voltana.{base.__name__}, got {make!r}"
+        )
+    found = parameters or _declared(make)
+    if not is_dataclass(found):
+        raise VoltanaError(
+            f"{kind} {name!r} must say its parameters, a frozen dataclass: annotate them in "
+            f"__init__(self, parameters, context), or give them to register_{kind}"
+        )
+    _REGISTERED[kind][name] = Entry(make=make, parameters=found)
+
+
+def _declared(make: type[object]) -> type[object] | None:
+    """The parameters that a class declares, if it does; names in it may be of no use here."""
+    try:
+        found: type[object] | None = get_type_hints(make.__init__).get("parameters")
+    except NameError:
+        return None
+    return found
+
+
 def make_controller(spec: str, context: PolicyContext) -> Controller:
     """Make one instance's controller from `name:key=value,…`.
 
@@ -201,10 +272,24 @@ def _maker(
     return make, entry not in known.values()
 
 
+def find_entry(name: str, kind: str) -> Entry[Any]:
+    """A policy by its name: shipped, registered, or in a module of the user's.
+
+    Args:
+        name: Without parameters.
+        kind: "controller" or "router".
+
+    Raises:
+        VoltanaError: There is none (the nearest is suggested), or the module holds none.
+    """
+    known: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controller" else ROUTERS
+    return known.get(name) or _REGISTERED[kind].get(name) or _own(name, known, kind)
+
+
 def _bound(text: str, known: Mapping[str, Entry[P]], kind: str) -> tuple[Entry[P], object]:
     """A policy's entry and its parameters."""
     spec = parse_spec(text)
-    entry = known.get(spec.name) or _own(spec.name, known, kind)
+    entry: Entry[P] = find_entry(spec.name, kind)
     try:
         return entry, bind_parameters(spec, entry.parameters)
     except VoltanaError:

@@ -136,6 +136,14 @@ def named_trace(name: str, traces: Mapping[str, NamedTrace] = TRACES) -> Path:
         ) from None
 
 
+def is_here(name: str) -> bool:
+    """Whether a published trace needs no download: in the user's folder, or fetched before."""
+    import pooch
+
+    cached = Path(pooch.os_cache("voltana")) / f"{name}-{TRACES[name].published_name}"
+    return _in_folder(TRACES[name]) is not None or cached.is_file()
+
+
 def in_data_folder(file_name: str) -> Path | None:
     """A file of that name in the folder that VOLTANA_DATA names, or in its subfolder `traces`."""
     folder = os.environ.get(FOLDER_VARIABLE)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, pairwise
+from typing import Final
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +15,10 @@ from voltana.sim.policies.requests import Prompt
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
+SEGMENTS: Final = "segments"
+PREVIOUS: Final = "previous"
+THINK_S: Final = "think_s"
+"""Columns of a plain trace beside arrivals and lengths: what prompts share, who waits for whom."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -66,6 +71,31 @@ class Prompts:
             names.append([numbers.setdefault(pair, len(numbers)) for pair in pairs])
             tokens.append(lengths)
         return cls.of_rows(names, tokens)
+
+    @classmethod
+    def of_texts(cls, texts: Sequence[str]) -> Prompts:
+        """From the cells that `texts` makes.
+
+        Raises:
+            VoltanaError: One is none of its kind.
+        """
+        names, tokens = [], []
+        for row, text in enumerate(texts):
+            try:
+                pairs = [tuple(map(int, pair.split(":"))) for pair in str(text).split()]
+                names.append([name for name, _ in pairs])
+                tokens.append([length for _, length in pairs])
+            except ValueError:
+                raise VoltanaError(
+                    f"{SEGMENTS} must be pairs name:tokens of whole numbers with a space between, "
+                    f"got {text!r} (request {row})"
+                ) from None
+        return cls.of_rows(names, tokens)
+
+    def texts(self) -> list[str]:
+        """Each prompt as a cell of a file: its segments as name:tokens, in order."""
+        pairs = [f"{n}:{t}" for n, t in zip(self.names.tolist(), self.tokens.tolist(), strict=True)]
+        return [" ".join(pairs[a:b]) for a, b in pairwise(self.starts.tolist())]
 
     def __len__(self) -> int:
         return len(self.starts) - 1

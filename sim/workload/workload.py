@@ -12,7 +12,7 @@ import pandas as pd
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_csv, write_parquet
-from voltana.sim.workload.prompts import Prompts, Turns
+from voltana.sim.workload.prompts import PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -109,7 +109,10 @@ class Workload:
         )
 
     def write(self, path: Path) -> None:
-        """Write as plain CSV (gzip if the name ends in .gz) or parquet."""
+        """Write as plain CSV (gzip if the name ends in .gz) or parquet, to be read as a trace.
+
+        What prompts share and who waits for whom are columns of their own, where there are any.
+        """
         frame = pd.DataFrame(
             {
                 "arrival_s": self.arrival_s,
@@ -117,6 +120,10 @@ class Workload:
                 "output_tokens": self.output_tokens,
             }
         )
+        if self.prompts is not None:
+            frame[SEGMENTS] = self.prompts.texts()
+        if self.turns is not None:
+            frame[PREVIOUS], frame[THINK_S] = self.turns.previous, self.turns.think_s
         if path.suffix == ".parquet":
             write_parquet(frame, path)
         elif path.suffix == ".gz":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
@@ -11,6 +10,7 @@ from typing import Any, Final
 from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
 from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial, pooled
 from voltana.experiments.recommend.question import Question, Repeats
+from voltana.experiments.sweep.executors import make_pool
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import run_missing
 from voltana.experiments.sweep.store import FolderStore
@@ -99,7 +99,7 @@ class Desk:
         """
         if self.jobs == 1 or self.executor != "processes":
             return
-        with ProcessPoolExecutor(2) as pool:
+        with make_pool(2) as pool:
             list(pool.map(search.explore, (0, 1)))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from typing import Final
@@ -221,10 +221,10 @@ class RouterFleet:
             message = f"{worker.name} is out: {reason}"
             attempt.fail(AttemptError("server_lost", message, worker))
 
-    async def num_lost(self, asked: Iterable[Worker]) -> int:
-        """How many of these servers do not answer now: what they were asked may be the reason."""
-        answers = await asyncio.gather(*(self._is_gone(worker) for worker in asked))
-        return sum(answers)
+    async def lost(self, asked: Collection[Worker]) -> list[str]:
+        """Names of these servers that do not answer now: what they were asked may be the reason."""
+        are_gone = await asyncio.gather(*(self._is_gone(worker) for worker in asked))
+        return sorted(w.name for w, is_gone in zip(asked, are_gone, strict=True) if is_gone)
 
     async def _is_gone(self, worker: Worker) -> bool:
         return not worker.is_healthy or await self._ask_health(worker) is not None

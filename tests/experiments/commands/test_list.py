@@ -95,10 +95,11 @@ def test_the_whole_rule_of_one_policy(name: str, columns: int) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["controllers", "ecofrek"], "no controller called 'ecofrek': did you mean 'ecofreq'"),
-        (["routers", "ecorute"], "no router called 'ecorute': did you mean 'ecoroute'"),
+        (["controllers", "ecofrek"], "unknown controller 'ecofrek': did you mean 'ecofreq'"),
+        (["routers", "ecorute"], "unknown router 'ecorute': did you mean 'ecoroute'"),
         (["workloads", "a"], "workloads are listed all at once, got 'a': leave it out"),
-        (["routers", "--json"], "--json is for profiles, got 'routers': leave it out"),
+        (["traces", "a"], "traces are listed all at once, got 'a': leave it out"),
+        (["controllers", "no.module"], "no module 'no'; set PYTHONPATH to its folder"),
     ],
 )
 def test_mistakes(arguments: list[str], words: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import doctest
 import os
 import re
 import shlex
@@ -21,9 +22,11 @@ from voltana.experiments.documentation.tables import ROUTER, TABLES, table
 from voltana.experiments.frontier.search_page import HEADINGS
 from voltana.experiments.show import policy_table
 from voltana.experiments.study.suite import list_experiments
+from voltana.hwreplay.actuator.options import parse_options
 from voltana.hwreplay.router.config import RouterConfig
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS
+from voltana.sim.policies import registry
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -48,6 +51,19 @@ def test_it_builds_without_a_warning_and_loads_nothing_from_a_network(tmp_path: 
         if re.search(r"(?:src|href)=[\"']?(?:https?:)?//", tag) and "canonical" not in tag
     ]
     assert loaded == []
+
+
+def test_the_page_on_python_runs_as_it_stands(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(registry, "_REGISTERED", {"controller": {}, "router": {}})
+    page = ROOT / "docs" / "python.md"
+    blocks = re.findall(r"^```pycon\n(.*?)^```", page.read_text("utf-8"), flags=re.DOTALL | re.M)
+    parsed = doctest.DocTestParser().get_doctest(
+        "\n".join(blocks), {"__name__": "page"}, page.name, str(page), 0
+    )
+    assert len(parsed.examples) > 15
+    said: list[str] = []
+    results = doctest.DocTestRunner().run(parsed, out=said.append)
+    assert results.failed == 0, "".join(said)
 
 
 def test_tables_show_what_the_code_has() -> None:
@@ -89,6 +105,9 @@ def test_there_are_commands_to_check() -> None:
 def test_commands_in_the_text_exist_with_their_options(page: str, line: str) -> None:
     command: Any = typer.main.get_command(make_app())
     words = shlex.split(line)[1:]
+    if words[0] == "actuator":  # whose options are its own
+        parse_options(words[0], words[1:])
+        return
     while hasattr(command, "commands") and words:
         if words[0].startswith(
             "--"

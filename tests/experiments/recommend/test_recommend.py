@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from voltana.experiments.cli import make_app
@@ -306,7 +307,14 @@ def test_the_command_writes_text_json_and_a_page(tmp_path: Path) -> None:
     if told["advised"] == FIXED:
         for gpu, clock in enumerate(clocks):
             assert f"sudo nvidia-smi -i {gpu} -lgc {clock},{clock}" in done.output
-    assert "dynamo.nvidia.com/gpu-power-limit" in (out / "ready" / "dynamo.yaml").read_text()
+    dynamo = yaml.safe_load((out / "ready" / "dynamo.yaml").read_text())
+    for worker in dynamo["spec"]["components"]:
+        template = worker["podTemplate"]
+        limit_w = int(template["metadata"]["annotations"]["dynamo.nvidia.com/gpu-power-limit"])
+        assert 100 <= limit_w <= 400
+        assert template["spec"]["nodeSelector"] == {
+            "nvidia.com/gpu.product": "NVIDIA-A100-SXM4-80GB"
+        }
     page = _Page()
     page.feed((out / "recommend.html").read_text())
     assert page.tags.count("table") == 3

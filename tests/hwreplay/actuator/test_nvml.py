@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -187,3 +188,41 @@ def test_dry_run_needs_no_driver(standin: Standin, tmp_path: Path) -> None:
     lines = [json.loads(line) for line in record.read_text().splitlines()]
     assert [(line["gpu"], line["clock_mhz"]) for line in lines] == [(0, 1005), (0, 0)]
     assert standin["num_locks"] == 0
+
+
+def test_cards_may_be_named_by_uuid_and_all(standin: Standin, tmp_path: Path) -> None:
+    standin["num_gpus"] = 3
+    uuids = [card.uuid for card in standin.cards]
+    for words, allowed in (((uuids[2],), {0, 2}), (("all",), {0, 1, 2})):
+        options = [word for name in words for word in ("--gpu", name)]
+        with actuator_process(standin, tmp_path / "s", *options):
+            for gpu, uuid in enumerate(uuids):
+                if gpu in allowed:
+                    ActuatorClient(tmp_path / "s", [0], uuids=[uuid]).close()
+                else:
+                    with pytest.raises(VoltanaError, match="must have GPU"):
+                        ActuatorClient(tmp_path / "s", [0], uuids=[uuid])
+    command = [sys.executable, "-m", "voltana.hwreplay.actuator", str(tmp_path / "s")]
+    command += ["--gpu", "GPU-nobody's"]
+    done = subprocess.run(command, env=standin.env, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert uuids[0] in done.stderr
+
+
+def test_what_was_killed_together_with_its_watchdog_is_given_back_at_the_next_start(
+    standin: Standin, tmp_path: Path
+) -> None:
+    """As in a container, whose end takes every process in it."""
+    with actuator_process(standin, tmp_path / "s") as process:
+        client = ActuatorClient(tmp_path / "s", [0])
+        locked(standin, client, 1005)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        process.send_signal(signal.SIGSTOP)  # lest the watchdog's end be noticed
+        for child in children:
+            os.kill(int(child), signal.SIGKILL)
+        process.kill()
+        process.wait()
+        client.close()
+    assert standin["locked_mhz"] == 1005
+    with actuator_process(standin, tmp_path / "s", "--restore-first"):
+        assert standin["locked_mhz"] == 0

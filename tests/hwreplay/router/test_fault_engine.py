@@ -284,7 +284,7 @@ def test_a_killed_decode_server_fails_what_it_had_begun(
     assert report.counts == {k: v for k, v in counts.items() if v}
     assert 0 < counts["failed"] < sent
     assert counts["completed"] > sent // 3
-    assert all("decode-0" in reason for reason in report.reasons)
+    assert [reason for reason in report.reasons if "decode-0" not in reason] == []
     assert again.counts == {"completed": 10}
     assert still_serves(engine_fleet)
 
@@ -315,6 +315,6 @@ def test_a_killed_prefill_server_stops_new_requests_until_it_is_back(
     assert report.counts == {k: v for k, v in counts.items() if v}
     assert counts["completed"] > 0
     assert counts["failed"] > 0
-    assert all("prefill" in reason for reason in report.reasons)
+    assert [reason for reason in report.reasons if "prefill" not in reason] == []
     assert again.counts == {"completed": 10}
     assert still_serves(engine_fleet)

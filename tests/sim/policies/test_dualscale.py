@@ -93,6 +93,9 @@ def test_dualscale_packs_the_queue_and_looks_no_further_than_k_batches() -> None
         # 60 + 60 and then 10: 140 + 86 + 7 = 233 ms to the end of the third, whose own age counts
         (((60, 0.27), (60, 0.27), (10, 0.0)), 1000),
         (((60, 0.0), (60, 0.0), (10, 0.27)), 1400),
+        # 60 + 60 fill the batch behind one of 120, to end after 140 + 86 + 86 = 311 ms of 275; if
+        # they made two, the older one would end after 269
+        (((120, 0.0), (60, 0.225), (60, 0.0)), 1400),
     ],
 )
 def test_dualscale_projects_the_queue_as_batches(
