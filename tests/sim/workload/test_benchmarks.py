@@ -148,3 +148,17 @@ def test_what_the_programs_wrote() -> None:
     assert summary["ttft_attainment"] == pytest.approx(1 / 3)  # 7.67 and 7.83 ms
     assert summary["gaps_total"] == 6  # of 8 tokens each in 4 pieces
     assert summary["itl_attainment"] == pytest.approx(3 / 6)
+
+
+def test_the_programs_own_means() -> None:
+    """bench_serving 0.5.23 against stub servers: its summary of the very lists that are read."""
+    path = REAL / "bench_serving_details.jsonl"
+    told = json.loads(path.read_text())
+    summary = summarise(record_of(path))
+    assert summary["requests_completed"] == told["completed"] == 8
+    for ours, theirs in (("ttft_s", "ttft"), ("itl_s", "itl")):
+        assert summary[ours]["mean"] == pytest.approx(told[f"mean_{theirs}_ms"] * 1e-3, rel=1e-9)
+    # it ends a request with its stream, which is a little after the last token
+    assert summary["e2e_s"]["mean"] == pytest.approx(told["mean_e2e_latency_ms"] * 1e-3, rel=1e-3)
+    assert summary["tpot_s"]["mean"] == pytest.approx(told["mean_tpot_ms"] * 1e-3, rel=1e-3)
+    assert open_trace(str(path)).input_tokens.tolist() == told["input_lens"]
