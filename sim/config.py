@@ -256,6 +256,18 @@ class SimConfig:
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
 
+    def require_apart(self, what: str) -> None:
+        """Refuse colocated instances where nobody has a rule for them.
+
+        Raises:
+            VoltanaError: There are some.
+        """
+        if self.num_colocated is not None:
+            raise VoltanaError(
+                f"{what} is of fleets with their phases apart, got num_colocated="
+                f"{self.num_colocated}: leave it out"
+            )
+
     @property
     def mixed_profiles(self) -> dict[Phase, list[str]]:
         """By phase the profile of each instance, for phases that have their own."""

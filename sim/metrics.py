@@ -219,7 +219,12 @@ def _ratio(amount: float, per: float) -> float:
 
 
 def _energy(record: RunRecord) -> dict[str, float]:
-    """Energy by part: busy by phase + idle (+ away, + hosts) = total, exactly these sums."""
+    """Energy by part: busy by phase + idle (+ away, + hosts) = total, exactly these sums.
+
+    NaN without any instance: a client's record, which no meter took part in.
+    """
+    if not record.instances:
+        return dict.fromkeys(_ENERGIES, float("nan"))
     busy = {"prefill": 0.0, "decode": 0.0, "colocated": 0.0}
     for instance in record.instances:
         busy[instance.phase] += instance.busy_energy_j
@@ -238,6 +243,11 @@ def _energy(record: RunRecord) -> dict[str, float]:
         **({"away_energy_j": away} if record.settings.get("scaler") is not None else {}),
         **({} if host_w is None else {"host_energy_j": host}),
     }
+
+
+_ENERGIES = (
+    "energy_j", "energy_busy_window_j", "prefill_energy_j", "decode_energy_j", "idle_energy_j",
+)  # fmt: skip
 
 
 def _reuse(record: RunRecord) -> dict[str, float]:

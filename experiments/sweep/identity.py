@@ -47,8 +47,8 @@ _OF_BOUND: Final = tuple(
 )
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
-    "active_decode", "aim_ratio", "predictor", "predictor_scale", "predictor_power_scale",
-    "predictor_power_clock_error", "scaler",
+    "active_decode", "active_colocated", "aim_ratio", "predictor", "predictor_scale",
+    "predictor_power_scale", "predictor_power_clock_error", "scaler",
 )  # fmt: skip
 """Of a configuration: what a policy is and what it believes."""
 

@@ -71,12 +71,18 @@ def prometheus(directory: Path, target: str) -> Iterator[str]:
         process.wait(LIMIT_S)
 
 
+async def samples(client: aiohttp.ClientSession, url: str, query: str) -> list[dict[str, Any]]:
+    """What Prometheus answers."""
+    async with client.get(f"{url}/api/v1/query", params={"query": query}) as answer:
+        told = await answer.json()
+    assert told["status"] == "success", (query, told)
+    found: list[dict[str, Any]] = told["data"]["result"]
+    return found
+
+
 async def ask(client: aiohttp.ClientSession, url: str, query: str) -> list[float]:
     """The values that are there."""
-    async with client.get(f"{url}/api/v1/query", params={"query": query}) as answer:
-        told: dict[str, Any] = await answer.json()
-    assert told["status"] == "success", (query, told)
-    values = [float(sample["value"][1]) for sample in told["data"]["result"]]
+    values = [float(sample["value"][1]) for sample in await samples(client, url, query)]
     return [value for value in values if not math.isnan(value)]
 
 
@@ -111,6 +117,9 @@ def test_every_query_finds_something_in_a_service_under_load(tmp_path: Path) -> 
                     fleet.decode[0].abort_after = 3  # some fail, for the panel that says why
                     await asyncio.sleep(SCRAPES_S)
                     found = {name: await ask(client, url, q) for name, q in queries().items()}
+                    clocks = await samples(client, url, "voltana_clock_mhz")
+                    labels = {(x["metric"]["phase"], x["metric"]["instance"]) for x in clocks}
+                    assert labels == {("prefill", "0"), ("decode", "0"), ("decode", "1")}
                     for task in loads:
                         task.cancel()
                     return found

@@ -226,3 +226,18 @@ def test_what_was_killed_together_with_its_watchdog_is_given_back_at_the_next_st
     assert standin["locked_mhz"] == 1005
     with actuator_process(standin, tmp_path / "s", "--restore-first"):
         assert standin["locked_mhz"] == 0
+
+
+def test_told_together_with_its_watchdog_it_ends_in_order(standin: Standin, tmp_path: Path) -> None:
+    """As systemd ends a unit: whoever comes second has nothing left to do, and nothing to say."""
+    with actuator_process(standin, tmp_path / "s") as process:
+        client = ActuatorClient(tmp_path / "s", [0])
+        locked(standin, client, 1005)
+        (watchdog,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        os.kill(int(watchdog), signal.SIGTERM)
+        assert eventually(lambda: standin["locked_mhz"] == 0)
+        process.terminate()
+        assert process.wait(60) == 128 + signal.SIGTERM
+        assert process.stderr is not None
+        assert "Traceback" not in process.stderr.read()
+        client.close()

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import json
+import re
+import subprocess
+import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+import tomli_w
 
+from tests.hwreplay.actuator.conftest import actuator_process, eventually
+from tests.hwreplay.agent.test_agent import SMALL, voice  # noqa: F401 (fixture)
+from tests.hwreplay.engine_voice import EngineVoice, repeating
+from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
+from tests.profiles.device.standin import ROOT, Standin
 from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.hwreplay.agent.energy_meter import EnergyMeter
 from voltana.hwreplay.agent.make import make_meter
@@ -135,6 +148,59 @@ def test_a_reading_counts_as_of_its_change_and_an_exporter_may_be_started_again(
         assert meter.read_ns > read_ns
     finally:
         meter.close()
+
+
+@pytest.mark.slow
+def test_a_sidecar_without_a_driver_counts_energy_and_sets_clocks_by_uuid(
+    exporter: Exporter,
+    standin: Standin,  # noqa: F811
+    tmp_path: Path,
+    voice: EngineVoice,  # noqa: F811
+) -> None:
+    """As in deploy/kubernetes/agent.yaml: its cards stand in a file, the actuator is the node's."""
+    (tmp_path / "uuids").write_text(standin.cards[0].uuid + "\n")
+    exporter.text = exporter.text.replace(FIRST, standin.cards[0].uuid)
+    page, text = exporter, exporter.text
+    serve = {
+        "actuator": str(tmp_path / "actuator"),
+        "gpus": {"decode": [str(tmp_path / "uuids")]},
+        "dcgm": exporter.url,
+    }
+    whole = {
+        "simulate": {"controller": "ecofreq"},
+        "fleet": {"decode": [{"metrics": voice.address}]},
+        "serve": serve,
+    }
+    file, log = tmp_path / "fleet.toml", tmp_path / "log"
+    file.write_text(tomli_w.dumps(whole))
+    command = [sys.executable, "-m", "voltana.experiments.cli", "agent", str(file), "--act"]
+    batch, tokens = SMALL
+    say = partial(voice.say, num_decode_requests=batch, sum_decode_kv_tokens=tokens)
+
+    def energy_j() -> float | None:
+        """None while there is no meter, or no page yet."""
+        if not (line := log.read_text().partition("\n")[0]):
+            return None
+        with urllib.request.urlopen(json.loads(line)["metrics"]) as answer:
+            text = answer.read().decode()
+        found = re.findall(r"^voltana_energy_joules_total.* (\S+)$", text, re.MULTILINE)
+        return float(found[0]) if found else None
+
+    with (
+        actuator_process(standin, tmp_path / "actuator"),
+        log.open("wb") as out,
+        repeating(say, 0.05),
+    ):
+        agent = subprocess.Popen([*command, "--port", "0"], cwd=ROOT, stderr=out)  # no cards here
+        try:
+            assert eventually(lambda: standin["locked_mhz"] == 1005)
+            assert eventually(lambda: energy_j() == 0.0)
+            page.text = text.replace("5551899580", "5551999580")
+            assert eventually(lambda: energy_j() == pytest.approx(100.0))
+        finally:
+            agent.terminate()
+            assert agent.wait(60) == 0
+        assert standin["locked_mhz"] == 0
 
 
 def test_an_agent_without_a_driver_asks_by_uuid(exporter: Exporter) -> None:
