@@ -20,6 +20,7 @@ from typing import Any, Literal
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, serving_settings
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
@@ -83,6 +84,12 @@ class SimConfig:
         "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
         " sum of parts",
     )
+    prefill_profiles: str | None = _key(
+        None,
+        "a profile for each prefill instance, joined by +, as h100-sxm/llama-3.1-8b*2+NAME; none ="
+        " profile for all",
+    )
+    decode_profiles: str | None = _key(None, "the same of decode instances")
     controller: str = _key("ecofreq", "frequency controller of both phases")
     prefill_controller: str | None = _key(None, "overrides controller in prefill")
     decode_controller: str | None = _key(None, "overrides controller in decode")
@@ -107,6 +114,10 @@ class SimConfig:
     clock_stall_s: float = _key(
         0.0, "how long a busy GPU stands still at a clock change; an instance's GPUs one by one"
     )
+    power_cap_w: float | None = _key(
+        None, "power limit of a GPU, whose own controller then lowers the clock; none = none"
+    )
+    power_cap_time_s: float = _key(0.1, "time constant of that controller; 0: at once")
     host_power_w: float | None = _key(
         None,
         "what an instance's share of its host draws (CPU, memory, network), always; none = only"
@@ -213,6 +224,7 @@ class SimConfig:
         if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
             raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
         self._check_fleet()
+        _ = self.mixed_profiles
         for name in _NOT_SCALED:
             if self.is_scaled and getattr(self, name):
                 raise VoltanaError(
@@ -257,6 +269,19 @@ class SimConfig:
             )
 
     @property
+    def mixed_profiles(self) -> dict[Phase, list[str]]:
+        """By phase the profile of each instance, for phases that have their own."""
+        told: dict[Phase, tuple[str | None, int]] = {
+            PREFILL: (self.prefill_profiles, self.num_prefill),
+            DECODE: (self.decode_profiles, self.num_decode),
+        }
+        return {
+            phase: _listed(text, f"{phase}_profiles", count)
+            for phase, (text, count) in told.items()
+            if text is not None
+        }
+
+    @property
     def is_scaled(self) -> bool:
         """Whether instances may leave service, or share a power budget."""
         return self.scaler is not None or self.budget_w is not None
@@ -291,10 +316,26 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+def _listed(text: str, key: str, count: int) -> list[str]:
+    """The names in "A*2+B", as many as there are instances."""
+    names: list[str] = []
+    for part in text.split("+"):
+        name, _, times = part.partition("*")
+        if not name.strip() or not (times or "1").strip().isdigit():
+            raise VoltanaError(f"{key} must be NAME or NAME*COUNT, joined by +, got {text!r}")
+        names += [name.strip()] * int(times or 1)
+    if len(names) != count:
+        raise VoltanaError(f"{key} must name {count} instances, got {len(names)} in {text!r}")
+    return names
+
+
 _NOT_SCALED = (
+    "prefill_profiles", "decode_profiles",
     "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
 )  # fmt: skip
 _OF_PHASES = (
+    "power_cap_w",
+    "prefill_profiles", "decode_profiles",
     "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
 )  # fmt: skip
 _POSITIVE = (
@@ -304,12 +345,13 @@ _POSITIVE = (
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
-    "timeline_interval_s", "timeline_max_samples", "budget_w",
+    "timeline_interval_s", "timeline_max_samples", "budget_w", "power_cap_w",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
     "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w", "num_prefill", "num_decode", "mixed_overlap_frac",
+    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode",
+    "mixed_overlap_frac",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))

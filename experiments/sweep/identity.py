@@ -79,8 +79,9 @@ def bound_key(config: SimConfig, attainment: float) -> str:
 
 def _world(config: SimConfig) -> tuple[str, str, list[str]]:
     """What every policy meets: the program, the profile, and the trace if there is one."""
+    names = [config.profile, *(n for of in config.mixed_profiles.values() for n in of)]
     try:
-        profile = cached_profile(config.profile).content_hash
+        profile = "\n".join(cached_profile(name).content_hash for name in names)
     except VoltanaError as error:
         profile = str(error)
     requests = Path(config.workload if config.trace is None else config.trace)

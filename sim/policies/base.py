@@ -148,8 +148,7 @@ class InstanceState:
     num_running: int = 0
     """Requests in the running batch; at a decision, in the one about to run. So is `kv_tokens`."""
     effective_batch_size: float = 0.0
-    """Prefill: number of equal prompts with the same attention work (NOMENCLATURE.md); 0 if it is
-    not known."""
+    """Prefill: number of equal prompts with the same attention work (NOMENCLATURE.md), or 0."""
     chunk_requests: int = 0
     """Colocated: requests whose prompts the iteration about to run computes, whole or in part."""
     chunk_tokens: int = 0
@@ -384,9 +383,10 @@ class PolicyContext:
     def share(self, name: str, make: Callable[[], T]) -> T:
         """One object of that name for the whole run; without a cluster, one for this caller.
 
-        It saves many policies from computing the same thing, so it must not depend on the caller.
+        It saves many policies from computing the same thing; only on the profile may it depend.
         """
-        return self.cluster.share(name, make) if self.cluster is not None else make()
+        of = self.cluster
+        return make() if of is None else of.share(f"{self.profile_hash} {name}", make)
 
     def observe_cluster(self, policy: str) -> Cluster:
         """The cluster, for a policy that needs it.

@@ -31,7 +31,7 @@ from voltana.sim.policies.controllers import (
     throttllm,
 )
 from voltana.sim.policies.reconstructed import greenllm, kairos, miad, rapid
-from voltana.sim.policies.routers import consolidate, ecoroute, packing, prefix, simple
+from voltana.sim.policies.routers import consolidate, ecoroute, mixed, packing, prefix, simple
 from voltana.sim.policies.routers.kairos import KairosRouter
 from voltana.sim.policies.scalers import dualscale as placement
 from voltana.sim.policies.scalers import load
@@ -133,6 +133,8 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "latency-headroom": _shipped(packing.LatencyHeadroom, "published"),
     "min-delta-energy": _shipped(packing.MinDeltaEnergy, "published"),
     "least-added-power": _shipped(packing.LeastAddedPower),
+    "least-time": _shipped(mixed.LeastTime),
+    "least-energy": _shipped(mixed.LeastEnergy),
     "kairos": _shipped(KairosRouter, "published"),
     "length-split": _shipped(greenllm.LengthSplit, "invented"),
     "mdp": _shipped(MdpRouter),
