@@ -3,7 +3,7 @@
 Stub servers, router and client are three processes on one machine; the same arrivals are sent
 directly and through the router in turns, so that a drift of the machine hits both. Run alone:
 
-    python benchmarks/router_overhead.py --rate 200 --seconds 15 --output-tokens 8
+    python -m benchmarks.router_overhead --rate 200 --seconds 15 --output-tokens 8
 
 Direct means what the router does, done by the client: the same body to a prefill and a decode
 server, the stream read from decode. The servers stamp each piece with when the later of both was
@@ -11,7 +11,8 @@ asked and when they wrote it, so that each request's way there and back is known
 servers took, whose batches differ from run to run. Requests are paired by their arrival.
 
 The router has the feeds of a replay: it follows each server's metrics, tells an agent an instance
-of every step, and takes their reports.
+of every step, and takes their reports. With --service it is `voltana serve`, whose agents are real
+and whose access log is written.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ import tomli_w
 import uvloop
 import zmq
 
+from tests.hwreplay.stub_worker import VOCAB_SIZE
 from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.events import topic_of
 from voltana.sim.policies.base import Phase
@@ -186,6 +188,10 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
         )  # fmt: skip
         async with process(*stub, stream="stdout") as (line, stub_pid):
             fleet = json.loads(line)
+            if arguments.service:
+                async with service(Path(folder), fleet, arguments.router) as (url, pid):
+                    yield Deployment(fleet, url, pid, stub_pid)
+                return
             config = {
                 "fleet": fleet,
                 "simulate": {"router": arguments.router},
@@ -201,6 +207,44 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
                 yield Deployment(fleet, line.split()[-1], router_pid, stub_pid)
                 reports.cancel()
                 agents.close()
+
+
+@asynccontextmanager
+async def service(
+    folder: Path, fleet: dict[str, Any], policy: str
+) -> AsyncIterator[tuple[str, int]]:
+    """`voltana serve`; gives its address and its router's process."""
+    whole = {
+        "simulate": {"router": policy, "controller": "ecofreq", "prefill_metrics": "after"},
+        "fleet": fleet,
+        "router": {"port": 0, "vocab_size": VOCAB_SIZE},
+        "serve": {"power_w": 100.0},
+    }
+    path, log = folder / "fleet.toml", folder / "service.log"
+    path.write_text(tomli_w.dumps(whole))
+    with log.open("wb") as out:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-m",
+            "voltana.experiments.cli",
+            "serve",
+            str(path),
+            cwd=ROOT,
+            stderr=out,
+        )
+    try:
+        while not (up := re.search(r'"event":"serving","url":"([^"]+)"', log.read_text())):
+            assert child.returncode is None, log.read_text()
+            await asyncio.sleep(0.1)
+        parts = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+        router = [
+            int(pid) for pid in parts
+            if b"voltana.hwreplay.router" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        ]  # fmt: skip
+        yield up[1], router[0]
+    finally:
+        child.terminate()
+        await child.wait()
 
 
 async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -279,6 +323,7 @@ def main() -> None:
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=2)
     parser.add_argument("--router", default="ecoroute")
+    parser.add_argument("--service", action="store_true", help="measure voltana serve")
     parser.add_argument("--seed", type=int, default=1)
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         print(json.dumps(runner.run(measure(parser.parse_args())), indent=1, default=float))

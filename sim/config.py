@@ -87,6 +87,12 @@ class SimConfig:
     prefill_controller: str | None = _key(None, "overrides controller in prefill")
     decode_controller: str | None = _key(None, "overrides controller in decode")
     router: str = _key("ecoroute", "router")
+    scaler: str | None = _key(
+        None, "who sends instances away and wakes them; none = all serve all the time"
+    )
+    budget_w: float | None = _key(
+        None, "what the whole fleet may draw, hosts aside, kept by a ceiling on clocks; none = any"
+    )
     slo_ttft_s: float = _key(0.6, "promise: time to first token")
     slo_itl_s: float = _key(0.06, "promise: time between tokens")
     aim_ratio: float | None = _key(
@@ -207,6 +213,12 @@ class SimConfig:
         if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
             raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
         self._check_fleet()
+        for name in _NOT_SCALED:
+            if self.is_scaled and getattr(self, name):
+                raise VoltanaError(
+                    f"{name} is not for a fleet that scales, got {name}={getattr(self, name)} "
+                    f"beside scaler={self.scaler}, budget_w={self.budget_w}: leave it out"
+                )
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -231,6 +243,23 @@ class SimConfig:
                     f"{key} is of a fleet with its phases apart, got {key}={getattr(self, key)} "
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
+
+    def require_apart(self, what: str) -> None:
+        """Refuse colocated instances where nobody has a rule for them.
+
+        Raises:
+            VoltanaError: There are some.
+        """
+        if self.num_colocated is not None:
+            raise VoltanaError(
+                f"{what} is of fleets with their phases apart, got num_colocated="
+                f"{self.num_colocated}: leave it out"
+            )
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether instances may leave service, or share a power budget."""
+        return self.scaler is not None or self.budget_w is not None
 
     @property
     def prefill_controller_spec(self) -> str:
@@ -262,6 +291,9 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_NOT_SCALED = (
+    "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
+)  # fmt: skip
 _OF_PHASES = (
     "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
 )  # fmt: skip
@@ -272,7 +304,7 @@ _POSITIVE = (
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
-    "timeline_interval_s", "timeline_max_samples",
+    "timeline_interval_s", "timeline_max_samples", "budget_w",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",

@@ -115,7 +115,6 @@ class Fleet:
         self.decode += [self._make_decode(i, COLOCATED) for i in range(config.num_colocated or 0)]
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
-        # the first ones, so that a position is an index of the fleet too
         self._routed_decode = self._decode_states[: config.active_colocated or config.active_decode]
         self._routed_prefill = self._prefill_states[: config.active_prefill] or self._routed_decode
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
@@ -234,10 +233,11 @@ class Fleet:
             output_tokens if self._length_oracle else None,
             request.prompt,
         )
-        prefill_id, decode_id = route(self._router, view, self._routed_prefill, self._routed_decode)
+        at_prefill, at = route(self._router, view, self._routed_prefill, self._routed_decode)
         if self._is_colocated:
-            prefill_id = decode_id
-        request.prefill_id, request.decode_id = prefill_id, decode_id
+            at_prefill = at
+        request.prefill_id = prefill_id = self._routed_prefill[at_prefill].instance_id
+        request.decode_id = decode_id = self._routed_decode[at].instance_id
         self._log.assign(request)
         self._decode_states[decode_id].open_requests += 1
         if self._is_colocated:

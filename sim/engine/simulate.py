@@ -15,12 +15,13 @@ from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import ExactLog, RunLog
 from voltana.sim.engine.logs.sketched import RowSpill, SketchLog
 from voltana.sim.engine.reuse.sessions import Sessions
+from voltana.sim.engine.scaling.fleet import ScaledFleet
 from voltana.sim.engine.simpy_agenda import SimpyAgenda
 from voltana.sim.memory import MOST_WAITING, max_requests, watch_backlog
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
 
-CLOCKLESS: Final = ("static", "boost")
+CLOCKLESS: Final = ("static", "boost", "base")
 """Controllers that a profile of one clock serves as well as one of many."""
 
 
@@ -85,7 +86,8 @@ def _fleet(
         log = Sessions(whole, log)
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
-    return Fleet(config, profile, parts, log, agenda=agenda)
+    make = ScaledFleet if config.is_scaled else Fleet
+    return make(config, profile, parts, log, agenda=agenda)
 
 
 def _require_clocks(config: SimConfig, profile: Profile) -> None:

@@ -28,6 +28,10 @@ PREFILL: Final = "prefill"
 DECODE: Final = "decode"
 COLOCATED: Final = "colocated"
 
+PowerState = Literal["awake", "draining", "falling", "waking", "parked", "asleep", "stopped"]
+"""In service; ending what it has; on the way out, or back; out of service (profiles/states.py)."""
+AWAKE: Final = "awake"
+
 ATTAINMENT_TARGET: Final = 0.99
 """Share of requests and gaps that has to be within the promise (NOMENCLATURE.md)."""
 UNLOCKED_MHZ: Final = 0
@@ -161,6 +165,16 @@ class InstanceState:
     kv_tokens: int = 0
     """KV-cache tokens in use on this instance."""
     kv_capacity_tokens: int = 0
+    finished_requests: int = 0
+    """Decode: requests that have got their last token here, since the start of the run."""
+    finished_tokens: int = 0
+    """Decode: the output tokens of these."""
+    power_state: PowerState = AWAKE
+    """Whether it is in service; only instances that are get new requests."""
+    base_mhz: int = 0
+    """Clock that a scaler has chosen for it; 0 if none has."""
+    ceiling_mhz: int = 0
+    """Highest clock that the fleet's power budget leaves it; 0 without a budget."""
     energy_j: float = 0.0
     """Energy counter of the instance's GPUs, from 0 at the start of the run."""
     is_healthy: bool = True
