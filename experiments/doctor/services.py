@@ -155,7 +155,13 @@ def find_ports() -> list[Finding]:
 
 
 def find_port(host: str, port: int, name: str) -> Finding:
-    """Whether it can be bound."""
+    """Whether it can be bound.
+
+    Args:
+        host: Address.
+        port: On it.
+        name: Of the finding.
+    """
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

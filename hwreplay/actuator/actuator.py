@@ -347,19 +347,35 @@ def _check_directory(directory: Path) -> None:
 def _remove_stale(path: Path) -> None:
     """Remove the socket of an actuator that was killed; refuse anything else that is there."""
     try:
-        mode = path.lstat().st_mode
+        found = path.lstat()
     except OSError:
         return  # nothing there; a path that is wrong in another way fails at bind
+    if stat.S_ISSOCK(found.st_mode) and _is_refused(path, found.st_uid):
+        path.unlink()
+        return
+    raise VoltanaError(f"the socket's path must be free, {path} is in use: name another path")
+
+
+def _is_refused(path: Path, owner_uid: int) -> bool:
+    """Whether nobody listens there any more.
+
+    Root that was stripped of CAP_DAC_OVERRIDE, as in a container, may open only what is its own.
+    """
     with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as probe:
         try:
-            probe.connect(str(path))
+            try:
+                probe.connect(str(path))
+            except PermissionError:
+                os.chown(path, os.geteuid(), -1, follow_symlinks=False)
+                try:
+                    probe.connect(str(path))
+                finally:
+                    os.chown(path, owner_uid, -1, follow_symlinks=False)
         except ConnectionRefusedError:
-            if stat.S_ISSOCK(mode):
-                path.unlink()
-                return
+            return True
         except OSError:
-            pass
-    raise VoltanaError(f"the socket's path must be free, {path} is in use: name another path")
+            return False
+    return False
 
 
 def _raise_exit(signum: int, frame: FrameType | None) -> None:

@@ -187,12 +187,10 @@ def _gaps(requests: list[Request]) -> tuple[Any, Any, bool]:
     are_single = True
     for request in requests:
         pieces = 0 if request.is_failed else int(request.output_tokens) - 1
-        if pieces <= 0:
-            continue
         if len(request.gaps_s):
             gaps += request.gaps_s
             counts += [1] * len(request.gaps_s)
-        else:
+        elif pieces > 0:
             are_single = False
             gaps.append((request.latency_s - request.ttft_s) / pieces)
             counts.append(pieces)

@@ -284,7 +284,8 @@ def _event(path: str, job: Job, count: int) -> dict[str, Any]:
         return {"text": "", "output_ids": [count], "meta_info": meta}
     choice: dict[str, Any] = {"index": 0, "finish_reason": reason and "length"}
     choice |= {"delta": {"content": "x"}} if path == CHAT else {"text": "x"}
-    event: dict[str, Any] = {"id": "stub", "object": "chunk", "model": "stub", "choices": [choice]}
+    kind = "chat.completion.chunk" if path == CHAT else "text_completion"
+    event: dict[str, Any] = {"id": "stub", "object": kind, "model": "stub", "choices": [choice]}
     if reason is not None:
         event["usage"] = _usage(job)
     return event
@@ -312,7 +313,8 @@ def _whole(path: str, job: Job) -> dict[str, Any]:
     if job.has_logprobs:
         choice["logprobs"] = told
     return {
-        "id": "stub", "object": "whole", "model": "stub", "choices": [choice], "usage": _usage(job)
+        "id": "stub", "object": "chat.completion" if path == CHAT else "text_completion",
+        "model": "stub", "choices": [choice], "usage": _usage(job),
     }  # fmt: skip
 
 

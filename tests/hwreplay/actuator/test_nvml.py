@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.hwreplay.actuator.conftest import actuator_process, beating, eventually
-from tests.profiles.device.standin import Standin
+from tests.profiles.device.standin import ROOT, Standin
 from voltana.hwreplay.actuator.client import ActuatorClient, ActuatorLostError
 from voltana.hwreplay.messages.actuation import Status
 from voltana.profiles.common.errors import VoltanaError
@@ -241,3 +242,24 @@ def test_told_together_with_its_watchdog_it_ends_in_order(standin: Standin, tmp_
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
         client.close()
+
+
+def test_with_the_rights_of_its_container_alone_it_starts_again_after_a_kill(
+    standin: Standin, tmp_path: Path
+) -> None:
+    """Root without CAP_DAC_OVERRIDE may not open the stale socket, which is another user's."""
+    if os.geteuid() or shutil.which("setpriv") is None:
+        pytest.skip("root and setpriv are needed")
+    rights = ("setpriv", "--no-new-privs", "--bounding-set=-all,+sys_admin,+chown")
+    command = [*rights, sys.executable, "-m", "voltana.hwreplay.actuator", str(tmp_path / "s")]
+    command += ["--gpu", "all", "--uid", "990", "--restore-first", "--allow-writable-code"]
+    for _ in range(2):
+        process = subprocess.Popen(
+            command, env=standin.env, cwd=ROOT, stderr=subprocess.PIPE, text=True
+        )
+        assert process.stderr is not None
+        assert "listening on" in process.stderr.readline()
+        assert (tmp_path / "s").stat().st_uid == 990
+        process.kill()
+        process.wait()
+        process.stderr.close()

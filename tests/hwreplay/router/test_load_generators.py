@@ -49,7 +49,7 @@ def load_dataset(*_, **__):
 
 async def call(command: Sequence[str], environment: Mapping[str, str], folder: Path) -> None:
     process = await asyncio.create_subprocess_exec(
-        *command, cwd=folder, env=os.environ | environment | {"HF_HUB_OFFLINE": "1"},
+        *command, cwd=folder, env=os.environ | environment,
         stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
     )  # fmt: skip
     try:
@@ -131,13 +131,15 @@ def test_guidellm(tmp_path: Path) -> None:
         await call([str(python), "-c", MAKE_TOKENIZER, "tokenizer"], {}, tmp_path)
         async with bench(1, 2, times=TIMES) as b:
             await call(
-                [program, "benchmark", "run", "--target", b.url, "--model", "stub",
-                 "--processor", str(tmp_path / "tokenizer"), "--profile", "concurrent",
-                 "--rate", "2", "--max-requests", str(REQUESTS),
-                 "--data", f"prompt_tokens=20,output_tokens={OUTPUT_TOKENS}",
-                 "--output-dir", str(tmp_path / "out"), "--outputs", "json"],
+                [program, "run", "--backend", f"kind=openai_http,target={b.url},model=stub",
+                 "--tokenizer", f"kind=hf_auto,model={tmp_path / 'tokenizer'}",
+                 "--profile", "kind=concurrent,streams=2",
+                 "--constraint", f"kind=max_requests,count={REQUESTS}",
+                 "--data", f"kind=synthetic_text,prompt_tokens=20,output_tokens={OUTPUT_TOKENS}",
+                 "--output", f"kind=json,path={tmp_path / 'benchmarks.json'}",
+                 "--disable-console"],
                 {}, tmp_path,
             )  # fmt: skip
-            check(tmp_path / "out")
+            check(tmp_path / "benchmarks.json")
 
     asyncio.run(play())

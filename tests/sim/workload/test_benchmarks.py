@@ -150,6 +150,22 @@ def test_what_the_programs_wrote() -> None:
     assert summary["itl_attainment"] == pytest.approx(3 / 6)
 
 
+def test_guidellms_own_numbers() -> None:
+    """guidellm 0.8.1 against stub servers: its means of the very requests that are read."""
+    path = REAL / "benchmarks.json"
+    told = json.loads(path.read_text())["benchmarks"][0]["metrics"]
+    record = record_of(path)
+    summary = summarise(record)
+    assert record.settings["token_gaps"] == "mean of each request"
+    for ours, theirs in (("ttft_s", "time_to_first_token_ms"), ("itl_s", "inter_token_latency_ms")):
+        own = told[theirs]["successful"]
+        assert summary[ours]["mean"] == pytest.approx(own["mean"] * 1e-3, rel=1e-9)
+    assert summary["gaps_total"] == told["inter_token_latency_ms"]["successful"]["count"] == 40
+    # it ends a request with its stream, which is up to 2 ms after the last token here
+    own = told["request_latency"]["successful"]["mean"]
+    assert own - 0.002 < summary["e2e_s"]["mean"] < own
+
+
 def test_the_programs_own_means() -> None:
     """bench_serving 0.5.23 against stub servers: its summary of the very lists that are read."""
     path = REAL / "bench_serving_details.jsonl"
