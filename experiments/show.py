@@ -74,6 +74,10 @@ def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:
         ("both, per request", f"{100 * summary['attainment']:.2f} %"),
         ("goodput", f"{summary['goodput_rps']:.2f} requests/s"),
     ]  # fmt: skip
+    if "away_energy_j" in summary:
+        rows.append(("  + out of service", f"{summary['away_energy_j']:,.0f} J"))
+        share = f"{100 * summary['in_service_share']:.1f} %, {summary['wake_ups']} wake-ups"
+        rows.append(("instances in service", share))
     if "host_energy_j" in summary:
         rows.append(("of it hosts", f"{summary['host_energy_j']:,.0f} J"))
     if "cached_share" in summary:

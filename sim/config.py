@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
-from voltana.profiles.places import SERVING, serving_settings
+from voltana.profiles.places import SERVING, listed_profiles, serving_settings
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
@@ -256,17 +256,18 @@ class SimConfig:
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
 
-    def require_apart(self, what: str) -> None:
-        """Refuse colocated instances where nobody has a rule for them.
+    def require_plain(self, what: str) -> None:
+        """Refuse what only a simulation knows, where nobody else has a rule for it.
 
         Raises:
-            VoltanaError: There are some.
+            VoltanaError: There is some.
         """
-        if self.num_colocated is not None:
-            raise VoltanaError(
-                f"{what} is of fleets with their phases apart, got num_colocated="
-                f"{self.num_colocated}: leave it out"
-            )
+        for key in _SIMULATED:
+            if (got := getattr(self, key)) is not None:
+                raise VoltanaError(
+                    f"{what} is of fleets with their phases apart, all serving, on like cards: "
+                    f"leave out {key}, got {got}"
+                )
 
     @property
     def mixed_profiles(self) -> dict[Phase, list[str]]:
@@ -276,7 +277,7 @@ class SimConfig:
             DECODE: (self.decode_profiles, self.num_decode),
         }
         return {
-            phase: _listed(text, f"{phase}_profiles", count)
+            phase: listed_profiles(text, f"{phase}_profiles", count)
             for phase, (text, count) in told.items()
             if text is not None
         }
@@ -316,19 +317,9 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _listed(text: str, key: str, count: int) -> list[str]:
-    """The names in "A*2+B", as many as there are instances."""
-    names: list[str] = []
-    for part in text.split("+"):
-        name, _, times = part.partition("*")
-        if not name.strip() or not (times or "1").strip().isdigit():
-            raise VoltanaError(f"{key} must be NAME or NAME*COUNT, joined by +, got {text!r}")
-        names += [name.strip()] * int(times or 1)
-    if len(names) != count:
-        raise VoltanaError(f"{key} must name {count} instances, got {len(names)} in {text!r}")
-    return names
-
-
+_SIMULATED = (
+    "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
+)  # fmt: skip
 _NOT_SCALED = (
     "prefill_profiles", "decode_profiles",
     "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",

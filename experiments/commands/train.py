@@ -94,7 +94,7 @@ def train_mdp(
     if decode is not None:
         values["num_decode"] = decode
     trained = make_config(values, where=str(config) if config else "command line")
-    trained.require_apart("training")
+    trained.require_plain("training")
     plan = TrainingPlan(
         config=trained,
         rates_rps=tuple(sorted(set(rate))),

@@ -15,6 +15,7 @@ from tests.sim.engine.test_coalescing import assert_same, busy_rows, crooked
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.states import PowerStates, StateMeta
+from voltana.sim.config import make_config
 from voltana.sim.policies.registry import SCALERS
 
 DRIVERS = ("reference", "coalesced")
@@ -248,3 +249,14 @@ def test_what_does_not_scale_is_refused(halves: Profile) -> None:
     for key in ("active_prefill", "prefix_cache_tokens"):
         with pytest.raises(VoltanaError, match=f"{key} is not for a fleet that scales"):
             run(halves, make_requests((0.0, 4, 4)), scaler="scale-to-load", **{key: 1})
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"scaler": "dynamo"}, {"budget_w": 900.0}, {"decode_profiles": "a*2"}, {"power_cap_w": 300.0}],
+)
+def test_what_only_a_simulation_knows_is_refused_elsewhere(settings: dict[str, Any]) -> None:
+    key = next(iter(settings))
+    with pytest.raises(VoltanaError, match=f"a replay is of fleets .* leave out {key}"):
+        make_config(settings).require_plain("a replay")
+    make_config({}).require_plain("a replay")
