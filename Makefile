@@ -99,7 +99,7 @@ fast-bench: $(FAST_STAMP)
 
 # The wheel as a user has it, on every Python that is here: built, installed with what it needs, and
 # run in an empty folder.
-PYTHONS ?= $(foreach v,3.11 3.12 3.13 3.14,$(shell command -v python$(v)))
+PYTHONS ?= $(foreach v,3.11 3.12 3.13 3.14,$(shell python$(v) -c "" 2>/dev/null && echo python$(v)))
 
 wheel-test: $(STAMP)
 	rm -rf .wheel && mkdir .wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .wheel .

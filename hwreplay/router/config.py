@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import math
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,6 +17,8 @@ from voltana.sim.config import SimConfig, make_config, read_toml
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 LOOPBACK: Final = "127.0.0.1"
+BACKLOG: Final = 1024
+"""Connections that wait to be taken."""
 BOOTSTRAP_PORT: Final = 8998
 """SGLang's default."""
 
@@ -68,6 +71,8 @@ class RouterConfig:
     """Address to listen on; beyond this machine give it a token."""
     port: int = 8000
     """0 takes a free one."""
+    listen_fd: int | None = None
+    """Listening socket that its parent has opened at that address: it outlives this process."""
     token: str | None = field(default=None, repr=False)
     """Bearer token that every request but /health must carry; none = open."""
     events: str | None = None
@@ -204,6 +209,19 @@ def read_router_config(path: Path, *, token: str | None = None) -> RouterConfig:
         token=token,
         **read_limits(table(data, "router", where), where),
     )
+
+
+def open_listener(host: str, port: int) -> socket.socket:
+    """A socket that listens.
+
+    Raises:
+        VoltanaError: The address cannot be bound.
+    """
+    try:
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise VoltanaError(f"the router cannot listen on {host}:{port}: {error.strerror}") from None
 
 
 def read_token(path: Path | None) -> str | None:

@@ -8,6 +8,7 @@ import gc
 import hmac
 import logging
 import signal
+import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from http import HTTPStatus
@@ -21,7 +22,7 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.log_lines import say, start_log
 from voltana.hwreplay.router.admission import Admission, read_body
 from voltana.hwreplay.router.body import PATHS, BadRequestError, parse_body
-from voltana.hwreplay.router.config import RouterConfig
+from voltana.hwreplay.router.config import BACKLOG, RouterConfig, open_listener
 from voltana.hwreplay.router.errors import (
     ClientGoneError,
     PassedError,
@@ -342,13 +343,12 @@ async def serve_router(
     )
     await runner.setup()
     try:
-        site = web.TCPSite(runner, config.host, config.port, backlog=1024)
-        try:
-            await site.start()
-        except OSError as error:
-            raise VoltanaError(
-                f"the router cannot listen on {config.host}:{config.port}: {error.strerror}"
-            ) from None
+        listener = (
+            open_listener(config.host, config.port)
+            if config.listen_fd is None
+            else socket.socket(fileno=config.listen_fd)
+        )
+        await web.SockSite(runner, listener, backlog=BACKLOG).start()
         ended, hurry = asyncio.Event(), asyncio.Event()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):

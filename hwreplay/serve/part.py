@@ -40,7 +40,12 @@ class Part:
 
     @classmethod
     async def start(
-        cls, name: str, command: Sequence[str], environment: Mapping[str, str], log_level: str
+        cls,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log_level: str,
+        pass_fds: Sequence[int] = (),
     ) -> Part:
         """Start a command.
 
@@ -49,6 +54,7 @@ class Part:
             command: Program and arguments.
             environment: The whole of it.
             log_level: Least level of its lines.
+            pass_fds: Open files that it inherits, by their numbers.
         """
         process = await asyncio.create_subprocess_exec(
             *command,
@@ -58,6 +64,7 @@ class Part:
             start_new_session=True,  # Ctrl-C is for the service, which ends its parts in order
             env={**environment, ENVIRONMENT: log_level},
             limit=MAX_LINE_BYTES,
+            pass_fds=tuple(pass_fds),
         )
         return cls(name, process)
 

@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import signal
+import socket
 import sys
 import tempfile
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.parts import Run, observes_fleet, write_router_file
 from voltana.hwreplay.replay.replay import fleet
+from voltana.hwreplay.router.config import LOOPBACK, open_listener
 from voltana.hwreplay.serve.agents import AgentParts
 from voltana.hwreplay.serve.config import ServeConfig, check_reload, read_serve_config
 from voltana.hwreplay.serve.part import Deaths, Part
@@ -95,10 +97,11 @@ class Service:
         self._run = run
         self._config = config
         self._path = path
-        self._port = config.port
         self._stop, self._hup = asyncio.Event(), asyncio.Event()
         self._serving = asyncio.Event()
         self._router: Part | None = None
+        self._listener: socket.socket | None = None
+        """The router's: who connects while a new one starts waits, and is not refused."""
         self._agents = AgentParts(run, config)
 
     async def run(self) -> int:
@@ -112,6 +115,8 @@ class Service:
             loop.add_signal_handler(number, self._on_stop)
         loop.add_signal_handler(signal.SIGHUP, self._hup.set)
         async with AsyncExitStack() as stack:
+            host = str(self._config.fleet.router_limits.get("host", LOOPBACK))
+            self._listener = stack.enter_context(open_listener(host, self._config.port))
             stack.push_async_callback(self._agents.end)
             router = await self._start_router()
             stack.push_async_callback(self._end_router)
@@ -148,24 +153,30 @@ class Service:
                 await self._reload()
 
     async def _start_router(self) -> Part:
-        own = {
-            "port": self._port,
-            "drain_s": self._config.drain_s,
-            "access_log": self._config.has_access_log,
-        }
-        path = write_router_file(self._run, **own)
+        path = self._write_router_file()
         command = [sys.executable, "-P", "-m", "voltana.hwreplay.router", str(path)]
         if self._config.token_file is not None:
             command.append(str(self._config.token_file))
-        part = await Part.start("router", command, os.environ, self._config.log_level)
+        assert self._listener is not None
+        fds = (self._listener.fileno(),)
+        part = await Part.start("router", command, os.environ, self._config.log_level, fds)
         self._router = part
         try:
             self._url = await part.first_line()
         except BaseException:
             await part.end()
             raise
-        self._port = int(self._url.rpartition(":")[2])  # it comes back where clients know it
         return part
+
+    def _write_router_file(self) -> Path:
+        assert self._listener is not None
+        return write_router_file(
+            self._run,
+            port=self._listener.getsockname()[1],
+            listen_fd=self._listener.fileno(),
+            drain_s=self._config.drain_s,
+            access_log=self._config.has_access_log,
+        )
 
     async def _keep_router(self, part: Part) -> None:
         """Start it again when it dies.
@@ -187,6 +198,8 @@ class Service:
         """Let it drain. The agents hold their clocks until the last request has ended."""
         if self._router is not None:
             await self._router.end(self._config.drain_s + MARGIN_S)
+        if self._listener is not None:
+            self._listener.close()  # nobody will take those who wait
 
     async def _reload(self) -> None:
         """Take over the file's policy and promises, or say why not and leave all as it is."""
@@ -202,8 +215,7 @@ class Service:
         self._config = new
         self._run.config, self._run.has_fleet_view = config, has_fleet_view
         assert self._router is not None
-        own = {"port": self._port, "drain_s": new.drain_s, "access_log": new.has_access_log}
-        write_router_file(self._run, **own)
+        self._write_router_file()
         with suppress(ProcessLookupError):  # it has just died: it starts with the new file
             self._router.process.send_signal(signal.SIGHUP)
         await self._agents.reload()

@@ -105,9 +105,9 @@ def test_parts_that_are_killed_come_back_and_clocks_are_given_back(
             write_fleet(file, fleet, metrics, serve=cards)
             async with served(file, standin.env) as (service, client):
 
-                async def ask() -> int:
+                async def ask(session: aiohttp.ClientSession = client) -> int:
                     body = request_body(8, 4)
-                    async with client.post(service.url + "/generate", json=body) as answer:
+                    async with session.post(service.url + "/generate", json=body) as answer:
                         await answer.read()
                         return answer.status
 
@@ -126,6 +126,8 @@ def test_parts_that_are_killed_come_back_and_clocks_are_given_back(
                     (pid,) = [p for p in pids_of(words) if str(service.process.pid) in parent(p)]
                     before = len(service.events("part is back"))
                     os.kill(pid, signal.SIGKILL)
+                    async with aiohttp.ClientSession() as new:  # waits for a router, if need be
+                        assert await ask(new) == 200
                     await service.until(lambda n=before: len(service.events("part is back")) > n)  # type: ignore[misc]
                     await service.until(lambda: 0 not in locked())
                 loading.cancel()
