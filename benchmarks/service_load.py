@@ -328,6 +328,8 @@ async def kill_all_the_time(
             while time.monotonic() < end_s:
                 await asyncio.sleep(rng.uniform(0.5, 3.0))
                 await kill_one(bench, kills, rng)
+                if not bench.is_alive("router"):
+                    raise NotInTimeError("the service must outlive its parts")
             await bench.all_locked()
             before = streams.outcomes["completed"]
             await until(lambda: streams.outcomes["completed"] > before + 20, "all must serve again")

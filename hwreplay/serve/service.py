@@ -191,7 +191,12 @@ class Service:
             if (wait_s := died.add()) is None:
                 raise error
             await asyncio.sleep(wait_s)
-            part = await self._start_router()
+            try:
+                part = await self._start_router()
+            except VoltanaError:  # it died while it started, which counts as well
+                assert self._router is not None
+                part = self._router
+                continue
             say(LOG, logging.WARNING, "part is back", name=part.name)
 
     async def _end_router(self) -> None:
