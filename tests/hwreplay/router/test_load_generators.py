@@ -22,7 +22,7 @@ from voltana.sim.workload.benchmarks import read_one
 TIMES = StubTimes(prefill_base_s=0.01, decode_base_s=0.004)
 REQUESTS = 8
 OUTPUT_TOKENS = 6
-LIMIT_S = 300.0
+LIMIT_S = 900.0
 MAKE_TOKENIZER = """
 import sys
 from tokenizers import Tokenizer, models, pre_tokenizers
