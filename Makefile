@@ -7,7 +7,7 @@ FAST_STAMP := $(FAST)/.installed
 SOURCES := $(shell find sim profiles hwreplay experiments -name '*.py')
 STAMP := $(VENV)/.installed
 
-.PHONY: help demo figures notebooks test lint types contracts unit bench fast fast-test fast-bench mutants engine loop faults profile-gpu replay-gpu clean
+.PHONY: help demo figures notebooks test lint types contracts unit bench fast fast-test fast-bench wheel-test mutants engine loop faults profile-gpu replay-gpu clean
 
 help:
 	@echo "make demo   install, run the default sweep, write results/demo/"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
+	@echo "make wheel-test  the wheel in an empty folder, on every Python from 3.11 to 3.14 that is here"
 	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=, SEED=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB), and the emulated card's NVML"
 	@echo "make faults  kill actuator, agents, router, servers on emulated cards (TRIES=100 each; needs gcc)"
@@ -96,6 +97,19 @@ fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
+# The wheel as a user has it, on every Python that is here: built, installed with what it needs, and
+# run in an empty folder.
+PYTHONS ?= $(foreach v,3.11 3.12 3.13 3.14,$(shell python$(v) -c "" 2>/dev/null && echo python$(v)))
+
+wheel-test: $(STAMP)
+	rm -rf .wheel && mkdir .wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .wheel .
+	@set -e; for python in $(PYTHONS); do \
+	  $$python -m venv .wheel/env && mkdir .wheel/empty; \
+	  .wheel/env/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls .wheel/*.whl)[report]"; \
+	  ( cd .wheel/empty && ../env/bin/voltana demo && ../env/bin/voltana simulate --rate 20 \
+	    && ../env/bin/voltana report results/demo ); \
+	  rm -rf .wheel/env .wheel/empty; echo "$$python: the wheel runs"; done
+
 # A mutant costs what its tests cost until one fails, and all of them if none does: name few and fast
 # KILLERS, the likeliest first. Another SEED draws another sample; Ctrl-C reports what has been tried.
 MUTATE ?= sim/metrics.py sim/policies sim/engine sim/mdp
@@ -154,4 +168,4 @@ replay-gpu: $(STAMP)
 
 clean:
 	@[ ! -d results ] || git clean -fdXq results
-	rm -rf $(VENV) $(FAST) .mutants .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
+	rm -rf $(VENV) $(FAST) .wheel .mutants .mypy_cache .pytest_cache .ruff_cache .import_linter_cache

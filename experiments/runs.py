@@ -31,9 +31,11 @@ def _drawn(name: str, number: int) -> Profile:
 
 def profile_of(config: SimConfig) -> Profile:
     """The profile that a configuration runs on: the named one, or a draw from its errors."""
-    if config.profile_draw is None:
-        return cached_profile(config.profile)
-    return _drawn(config.profile, config.profile_draw)
+    return _cached(config.profile, config.profile_draw)
+
+
+def _cached(name: str, draw: int | None) -> Profile:
+    return cached_profile(name) if draw is None else _drawn(name, draw)
 
 
 def workload_of(config: SimConfig) -> Workload:
@@ -96,7 +98,12 @@ def run(
     profile = profile_of(config)
     parts = stream_of(config)
     requests = workload_of(config) if parts is None else watch(parts)
-    return simulate(config, profile, requests, spill=spill)
+    others = {
+        name: _cached(name, config.profile_draw)
+        for names in config.mixed_profiles.values()
+        for name in names
+    }
+    return simulate(config, profile, requests, spill=spill, others=others)
 
 
 @lru_cache(maxsize=4)

@@ -51,16 +51,19 @@ def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:
     table = Table(title=f"{config.profile}  {config.trace or config.workload}", show_header=False)
     table.add_column("quantity")
     table.add_column("value", justify="right")
-    rows = [
+    parts = ["colocated", "idle"] if config.num_colocated else ["prefill", "decode", "idle"]
+    controllers = [
         ("prefill controller", config.prefill_controller_spec),
         ("decode controller", config.decode_controller_spec),
+    ]
+    rows = [
+        *([("controller", config.controller)] if config.num_colocated else controllers),
         ("router", config.router),
         ("requests completed / total",
          f"{summary['requests_completed']} / {summary['requests_total']}"),
         ("energy", f"{summary['energy_j']:,.0f} J over {summary['makespan_s']:.1f} s"),
-        ("  prefill + decode + idle",
-         " + ".join(f"{summary[f'{part}_energy_j']:,.0f}" for part in
-                    ("prefill", "decode", "idle")) + " J"),
+        (f"  {' + '.join(parts)}",
+         " + ".join(f"{summary[f'{part}_energy_j']:,.0f}" for part in parts) + " J"),
         ("energy per output token", f"{summary['energy_per_output_token_j']:.3f} J"),
         ("TTFT p50 / p90 / p99", _quantiles(summary["ttft_s"])),
         ("ITL p50 / p90 / p99", _quantiles(summary["itl_s"])),
@@ -71,6 +74,10 @@ def summary_table(config: SimConfig, summary: Mapping[str, Any]) -> str:
         ("both, per request", f"{100 * summary['attainment']:.2f} %"),
         ("goodput", f"{summary['goodput_rps']:.2f} requests/s"),
     ]  # fmt: skip
+    if "away_energy_j" in summary:
+        rows.append(("  + out of service", f"{summary['away_energy_j']:,.0f} J"))
+        share = f"{100 * summary['in_service_share']:.1f} %, {summary['wake_ups']} wake-ups"
+        rows.append(("instances in service", share))
     if "host_energy_j" in summary:
         rows.append(("of it hosts", f"{summary['host_energy_j']:,.0f} J"))
     if "cached_share" in summary:

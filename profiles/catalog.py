@@ -18,6 +18,7 @@ from voltana.profiles.places import DATA as DATA
 from voltana.profiles.places import profile_directory
 from voltana.profiles.schema import ProfileMeta, meta_toml, read_meta
 from voltana.profiles.spread import IterationSpread, row_spreads
+from voltana.profiles.states import STATES_FILE, PowerStates, read_states
 from voltana.profiles.step_model import StepModel
 from voltana.profiles.tables import (
     AWAKE,
@@ -53,6 +54,8 @@ class Profile:
     """Where it was read from."""
     believed: Profile | None = None
     """Of a drawn profile the nominal one, whose power policies go by; None: this one."""
+    states: PowerStates | None = None
+    """What an instance out of service draws; None if nobody has stated it."""
 
     @property
     def clocks_mhz(self) -> tuple[int, ...]:
@@ -177,7 +180,8 @@ def load_profile(name_or_path: str | Path) -> Profile:
     fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks)
     name = str(name_or_path) if directory == DATA / name_or_path else directory.name
     return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,
-                   content_hash=_hash(directory), directory=directory)  # fmt: skip
+                   content_hash=_hash(directory), directory=directory,
+                   states=read_states(directory / STATES_FILE))  # fmt: skip
 
 
 def list_profiles() -> list[str]:
@@ -227,7 +231,8 @@ def _require_idle_range(idle: pd.DataFrame, clocks: tuple[int, ...], directory: 
 
 def _hash(directory: Path) -> str:
     digest = hashlib.sha256()
-    for name in FILES:
+    optional = [STATES_FILE] if (directory / STATES_FILE).is_file() else []
+    for name in (*FILES, *optional):
         digest.update(name.encode() + b"\0" + (directory / name).read_bytes() + b"\0")
     return digest.hexdigest()
 

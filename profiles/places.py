@@ -54,3 +54,29 @@ def read_serving(path: Path) -> dict[str, Any]:
             f"version {version!r}: profile the engine again"
         )
     return table
+
+
+def listed_profiles(text: str, key: str, count: int) -> list[str]:
+    """The names in "A*2+B", one an instance.
+
+    Args:
+        text: As a configuration has it.
+        key: Whose value it is, for errors.
+        count: Instances that there are.
+
+    Raises:
+        VoltanaError: It is no such list, or of another length.
+
+    Example:
+        >>> listed_profiles("a*2+b", "decode_profiles", 3)
+        ['a', 'a', 'b']
+    """
+    names: list[str] = []
+    for part in text.split("+"):
+        name, _, times = part.partition("*")
+        if not name.strip() or not (times or "1").strip().isdigit():
+            raise VoltanaError(f"{key} must be NAME or NAME*COUNT, joined by +, got {text!r}")
+        names += [name.strip()] * int(times or 1)
+    if len(names) != count:
+        raise VoltanaError(f"{key} must name {count} instances, got {len(names)} in {text!r}")
+    return names

@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
-from voltana.profiles.places import SERVING, serving_settings
+from voltana.profiles.places import SERVING, listed_profiles, serving_settings
+from voltana.sim.policies.base import DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
@@ -83,10 +84,22 @@ class SimConfig:
         "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
         " sum of parts",
     )
+    prefill_profiles: str | None = _key(
+        None,
+        "a profile for each prefill instance, joined by +, as h100-sxm/llama-3.1-8b*2+NAME; none ="
+        " profile for all",
+    )
+    decode_profiles: str | None = _key(None, "the same of decode instances")
     controller: str = _key("ecofreq", "frequency controller of both phases")
     prefill_controller: str | None = _key(None, "overrides controller in prefill")
     decode_controller: str | None = _key(None, "overrides controller in decode")
     router: str = _key("ecoroute", "router")
+    scaler: str | None = _key(
+        None, "who sends instances away and wakes them; none = all serve all the time"
+    )
+    budget_w: float | None = _key(
+        None, "what the whole fleet may draw, hosts aside, kept by a ceiling on clocks; none = any"
+    )
     slo_ttft_s: float = _key(0.6, "promise: time to first token")
     slo_itl_s: float = _key(0.06, "promise: time between tokens")
     aim_ratio: float | None = _key(
@@ -101,6 +114,10 @@ class SimConfig:
     clock_stall_s: float = _key(
         0.0, "how long a busy GPU stands still at a clock change; an instance's GPUs one by one"
     )
+    power_cap_w: float | None = _key(
+        None, "power limit of a GPU, whose own controller then lowers the clock; none = none"
+    )
+    power_cap_time_s: float = _key(0.1, "time constant of that controller; 0: at once")
     host_power_w: float | None = _key(
         None,
         "what an instance's share of its host draws (CPU, memory, network), always; none = only"
@@ -207,6 +224,13 @@ class SimConfig:
         if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
             raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
         self._check_fleet()
+        _ = self.mixed_profiles
+        for name in _NOT_SCALED:
+            if self.is_scaled and getattr(self, name):
+                raise VoltanaError(
+                    f"{name} is not for a fleet that scales, got {name}={getattr(self, name)} "
+                    f"beside scaler={self.scaler}, budget_w={self.budget_w}: leave it out"
+                )
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
@@ -231,6 +255,37 @@ class SimConfig:
                     f"{key} is of a fleet with its phases apart, got {key}={getattr(self, key)} "
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
+
+    def require_plain(self, what: str) -> None:
+        """Refuse what only a simulation knows, where nobody else has a rule for it.
+
+        Raises:
+            VoltanaError: There is some.
+        """
+        for key in _SIMULATED:
+            if (got := getattr(self, key)) is not None:
+                raise VoltanaError(
+                    f"{what} is of fleets with their phases apart, all serving, on like cards: "
+                    f"leave out {key}, got {got}"
+                )
+
+    @property
+    def mixed_profiles(self) -> dict[Phase, list[str]]:
+        """By phase the profile of each instance, for phases that have their own."""
+        told: dict[Phase, tuple[str | None, int]] = {
+            PREFILL: (self.prefill_profiles, self.num_prefill),
+            DECODE: (self.decode_profiles, self.num_decode),
+        }
+        return {
+            phase: listed_profiles(text, f"{phase}_profiles", count)
+            for phase, (text, count) in told.items()
+            if text is not None
+        }
+
+    @property
+    def is_scaled(self) -> bool:
+        """Whether instances may leave service, or share a power budget."""
+        return self.scaler is not None or self.budget_w is not None
 
     @property
     def prefill_controller_spec(self) -> str:
@@ -262,7 +317,16 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
+_SIMULATED = (
+    "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
+)  # fmt: skip
+_NOT_SCALED = (
+    "prefill_profiles", "decode_profiles",
+    "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
+)  # fmt: skip
 _OF_PHASES = (
+    "power_cap_w",
+    "prefill_profiles", "decode_profiles",
     "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
 )  # fmt: skip
 _POSITIVE = (
@@ -272,12 +336,13 @@ _POSITIVE = (
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
     "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
-    "timeline_interval_s", "timeline_max_samples",
+    "timeline_interval_s", "timeline_max_samples", "budget_w", "power_cap_w",
 )  # fmt: skip
 _NOT_NEGATIVE = (
     "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
     "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w", "num_prefill", "num_decode", "mixed_overlap_frac",
+    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode",
+    "mixed_overlap_frac",
 )  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))

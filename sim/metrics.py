@@ -149,6 +149,7 @@ def summarise(record: RunRecord) -> dict[str, Any]:
         "retractions": sum(i.num_retractions for i in record.instances),
         "iterations": sum(i.num_iterations for i in record.instances),
         **_reuse(record),
+        **_scaling(record),
         "clock_residency": clock_residency(record),
         "wall_s": record.wall_s,
     }
@@ -218,23 +219,35 @@ def _ratio(amount: float, per: float) -> float:
 
 
 def _energy(record: RunRecord) -> dict[str, float]:
-    """Energy by part: busy by phase + idle (+ hosts) = total, exactly these sums."""
+    """Energy by part: busy by phase + idle (+ away, + hosts) = total, exactly these sums.
+
+    NaN without any instance: a client's record, which no meter took part in.
+    """
+    if not record.instances:
+        return dict.fromkeys(_ENERGIES, float("nan"))
     busy = {"prefill": 0.0, "decode": 0.0, "colocated": 0.0}
     for instance in record.instances:
         busy[instance.phase] += instance.busy_energy_j
     idle = sum(i.idle_energy_j for i in record.instances)
+    away = sum(sum(i.away_energy_j.values()) for i in record.instances)
     host_w = record.settings.get("host_power_w")
     has_colocated = any(i.phase == COLOCATED for i in record.instances)
     host = (host_w or 0.0) * len(record.instances) * record.makespan_s
     return {
-        "energy_j": sum(busy.values()) + idle + host,
+        "energy_j": sum(busy.values()) + idle + away + host,
         "energy_busy_window_j": sum(i.busy_window_energy_j for i in record.instances),
         "prefill_energy_j": busy["prefill"],
         "decode_energy_j": busy["decode"],
         **({"colocated_energy_j": busy["colocated"]} if has_colocated else {}),
         "idle_energy_j": idle,
+        **({"away_energy_j": away} if record.settings.get("scaler") is not None else {}),
         **({} if host_w is None else {"host_energy_j": host}),
     }
+
+
+_ENERGIES = (
+    "energy_j", "energy_busy_window_j", "prefill_energy_j", "decode_energy_j", "idle_energy_j",
+)  # fmt: skip
 
 
 def _reuse(record: RunRecord) -> dict[str, float]:
@@ -247,6 +260,18 @@ def _reuse(record: RunRecord) -> dict[str, float]:
         "cached_tokens": cached,
         "cached_share": _ratio(cached, cached + sum(i.computed_tokens or 0 for i in caches)),
         "evicted_tokens": sum(i.evicted_tokens or 0 for i in caches),
+    }
+
+
+def _scaling(record: RunRecord) -> dict[str, float]:
+    """How much of the fleet was in service; nothing for a run without a scaler."""
+    if record.settings.get("scaler") is None:
+        return {}
+    away_s = sum(sum(i.away_s.values()) for i in record.instances)
+    whole_s = record.makespan_s * len(record.instances)
+    return {
+        "in_service_share": 1.0 - _ratio(away_s, whole_s),
+        "wake_ups": sum(i.num_wake_ups for i in record.instances),
     }
 
 

@@ -64,6 +64,11 @@ class InstanceRecord:
     clock_idle_s: Mapping[int, float]
     num_clock_changes: int
     num_retractions: int
+    away_s: Mapping[str, float] = field(default_factory=dict)
+    """Seconds out of service by state (parked, asleep, stopped, changing), beside busy and idle."""
+    away_energy_j: Mapping[str, float] = field(default_factory=dict)
+    """Energy out of service by state, beside busy and idle energy."""
+    num_wake_ups: int = 0
     cached_tokens: int | None = None
     """Of prompts, found in this instance's cache of prefixes; None if it has none."""
     computed_tokens: int | None = None

@@ -116,11 +116,12 @@ def lower_bound(
             a positive share says nothing of runs that attain less.
 
     Raises:
-        VoltanaError: `attainment` is out of range, the configuration cuts runs short, prompts need
-            not be computed whole, or turns arrive when a run says.
+        VoltanaError: `attainment` is out of range, the configuration cuts runs short or is
+            no plain fleet, prompts need not be computed whole, or a turn waits.
     """
     if not 0.0 <= attainment <= 1.0:
         raise VoltanaError(f"attainment of a bound must be in [0, 1], got {attainment}")
+    config.require_plain("the bound")
     if config.run_limit_s is not None:
         raise VoltanaError("a bound is for runs played to their end: leave out run_limit_s")
     if config.prefix_cache_tokens or workload.turns is not None:

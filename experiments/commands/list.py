@@ -18,12 +18,12 @@ if TYPE_CHECKING:
     from voltana.sim.policies.registry import Entry
 
 _LABEL = re.compile(r"[A-Z][A-Za-z]*(, [a-z ]+)?: ")
-KINDS = ("profiles", "controllers", "routers", "workloads", "traces")
+KINDS = ("profiles", "controllers", "routers", "scalers", "workloads", "traces")
 
 
 def register(app: typer.Typer) -> None:
     """Add the verb."""
-    app.command("list", short_help="Profiles, controllers, routers, workloads, traces")(list_names)
+    app.command("list", short_help="Profiles, policies, workloads, traces")(list_names)
 
 
 def _complete_kind(incomplete: str) -> list[str]:
@@ -42,20 +42,20 @@ def list_names(
     name: Annotated[
         str | None,
         typer.Argument(
-            help="One controller or router with its whole rule, or the module of your own; one "
-            "profile or its folder."
+            help="One controller, router or scaler with its whole rule, or the module of your own; "
+            "one profile or its folder."
         ),
     ] = None,
     json: AsJson = False,
 ) -> None:
-    """List profiles, controllers, routers, workloads or traces, with a line of explanation each.
+    """List profiles, controllers, routers, scalers, workloads or traces, with a line on each.
 
     Without KIND the names of all. Of a profile, what of it is measured, calibrated, modelled or
     emulated, and how well the predictor that policies believe fits its tables. Of a published
     trace, its licence and source, and whether its file is here.
 
-    Controllers and routers come with their parameters (default, unit, meaning) and their source;
-    with NAME one of them with its whole rule. They are given on the command line as
+    Controllers, routers and scalers come with their parameters (default, unit, meaning) and their
+    source; with NAME one of them with its whole rule. They are given on the command line as
     name:key=value,key=value, lists joined by +, as in ecofreq:margin=0.1,frequencies=1005+1410.
     """
     from voltana.experiments.show import print_result
@@ -81,11 +81,11 @@ def list_names(
 
 def _names() -> dict[str, list[str]]:
     from voltana.profiles.catalog import list_profiles
-    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS
     from voltana.sim.workload.fetch import named_traces
     from voltana.sim.workload.generate import list_workloads
 
-    found = (list_profiles(), CONTROLLERS, ROUTERS, list_workloads(), named_traces())
+    found = (list_profiles(), CONTROLLERS, ROUTERS, SCALERS, list_workloads(), named_traces())
     return {kind: list(names) for kind, names in zip(KINDS, found, strict=True)}
 
 
@@ -115,10 +115,13 @@ def _traces() -> dict[str, str]:
 
 def _print_policies(kind: str, name: str | None, *, as_json: bool) -> None:
     from voltana.experiments.show import print_result
-    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, find_entry
+    from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS, find_entry
     from voltana.sim.policies.spec import parse_spec
 
-    entries: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controllers" else ROUTERS
+    known: dict[str, Mapping[str, Entry[Any]]] = {
+        "controllers": CONTROLLERS, "routers": ROUTERS, "scalers": SCALERS,
+    }  # fmt: skip
+    entries = known[kind]
     if name is not None:
         name = parse_spec(name).name
         entries = {name: find_entry(name, kind.removesuffix("s"))}

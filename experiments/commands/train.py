@@ -93,8 +93,10 @@ def train_mdp(
     values = (read_toml(config) if config else {}) | parse_settings(settings or [])
     if decode is not None:
         values["num_decode"] = decode
+    trained = make_config(values, where=str(config) if config else "command line")
+    trained.require_plain("training")
     plan = TrainingPlan(
-        config=make_config(values, where=str(config) if config else "command line"),
+        config=trained,
         rates_rps=tuple(sorted(set(rate))),
         solver=cast("Solver", solver),
         penalty_j=penalty_j,

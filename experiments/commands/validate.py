@@ -17,7 +17,13 @@ def register(app: typer.Typer) -> None:
 
 def validate(
     simulated: Annotated[Path, typer.Argument(help="Run directory of simulate", metavar="SIM_DIR")],
-    observed: Annotated[Path, typer.Argument(help="Run directory of replay", metavar="REPLAY_DIR")],
+    observed: Annotated[
+        Path,
+        typer.Argument(
+            help="Run directory of replay, or output of aiperf, guidellm or bench_serving",
+            metavar="REPLAY_DIR",
+        ),
+    ],
     out: Annotated[
         Path | None, typer.Option(help="Where to write; default REPLAY_DIR/validation")
     ] = None,
@@ -42,6 +48,9 @@ def validate(
     1 if an error exceeds its limit, the workloads differ or a run did not end. Any two run
     directories can be compared.
 
+    What a load generator wrote is judged by latencies alone: simulate the same requests first, with
+    the same file as --trace.
+
     Example: voltana validate results/simulated results/replayed
     """
     from voltana.experiments.hardware.validate import run_validation
@@ -53,7 +62,8 @@ def validate(
         p90_frac=None if p90_pct is None else p90_pct / 100,
         p99_frac=p99_pct / 100,
     )
-    target = observed / "validation" if out is None else out
+    folder = observed.parent if observed.is_file() else observed
+    target = folder / "validation" if out is None else out
     passes, text, json_text = run_validation(
         simulated, observed, target, thresholds=thresholds, profile=profile
     )

@@ -15,7 +15,7 @@ from voltana.profiles.catalog import list_profiles, load_profile
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.common.markdown import markdown_table
 from voltana.sim.config import KEYS, SimConfig
-from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, Entry
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS, Entry
 from voltana.sim.workload.generate import list_workloads
 
 _MARK: Final = re.compile(r"<!-- table: ([a-z-]+) -->")
@@ -93,8 +93,10 @@ ROUTER: Final = frozenset(("workers", "sim", "token", "events", "reports", "star
 TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "controllers": lambda: policy_rows(CONTROLLERS),
     "routers": lambda: policy_rows(ROUTERS),
+    "scalers": lambda: policy_rows(SCALERS),
     "controller-parameters": lambda: _parameters(CONTROLLERS),
     "router-parameters": lambda: _parameters(ROUTERS),
+    "scaler-parameters": lambda: _parameters(SCALERS),
     "configuration": _keys,
     "profiles": _profiles,
     "experiments": _experiments,

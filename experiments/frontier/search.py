@@ -28,16 +28,18 @@ from voltana.experiments.progress import progress_bar
 from voltana.experiments.runs import cached_profile
 from voltana.experiments.sweep.executors import make_pool
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.config import make_config
+from voltana.sim.config import SimConfig, make_config
 
 STATIC_MAX: Final = "static-max"
+STATIC_CLOCK: Final = "static clock"
+"""One for both phases, where they are apart."""
 STATIC_PAIR: Final = "static pair"
 STATIC_FLEET: Final = "static fleet"
 DEFAULT: Final = "default"
 """Knob of a policy that is left as it is."""
 HINDSIGHT: Final = "hindsight"
 """In the knob of a static fleet that was chosen on the very repeats that judge it."""
-REFERENCES: Final = (STATIC_MAX, STATIC_PAIR, STATIC_FLEET)
+REFERENCES: Final = (STATIC_MAX, STATIC_CLOCK, STATIC_PAIR, STATIC_FLEET)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +61,8 @@ class Study:
     """Routers under which static pairs are searched."""
     static_caps: tuple[int, ...] = ()
     """Limits of the decode batch that static pairs are searched with, besides the base's own."""
+    one_clock: bool = False
+    """Whether static fleets whose phases are apart are searched with one clock for both, too."""
     target: float = 0.99
     attainment: str = "attainment"
 
@@ -204,25 +208,74 @@ def run_task(task: Task) -> list[Found]:
     return _fixed(desk, who) if isinstance(who, str) else _contender(desk, who)
 
 
+@dataclass(frozen=True, slots=True)
+class _Fleets:
+    """How static fleets of one load are written.
+
+    Where there is one clock, of colocated instances or by will, it is the first side's. That of the
+    second changes nothing, so that a search finds its runs known; nor does a colocated fleet's
+    second number of instances.
+    """
+
+    most: tuple[int, int]
+    router: str
+    is_colocated: bool
+    has_one_clock: bool
+
+    @classmethod
+    def of(cls, config: SimConfig, router: str, *, has_one_clock: bool = False) -> _Fleets:
+        if config.num_colocated:
+            return cls((config.num_colocated, 1), router, True, True)
+        return cls((config.num_prefill, config.num_decode), router, False, has_one_clock)
+
+    def settings(self, fleet: Fleet, cap: int | None) -> dict[str, Any]:
+        prefill, decode = fleet
+        settings: dict[str, Any] = {"router": self.router}
+        if self.has_one_clock:
+            settings["controller"] = f"static:f={prefill.clock_mhz}"
+        else:
+            settings["prefill_controller"] = f"static:f={prefill.clock_mhz}"
+            settings["decode_controller"] = f"static:f={decode.clock_mhz}"
+        if self.is_colocated:
+            settings["active_colocated"] = prefill.active
+        else:
+            settings |= {"active_prefill": prefill.active, "active_decode": decode.active}
+        return settings if cap is None else settings | {"max_running_requests": cap}
+
+    def label(self, fleet: Fleet, cap: int | None) -> str:
+        prefill, decode = fleet
+        clocks = [prefill.clock_mhz] if self.has_one_clock else [s.clock_mhz for s in fleet]
+        parts = [f"{'/'.join(map(str, clocks))} MHz"]
+        if (prefill.active, decode.active) != self.most:
+            split = f"{prefill.active}P{decode.active}D"
+            parts.append(f"{prefill.active}C" if self.is_colocated else split)
+        if cap is not None:
+            parts.append(f"at most {cap} together")
+        return ", ".join(parts)
+
+
 def _fixed(desk: _Desk, router: str) -> list[Found]:
     """The top clocks, the best pair with all instances and the best with any number."""
     config = make_config({**desk.study.base, **desk.load.settings})
-    most = (config.num_prefill, config.num_decode)
+    fleets = _Fleets.of(config, router)
+    most = fleets.most
     top = desk.study.clocks_mhz[-1]
 
     def attempt(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
-        settings = _fleet_settings(fleet, router, cap)
-        return desk.attempt(settings, _fleet_label(fleet, most, cap), on_all=on_all)
+        return desk.attempt(fleets.settings(fleet, cap), fleets.label(fleet, cap), on_all=on_all)
 
     def attempt_judging(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
-        settings = _fleet_settings(fleet, router, cap)
-        return desk.attempt_judging(settings, _fleet_label(fleet, most, cap), on_all=on_all)
+        settings, label = fleets.settings(fleet, cap), fleets.label(fleet, cap)
+        return desk.attempt_judging(settings, label, on_all=on_all)
 
     target = desk.study.choice_target
     highest = desk.whole(attempt(None, (Side(most[0], top), Side(most[1], top)), True))
     pair, fleet = (desk.whole(t) for t in _search_fleets(desk.study, attempt, most, target))
+    chosen = [(STATIC_MAX, highest), (STATIC_PAIR, pair), (STATIC_FLEET, fleet)]
+    if desk.study.one_clock and not fleets.is_colocated:
+        chosen.insert(1, (STATIC_CLOCK, _one_clock(desk, config, router)))
     found = []
-    for name, tuned in ((STATIC_MAX, highest), (STATIC_PAIR, pair), (STATIC_FLEET, fleet)):
+    for name, tuned in chosen:
         judged = desk.judge(tuned.settings, tuned.label)
         found.append(
             Found(load=desk.load.name, router=router, controller=name, knob=tuned.label,
@@ -239,6 +292,17 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
                       knob=f"{known.label}, {HINDSIGHT}", tuned=None, judged=judged)
             )  # fmt: skip
     return found
+
+
+def _one_clock(desk: _Desk, config: SimConfig, router: str) -> Trial:
+    """The best single clock of both phases, on any number of instances."""
+    fleets = _Fleets.of(config, router, has_one_clock=True)
+
+    def attempt(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
+        return desk.attempt(fleets.settings(fleet, cap), fleets.label(fleet, cap), on_all=on_all)
+
+    found = _search_fleets(desk.study, attempt, fleets.most, desk.study.choice_target)
+    return desk.whole(found[1])
 
 
 def _search_fleets(
@@ -272,28 +336,6 @@ def _best(tried: Sequence[Trial], target: float) -> Trial:
     if kept:
         return min(kept, key=lambda t: t.energy_j)
     return max(tried, key=lambda t: t.rank)
-
-
-def _fleet_settings(fleet: Fleet, router: str, cap: int | None) -> dict[str, Any]:
-    prefill, decode = fleet
-    settings: dict[str, Any] = {
-        "prefill_controller": f"static:f={prefill.clock_mhz}",
-        "decode_controller": f"static:f={decode.clock_mhz}",
-        "active_prefill": prefill.active,
-        "active_decode": decode.active,
-        "router": router,
-    }
-    return settings if cap is None else settings | {"max_running_requests": cap}
-
-
-def _fleet_label(fleet: Fleet, most: tuple[int, int], cap: int | None) -> str:
-    prefill, decode = fleet
-    parts = [f"{prefill.clock_mhz}/{decode.clock_mhz} MHz"]
-    if (prefill.active, decode.active) != most:
-        parts.append(f"{prefill.active}P{decode.active}D")
-    if cap is not None:
-        parts.append(f"at most {cap} together")
-    return ", ".join(parts)
 
 
 def _contender(desk: _Desk, contender: Contender) -> list[Found]:

@@ -151,7 +151,7 @@ def report_rows(found: Mapping[str, Sequence[Found]]) -> pd.DataFrame:
 
 _OF_POLICIES: Final = (
     "trace_start_s", "duration_s", "prefill_controller", "decode_controller", "active_prefill",
-    "active_decode", "aim_ratio", "max_running_requests",
+    "active_decode", "active_colocated", "aim_ratio", "max_running_requests",
 )  # fmt: skip
 """Configuration keys that would make load points out of policies, or of parts of a trace."""
 

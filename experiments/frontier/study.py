@@ -15,6 +15,7 @@ controllers = ["ecofreq", "ecomin"]  # each of these meets each router
 policies = ["ecomin:headroom={0.5..0} + slo-pack"]  # optional: further pairs
 static_clocks_mhz = [705, 1005, 1410]  # optional: the only clocks of static pairs
 static_caps = [256]                  # optional: static pairs also with such a max_running_requests
+static_one_clock = true              # optional: also the best single clock of both phases
 [base]                               # configuration keys
 [[load]]                             # one or more
 name = "20 requests/s"
@@ -57,13 +58,13 @@ _OF_PARTS: Final = ("seed", "trace_start_s", "duration_s")
 """What each repeat sets, where repeats are seeds or parts of a trace."""
 _OF_POLICIES: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
-    "active_decode",
+    "active_decode", "active_colocated",
 )  # fmt: skip
 _SECTIONS: Final = ("frontier", "base", "load", "controller", "policy")
 _KEYS: Final = (
     "question", "target", "attainment", "seeds", "tuning_seeds", "trace_parts", "tuning_parts",
-    "judging_parts",    "routers", "controllers", "policies", "static_clocks_mhz",
-    "static_caps",
+    "judging_parts", "routers", "controllers", "policies", "static_clocks_mhz",
+    "static_caps", "static_one_clock",
 )  # fmt: skip
 
 
@@ -111,6 +112,7 @@ def read_study(
         routers=routers,
         static_clocks_mhz=values(options, "static_clocks_mhz", int, (), where),
         static_caps=values(options, "static_caps", int, (), where),
+        one_clock=value(options, "static_one_clock", bool, False, where),
     )
     return study, value(options, "question", str, "", where)
 
@@ -236,6 +238,7 @@ def make_study(
     routers: Sequence[str] = (),
     static_clocks_mhz: Sequence[int] = (),
     static_caps: Sequence[int] = (),
+    one_clock: bool = False,
 ) -> Study:
     """A study with every configuration checked and its clocks and routers made out.
 
@@ -250,6 +253,7 @@ def make_study(
         routers: Static pairs are searched under these and those of the contenders.
         static_clocks_mhz: The only clocks of static pairs; empty takes all of the profile.
         static_caps: Largest decode batches that static pairs are searched with, too.
+        one_clock: Static fleets are searched with one clock for both phases, too.
 
     Raises:
         VoltanaError: A name comes twice, or a value that no run accepts.
@@ -275,6 +279,7 @@ def make_study(
         base=base, loads=loads, contenders=contenders, tuning=tuning, judging=judging,
         clocks_mhz=tuple(allowed), knots_mhz=profile_knots(profile, allowed),
         routers=every_router, static_caps=tuple(static_caps), target=target, attainment=attainment,
+        one_clock=one_clock,
     )  # fmt: skip
 
 

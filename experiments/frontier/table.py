@@ -107,13 +107,20 @@ def _row(
             ratio = t_interval([energy_j / bounds[key] for energy_j, key in pairs]).mean
     config = make_config({**study.base, **_settings(study, found.load)})
     values = (
-        _workload(config), f"{config.num_prefill}P{config.num_decode}D", found.load, found.router,
+        _workload(config), fleet_name(config), found.load, found.router,
         found.controller, found.knob,
         math.nan if found.tuned is None else found.tuned.worst_attainment,
         _attainment(study, found), energy.mean / 1e3, energy.half / 1e3, of_top.mean, of_pair.mean,
         of_pair.half, ratio,
     )  # fmt: skip
     return dict(zip(COLUMNS, values, strict=True))
+
+
+def fleet_name(config: SimConfig) -> str:
+    """As people write it: 2P2D, or 4C of colocated instances."""
+    if config.num_colocated:
+        return f"{config.num_colocated}C"
+    return f"{config.num_prefill}P{config.num_decode}D"
 
 
 def _settings(study: Study, load: str) -> Mapping[str, Any]:
@@ -157,6 +164,6 @@ def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -
 def _bound_j(task: tuple[SimConfig, float]) -> float:
     config, attainment = task
     workload = workload_of(config)
-    if config.prefix_cache_tokens or workload.turns is not None:
+    if config.num_colocated or config.prefix_cache_tokens or workload.turns is not None:
         return math.nan  # the bound does not know them
     return lower_bound(config, profile_of(config), workload, attainment=attainment).energy_j

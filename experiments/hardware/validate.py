@@ -14,6 +14,7 @@ from voltana.profiles.common.files import write_figure, write_text
 from voltana.profiles.common.folders import claim
 from voltana.sim.records import RunRecord
 from voltana.sim.results import finite, read_run, write_json
+from voltana.sim.workload.benchmarks import benchmark_file, read_one
 
 NAME = "validation"
 
@@ -30,7 +31,7 @@ def run_validation(
 
     Args:
         simulated_dir: The prediction.
-        observed_dir: The real run.
+        observed_dir: The real run, or what a load generator wrote of it.
         out: Made if missing.
         thresholds: What passes.
         profile: Predicts single iterations; None takes the simulated run's own.
@@ -41,7 +42,8 @@ def run_validation(
     Raises:
         VoltanaError: A run cannot be read, or `profile` was named and cannot be loaded.
     """
-    simulated, observed = read_run(simulated_dir), read_run(observed_dir)
+    simulated = read_run(simulated_dir)
+    observed = _observed(observed_dir, simulated)
     model, beyond = _models(simulated, profile)
     found = validate(simulated, observed, thresholds=thresholds, model=model, beyond=beyond)
     claim(out, "validation")
@@ -56,6 +58,13 @@ def run_validation(
     write_text(text, out / f"{NAME}.md")
     write_json(found.as_dict(), out / f"{NAME}.json")
     return found.passes, text, json.dumps(finite(found.as_dict()), indent=1)
+
+
+def _observed(path: Path, simulated: RunRecord) -> RunRecord:
+    """A run directory, or a client's benchmark under the simulated run's promises."""
+    if benchmark_file(path) is None:
+        return read_run(path)
+    return read_one(path).record(simulated.slo_ttft_s, simulated.slo_itl_s)
 
 
 def _models(

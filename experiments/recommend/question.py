@@ -39,9 +39,9 @@ WINDOW_REQUESTS: Final = 3000
 WINDOWS: Final = 10
 LEAST_WINDOW_S: Final = 30.0
 _OURS: Final = (
-    "num_prefill", "num_decode", "active_prefill", "active_decode", "controller",
-    "prefill_controller", "decode_controller", "router", "aim_ratio", "seed", "profile_draw",
-    "trace_start_s",
+    "num_prefill", "num_decode", "active_prefill", "active_decode", "num_colocated",
+    "active_colocated", "controller", "prefill_controller", "decode_controller", "router",
+    "aim_ratio", "seed", "profile_draw", "trace_start_s",
 )  # fmt: skip
 Repeats = Sequence[Mapping[str, Any]]
 

@@ -85,7 +85,8 @@ def pareto(results: Results, rows: pd.DataFrame, styles: Styles) -> go.Figure:
     for column, x in ((1, "_worse"), (2, "_tail")):
         for name, part in _by_series(results, rows):
             figure.add_trace(_dots(results, part, name, x, styles, column == 1), row=1, col=column)
-    front = rows[pareto_front(rows["_kj"], rows["_worse"])].sort_values("_worse")
+    known = rows.dropna(subset=["_kj"])
+    front = known[pareto_front(known["_kj"], known["_worse"])].sort_values("_worse")
     figure.add_trace(
         go.Scatter(
             x=front["_worse"], y=front["_kj"], mode="lines", name="Pareto front",

@@ -30,7 +30,9 @@ from voltana.experiments.sweep.run import (
     read_results,
 )
 from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.metrics import summarise
 from voltana.sim.results import check_frames, read_json
+from voltana.sim.workload.benchmarks import benchmark_file, read_benchmarks
 
 SUMMARY: Final = "summary.json"
 RUN: Final = "run"
@@ -109,31 +111,43 @@ class Results:
         return ", ".join(_value_name(name, row[name]) for name in names)
 
 
-def collect(directory: Path, *, target: float = TARGET) -> Results:
+Promises = tuple[float | None, float | None]
+"""TTFT and ITL, in s; None where nobody said."""
+
+
+def collect(
+    directory: Path, *, target: float = TARGET, promises: Promises = (None, None)
+) -> Results:
     """Read a directory of results.
 
     Args:
         directory: With `summary.json` it is a run, with `results.csv` a sweep or an experiment,
-            else a folder whose sub-folders are runs.
+            else a folder whose sub-folders are runs, or a load generator's output, or a folder of
+            both.
         target: Attainment that both TTFT and ITL must reach to keep the SLO.
+        promises: Of load generators' outputs; by default those of the runs beside them.
 
     Raises:
         VoltanaError: It is none of these.
     """
     if (directory / SUMMARY).exists():
-        return _of_runs(directory, [directory], target)
+        return _of_runs(directory, [directory], [], target, promises)
     if (directory / RESULTS).exists():
         return _of_sweep(directory, target)
     runs = sorted(path.parent for path in directory.glob(f"*/{SUMMARY}"))
-    if not runs:
+    below = [] if benchmark_file(directory) else sorted(set(directory.glob("*")) - set(runs))
+    others = [path for path in (directory, *below) if benchmark_file(path) is not None]
+    if not runs and not others:
         raise VoltanaError(
-            f"nothing to report in {directory}: it needs {SUMMARY} (a run), {RESULTS} (a sweep) "
-            f"or run directories below it"
+            f"nothing to report in {directory}: it needs {SUMMARY} (a run), {RESULTS} (a sweep), "
+            "run directories below it, or outputs of aiperf, guidellm or bench_serving"
         )
-    return _of_runs(directory, runs, target)
+    return _of_runs(directory, runs, others, target, promises)
 
 
-def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
+def _of_runs(
+    directory: Path, runs: Sequence[Path], others: Sequence[Path], target: float, promises: Promises
+) -> Results:
     rows, residency = [], {}
     for path in runs:
         check_frames(path)
@@ -141,6 +155,12 @@ def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
         plain = {k: v for k, v in settings.items() if not isinstance(v, dict | list)}
         rows.append({RUN: path.name, **plain, **flat_summary(summary), ID: path.name})
         residency[path.name] = summary.get("clock_residency", {})
+    ttft_s, itl_s = _promises(rows, others, promises)
+    for path in others:
+        for each in read_benchmarks(path):
+            record = each.record(ttft_s, itl_s)
+            rows.append({RUN: each.name, **record.settings, **flat_summary(summarise(record)),
+                         ID: each.name})  # fmt: skip
     table = pd.DataFrame(rows)
     check_results(table, directory / SUMMARY, _NEEDED)
     return _results(
@@ -148,6 +168,23 @@ def _of_runs(directory: Path, runs: Sequence[Path], target: float) -> Results:
         figure=None, question=None, residency=residency,
         run_directories={path.name: path for path in runs},
     )  # fmt: skip
+
+
+def _promises(
+    rows: Sequence[Mapping[str, Any]], others: Sequence[Path], given: Promises
+) -> tuple[float, float]:
+    """What load generators' outputs are judged by: as given, or as all runs beside them have it."""
+    found = []
+    for key, value in zip(("slo_ttft_s", "slo_itl_s"), given, strict=True):
+        of_runs = {row[key] for row in rows if key in row}
+        if others and value is None and len(of_runs) != 1:
+            option = f"--{key.removesuffix('_s').replace('_', '-')}-ms"
+            raise VoltanaError(
+                f"{others[0]} tells no promise, and the runs beside it "
+                f"{'differ in theirs' if of_runs else 'are none'}: give {option}"
+            )
+        found.append(value if value is not None else next(iter(of_runs), float("nan")))
+    return found[0], found[1]
 
 
 def _table(path: Path) -> dict[str, Any]:

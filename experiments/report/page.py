@@ -18,7 +18,7 @@ from plotly.offline import get_plotlyjs
 
 from voltana.experiments.compare.policies import KEEPS, SAVING
 from voltana.experiments.report import charts
-from voltana.experiments.report.collect import ID, RUN, Results, collect
+from voltana.experiments.report.collect import ID, RUN, Promises, Results, collect
 from voltana.experiments.report.series import RunSeries, choose, series_of
 from voltana.experiments.runs import cached_profile
 from voltana.profiles.common.errors import VoltanaError
@@ -70,7 +70,13 @@ COLUMNS: Final = (
 
 
 def write_report(
-    directory: Path, out: Path, *, target: float, wanted: Sequence[str], with_series: bool = True
+    directory: Path,
+    out: Path,
+    *,
+    target: float,
+    wanted: Sequence[str],
+    with_series: bool = True,
+    promises: Promises = (None, None),
 ) -> list[str]:
     """Write the report of a directory of results.
 
@@ -80,6 +86,7 @@ def write_report(
         target: Attainment that both TTFT and ITL must reach to keep the SLO.
         wanted: Beginnings of the ids of the runs whose time series are shown; empty chooses.
         with_series: Leave the time series out if false.
+        promises: Of load generators' outputs, TTFT and ITL in s; None: of the runs beside them.
 
     Returns:
         One line for each time series that was asked for and cannot be shown.
@@ -87,7 +94,7 @@ def write_report(
     Raises:
         VoltanaError: There is nothing to report, or no run has a wanted id.
     """
-    results = collect(directory, target=target)
+    results = collect(directory, target=target, promises=promises)
     chosen = choose(results, wanted) if with_series else []
     runs, failures = _series(results, chosen)
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from typing import Any, Final
 
 import pandas as pd
 
-from voltana.experiments.report.collect import ID, SUMMARY, Results
+from voltana.experiments.report.collect import ID, RUN, SUMMARY, Results
 from voltana.experiments.runs import run
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS, SimConfig, make_config
@@ -53,8 +53,8 @@ def choose(results: Results, wanted: Sequence[str]) -> list[pd.Series[Any]]:
     table = results.table
     if wanted:
         return [_row_of(table, text) for text in wanted]
-    if results.run_directories:
-        return [row for _, row in table.iterrows()]
+    if results.series == RUN:  # what a load generator wrote has none
+        return [row for _, row in table.iterrows() if str(row[ID]) in results.run_directories]
     point = results.busiest() or results.load_points()[-1][0]
     rows = dict(results.load_points())[point]
     quick = rows[~results.is_static_pair.loc[rows.index] & (rows["wall_s"] <= MAX_WALL_S)]

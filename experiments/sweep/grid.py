@@ -9,7 +9,8 @@ seed = [13, 14]
 [[grid.policy]]              # a list of tables: several keys that belong together, with a name
 name = "static-max"
 controller = "static"
-[static_pairs]               # optional: every pair of fixed prefill and decode clocks
+[static_pairs]               # optional: every pair of fixed prefill and decode clocks; of
+                             # colocated instances every clock
 clocks_mhz = [1005, 1200, 1410]
 router = "round-robin"
 ```
@@ -72,8 +73,19 @@ def expand(data: Mapping[str, Any], where: str) -> list[Point]:
         for part_labels, part_values in choice:
             labels |= part_labels
             values |= part_values
-        points.append(Point(labels=labels, config=make_config(values, where=where)))
+        if _is_played(labels, values):
+            points.append(Point(labels=labels, config=make_config(values, where=where)))
     return points
+
+
+def _is_played(labels: Mapping[str, str], values: dict[str, Any]) -> bool:
+    """Of static pairs a colocated fleet plays those of one clock, as its controller."""
+    is_pair = labels.get("policy", "").startswith(STATIC_PAIR)
+    if not is_pair or values.get("num_colocated") is None:
+        return True
+    clock = values.pop("prefill_controller")
+    values["controller"] = clock
+    return bool(values.pop("decode_controller") == clock)
 
 
 _Choice = tuple[dict[str, str], dict[str, Any]]

@@ -27,6 +27,7 @@ from voltana.sim.config import SimConfig
 from voltana.sim.policies.registry import (
     CONTROLLERS,
     ROUTERS,
+    SCALERS,
     Entry,
     is_module_name,
     registered,
@@ -46,8 +47,8 @@ _OF_BOUND: Final = tuple(
 )
 POLICY_KEYS: Final = (
     "controller", "prefill_controller", "decode_controller", "router", "active_prefill",
-    "active_decode", "aim_ratio", "predictor", "predictor_scale", "predictor_power_scale",
-    "predictor_power_clock_error",
+    "active_decode", "active_colocated", "aim_ratio", "predictor", "predictor_scale",
+    "predictor_power_scale", "predictor_power_clock_error", "scaler",
 )  # fmt: skip
 """Of a configuration: what a policy is and what it believes."""
 
@@ -62,6 +63,8 @@ def run_key(config: SimConfig) -> str:
     for spec in (config.prefill_controller_spec, config.decode_controller_spec):
         parts += _of_policy(spec, CONTROLLERS, "controller")
     parts += _of_policy(config.router, ROUTERS, "router")
+    if config.scaler is not None:
+        parts += _of_policy(config.scaler, SCALERS, "scaler")
     return _short("\n".join([*parts, *trace]))
 
 
@@ -76,8 +79,9 @@ def bound_key(config: SimConfig, attainment: float) -> str:
 
 def _world(config: SimConfig) -> tuple[str, str, list[str]]:
     """What every policy meets: the program, the profile, and the trace if there is one."""
+    names = [config.profile, *(n for of in config.mixed_profiles.values() for n in of)]
     try:
-        profile = cached_profile(config.profile).content_hash
+        profile = "\n".join(cached_profile(name).content_hash for name in names)
     except VoltanaError as error:
         profile = str(error)
     requests = Path(config.workload if config.trace is None else config.trace)

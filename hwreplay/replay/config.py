@@ -201,6 +201,7 @@ def make_fleet_config(
         simulate["num_decode"] = sum(w.phase == DECODE for w in workers)
     sockets = table(fleet, "batch_sockets", where)
     sim = make_config(simulate, where=where)
+    sim.require_plain("a replay")
     if "emulate" in own and not {"gpus", "power_w"} & own.keys():
         profile = convert(own["emulate"], str, "emulate", where)
         own = {**own, "gpus": emulated_gpus(profile, sim.num_prefill, sim.num_decode)}

@@ -48,6 +48,9 @@ POWER_EMULATED: Final = (
     "the observed run's cards were emulated from a profile: iteration times, power and energy are"
     " modelled, not measured"
 )
+CLIENTS: Final = (
+    "energy, clocks and iterations, as the observed run is a load generator's and saw answers alone"
+)
 POWER_STATED: Final = "energy, as power was stated and not measured"
 _NOT_ENDED: Final = (IN_FLIGHT, FAILED, CANCELLED)
 """A request that a limit of the model rejects has ended; one that broke off has not."""
@@ -174,9 +177,15 @@ def validate(
     is_power_stated = observed.settings.get("is_power_measured") is False and not is_emulated
     if is_emulated:
         notes.append(POWER_EMULATED)
+    is_clients = "benchmark" in observed.settings
+    if observed.settings.get("token_gaps") == "mean of each request":
+        notes.append(
+            "the observed token gaps are means of each request: its p99 is no single gap's"
+        )
     points = None
     if observed.iterations is None or not len(observed.iterations.duration_s):
-        notes.append("the observed run kept no iterations: no error per iteration")
+        if not is_clients:
+            notes.append("the observed run kept no iterations: no error per iteration")
     elif model is not None:
         points = predict_iterations(observed.iterations, model, beyond)
         outside = int((~points["is_inside"]).sum())
@@ -186,7 +195,9 @@ def validate(
                 "extrapolated"
             )
     return Validation(
-        comparisons=_compare(ours, theirs, thresholds, judges_energy=not is_power_stated),
+        comparisons=_compare(
+            ours, theirs, thresholds, judges_energy=not (is_power_stated or is_clients)
+        ),
         points=points,
         iteration_errors={} if points is None else summarise_iterations(points),
         residency={
@@ -195,7 +206,7 @@ def validate(
         },
         notes=notes,
         faults=_faults(simulated, observed),
-        left_out=[POWER_STATED] if is_power_stated else [],
+        left_out=[CLIENTS] if is_clients else [POWER_STATED] if is_power_stated else [],
     )
 
 
@@ -320,6 +331,8 @@ def _compare(
 
 def _faults(simulated: RunRecord, observed: RunRecord) -> list[str]:
     faults = _workload_faults(simulated.requests, observed.requests)
+    if observed.settings.get("arrivals") == "unknown":
+        faults.insert(0, "the observed run does not say when its requests were sent")
     for name, run in (("simulated", simulated), ("observed", observed)):
         counts = np.bincount(run.requests.status, minlength=len(STATUS_NAMES))
         left = [f"{counts[s]} {STATUS_NAMES[s]}" for s in _NOT_ENDED if counts[s]]

@@ -276,6 +276,8 @@ class DecodeInstance(Instance):
             request.is_running = False
             state.num_running -= 1
             state.open_requests -= 1
+            state.finished_requests += 1
+            state.finished_tokens += request.output_tokens
             # its own steps here wrote one token each, on top of the context it joined with
             state.kv_tokens -= request.end_context_tokens
             self.log.finish(request, now_s)

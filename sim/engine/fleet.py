@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import count
 
@@ -23,6 +23,8 @@ from voltana.sim.engine.decode import DecodeInstance
 from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.logs.timeline import Timeline
+from voltana.sim.engine.machine import Machines
+from voltana.sim.engine.physics.capped import CappedTrack
 from voltana.sim.engine.physics.mixed import MixedTrack
 from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.track import GpuTrack
@@ -42,7 +44,7 @@ from voltana.sim.policies.base import (
     RequestView,
     Router,
 )
-from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.parts.prediction import OF_INSTANCES
 from voltana.sim.policies.registry import make_controller, make_router
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
@@ -64,6 +66,7 @@ class Fleet:
         agenda: Agenda | None = None,
         router: Router | None = None,
         decode_controller: Callable[[PolicyContext], Controller] | None = None,
+        others: Mapping[str, Profile] | None = None,
     ) -> None:
         """Make all instances and policies.
 
@@ -75,6 +78,7 @@ class Fleet:
             agenda: Keeps the time; a heap unless told.
             router: In place of the configured one.
             decode_controller: Makes one in place of the configured ones.
+            others: Profiles of a mixed fleet, by the names that the configuration has for them.
         """
         self._config = config
         self.agenda: Agenda = agenda or HeapAgenda()
@@ -85,37 +89,25 @@ class Fleet:
         self._requests = requests
         self._log = log
         self._sessions = log if isinstance(log, Sessions) else None
-        self._truth = profile.truth(extrapolate=config.extrapolate)
-        # a policy may wonder about batches that never run: its tables must not refuse them
-        self._truth_beyond = profile.truth(extrapolate=True)
-        self._spread = profile.spread()
-        self._power = SkewedPower.wrap(
-            (profile.believed or profile).truth(extrapolate=True),
-            scale=config.predictor_power_scale,
-            clock_error=config.predictor_power_clock_error,
-            top_mhz=profile.clocks_mhz[-1],
+        machines = Machines(config, profile, others)
+        self._machine = machines.of
+        # one that does not fit the smallest is rejected, wherever it would go
+        self._kv_capacity = min(
+            machines.of(DECODE, i).kv_capacity_tokens for i in range(max(config.num_decode, 1))
         )
-        self._predictor = ScaledPredictor.wrap(
-            profile.predictor() if config.predictor == "ecopred" else self._truth_beyond,
-            config.predictor_scale,
-        )
-        engine = profile.meta.engine
-        self._kv_capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
         self._cache_tokens = config.prefix_cache_tokens or 0
         self._longest_prompt = (
             self._cache_tokens - SPARE_TOKENS - 1 if self._cache_tokens else 2**62
         )
-        self._max_prefill_tokens = config.max_prefill_tokens or engine.max_prefill_tokens
-        self._max_running = config.max_running_requests or engine.max_running_requests
         self._is_colocated = config.num_colocated is not None
         self._cluster = Cluster()
+        self._cluster.share(OF_INSTANCES, machines.models)
         self._router = router or make_router(config.router, self._context("decode", 0, "router"))
         self.prefill = [self._make_prefill(i) for i in range(config.num_prefill)]
         self.decode = [self._make_decode(i, DECODE) for i in range(config.num_decode)]
         self.decode += [self._make_decode(i, COLOCATED) for i in range(config.num_colocated or 0)]
         self._prefill_states = [p.state for p in self.prefill]
         self._decode_states = [d.state for d in self.decode]
-        # the first ones, so that a position is an index of the fleet too
         self._routed_decode = self._decode_states[: config.active_colocated or config.active_decode]
         self._routed_prefill = self._prefill_states[: config.active_prefill] or self._routed_decode
         self._cluster.prefill, self._cluster.decode = self._prefill_states, self._decode_states
@@ -234,10 +226,11 @@ class Fleet:
             output_tokens if self._length_oracle else None,
             request.prompt,
         )
-        prefill_id, decode_id = route(self._router, view, self._routed_prefill, self._routed_decode)
+        at_prefill, at = route(self._router, view, self._routed_prefill, self._routed_decode)
         if self._is_colocated:
-            prefill_id = decode_id
-        request.prefill_id, request.decode_id = prefill_id, decode_id
+            at_prefill = at
+        request.prefill_id = prefill_id = self._routed_prefill[at_prefill].instance_id
+        request.decode_id = decode_id = self._routed_decode[at].instance_id
         self._log.assign(request)
         self._decode_states[decode_id].open_requests += 1
         if self._is_colocated:
@@ -306,7 +299,8 @@ class Fleet:
             self.decode[request.decode_id].submit(request, now_s)
 
     def _state(self, phase: Phase, index: int) -> InstanceState:
-        return InstanceState(instance_id=index, phase=phase, kv_capacity_tokens=self._kv_capacity)
+        tokens = self._machine(phase, index).kv_capacity_tokens
+        return InstanceState(instance_id=index, phase=phase, kv_capacity_tokens=tokens)
 
     def _make_prefill(self, index: int) -> PrefillInstance:
         controller = make_controller(
@@ -322,7 +316,7 @@ class Fleet:
             self._state("prefill", index),
             answers,
             self._track("prefill", index, answers),
-            max_tokens=self._max_prefill_tokens,
+            max_tokens=self._machine("prefill", index).max_prefill_tokens,
             hand_over=self.hand_over,
         )
 
@@ -331,55 +325,61 @@ class Fleet:
         answers = self._answers(controller, phase, index)
         make: Callable[..., DecodeInstance] = DecodeInstance
         if phase == COLOCATED:
-            make = partial(ColocatedInstance, max_tokens=self._max_prefill_tokens)
+            most = self._machine(phase, index).max_prefill_tokens
+            make = partial(ColocatedInstance, max_tokens=most)
         return make(
             self._config,
             self._log,
             self._state(phase, index),
             answers,
             self._track(phase, index, answers),
-            max_running=self._max_running,
+            max_running=self._machine(phase, index).max_running,
         )
 
     def _answers(self, controller: Controller, phase: Phase, index: int) -> ControllerAnswers:
-        clocks_mhz = self._profile.meta.clocks.supported_mhz
+        clocks_mhz = self._machine(phase, index).models.clocks_mhz
         return ControllerAnswers(controller, clocks_mhz, f"{phase} {index}")
 
     def _track(self, phase: Phase, index: int, answers: ControllerAnswers) -> GpuTrack:
-        config = self._config
+        config, machine = self._config, self._machine(phase, index)
         make: Callable[..., GpuTrack] = GpuTrack
+        if config.power_cap_w is not None:
+            make = partial(
+                CappedTrack, cap_w=config.power_cap_w * machine.meta.model.tensor_parallel,
+                time_s=config.power_cap_time_s, clocks_mhz=machine.models.clocks_mhz,
+            )  # fmt: skip
         if phase == COLOCATED:
             make = partial(MixedTrack, overlap_frac=config.mixed_overlap_frac or 0.0)
         return make(
-            self._truth,
+            machine.truth,
             phase,
             clock_mhz=answers.initial_clock_mhz(),
             actuation_s=0.0 if answers.controller.acts_at_once else config.actuation_latency_s,
             # one card after the other, and each iteration waits for the last of them
-            stall_s=config.clock_stall_s * self._profile.meta.model.tensor_parallel,
-            noise=IterationNoise.make(config, self._spread, phase, index),
+            stall_s=config.clock_stall_s * machine.meta.model.tensor_parallel,
+            noise=IterationNoise.make(config, machine.spread, phase, index),
         )
 
     def _context(self, phase: Phase, index: int, stream: str) -> PolicyContext:
         seeds = np.random.SeedSequence(self._config.seed, spawn_key=(_STREAMS[stream], index))
-        clocks = self._profile.meta.clocks
+        machine = self._machine(phase, index)
         return PolicyContext(
-            predictor=self._predictor,
-            power=self._power,
-            clocks_mhz=clocks.supported_mhz,
-            default_levels_mhz=clocks.default_levels_mhz,
+            predictor=machine.models.predictor,
+            power=machine.models.power,
+            clocks_mhz=machine.models.clocks_mhz,
+            default_levels_mhz=machine.meta.clocks.default_levels_mhz,
             slo_ttft_s=self._config.aimed_ttft_s,
             slo_itl_s=self._config.aimed_itl_s,
             first_token="prefill" if self._is_colocated else self._config.first_token,
-            profile_hash=self._profile.content_hash,
-            kv_capacity_tokens=self._kv_capacity,
+            profile_hash=machine.profile.content_hash,
+            kv_capacity_tokens=machine.kv_capacity_tokens,
             rng=np.random.default_rng(seeds),
             instance_id=index,
             phase=phase,
             actuation_s=self._config.actuation_latency_s,
             num_prefill=self._config.num_colocated or self._config.num_prefill,
             num_decode=self._config.num_colocated or self._config.num_decode,
-            truth=self._truth_beyond,
+            truth=machine.truth_beyond,
             cluster=self._cluster,
         )
 

@@ -72,6 +72,8 @@ class Instance(ABC):
         """Of the run's first iteration."""
         self._decision_mhz = self.track.clock_mhz
         self._is_parked = True
+        self.on_rest: Callable[[float], None] | None = None
+        """Called with the time whenever it has gone idle; a scaler may send it away then."""
         self._num_expected = 0
         """Of those that wait, how many have yet to be let in: no work for now."""
         state.clock_mhz = self.track.clock_mhz
@@ -83,6 +85,13 @@ class Instance(ABC):
         state.now_s = now_s
         self.idle_change_s = self.track.enter_idle(now_s, self.answers.on_idle(state))
         self._is_parked = True
+        if self.on_rest is not None:
+            self.on_rest(now_s)
+
+    @property
+    def is_parked(self) -> bool:
+        """Whether it is idle and no step of it is due."""
+        return self._is_parked
 
     def step(self, now_s: float) -> float | None:
         """Close the run that ends now, or idleness, and go on.

@@ -221,7 +221,7 @@ def fail(policy: object, call: str, error: Exception, where: str = "") -> NoRetu
     """Report in one line that a policy raised: its name, the exception and its place.
 
     Args:
-        policy: The controller or router.
+        policy: The controller, router or scaler.
         call: Name of the method that raised.
         error: What it raised.
         where: The instance, if there is one to name.
@@ -231,12 +231,15 @@ def fail(policy: object, call: str, error: Exception, where: str = "") -> NoRetu
     """
     if isinstance(error, VoltanaError):
         raise error
-    kind = "controller" if isinstance(policy, Controller) else "router"
+    kinds = (kind for base, kind in _KINDS.items() if isinstance(policy, base))
     place = f" ({where})" if where else ""
     file = getattr(sys.modules.get(type(policy).__module__), "__file__", None)
     raise VoltanaError(
-        f"{kind} {name_of(policy)}{place}: {call} raised {describe(error, file)}"
+        f"{next(kinds, 'scaler')} {name_of(policy)}{place}: {call} raised {describe(error, file)}"
     ) from error
+
+
+_KINDS: Final[dict[type[object], str]] = {Controller: "controller", Router: "router"}
 
 
 def name_of(policy: object) -> str:

@@ -28,6 +28,10 @@ PREFILL: Final = "prefill"
 DECODE: Final = "decode"
 COLOCATED: Final = "colocated"
 
+PowerState = Literal["awake", "draining", "falling", "waking", "parked", "asleep", "stopped"]
+"""In service; ending what it has; on the way out, or back; out of service (profiles/states.py)."""
+AWAKE: Final = "awake"
+
 ATTAINMENT_TARGET: Final = 0.99
 """Share of requests and gaps that has to be within the promise (NOMENCLATURE.md)."""
 UNLOCKED_MHZ: Final = 0
@@ -144,8 +148,7 @@ class InstanceState:
     num_running: int = 0
     """Requests in the running batch; at a decision, in the one about to run. So is `kv_tokens`."""
     effective_batch_size: float = 0.0
-    """Prefill: number of equal prompts with the same attention work (NOMENCLATURE.md); 0 if it is
-    not known."""
+    """Prefill: number of equal prompts with the same attention work (NOMENCLATURE.md), or 0."""
     chunk_requests: int = 0
     """Colocated: requests whose prompts the iteration about to run computes, whole or in part."""
     chunk_tokens: int = 0
@@ -161,6 +164,16 @@ class InstanceState:
     kv_tokens: int = 0
     """KV-cache tokens in use on this instance."""
     kv_capacity_tokens: int = 0
+    finished_requests: int = 0
+    """Decode: requests that have got their last token here, since the start of the run."""
+    finished_tokens: int = 0
+    """Decode: the output tokens of these."""
+    power_state: PowerState = AWAKE
+    """Whether it is in service; only instances that are get new requests."""
+    base_mhz: int = 0
+    """Clock that a scaler has chosen for it; 0 if none has."""
+    ceiling_mhz: int = 0
+    """Highest clock that the fleet's power budget leaves it; 0 without a budget."""
     energy_j: float = 0.0
     """Energy counter of the instance's GPUs, from 0 at the start of the run."""
     is_healthy: bool = True
@@ -370,9 +383,10 @@ class PolicyContext:
     def share(self, name: str, make: Callable[[], T]) -> T:
         """One object of that name for the whole run; without a cluster, one for this caller.
 
-        It saves many policies from computing the same thing, so it must not depend on the caller.
+        It saves many policies from computing the same thing; only on the profile may it depend.
         """
-        return self.cluster.share(name, make) if self.cluster is not None else make()
+        of = self.cluster
+        return make() if of is None else of.share(f"{self.profile_hash} {name}", make)
 
     def observe_cluster(self, policy: str) -> Cluster:
         """The cluster, for a policy that needs it.

@@ -31,8 +31,11 @@ from voltana.sim.policies.controllers import (
     throttllm,
 )
 from voltana.sim.policies.reconstructed import greenllm, kairos, miad, rapid
-from voltana.sim.policies.routers import consolidate, ecoroute, packing, prefix, simple
+from voltana.sim.policies.routers import consolidate, ecoroute, mixed, packing, prefix, simple
 from voltana.sim.policies.routers.kairos import KairosRouter
+from voltana.sim.policies.scalers import dualscale as placement
+from voltana.sim.policies.scalers import load
+from voltana.sim.policies.scalers.base import Scaler, ScalerContext
 from voltana.sim.policies.spec import (
     ParameterInfo,
     bind_parameters,
@@ -40,7 +43,7 @@ from voltana.sim.policies.spec import (
     parse_spec,
 )
 
-P = TypeVar("P", Controller, Router)
+P = TypeVar("P", Controller, Router, Scaler)
 _SOURCE: Final = "Source: "
 Constants = Literal["published", "partly", "invented", "ours"]
 CONSTANTS: Final[Mapping[Constants, str]] = {
@@ -57,7 +60,8 @@ CONSTANTS: Final[Mapping[Constants, str]] = {
 class Entry(Generic[P]):
     """One policy: how to make it, and its rule in one line."""
 
-    make: Callable[[Any, PolicyContext], P]
+    make: Callable[[Any, Any], P]
+    """From its parameters and a `PolicyContext`; of a scaler a `ScalerContext`."""
     parameters: type[object]
     constants: Constants = "ours"
     """One of `CONSTANTS`; a rule is published wherever this is not "ours"."""
@@ -97,6 +101,7 @@ def _shipped(make: type[P], constants: Constants = "ours") -> Entry[P]:
 CONTROLLERS: Final[Mapping[str, Entry[Controller]]] = {
     "static": _shipped(fixed.Static, "published"),
     "boost": _shipped(fixed.Boost, "published"),
+    "base": _shipped(fixed.Base, "published"),
     "ecofreq": _shipped(ecofreq.EcoFreq, "published"),
     "ecomin": _shipped(ecomin.EcoMin),
     "pid": _shipped(pid.Pid),
@@ -128,13 +133,26 @@ ROUTERS: Final[Mapping[str, Entry[Router]]] = {
     "latency-headroom": _shipped(packing.LatencyHeadroom, "published"),
     "min-delta-energy": _shipped(packing.MinDeltaEnergy, "published"),
     "least-added-power": _shipped(packing.LeastAddedPower),
+    "least-time": _shipped(mixed.LeastTime),
+    "least-energy": _shipped(mixed.LeastEnergy),
     "kairos": _shipped(KairosRouter, "published"),
     "length-split": _shipped(greenllm.LengthSplit, "invented"),
     "mdp": _shipped(MdpRouter),
 }
+SCALERS: Final[Mapping[str, Entry[Scaler]]] = {
+    "all-awake": _shipped(load.AllAwake, "published"),
+    "scale-to-load": _shipped(load.ScaleToLoad),
+    "dualscale": _shipped(placement.DualScale, "partly"),
+    "dynamo": _shipped(load.Dynamo, "partly"),
+    "throttllm": _shipped(load.Throttllm, "partly"),
+}
 
 
-_REGISTERED: Final[dict[str, dict[str, Entry[Any]]]] = {"controller": {}, "router": {}}
+_REGISTERED: Final[dict[str, dict[str, Entry[Any]]]] = {
+    "controller": {},
+    "router": {},
+    "scaler": {},
+}
 
 
 def register_controller(
@@ -204,6 +222,11 @@ def _declared(make: type[object]) -> type[object] | None:
     return found
 
 
+_KNOWN: Final[Mapping[str, Mapping[str, Entry[Any]]]] = {
+    "controller": CONTROLLERS, "router": ROUTERS, "scaler": SCALERS,
+}  # fmt: skip
+
+
 def make_controller(spec: str, context: PolicyContext) -> Controller:
     """Make one instance's controller from `name:key=value,…`.
 
@@ -230,6 +253,12 @@ def make_router(spec: str, context: PolicyContext) -> Router:
     return make(context)
 
 
+def make_scaler(spec: str, context: ScalerContext) -> Scaler:
+    """Make the fleet's scaler from `name:key=value,…`. Raises as `make_controller` does."""
+    make, _ = _maker(spec, SCALERS, "scaler", Scaler)
+    return make(context)
+
+
 def check_policies(controller: str, router: str) -> None:
     """Check that both policies exist and accept their parameters, without making them.
 
@@ -251,11 +280,11 @@ def is_module_name(name: str) -> bool:
 
 def _maker(
     text: str, known: Mapping[str, Entry[P]], kind: str, base: type[object]
-) -> tuple[Callable[[PolicyContext], P], bool]:
+) -> tuple[Callable[[Any], P], bool]:
     """A function that makes the policy, and whether the policy is in a user's own module."""
     entry, parameters = _bound(text, known, kind)
 
-    def make(context: PolicyContext) -> P:
+    def make(context: Any) -> P:  # noqa: ANN401 (a policy's or a scaler's)
         try:
             made: object = entry.make(parameters, context)
         except VoltanaError:
@@ -264,7 +293,7 @@ def _maker(
             raise VoltanaError(f"cannot make {kind} {text!r}: {describe(error)}") from error
         if not isinstance(made, base):
             raise VoltanaError(
-                f"{kind} {text!r} must be a voltana.sim.policies.base.{base.__name__}, got a "
+                f"{kind} {text!r} must be a {base.__module__}.{base.__name__}, got a "
                 f"{type(made).__name__}: derive your class from it"
             )
         return cast("P", made)
@@ -277,12 +306,12 @@ def find_entry(name: str, kind: str) -> Entry[Any]:
 
     Args:
         name: Without parameters.
-        kind: "controller" or "router".
+        kind: "controller", "router" or "scaler".
 
     Raises:
         VoltanaError: There is none (the nearest is suggested), or the module holds none.
     """
-    known: Mapping[str, Entry[Any]] = CONTROLLERS if kind == "controller" else ROUTERS
+    known = _KNOWN[kind]
     return known.get(name) or _REGISTERED[kind].get(name) or _own(name, known, kind)
 
 

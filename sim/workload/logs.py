@@ -1,12 +1,13 @@
-"""Readers of a server's own log, as JSON lines: when each request came, and its tokens.
+"""Readers of logs, as JSON lines: when each request came, its tokens and, where told, its latency.
 
-Three kinds are told by their keys:
+Three kinds are told by their keys; what load generators write as a whole is in `benchmarks`:
 
 - **access log** of an OpenAI-compatible server or gateway: a time (`TIMES`; ISO 8601, or seconds,
   milliseconds, microseconds or nanoseconds since 1970) and the token counts of `usage`, which may
   stand in the line itself, in `usage`, in `response` or in `response.body`;
 - **aiperf**, `profile_export.jsonl`: `metadata.request_start_ns` and
-  `metrics.input_sequence_length`, `metrics.output_sequence_length`; warm-up requests do not count;
+  `metrics.input_sequence_length`, `metrics.output_sequence_length`, latencies in ms; warm-up
+  requests do not count;
 - **SGLang**, `--log-requests --log-requests-format json`: each `request.finished` with the time of
   its `request.received`, or else its own less `e2e_latency`. Its files are called
   `HOST_RANK.log`, and a time in brackets stands before each object; on its standard output other
@@ -21,9 +22,10 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from math import nan
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import pandas as pd
 
@@ -43,8 +45,31 @@ _FAILED: Final = ("failure", "failed", "error")
 _DAWN_S: Final = 1e8
 """Numbers from here on are times since 1970; each unit is a thousand of the one above."""
 Line = tuple[int, dict[str, Any]]
-Request = tuple[float, Any, Any]
-"""Arrival in s, input and output tokens; None for a failed one's."""
+
+
+class Request(NamedTuple):
+    """One request of a log."""
+
+    at_s: float
+    """Arrival, on the log's own clock; NaN where it has none."""
+    input_tokens: Any = None
+    """As the log has it; None for a failed one's, like the output's."""
+    output_tokens: Any = None
+    ttft_s: float = nan
+    """To the first token; NaN where the log does not say, as are the next two."""
+    latency_s: float = nan
+    """To the last one."""
+    gaps_s: Sequence[float] = ()
+    """Between successive tokens, or pieces of the stream."""
+
+    @property
+    def is_failed(self) -> bool:
+        """Whether it tells no lengths."""
+        return self.input_tokens is None or self.output_tokens is None
+
+
+Rows = Sequence[tuple[int, Request]]
+"""Requests with the number of their line, or whatever counts them in their file, less 1."""
 
 
 def is_json_lines(path: Path) -> bool:
@@ -59,10 +84,15 @@ def _is_log_file(path: Path) -> bool:
 def is_log(path: Path) -> bool:
     """Whether the first object of a file of JSON lines is of one of the three kinds."""
     try:
-        _, first = next(_lines(path))
+        _, first = next(read_lines(path))
     except (StopIteration, VoltanaError, OSError, UnicodeDecodeError):
         return False
     return _kind(first) is not None
+
+
+def is_aiperf(path: Path) -> bool:
+    """Whether a log is one that aiperf wrote."""
+    return _kind(next(read_lines(path), (0, {}))[1]) == "aiperf"
 
 
 def read_log(path: Path, *, drop_failed: bool) -> tuple[pd.DataFrame, int]:
@@ -79,48 +109,60 @@ def read_log(path: Path, *, drop_failed: bool) -> tuple[pd.DataFrame, int]:
         VoltanaError: A line that is no JSON object, has no time or is of no kind, or a failed
             request that is not to be dropped; with file and line.
     """
+    return by_arrival(read_rows(path), path, drop_failed=drop_failed)
+
+
+def read_rows(path: Path) -> Rows:
+    """Every request of a log in the order of its lines, failed ones too.
+
+    Raises:
+        VoltanaError: A line that is no JSON object, has no time or is of no kind.
+    """
     kind = None
     rows: list[tuple[int, Request]] = []
     received: dict[str, float] = {}
-    for number, line in _lines(path):
+    for number, line in read_lines(path):
         kind = kind or _kind(line)
         where = f"{path}:{number}"
         found = _READERS[kind or "access"](line, received, where)
         if found is not None:
             rows.append((number - 1, found))
-    kept = [(n, r) for n, r in rows if r[1] is not None and r[2] is not None]
+    return rows
+
+
+def by_arrival(rows: Rows, path: Path, *, drop_failed: bool) -> tuple[pd.DataFrame, int]:
+    """Rows as `read_log` returns them.
+
+    Args:
+        rows: Requests of a file.
+        path: The file, for errors.
+        drop_failed: Leave failed requests out.
+
+    Raises:
+        VoltanaError: A failed request that is not to be dropped, or no other.
+    """
+    kept = [(n, r) for n, r in rows if not r.is_failed]
     if len(kept) < len(rows) and not drop_failed:
-        first = next(n for n, r in rows if r[1] is None or r[2] is None)
+        first = next(n for n, r in rows if r.is_failed)
         raise VoltanaError(
             f"a request must have succeeded and tell its tokens ({path}:{first + 1}): "
             "trace_drop_failed=true leaves out those that did not"
         )
     if not kept:
         raise VoltanaError(f"{path}: holds no request with output")
-    kept.sort(key=lambda row: row[1][0])
-    start_s = kept[0][1][0]
-    frame = pd.DataFrame([r for _, r in kept], columns=[*COLUMNS], index=[n for n, _ in kept])
+    kept.sort(key=lambda row: row[1].at_s)
+    start_s = kept[0][1].at_s
+    frame = pd.DataFrame([r[:3] for _, r in kept], columns=[*COLUMNS], index=[n for n, _ in kept])
     frame["arrival_s"] -= start_s
     return frame, len(rows) - len(kept)
 
 
-def bench_lengths(path: Path) -> pd.DataFrame | None:
-    """Lengths of SGLang's `bench_serving --output-details`, which has no arrivals; None if not so.
+def read_lines(path: Path) -> Iterator[Line]:
+    """The JSON objects of a file of lines, with their numbers from 1.
 
-    Columns input_tokens and output_tokens, all runs of the file one after the other; index: numbers
-    of their lines less 1.
+    Raises:
+        VoltanaError: A line is none.
     """
-    found = []
-    for number, line in _lines(path):
-        lists = line.get("input_lens"), line.get("output_lens")
-        if not all(isinstance(each, list) for each in lists):
-            return None
-        both = pd.DataFrame(dict(zip(COLUMNS[1:], map(pd.Series, lists), strict=True)))
-        found.append(both.set_index(pd.Index([number - 1] * len(both))))
-    return pd.concat(found) if found else None
-
-
-def _lines(path: Path) -> Iterator[Line]:
     with path.open(encoding="utf-8") as file:
         for number, text in enumerate(file, 1):
             told = _STAMP.sub("", text.strip())
@@ -154,7 +196,7 @@ def _access(line: dict[str, Any], _: dict[str, float], where: str) -> Request:
         raise VoltanaError(f"a line must have a time ({', '.join(TIMES)}), got none ({where})")
     usage = None if _is_failed(line) else _usage(line)
     at_s = seconds(value, key, where)
-    return (at_s, None, None) if usage is None else (at_s, *usage)
+    return Request(at_s) if usage is None else Request(at_s, *usage)
 
 
 def _aiperf(line: dict[str, Any], _: dict[str, float], where: str) -> Request | None:
@@ -166,10 +208,18 @@ def _aiperf(line: dict[str, Any], _: dict[str, float], where: str) -> Request | 
         raise VoltanaError(f"metadata.request_start_ns must be there ({where})")
     at_s = seconds(start, "metadata.request_start_ns", where, unit_s=1e-9)
     if line.get("error") or metadata.get("was_cancelled"):
-        return at_s, None, None
-    lengths = [metrics.get(f"{side}_sequence_length") for side in ("input", "output")]
-    values = [v.get("value") if isinstance(v, dict) else v for v in lengths]
-    return at_s, values[0], values[1]
+        return Request(at_s)
+    told = {k: v.get("value") if isinstance(v, dict) else v for k, v in metrics.items()}
+    return Request(
+        at_s, told.get("input_sequence_length"), told.get("output_sequence_length"),
+        ttft_s=_from_ms(told.get("time_to_first_token")),
+        latency_s=_from_ms(told.get("request_latency")),
+        gaps_s=[_from_ms(gap) for gap in told.get("inter_chunk_latency") or ()],
+    )  # fmt: skip
+
+
+def _from_ms(value: object) -> float:
+    return float(value) * 1e-3 if isinstance(value, int | float) else nan
 
 
 def _sglang(line: dict[str, Any], received: dict[str, float], where: str) -> Request | None:
@@ -186,8 +236,8 @@ def _sglang(line: dict[str, Any], received: dict[str, float], where: str) -> Req
     at_s = received.pop(rid, at_s - float(told.get("e2e_latency") or 0.0))
     reason = told.get("finish_reason")
     if isinstance(reason, dict) and reason.get("type") == "abort":
-        return at_s, None, None
-    return at_s, told.get("prompt_tokens"), told.get("completion_tokens")
+        return Request(at_s)
+    return Request(at_s, told.get("prompt_tokens"), told.get("completion_tokens"))
 
 
 _READERS: Final = {"access": _access, "aiperf": _aiperf, "sglang": _sglang}

@@ -17,8 +17,9 @@ import numpy.typing as npt
 import pandas as pd
 
 from voltana.profiles.common.errors import VoltanaError, nearest
+from voltana.sim.workload.benchmarks import bench_lengths, benchmark_file, read_one
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
-from voltana.sim.workload.logs import bench_lengths, is_json_lines, is_log, read_log
+from voltana.sim.workload.logs import by_arrival, is_json_lines, is_log, read_log
 from voltana.sim.workload.prompts import PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
@@ -68,7 +69,7 @@ def read_trace(
 
     Args:
         path: CSV (also .gz), JSON lines or parquet; a log of one's own as of
-            `voltana.sim.workload.logs`.
+            `voltana.sim.workload.logs`, or what a load generator wrote (`benchmarks`).
         fmt: `azure`, `burstgpt`, `mooncake` or `plain`; by default the one whose columns match.
         unit: Of numbers in the arrival column: s, ms, us or ns, counted from the first request.
             By default as the format says. Columns that hold dates or durations know their own.
@@ -78,7 +79,7 @@ def read_trace(
     Raises:
         VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
     """
-    if fmt is None and is_json_lines(path) and path.suffix != ".gz" and is_log(path):
+    if fmt is None and path.suffix != ".gz" and _tells_requests(path):
         return _of_log(path, unit, drop_failed=drop_failed)
     frame = _read_frame(path)
     format_name = fmt or _detect(frame, path)
@@ -141,18 +142,42 @@ def _prompts(frame: pd.DataFrame, input_tokens: IntArray, path: Path) -> Prompts
         raise VoltanaError(f"{path}: {error}") from None
 
 
+def _tells_requests(path: Path) -> bool:
+    """Whether it is a log, or a load generator's output; that must say when requests were sent."""
+    if is_json_lines(path) and is_log(path):
+        return True
+    if benchmark_file(path) is None:
+        return False
+    if not read_one(path).has_arrivals:
+        raise VoltanaError(
+            f"{path} does not say when its requests were sent (bench_serving: only if all at once, "
+            "--request-rate inf): give it as a workload, whose arrivals are drawn at rate_rps"
+        )
+    return True
+
+
 def _log_lengths(path: Path) -> pd.DataFrame | None:
     """Lengths of a log or of a benchmark's output; None if it is neither."""
-    if path.is_file() and path.suffix != ".gz":
-        return read_log(path, drop_failed=False)[0] if is_log(path) else bench_lengths(path)
-    return None
+    if path.suffix == ".gz" or not path.is_file():
+        return None
+    if path.suffix == ".json":
+        return None if benchmark_file(path) is None else _log_rows(path, drop_failed=False)[0]
+    if not is_json_lines(path):
+        return None
+    return read_log(path, drop_failed=False)[0] if is_log(path) else bench_lengths(path)
+
+
+def _log_rows(path: Path, *, drop_failed: bool) -> tuple[pd.DataFrame, int]:
+    if is_json_lines(path) and is_log(path):
+        return read_log(path, drop_failed=drop_failed)
+    return by_arrival(read_one(path).rows, path, drop_failed=drop_failed)
 
 
 def _of_log(path: Path, unit: str | None, *, drop_failed: bool) -> Workload:
     """A log's requests; their line numbers name them in errors."""
     if unit is not None:
         raise VoltanaError(f"{path} is a log, whose times know their unit: leave trace_unit out")
-    frame, dropped = read_log(path, drop_failed=drop_failed)
+    frame, dropped = _log_rows(path, drop_failed=drop_failed)
     lines = frame.index.to_numpy() + 1
     tokens = [_tokens(frame[column], path, lines) for column in ("input_tokens", "output_tokens")]
     name = f"{path.name} ({dropped} failed left out)" if dropped else path.name
@@ -166,7 +191,10 @@ def _of_log(path: Path, unit: str | None, *, drop_failed: bool) -> Workload:
 
 def _read_frame(path: Path) -> pd.DataFrame:
     if path.suffix == ".json":
-        raise VoltanaError(f"{path}: must be JSON lines: write one object a line to a .jsonl")
+        raise VoltanaError(
+            f"{path}: must be guidellm's benchmarks.json, or JSON lines: write one object a line "
+            "to a .jsonl"
+        )
     try:
         if path.suffix == ".parquet":
             frame = pd.read_parquet(path)
@@ -201,7 +229,7 @@ def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
     Raises:
         VoltanaError: As `read_trace`.
     """
-    frame = _log_lengths(path) if is_json_lines(path) else None
+    frame = _log_lengths(path)
     frame = _read_frame(path) if frame is None else frame
     for columns, _ in _FORMATS.values():
         if set(columns[1:]) <= set(frame.columns):

@@ -63,6 +63,7 @@ class Job:
     tokens: asyncio.Queue[int | None] = field(default_factory=asyncio.Queue)
     made: int = 0
     is_gone: bool = False
+    has_logprobs: bool = False
 
 
 class StubWorker:
@@ -163,7 +164,10 @@ class StubWorker:
         room = self._rooms.setdefault(fields["bootstrap_room"], Room())
         room.asked_ns = asked_ns
         tokens = 1 if self.phase == PREFILL else body.max_new_tokens
-        job = Job(room=room, input_tokens=body.input_tokens, output_tokens=tokens)
+        job = Job(
+            room=room, input_tokens=body.input_tokens, output_tokens=tokens,
+            has_logprobs=bool(fields.get("logprobs")),
+        )  # fmt: skip
         self._jobs.append(job)
         self._work.set()
         try:
@@ -180,7 +184,7 @@ class StubWorker:
         if not is_stream:
             while await job.tokens.get() is not None:
                 pass
-            return web.json_response(_event(request.path, job, job.output_tokens))
+            return web.json_response(_whole(request.path, job))
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         count = 0
         while await job.tokens.get() is not None:
@@ -278,9 +282,40 @@ def _event(path: str, job: Job, count: int) -> dict[str, Any]:
             "asked_ns": job.room.asked_ns, "written_ns": time.monotonic_ns(),
         }  # fmt: skip
         return {"text": "", "output_ids": [count], "meta_info": meta}
-    choice = {"index": 0, "finish_reason": reason and "length"}
+    choice: dict[str, Any] = {"index": 0, "finish_reason": reason and "length"}
     choice |= {"delta": {"content": "x"}} if path == CHAT else {"text": "x"}
-    return {"id": "stub", "object": "chunk", "choices": [choice]}
+    kind = "chat.completion.chunk" if path == CHAT else "text_completion"
+    event: dict[str, Any] = {"id": "stub", "object": kind, "model": "stub", "choices": [choice]}
+    if reason is not None:
+        event["usage"] = _usage(job)
+    return event
+
+
+def _usage(job: Job) -> dict[str, int]:
+    return {
+        "prompt_tokens": job.input_tokens, "completion_tokens": job.output_tokens,
+        "total_tokens": job.input_tokens + job.output_tokens,
+    }  # fmt: skip
+
+
+def _whole(path: str, job: Job) -> dict[str, Any]:
+    """An answer that is no stream: a token is an x, as likely as not."""
+    if path == GENERATE:
+        return _event(path, job, job.output_tokens)
+    tokens, text = ["x"] * job.output_tokens, "x" * job.output_tokens
+    choice: dict[str, Any] = {"index": 0, "finish_reason": "length"}
+    if path == CHAT:
+        choice["message"] = {"role": "assistant", "content": text}
+        told: Any = {"content": [{"token": t, "logprob": -0.5, "top_logprobs": []} for t in tokens]}
+    else:
+        choice["text"] = text
+        told = {"tokens": tokens, "token_logprobs": [-0.5] * len(tokens)}
+    if job.has_logprobs:
+        choice["logprobs"] = told
+    return {
+        "id": "stub", "object": "chat.completion" if path == CHAT else "text_completion",
+        "model": "stub", "choices": [choice], "usage": _usage(job),
+    }  # fmt: skip
 
 
 @dataclass(slots=True, kw_only=True)

@@ -34,6 +34,9 @@ class Card:
         self.window_j: tuple[float, float] | None = None
         """The energy counter at the first start and at the last end of an iteration."""
         self.busy_s: dict[int, float] = {}
+        self.away_w: float | None = None
+        """What it draws out of service; None in service."""
+        self.away_j = self.away_s = 0.0
         self._idle_from_s = 0.0
         self._plan: tuple[float, int] | None = None
 
@@ -53,7 +56,7 @@ class Card:
     def work(self, start_s: float, batch: float, tokens: int, noise: float) -> float:
         """One iteration; returns when it ends. A change of clock inside it splits it."""
         if self.window_j is None:
-            self.window_j = (self.busy_j + self.idle_j, 0.0)
+            self.window_j = (self.busy_j + self.idle_j + self.away_j, 0.0)
         stall_s = 0.0
         while self._coming and self._coming[0][0] <= start_s:
             stall_s += self._take_next()
@@ -73,7 +76,7 @@ class Card:
             at_s = until_s
             stall_s = self._take_next()
         self.iterations += 1
-        self.window_j = (self.window_j[0], self.busy_j + self.idle_j)
+        self.window_j = (self.window_j[0], self.busy_j + self.idle_j + self.away_j)
         return end_s
 
     def rest(self, now_s: float, plan: tuple[float, int] | None) -> None:
@@ -91,8 +94,23 @@ class Card:
             self._take_next()
         self._book_idle(now_s)
 
+    def leave(self, now_s: float, power_w: float) -> None:
+        """Out of service, or in another state there."""
+        self.pass_idle(now_s)
+        self._plan = None
+        self.away_w = power_w
+
+    def come_back(self, now_s: float) -> None:
+        self.pass_idle(now_s)
+        self.away_w = None
+
     def _book_idle(self, until_s: float) -> None:
         spent_s = max(until_s - self._idle_from_s, 0.0)
+        if self.away_w is not None:
+            self.away_j += spent_s * self.away_w
+            self.away_s += spent_s
+            self._idle_from_s += spent_s
+            return
         awake_w = self._hardware.awake_w(self.clock) if self.window_j else 0.0
         self.idle_j += spent_s * (self._hardware.idle_w(self.clock) + awake_w)
         self._idle_from_s += spent_s

@@ -16,6 +16,7 @@ from tests.independent.cache import Token, TokenCache
 from tests.independent.card import Card
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller
+from tests.independent.staff import Staff
 
 Noise = Callable[..., float]
 """From an iteration's start to the factor on its time; called once an iteration, in order. A server
@@ -113,6 +114,8 @@ class Server:
     def rest(self, now_s: float) -> None:
         self.is_busy = False
         self.card.rest(now_s, self.controller.idle_plan)
+        if self.fleet.staff is not None:
+            self.fleet.staff.rested(self, now_s)
 
 
 class Prefill(Server):
@@ -319,6 +322,9 @@ class Fleet:
         self.settings, self.hardware, self._router = settings, hardware, router
         self.prefill_makes_first = settings["first_token"] == "prefill"
         self.cable_free_s: dict[int, float] = {}
+        self.staff: Staff | None = None
+        """Sends servers away; None: all serve."""
+        self._num_ended = 0
         self._events: list[tuple[float, int, int, Callable[[float], None]]] = []
         self._count = 0
         self.end_s = 0.0
@@ -348,7 +354,7 @@ class Fleet:
             if id(job) in turns:
                 continue
             self.at(job.arrival_s, ARRIVAL, lambda now_s, job=job: self._arrive(job, now_s))  # type: ignore[misc]
-        while self._events:
+        while self._events and self._num_ended < len(jobs):
             now_s, _, _, action = heappop(self._events)
             action(now_s)
             self.end_s = now_s
@@ -361,6 +367,7 @@ class Fleet:
             memory and job.prompt + 2 >= memory
         ):
             job.is_rejected = True
+            self._num_ended += 1
             return
         job.prefill, job.decode = self._router.route(job, self, now_s)
         self.decode[job.decode].open_jobs += 1
@@ -407,6 +414,8 @@ class Fleet:
 
     def hand_over(self, job: Job, now_s: float) -> None:
         """Prefill is done: the KV cache moves, then decode may take the request up."""
+        if self.staff is not None:
+            self.staff.sending[id(self.prefill[job.prefill])] += 1
         delay_s = float(self.settings["kv_transfer_latency_s"])
         bandwidth = self.settings.get("kv_transfer_bytes_per_s")
         if bandwidth is not None:
@@ -422,6 +431,7 @@ class Fleet:
 
     def answered(self, job: Job, now_s: float) -> None:
         """Its last token is out: whoever waited for it reads, and asks on."""
+        self._num_ended += 1
         if job.next_turn is not None:
             think_s, turn = job.next_turn
             turn.arrival_s = now_s + think_s
@@ -429,6 +439,9 @@ class Fleet:
 
     def _deliver(self, job: Job, now_s: float) -> None:
         self.prefill[job.prefill].let_go(job, now_s)
+        if self.staff is not None:
+            self.staff.sending[id(self.prefill[job.prefill])] -= 1
+            self.staff.rested(self.prefill[job.prefill], now_s)
         server = self.decode[job.decode]
         if self.prefill_makes_first and job.wanted == 1:
             job.token_s.append(now_s)

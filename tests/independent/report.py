@@ -77,6 +77,12 @@ def _energy(fleet: Fleet) -> Numbers:
     if both:
         numbers["colocated_energy_j"] = sum(s.card.busy_j for s in both)
         parts.append("colocated")
+    if fleet.staff is not None:
+        numbers["away_energy_j"] = sum(c.away_j for c in cards)
+        parts.append("away")
+        share = sum(c.away_s for c in cards) / (fleet.end_s * len(cards))
+        numbers["in_service_share"] = 1.0 - share
+        numbers["wake_ups"] = fleet.staff.wake_ups
     if fleet.settings.get("host_power_w") is not None:
         numbers["host_energy_j"] = fleet.settings["host_power_w"] * len(servers) * fleet.end_s
         parts.append("host")

@@ -19,6 +19,7 @@ from tests.independent.fleet import Fleet, Job, Noise, Router
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
 from tests.independent.report import Numbers, report
+from tests.independent.staff import RoundRobinOfServing, Staff
 from tests.sim.engine.sessions import random_sessions
 from voltana.experiments.runs import cached_profile, workload_of
 from voltana.profiles.catalog import DATA
@@ -150,6 +151,19 @@ CASES: dict[str, Settings] = {
         "max_running_requests": 40,
     },
     "3C, turns that wait": {"workload": TURNS, "num_colocated": 3},
+    "sleep": {
+        "rate_rps": 10, "plans": "asas+apas+aaaa+pasa+aaaa+aaxa", "period_s": 4.37,
+        "duration_s": 35,
+    },
+    "sleep, awake power, EcoFreq, noise": {
+        **VARYING, "controller": "ecofreq", "noise_scale": 1.0, "idle_s": 0.4, "rate_rps": 16,
+        "plans": "apsaas+aaaaaa+saaasa+asaaaa+aaaasa", "period_s": 3.93, "num_prefill": 3,
+        "num_decode": 3, "profile": "a100-80g-sxm-awake/llama-3.1-8b", "duration_s": 30,
+    },
+    "sleep, KV over a link, prefill waits for decode's boundary": {
+        "rate_rps": 8, "plans": "asaa+saas+aasa+aaaa", "period_s": 4.71, "duration_s": 30,
+        "kv_transfer_latency_s": 0.4, "prefill_starts": "decode_boundary", "host_power_w": 99.0,
+    },
 }  # fmt: skip
 
 NOISE_KEYS = {"prefill": 4, "decode": 5, "colocated": 7}
@@ -171,6 +185,9 @@ SHOWN = {
     "2C, vLLM, small KV cache, overlap": ("retractions", 20),
     "2C, EcoFreq": ("clock_changes", 30),
     "2C, vLLM, EcoFreq, sags": ("clock_changes", 30),
+    "sleep": ("wake_ups", 2),
+    "sleep, awake power, EcoFreq, noise": ("wake_ups", 3),
+    "sleep, KV over a link, prefill waits for decode's boundary": ("wake_ups", 2),
     "stalls": ("clock_changes", 30),
     "stalls of two cards": ("clock_changes", 10),
 }
@@ -193,7 +210,11 @@ def settings_of(case: Settings) -> Settings:
 
 def spelled(settings: Settings) -> Settings:
     """As voltana is told."""
-    keys = {k: v for k, v in settings.items() if k not in ("clock", "idle_s")}
+    ours = ("clock", "idle_s", "plans", "period_s")
+    keys = {k: v for k, v in settings.items() if k not in ours}
+    if "plans" in settings:
+        table = f"plans={settings['plans']},period={settings['period_s']}"
+        keys["scaler"] = f"tests.sim.engine.scaling_table:{table}"
     is_static = settings["controller"] == "static"
     told = f"static:f={settings['clock']}" if is_static else f"ecofreq:idle={settings['idle_s']}"
     if settings.get("workload") in (LONG, SESSIONS, TURNS):
@@ -256,6 +277,8 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
         if settings["router"] == "ecoroute"
         else RoundRobin()
     )
+    if "plans" in settings:
+        router = RoundRobinOfServing()
 
     def noise(phase: str, number: int) -> Noise:
         return noise_of(keys, phase, number, hardware.spread)
@@ -265,6 +288,9 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
 
     has_both = "num_colocated" in keys
     fleet = Fleet(keys, hardware, router, controller, noise, colocated if has_both else None)
+    if "plans" in settings:
+        plans = settings["plans"].split("+")
+        fleet.staff = Staff(fleet, plans, settings["period_s"], DATA / keys["profile"])
     columns = requests.arrival_s, requests.input_tokens, requests.output_tokens
     jobs = [Job(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     if requests.prompts is not None:

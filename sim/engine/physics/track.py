@@ -23,11 +23,12 @@ class GpuTrack:
     """Runs iterations and idle time of one instance against the profile's truth."""
 
     __slots__ = (
-        "_busy_j", "_busy_s", "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j",
-        "_idle_s", "_idle_since_s", "_is_decode", "_last_busy_j", "_model", "_noise", "_pending",
-        "_phase", "_pieces", "_plan", "_plan_due_s", "_stall_due_s", "_stall_s", "actuation_s",
-        "clock_mhz", "energy_j", "is_mixed", "num_clock_changes", "num_iterations", "power_w",
-        "run", "target_mhz",
+        "_away", "_away_j", "_away_s", "_away_state_j", "_away_w", "_busy_j", "_busy_s",
+        "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j", "_idle_s", "_idle_since_s",
+        "_is_decode", "_last_busy_j", "_model", "_noise", "_pending", "_phase", "_pieces", "_plan",
+        "_plan_due_s", "_stall_due_s", "_stall_s", "actuation_s", "clock_mhz", "energy_j",
+        "is_mixed", "num_clock_changes", "num_iterations", "num_wake_ups", "power_w", "run",
+        "target_mhz",
     )  # fmt: skip
 
     def __init__(
@@ -77,6 +78,13 @@ class GpuTrack:
         self._busy_j = self._idle_j = self._busy_s = self._idle_s = 0.0
         self._first_busy_j = self._last_busy_j = -1.0
         self._idle_since_s = 0.0
+        self.num_wake_ups = 0
+        self._away = ""
+        """The state out of service that it is in; empty in service."""
+        self._away_w = self._away_j = 0.0
+        self._away_s: dict[str, float] = {}
+        self._away_state_j: dict[str, float] = {}
+        """Time and energy out of service by state, beside busy and idle ones."""
         self._plan: IdlePlan | None = None
         self._plan_due_s = math.inf
         self._clock_busy_s: dict[int, float] = {}
@@ -165,7 +173,7 @@ class GpuTrack:
             self._busy_s += elapsed_s
             self._busy_j += energy_j
             self._clock_busy_s[clock] = self._clock_busy_s.get(clock, 0.0) + elapsed_s
-        self._last_busy_j = self.energy_j = self._busy_j + self._idle_j
+        self._last_busy_j = self.energy_j = self._busy_j + self._idle_j + self._away_j
         self.num_iterations += count
         if self._noise is not None:
             self._noise.use(count)
@@ -184,6 +192,25 @@ class GpuTrack:
         power_w = model.rest_power_w if self._first_busy_j < 0 else model.idle_power_w
         self.power_w = power_w(self.clock_mhz)
         return self._next_idle_change_s()
+
+    def go_away(self, now_s: float, name: str, power_w: float) -> None:
+        """Out of service from now on, at that power, until `go_away` or `come_back` says else.
+
+        Args:
+            now_s: The present; idle or away until then.
+            name: Of the state, for the record.
+            power_w: What it draws.
+        """
+        self.settle_idle(now_s)
+        self._plan, self._plan_due_s = None, math.inf
+        self._away, self._away_w = name, power_w
+        self.power_w = power_w
+
+    def come_back(self, now_s: float) -> None:
+        """In service again; `enter_idle` follows."""
+        self.settle_idle(now_s)
+        self._away = ""
+        self.num_wake_ups += 1
 
     def settle_idle(self, now_s: float) -> float:
         """Add idle time and energy up to `now_s`; returns as `enter_idle`."""
@@ -220,6 +247,9 @@ class GpuTrack:
             clock_idle_s=dict(self._clock_idle_s),
             num_clock_changes=self.num_clock_changes,
             num_retractions=num_retractions,
+            away_s=dict(self._away_s),
+            away_energy_j=dict(self._away_state_j),
+            num_wake_ups=self.num_wake_ups,
         )
 
     def _split(self, start_s: float, batch_size: float, tokens: int) -> None:
@@ -272,14 +302,25 @@ class GpuTrack:
         if elapsed_s <= 0:
             return
         self._idle_since_s = until_s
+        if self._away:
+            self._add_away(elapsed_s)
+            return
         clock = self.clock_mhz
         model = self._model
         power_w = model.rest_power_w if self._first_busy_j < 0 else model.idle_power_w
         self.power_w = power_w(clock)
         self._idle_s += elapsed_s
         self._idle_j += self.power_w * elapsed_s
-        self.energy_j = self._busy_j + self._idle_j
+        self.energy_j = self._busy_j + self._idle_j + self._away_j
         self._clock_idle_s[clock] = self._clock_idle_s.get(clock, 0.0) + elapsed_s
+
+    def _add_away(self, elapsed_s: float) -> None:
+        name, energy_j = self._away, self._away_w * elapsed_s
+        self._away_j += energy_j
+        self._away_s[name] = self._away_s.get(name, 0.0) + elapsed_s
+        self._away_state_j[name] = self._away_state_j.get(name, 0.0) + energy_j
+        self.power_w = self._away_w
+        self.energy_j = self._busy_j + self._idle_j + self._away_j
 
     def _apply_due(self, now_s: float) -> None:
         while self._pending and self._pending[0][0] <= now_s:

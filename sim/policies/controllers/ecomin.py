@@ -105,10 +105,10 @@ class EcoMin(Controller):
     single outlier counts for little. A rise of the clock acts at once, a fall waits for `dwell_s`.
     Idle: after `idle_s` lock the clock of least idle power.
 
-    Colocated: decode's rule, its limit less the longest recent iteration in which decoding stood;
-    with prompts in the iteration to come the larger of that and the lowest clock from the bottom on
-    that keeps prefill's rule, and SLO_ITL·(1 - headroom) from token to token while requests run.
-    T is the sum of both parts. It does not wait for prompts.
+    Colocated: decode's rule, its limit less the mean time in a gap in which decoding stands for
+    prompts. With prompts in the iteration to come the larger of that and the lowest clock from the
+    bottom on that keeps prefill's rule and, if the top clock can, SLO_ITL·(1 - headroom) from token
+    to token of those who run. T is the sum of both parts. It does not wait for prompts.
 
     Source: ours. That the batch of a queue with as many servers as customers is Poisson, of
     variance equal to its mean, is the M/G/∞ queue's (Kleinrock, Queueing Systems I, 1975).
@@ -227,6 +227,8 @@ class EcoMin(Controller):
         context, bound_s = self._context, self.correction.bound_s
         ttft_s, itl_s = map(self._limit_s, (context.prefill_budget_s, context.slo_itl_s))
         predictor, queued = context.predictor, state.num_waiting
+        top_s = bound_s(predicted_gap_s(predictor, state, self._top_mhz))
+        has_gap = state.num_running > 0 and top_s <= itl_s
 
         def fits(clock_mhz: int) -> bool:
             time_s = bound_s(predicted_s(predictor, state, clock_mhz))
@@ -237,8 +239,7 @@ class EcoMin(Controller):
                 )
             if max(state.last_queue_delay_s, behind_s) + time_s > ttft_s:
                 return False
-            gap_s = predicted_gap_s(predictor, state, clock_mhz)
-            return state.num_running == 0 or bound_s(gap_s) <= itl_s
+            return not has_gap or bound_s(predicted_gap_s(predictor, state, clock_mhz)) <= itl_s
 
         return first_clock_mhz(self._levels_mhz, lambda f: f >= self._bottom_mhz and fits(f))
 

@@ -48,6 +48,27 @@ class NoParameters:
     """For a policy without parameters."""
 
 
+class Base(Controller):
+    """Lock the base clock that the fleet's scaler has chosen; the top clock as long as none has.
+
+    Source: tier 1 of DualScale, arXiv 2602.18755, without its tier 2.
+    """
+
+    __slots__ = ("_top_mhz",)
+
+    def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
+        self._top_mhz = context.clocks_mhz[-1]
+
+    def decide(self, state: InstanceState) -> int:
+        return state.base_mhz or self._top_mhz
+
+    def initial_clock_mhz(self) -> int:
+        return self._top_mhz
+
+    def steady_iterations(self, state: InstanceState, batch_size: int, tokens: int) -> int:
+        return FOREVER
+
+
 class Boost(Controller):
     """Never lock: the driver runs its top clock when busy and sinks to its idle clock when not.
 

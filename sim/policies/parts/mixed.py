@@ -5,15 +5,14 @@ Both are believed to take their time one after the other, as in `voltana.sim.eng
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import replace
 from typing import Final
 
 from voltana.sim.policies.base import DECODE, PREFILL, InstanceState, PolicyContext, Predictor
 from voltana.sim.policies.parts.latency import LatencyWindow
 
-_REMEMBERED: Final = 20
-"""Iterations in which decoding stood, ours."""
+_STEP: Final = 0.02
+"""Weight of the last gap in the mean time that decoding stands in one, ours."""
 
 
 def predicted_s(predictor: Predictor, state: InstanceState, clock_mhz: int) -> float:
@@ -40,20 +39,16 @@ def predicted_gap_s(predictor: Predictor, state: InstanceState, clock_mhz: int) 
 class GapWatch:
     """Tells which iteration made running requests wait, from what is shown at each decision."""
 
-    __slots__ = ("_chunk_requests", "_gap_s", "_stood", "_stood_s", "decoded")
+    __slots__ = ("_chunk_requests", "_gap_s", "_stood", "aside_s", "decoded")
 
     def __init__(self) -> None:
         self._chunk_requests = 0
         self._stood = False
         self._gap_s = 0.0
-        self._stood_s: deque[float] = deque(maxlen=_REMEMBERED)
+        self.aside_s = 0.0
+        """Mean time in a gap in which decoding stood."""
         self.decoded: tuple[float, int] | None = None
         """Gap that the iteration just ended has made, and of how many requests; None if none."""
-
-    @property
-    def aside_s(self) -> float:
-        """The longest of the latest iterations in which decoding stood."""
-        return max(self._stood_s, default=0.0)
 
     def look(self, state: InstanceState) -> int:
         """Call at each decision, first of all.
@@ -64,8 +59,8 @@ class GapWatch:
         chunk_requests = self._chunk_requests if state.last_duration_s > 0.0 else 0
         self.decoded = None
         if state.last_duration_s > 0.0:
-            if self._stood:
-                self._stood_s.append(state.last_duration_s)
+            if state.ended_batch_size:
+                self.aside_s += _STEP * (self._gap_s - self.aside_s)
             self._gap_s += state.last_duration_s
             if state.ended_batch_size:
                 self.decoded = self._gap_s, state.ended_batch_size

@@ -1,10 +1,49 @@
-"""Latency predictors and power models built from others, deliberately wrong."""
+"""Models of iteration times and power: one set a kind of instance, and deliberately wrong ones."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
 
-from voltana.sim.policies.base import Phase, PowerModel, Predictor
+from voltana.sim.policies.base import InstanceState, Phase, PolicyContext, PowerModel, Predictor
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Models:
+    """What is believed of one kind of instance."""
+
+    predictor: Predictor
+    power: PowerModel
+    clocks_mhz: tuple[int, ...]
+    """Supported clocks, ascending."""
+
+
+OF_INSTANCES: Final = "models of instances"
+"""Name under which a driver of a mixed fleet shares a `Models` for each (phase, instance_id)."""
+
+
+class ModelsOf:
+    """The models of any instance; of a fleet of one kind the context's own.
+
+    Args:
+        context: Of a router, or of another policy that sees several instances.
+    """
+
+    __slots__ = ("_of", "_own")
+
+    def __init__(self, context: PolicyContext) -> None:
+        self._own = Models(
+            predictor=context.predictor, power=context.power, clocks_mhz=context.clocks_mhz
+        )
+        cluster = context.cluster
+        self._of: Mapping[tuple[Phase, int], Models] = (
+            cluster.share(OF_INSTANCES, dict) if cluster is not None else {}
+        )
+
+    def __call__(self, state: InstanceState) -> Models:
+        return self._of.get((state.phase, state.instance_id), self._own)
 
 
 class ScaledPredictor:

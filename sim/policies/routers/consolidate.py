@@ -66,13 +66,17 @@ class Consolidate(Router):
     `prefill_most_s` is the limit: a queue beyond the engine's largest batch saves nothing more, and
     where its predicted length is a fifth too short the promise is broken for all in it.
 
+    Of instances that do both phases k are used for both. Prompts take the share of their time that
+    the mean rate of prompt tokens asks for, in chunks of four prompts with 2,048 tokens (ours): a
+    gap is longer by it, and power the mean of both.
+
     Source: ours. Near: KAIROS's consolidate-then-spread and slo-pack, which fill one instance to
     its limit first.
     """
 
     __slots__ = (
         "_active", "_changed_s", "_context", "_fullest", "_levels_mhz", "_limit_s", "_park_w",
-        "_planned_s", "_prefill_s", "_rate", "_settings",
+        "_planned_s", "_prefill_s", "_prompt_rate", "_prompt_tokens", "_rate", "_settings",
     )  # fmt: skip
 
     def __init__(self, parameters: ConsolidateParameters, context: PolicyContext) -> None:
@@ -89,6 +93,9 @@ class Consolidate(Router):
         self._fullest = FullestBatch.of(context)
         self._active = 1
         self._rate = 0.0
+        self._prompt_tokens = 0
+        self._prompt_rate = 0.0
+        """Prompt tokens/s that instances of both phases share; else 0."""
         self._planned_s = 0.0
         self._changed_s = float("-inf")
 
@@ -98,6 +105,10 @@ class Consolidate(Router):
             self._planned_s = request.arrival_s
             self._plan(decode, elapsed_s)
         tokens = request.input_tokens
+        if prefill is decode:
+            self._prompt_tokens += tokens
+            chosen = self._pick_decode(tokens, decode)
+            return chosen, chosen
         return self._pick_prefill(tokens, prefill), self._pick_decode(tokens, decode)
 
     def _pick_decode(self, tokens: int, decode: States) -> int:
@@ -113,7 +124,8 @@ class Consolidate(Router):
         """Whether one more still fits the fullest batch worth running."""
         present = state.num_running + state.num_waiting
         context_tokens = (state.kv_load_tokens + tokens) / (present + 1)
-        return state.open_requests < self._fullest.requests(context_tokens, self._limit_s)
+        left = 1.0 - self._prompt_share(self._context.clocks_mhz[-1], self._active)
+        return state.open_requests < self._fullest.requests(context_tokens, self._limit_s * left)
 
     def _use(self, active: int) -> None:
         if active != self._active:
@@ -138,17 +150,14 @@ class Consolidate(Router):
 
     def _plan(self, decode: States, elapsed_s: float) -> None:
         """Choose how many instances new requests go to."""
-        c, settings = self._context, self._settings
+        settings = self._settings
         running = sum(s.num_running for s in decode)
-        rate = sum(
-            s.num_running
-            / c.predictor.predict_s(
-                DECODE, s.clock_or_top_mhz(c.clocks_mhz[-1]), s.num_running, max(s.kv_tokens, 1)
-            )
-            for s in decode
-            if s.num_running
-        )
-        self._rate += (rate - self._rate) * elapsed_s / (elapsed_s + settings.memory_s)
+        memory_s = elapsed_s + settings.memory_s
+        prompt_rate = self._prompt_tokens / elapsed_s
+        self._prompt_rate += (prompt_rate - self._prompt_rate) * elapsed_s / memory_s
+        self._prompt_tokens = 0
+        rate = sum(self._token_rate(s) for s in decode if s.num_running)
+        self._rate += (rate - self._rate) * elapsed_s / memory_s
         if not running:
             return
         context_tokens = sum(s.kv_tokens for s in decode) / running
@@ -159,38 +168,60 @@ class Consolidate(Router):
         elif wanted < active and self._planned_s - self._changed_s >= settings.dwell_s:
             self._use(active - 1)
 
+    def _token_rate(self, state: InstanceState) -> float:
+        clock = state.clock_or_top_mhz(self._context.clocks_mhz[-1])
+        time_s = self._context.predictor.predict_s(
+            DECODE, clock, state.num_running, max(state.kv_tokens, 1)
+        )
+        return state.num_running / time_s * (1.0 - self._prompt_share(clock, self._active))
+
+    def _prompt_share(self, clock: int, count: int) -> float:
+        """Of the time of so many instances of both phases, what prompts take at a clock."""
+        if not self._prompt_rate:
+            return 0.0
+        chunk_s = self._context.predictor.predict_s(PREFILL, clock, *_CHUNK)
+        return min(self._prompt_rate / count * chunk_s / _CHUNK[1], _MOST_SHARE)
+
     def _cheapest(self, active: int, context_tokens: float, most: int) -> int:
         best, best_w = most, float("inf")
         for k in range(1, most + 1):
-            total_w = k * self._price_w(self._rate / k, context_tokens)
+            total_w = k * self._price_w(k, context_tokens)
             if k < active:  # it has to be worth the change
                 total_w *= 1.0 + self._settings.gain_frac
             if total_w < best_w:
                 best, best_w = k, total_w
         return best
 
-    def _price_w(self, rate: float, context_tokens: float) -> float:
-        """Least power above idle at that token rate; infinite if the promise can't be kept."""
-        best_w = float("inf")
+    def _price_w(self, count: int, context_tokens: float) -> float:
+        """Least power above idle of one of so many; infinite if the promise can't be kept."""
+        best_w, power_w = float("inf"), self._context.power.power_w
         for clock in self._levels_mhz:
-            batch = self.settled_batch(rate, context_tokens, clock)
-            if batch is not None:
+            share = self._prompt_share(clock, count)
+            batch = self.settled_batch(
+                self._rate / count, context_tokens, clock, stretch=1.0 / (1.0 - share)
+            )
+            if batch is not None and share < _MOST_SHARE:
                 tokens = max(int(batch * context_tokens), 1)
-                power_w = self._context.power.power_w(DECODE, clock, batch, tokens)
-                best_w = min(best_w, power_w - self._park_w)
+                mean_w = (1.0 - share) * power_w(DECODE, clock, batch, tokens)
+                if share:
+                    mean_w += share * power_w(PREFILL, clock, *_CHUNK)
+                best_w = min(best_w, mean_w - self._park_w)
         return best_w
 
-    def settled_batch(self, rate: float, context_tokens: float, clock: int) -> int | None:
+    def settled_batch(
+        self, rate: float, context_tokens: float, clock: int, *, stretch: float = 1.0
+    ) -> int | None:
         """The least b (in steps) with b >= rate·T(b), if the promise is kept there.
 
         Args:
             rate: Tokens/s that come to the instance.
             context_tokens: Of a request.
             clock: In MHz.
+            stretch: Gap over the time of an iteration of decode.
         """
         predict_s = self._context.predictor.predict_s
         for batch in range(_STEP, int(rate * self._limit_s) + 2 * _STEP, _STEP):
-            time_s = predict_s(DECODE, clock, batch, max(int(batch * context_tokens), 1))
+            time_s = stretch * predict_s(DECODE, clock, batch, max(int(batch * context_tokens), 1))
             if time_s > self._limit_s:
                 return None
             if batch >= rate * time_s:
@@ -200,3 +231,7 @@ class Consolidate(Router):
 
 _STEP: Final = 8
 """Batch sizes looked at: every graph size of the engine."""
+_CHUNK: Final = (4, 2048)
+"""A chunk of prompts, as requests and tokens."""
+_MOST_SHARE: Final = 0.9
+"""Of an instance's time that prompts may take."""

@@ -27,7 +27,7 @@ from voltana.hwreplay.router.config import RouterConfig
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import KEYS
 from voltana.sim.policies import registry
-from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
+from voltana.sim.policies.registry import CONTROLLERS, ROUTERS, SCALERS
 
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 
@@ -70,6 +70,7 @@ def test_tables_show_what_the_code_has() -> None:
     for name, known in (
         ("controllers", CONTROLLERS),
         ("routers", ROUTERS),
+        ("scalers", SCALERS),
         ("experiments", list_experiments()),
         ("configuration", KEYS),
     ):
@@ -124,7 +125,7 @@ def test_commands_in_the_text_exist_with_their_options(page: str, line: str) -> 
 def test_the_readme_names_every_policy() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     named = set(re.findall(r"`([a-z0-9-]+)`", text))
-    assert named >= {*CONTROLLERS, *ROUTERS}
+    assert named >= {*CONTROLLERS, *ROUTERS, *SCALERS}
 
 
 def test_the_readme_shows_tables_as_they_are_printed() -> None:

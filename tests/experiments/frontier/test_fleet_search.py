@@ -12,7 +12,7 @@ import pytest
 
 from tests.experiments.frontier.fixtures import make_small_study
 from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
-from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_PAIR, run_task
+from voltana.experiments.frontier.search import STATIC_CLOCK, STATIC_FLEET, STATIC_PAIR, run_task
 from voltana.experiments.frontier.trial import Bench, Trial
 from voltana.experiments.runs import cached_profile
 
@@ -128,6 +128,40 @@ def test_the_best_fleet_of_real_runs(tmp_path: Path, router: str, rate_rps: floa
         assert tuned.keeps(study.choice_target) == np.isfinite(energy_j)
         if np.isfinite(energy_j):
             assert tuned.energy_j <= energy_j * 1.001
+
+
+@pytest.mark.parametrize(
+    ("fleet", "controller", "actives"),
+    [
+        ({"num_colocated": 2}, STATIC_FLEET, [{"active_colocated": n} for n in (1, 2)]),
+        ({"num_prefill": 1, "num_decode": 2}, STATIC_CLOCK, [{"active_decode": n} for n in (1, 2)]),
+    ],
+)
+def test_the_best_single_clock_of_real_runs(
+    tmp_path: Path, fleet: dict[str, int], controller: str, actives: list[dict[str, int]]
+) -> None:
+    """Three clocks, one instance or two: all six fleets on both tuning seeds."""
+    router = "least-requests"
+    study = make_small_study(
+        base={"duration_s": 5, "slo_itl_s": 0.045, "slo_ttft_s": 0.4, **fleet},
+        load={"rate_rps": 6}, routers=(router,), static_clocks_mhz=(705, 1005, 1410),
+        one_clock=True,
+    )  # fmt: skip
+    found = {f.controller: f for f in run_task((study, study.loads[0], router, tmp_path))}
+    trials = [
+        bench(study, tmp_path).run(
+            {"controller": f"static:f={clock}", "router": router, **active}, "", study.tuning
+        )
+        for clock, active in product(study.clocks_mhz, actives)
+    ]
+    best = min((t for t in trials if t.keeps(study.choice_target)), key=lambda t: t.energy_j)
+    tuned = found[controller].tuned
+    assert tuned is not None
+    assert tuned.energy_j == best.energy_j
+    clock = best.settings["controller"].partition("=")[2]
+    assert tuned.label.startswith(f"{clock} MHz")
+    judged = found[controller].judged
+    assert set(judged.rows["seed"]) == {11, 12, 13}
 
 
 def bench(study: Any, directory: Path) -> Any:  # noqa: ANN401

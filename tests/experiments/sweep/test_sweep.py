@@ -46,6 +46,18 @@ def energies(frame: pd.DataFrame) -> dict[str, float]:
     return dict(zip(frame["hash"], frame["energy_j"], strict=True))
 
 
+def test_static_pairs_of_a_colocated_fleet_are_clocks() -> None:
+    """Two clocks make four pairs where the phases are apart, two clocks where they are not."""
+    grid = {
+        "grid": {"fleet": [{"name": "2P2D"}, {"name": "4C", "num_colocated": 4}]},
+        "static_pairs": {"clocks_mhz": [1005, 1410]},
+    }
+    pairs = [p.config.decode_controller_spec for p in expand(grid, "test")]
+    assert sorted(pairs) == ["static:f=1005"] * 3 + ["static:f=1410"] * 3
+    together = [p.config for p in expand(grid, "test") if p.labels["fleet"] == "4C"]
+    assert [c.controller for c in together] == ["static:f=1005", "static:f=1410"]
+
+
 @pytest.mark.parametrize("where", ["folder", "memory"])
 def test_a_result_is_written_once(where: str, tmp_path: Path) -> None:
     if where == "memory":

@@ -196,6 +196,25 @@ def test_clock_change_splits_an_iteration(tmp_path: Path, monkeypatch: pytest.Mo
     assert record.instances[1].num_clock_changes == 1
 
 
+def test_a_controller_that_acts_at_once_waits_for_no_actuator(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same with what is decided in force: decode's second iteration is at 1000 MHz, whole."""
+    monkeypatch.setattr(Falling, "acts_at_once", True)
+    monkeypatch.setitem(CONTROLLERS, "falling", Entry(make=Falling, parameters=NoParameters))
+    profile = write_synthetic_profile(
+        tmp_path, time_s=lambda p, f, b, t: 1000.0 / f, clocks_mhz=(1000, 2000)
+    )
+    record, _ = run(
+        profile,
+        make_requests((0.0, 4, 2)),
+        prefill_controller="static:f=2000",
+        decode_controller="falling",
+        actuation_latency_s=0.25,
+    )
+    assert record.requests.finish_s.tolist() == [0.5 + 0.5 + 1.0]
+
+
 def test_retraction_keeps_tokens_and_finishes(halves: Profile) -> None:
     """KV room for 16 tokens: two requests of 4 + 8 grow to 24, so the later one steps aside."""
     record, summary = run(halves, make_requests((0.0, 4, 8), (0.0, 4, 8)), kv_capacity_tokens=16)

@@ -316,7 +316,7 @@ def test_a_line_about_a_module_is_whole(write: Write) -> None:
     of = "must be a voltana.sim.policies.base."
     derive = "got a Mine: derive your class from it"
     path = "set PYTHONPATH to its folder"
-    known, near = "known are agft, boost", "did you mean 'least-requests'?"
+    known, near = "known are agft, base", "did you mean 'least-requests'?"
     plain = write(CONTROLLER.format("").replace("(Controller)", ""))
     routes = write(ROUTER.format("pass").replace("(Router)", ""))
     lines = [

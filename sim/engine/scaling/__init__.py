@@ -1,0 +1,1 @@
+"""A fleet whose instances leave service and come back, and whose power is limited."""

@@ -1,0 +1,190 @@
+"""A fleet that scales: a scaler is asked every period, members move, routers see who serves."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.config import SimConfig
+from voltana.sim.engine.agenda import Agenda
+from voltana.sim.engine.decode import DecodeInstance
+from voltana.sim.engine.fleet import Fleet
+from voltana.sim.engine.logs.exact import RunLog
+from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.scaling.budget import PowerBudget, capped
+from voltana.sim.engine.scaling.member import Member
+from voltana.sim.policies.answers import ControllerAnswers
+from voltana.sim.policies.base import (
+    AWAKE,
+    DECODE,
+    PREFILL,
+    UNLOCKED_MHZ,
+    Controller,
+    Phase,
+)
+from voltana.sim.policies.registry import make_scaler
+from voltana.sim.policies.scalers.answers import ask
+from voltana.sim.policies.scalers.base import Demand, FleetView, Plan, ScalerContext
+from voltana.sim.workload.workload import Workload
+
+
+class ScaledFleet(Fleet):
+    """A `Fleet` with a scaler.
+
+    An instance leaves service only while as many as are wanted stay in it: whoever replaces it
+    wakes first. Nobody is asked anew when a base clock changes: decode's runs end with the
+    iteration that is running, and the next decision sees it.
+    """
+
+    def __init__(
+        self,
+        config: SimConfig,
+        profile: Profile,
+        requests: Iterable[Workload],
+        log: RunLog,
+        *,
+        agenda: Agenda | None = None,
+    ) -> None:
+        """As a `Fleet`.
+
+        Args:
+            config: What to run.
+            profile: The truth about times and power, and about states out of service.
+            requests: Parts of the workload, in order of arrival.
+            log: Takes what becomes of requests.
+            agenda: Keeps the time; a heap unless told.
+        """
+        if profile.states is None:
+            raise VoltanaError(
+                f"profile {profile.name!r} does not say what an instance out of service draws, "
+                "which a fleet that scales needs: write its states.toml (docs/profiles.md)"
+            )
+        self._budget: PowerBudget | None = None
+        self._ceiling_mhz = UNLOCKED_MHZ
+        if config.budget_w is not None:
+            truth = profile.truth(extrapolate=config.extrapolate)
+            self._budget = PowerBudget(config.budget_w, profile, truth)
+            phases: list[Phase] = [PREFILL] * config.num_prefill
+            phases += [DECODE] * config.num_decode
+            self._ceiling_mhz = self._budget.ceiling_mhz(phases, 0.0)
+        super().__init__(config, profile, requests, log, agenda=agenda)
+        context = ScalerContext(
+            policy=self._context("decode", 1, "router"),
+            states=profile.states,
+            budget_w=config.budget_w,
+        )
+        self._scaler = make_scaler(config.scaler or "all-awake", context)
+        states, call_at = profile.states, self.agenda.call_at
+        self._members = [Member(i, states, call_at, self._changed) for i in self.instances]
+        self._of_prefill = self._members[: len(self.prefill)]
+        self._of_decode = self._members[len(self.prefill) :]
+        for member in self._members:
+            member.state.ceiling_mhz = self._ceiling_mhz
+        self._begin_window(0.0)
+
+    def start(self) -> Iterator[SimRequest]:
+        arrivals = super().start()
+        self.agenda.call_at(self._scaler.period_s, self._scale)
+        return arrivals
+
+    def _answers(self, controller: Controller, phase: Phase, index: int) -> ControllerAnswers:
+        if self._budget is not None:
+            controller = capped(controller, self._ceiling_mhz)
+        return super()._answers(controller, phase, index)
+
+    def accept(self, request: SimRequest) -> None:
+        self._num_requests += 1
+        self._num_tokens += request.input_tokens
+        self._num_squares += request.input_tokens * request.input_tokens
+        super().accept(request)
+
+    def hand_over(self, request: SimRequest, now_s: float) -> None:
+        self._of_prefill[request.prefill_id].num_sending += 1
+        super().hand_over(request, now_s)
+
+    def _deliver(self, request: SimRequest, now_s: float) -> None:
+        super()._deliver(request, now_s)
+        member = self._of_prefill[request.prefill_id]
+        member.num_sending -= 1
+        member.rest(now_s)
+
+    def _finished(self) -> tuple[int, int]:
+        states = self._decode_states
+        return sum(s.finished_requests for s in states), sum(s.finished_tokens for s in states)
+
+    def _begin_window(self, now_s: float) -> None:
+        self._window_from_s = now_s
+        self._num_requests = self._num_tokens = self._num_squares = 0
+        self._finished_before = self._finished()
+
+    def _scale(self, now_s: float) -> None:
+        """Ask the scaler and begin what it wants."""
+        for instance in self.instances:
+            instance.look(now_s)
+        requests, tokens = self._finished()
+        demand = Demand(
+            window_s=now_s - self._window_from_s,
+            requests=self._num_requests,
+            input_tokens=self._num_tokens,
+            squared_input_tokens=self._num_squares,
+            finished_requests=requests - self._finished_before[0],
+            finished_tokens=tokens - self._finished_before[1],
+        )
+        view = FleetView(
+            now_s=now_s, prefill=self._prefill_states, decode=self._decode_states, demand=demand
+        )
+        plan = ask(self._scaler, view, self._profile.clocks_mhz)
+        self._begin_window(now_s)
+        for members, wanted in ((self._of_prefill, plan.prefill), (self._of_decode, plan.decode)):
+            for member, state in zip(members, wanted, strict=True):
+                member.wanted = state
+        self._set_base_clocks(plan, now_s)
+        self._changed(now_s)
+        self.agenda.call_at(now_s + self._scaler.period_s, self._scale)
+
+    def _set_base_clocks(self, plan: Plan, now_s: float) -> None:
+        for instance in self.prefill:
+            instance.state.base_mhz = plan.prefill_mhz
+        for decode in self.decode:
+            if decode.state.base_mhz != plan.decode_mhz:
+                decode.state.base_mhz = plan.decode_mhz
+                _end_run(decode, now_s)
+
+    def _changed(self, now_s: float) -> None:
+        """Somebody's state or wish has changed: route accordingly, and let others follow."""
+        for members, routed in (
+            (self._of_prefill, self._routed_prefill),
+            (self._of_decode, self._routed_decode),
+        ):
+            routed[:] = [m.state for m in members if m.state.power_state == AWAKE]
+            num_wanted = sum(m.wanted == AWAKE for m in members)
+            for member in members:
+                member.move(now_s, may_leave=len(routed) > num_wanted)
+        if self._budget is not None:
+            self._limit_clocks(self._budget, now_s)
+
+    def _limit_clocks(self, budget: PowerBudget, now_s: float) -> None:
+        """Bring the ceiling to what the fleet is now."""
+        phases = [m.state.phase for m in self._members if m.draws_fully]
+        away_w = sum(m.instance.track.power_w for m in self._members if not m.draws_fully)
+        ceiling_mhz = budget.ceiling_mhz(phases, away_w)
+        if ceiling_mhz == self._ceiling_mhz:
+            return
+        self._ceiling_mhz = ceiling_mhz
+        for instance in self.instances:
+            instance.state.ceiling_mhz = ceiling_mhz
+            if instance.track.target_mhz > ceiling_mhz:
+                instance.track.request_clock(now_s, ceiling_mhz)
+        for decode in self.decode:
+            _end_run(decode, now_s)
+
+
+def _end_run(decode: DecodeInstance, now_s: float) -> None:
+    """Let the iteration that is running be the last of its run: the controller is asked then."""
+    if decode.state.is_busy:
+        decode.at_boundary(_nothing, now_s)
+
+
+def _nothing(now_s: float) -> None:
+    pass

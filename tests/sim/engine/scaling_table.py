@@ -1,0 +1,44 @@
+"""A scaler whose plans are written down; tests name it by this module."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from voltana.sim.policies.registry import Entry
+from voltana.sim.policies.scalers.base import FleetView, Plan, Scaler, ScalerContext, Wanted
+from voltana.sim.policies.spec import parameter
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TableParameters:
+    """Of `Table`."""
+
+    plans: tuple[str, ...] = parameter((), "for each second, a letter an instance: a, p, s or x")
+    base_mhz: int = parameter(0, "base clock of decode from the second plan on", low=0)
+    period_s: float = parameter(1.0, "between two plans")
+
+
+LETTERS: dict[str, Wanted] = {"a": "awake", "p": "parked", "s": "asleep", "x": "stopped"}
+
+
+class Table(Scaler):
+    """Plans that are written down: "aasa" is one of 2P2D; the last one holds."""
+
+    def __init__(self, parameters: TableParameters, context: ScalerContext) -> None:
+        self.period_s = parameters.period_s
+        self._settings = parameters
+        self._at = -1
+
+    def plan(self, view: FleetView) -> Plan:
+        plans = self._settings.plans
+        self._at += 1
+        words = [LETTERS[letter] for letter in plans[min(self._at, len(plans) - 1)]]
+        count = len(view.prefill)
+        return Plan(
+            prefill=words[:count],
+            decode=words[count:],
+            decode_mhz=self._settings.base_mhz if self._at else 0,
+        )
+
+
+SCALER = Entry(make=Table, parameters=TableParameters)

@@ -1,0 +1,212 @@
+"""Scalers' decisions by hand, and the integer program against trying everything."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from tests.sim.engine.test_scaling import STATES
+from tests.sim.policies.doubles import Formula, make_context
+from voltana.sim.policies.base import InstanceState, Phase, PowerState
+from voltana.sim.policies.registry import make_scaler
+from voltana.sim.policies.scalers.base import Demand, FleetView, Plan, Scaler, ScalerContext, keep
+from voltana.sim.policies.scalers.capacity import Capacity, Load, Served
+from voltana.sim.policies.scalers.dualscale import place
+
+AWAKE_4: tuple[PowerState, ...] = ("awake", "awake", "awake", "awake")
+LOAD = Load(rate_rps=10.0, input_tokens=100.0, input_burst=1.0, output_tokens=50.0)
+
+
+def flat_context() -> ScalerContext:
+    """Prefill takes 10 ms a prompt at 1000 MHz, a decode iteration 1 ms a request (both in
+    proportion to 1/f); TTFT leaves 0.43 s for prefill, ITL is 0.1 s."""
+    times = Formula(lambda p, f, b, t: (0.01 if p == "prefill" else 0.001) * b * 1000 / f)
+    policy = make_context(times, slo_ttft_s=0.63, slo_itl_s=0.1)
+    return ScalerContext(policy=policy, states=STATES)
+
+
+def states_of(phase: Phase, *power_states: PowerState) -> list[InstanceState]:
+    return [
+        InstanceState(instance_id=i, phase=phase, power_state=state)
+        for i, state in enumerate(power_states)
+    ]
+
+
+def view_of(
+    now_s: float, rate_rps: float, decode: list[InstanceState], window_s: float = 10.0
+) -> FleetView:
+    """Prompts of 100 tokens and answers of 50; one prefill instance."""
+    count = round(rate_rps * window_s)
+    demand = Demand(
+        window_s=window_s, requests=count, input_tokens=100 * count,
+        squared_input_tokens=10_000 * count, finished_requests=count, finished_tokens=50 * count,
+    )  # fmt: skip
+    prefill = states_of("prefill", "awake")
+    return FleetView(now_s=now_s, prefill=prefill, decode=decode, demand=demand)
+
+
+def num_awake(plan: Plan) -> int:
+    return sum(state == "awake" for state in plan.decode)
+
+
+def mean_within(most: int) -> float:
+    """m with m + 2.33·√m = most, by halving."""
+    low, high = 0.0, float(most)
+    for _ in range(100):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if middle + 2.33 * math.sqrt(middle) < most else (low, middle)
+    return low
+
+
+def test_capacity_by_hand() -> None:
+    """At 1400 MHz. Prefill: half of 0.43 s holds 30 prompts of 7.14 ms; so many come in 1 % of
+    such times where 19.7 do on average. Decode: 140 requests take 0.1 s; it settles at the mean
+    that reaches them in 1 %, 115."""
+    capacity = Capacity(flat_context().policy, 0.0)
+    prefill = capacity.served("prefill", 1400, LOAD)
+    assert prefill.rate_rps == pytest.approx(mean_within(30) / 0.215)
+    assert mean_within(30) == pytest.approx(19.7, abs=0.1)
+    decode = capacity.served("decode", 1400, LOAD)
+    batch = math.floor(mean_within(140))
+    assert decode.rate_rps == pytest.approx(batch / (batch * 0.001 / 1.4) / 50)  # 28 requests/s
+    assert decode.power_w == 100.0
+    half = Capacity(flat_context().policy, 0.5)
+    assert half.served("prefill", 1400, LOAD) == prefill
+    slow = capacity.served("prefill", 1000, LOAD)
+    assert slow.rate_rps == pytest.approx(mean_within(21) / 0.215)
+
+
+def test_burst_takes_capacity_away() -> None:
+    capacity = Capacity(flat_context().policy, 0.0)
+    bursts = (1.0, 2.0, 8.0)
+    loads = [
+        Load(rate_rps=1.0, input_tokens=100.0, input_burst=b, output_tokens=50.0) for b in bursts
+    ]
+    rates = [capacity.served("prefill", 1400, load).rate_rps for load in loads]
+    assert rates == sorted(rates, reverse=True)
+    assert rates[0] > 1.5 * rates[2]
+
+
+def test_those_who_serve_soonest_are_kept() -> None:
+    states = states_of("decode", "asleep", "awake", "waking", "parked", "draining", "stopped")
+    assert keep(states, 3, "stopped") == [
+        "stopped", "awake", "awake", "stopped", "awake", "stopped",
+    ]  # fmt: skip
+    assert keep(states, 0, "parked").count("awake") == 1
+    assert keep(states, 99, "parked").count("awake") == 6
+
+
+def test_scale_to_load_is_quick_up_and_slow_down() -> None:
+    """One instance serves 28 requests/s of decode. 60 a second and a fifth more, 72, need three at
+    once. At 20 (24 with reserve, 26.4 with slack) one would do: one goes after 60 s, one later."""
+    scaler = make_scaler("scale-to-load:memory=0,headroom=0", flat_context())
+    one = states_of("decode", "awake", "asleep", "asleep", "asleep")
+    assert num_awake(scaler.plan(view_of(5.0, 60.0, one))) == 3
+    three = states_of("decode", "awake", "awake", "awake", "asleep")
+    counts = [
+        num_awake(scaler.plan(view_of(now_s, 20.0, three))) for now_s in (10.0, 40.0, 69.9, 70.0)
+    ]
+    assert counts == [3, 3, 3, 2]
+    two = states_of("decode", "awake", "awake", "asleep", "asleep")
+    assert num_awake(scaler.plan(view_of(71.0, 20.0, two))) == 2
+    assert num_awake(scaler.plan(view_of(130.0, 20.0, two))) == 1
+
+
+def test_a_load_within_the_slack_sends_nobody_away() -> None:
+    """22 a second: 26.4 with reserve fit one instance, 29.0 with slack do not."""
+    scaler = make_scaler("scale-to-load:memory=0,headroom=0,dwell=0", flat_context())
+    two = states_of("decode", "awake", "awake")
+    assert num_awake(scaler.plan(view_of(5.0, 22.0, two))) == 2
+    assert num_awake(scaler.plan(view_of(10.0, 20.0, two))) == 1
+
+
+def test_dynamo_follows_the_last_interval_alone() -> None:
+    scaler = make_scaler("dynamo", flat_context())
+    four = states_of("decode", *AWAKE_4)
+    rates = (100.0, 27.0, 29.0, 57.0)
+    counts = [num_awake(scaler.plan(view_of(180.0 * k, r, four))) for k, r in enumerate(rates)]
+    assert counts == [4, 1, 2, 3]
+
+
+def test_throttllm_waits_out_its_grace() -> None:
+    """At first all count as needed. From 10 s on one would do: the others go 60 s after 0 s."""
+    scaler = make_scaler("throttllm", flat_context())
+    four = states_of("decode", *AWAKE_4)
+    plan = [(0.0, 80.0), (10.0, 27.0), (59.0, 27.0), (60.0, 27.0), (70.0, 80.0)]
+    counts = [num_awake(scaler.plan(view_of(now_s, rate, four))) for now_s, rate in plan]
+    assert counts == [4, 4, 4, 1, 3]
+
+
+def test_without_any_request_all_stay() -> None:
+    four = states_of("decode", *AWAKE_4)
+    for name in ("scale-to-load", "dynamo", "throttllm", "dualscale"):
+        scaler: Scaler = make_scaler(name, flat_context())
+        assert num_awake(scaler.plan(view_of(5.0, 0.0, four))) == 4
+
+
+def test_dualscale_takes_the_lowest_clock_that_serves() -> None:
+    """Power is flat at work, so that fewer instances are cheapest: 30 requests/s with a fifth more
+    are 36, which two of 28 (1400 MHz) serve, and one does at no clock."""
+    scaler = make_scaler("dualscale:headroom=0,frequencies=1000+1200+1400", flat_context())
+    plan = scaler.plan(view_of(300.0, 30.0, states_of("decode", *AWAKE_4)))
+    assert num_awake(plan) == 2
+    assert (plan.prefill_mhz, plan.decode_mhz) != (0, 0)
+    assert list(plan.decode) == ["awake", "awake", "stopped", "stopped"]
+
+
+def test_placement_is_the_best_there_is() -> None:
+    """Against trying every number at every clock, with and without a budget."""
+    rng = np.random.default_rng(7)
+    for trial in range(40):
+        clocks, there = 4, [int(n) for n in rng.integers(1, 5, 2)]
+        served = [
+            [
+                Served(rate_rps=float(r), power_w=float(w))
+                for r, w in zip(
+                    np.sort(rng.uniform(0, 20, clocks)), rng.uniform(80, 400, clocks), strict=True
+                )
+            ]
+            for _ in there
+        ]
+        rate, low_w = float(rng.uniform(1, 50)), 40.0
+        budget_w = None if trial % 2 else float(rng.uniform(200, 1600))
+        found = place(served, there, rate, low_w=low_w, budget_w=budget_w)
+        best = tried(served, there, rate, low_w, budget_w)
+        if best is None:
+            assert found is None
+            continue
+        assert found is not None
+        assert cost_w(served, there, found, low_w) == pytest.approx(best)
+        assert all(sum(n > 0 for n in row) == 1 for row in found)
+
+
+def cost_w(
+    served: list[list[Served]], there: list[int], counts: list[list[int]], low_w: float
+) -> float:
+    busy_w = sum(
+        n * s.power_w
+        for row, of_clock in zip(counts, served, strict=True)
+        for n, s in zip(row, of_clock, strict=True)
+    )
+    return busy_w + low_w * (sum(there) - sum(map(sum, counts)))
+
+
+def tried(
+    served: list[list[Served]], there: list[int], rate: float, low_w: float, budget_w: float | None
+) -> float | None:
+    options = [
+        [(n, c) for n in range(1, most + 1) for c in range(len(of)) if n * of[c].rate_rps >= rate]
+        for most, of in zip(there, served, strict=True)
+    ]
+    costs = []
+    for choice in itertools.product(*options):
+        counts = [
+            [n if c == k else 0 for k in range(len(of))]
+            for (n, c), of in zip(choice, served, strict=True)
+        ]
+        costs.append(cost_w(served, there, counts, low_w))
+    kept = [c for c in costs if budget_w is None or c <= budget_w]
+    return min(kept) if kept else None
