@@ -295,8 +295,16 @@ async def kill_one(bench: ServiceBench, kills: Kills, rng: np.random.Generator) 
         at_s = bench.kill("actuator")
         await until(lambda: not bench.locked(), "all must be unlocked", UNLOCK_S)
         kills.unlock_s.append(time.monotonic() - at_s)
-        await bench.start("actuator")
+        await restart_actuator(bench)
     kills.counts[kind] += 1
+
+
+async def restart_actuator(bench: ServiceBench) -> None:
+    """As systemd does: again and again, should a machine be too busy for its watchdog's start."""
+    for _ in range(5):
+        with contextlib.suppress(NotInTimeError):
+            return await bench.start("actuator")
+    raise NotInTimeError("the actuator must start")
 
 
 async def kill_all_the_time(
