@@ -112,7 +112,8 @@ def test_a_wheel_holds_the_shipped_tables_and_no_stray_profile(tmp_path: Path) -
     data = {
         path for path in found if path.startswith("voltana/profiles/") and not path.endswith(".py")
     }
-    tables = {f"voltana/profiles/data/{name}/{file}" for name in list_profiles() for file in FILES}
+    names = (*FILES, "states.toml")
+    tables = {f"voltana/profiles/data/{name}/{file}" for name in list_profiles() for file in names}
     imported = {f"voltana/profiles/importing/data/{name}.toml" for name in IMPORT_TABLES}
     assert data == tables | imported | {"voltana/profiles/data/a100-80g-sxm/coefficients.toml"}
     some = ("profiles/catalog.py", "sim/config.py", "hwreplay/engines/sglang/install.sh")

@@ -172,7 +172,7 @@ def _mean_within(most: int, burst: float) -> float:
 
     Example:
         >>> round(_mean_within(100, 1.0), 2), _mean_within(100, 0.0)
-        (79.25, 100.0)
+        (79.26, 100.0)
     """
     spread = _SPREAD * math.sqrt(burst)
     root = 0.5 * (math.sqrt(spread * spread + 4.0 * most) - spread)

@@ -273,7 +273,7 @@ def test_the_command_is_also_a_module_and_names_its_version() -> None:
 def test_list_without_a_kind_names_everything(capsys: pytest.CaptureFixture[str]) -> None:
     make_app()(["list"], standalone_mode=False)
     lines = dict(line.split(": ", 1) for line in capsys.readouterr().out.splitlines())
-    assert list(lines) == ["profiles", "controllers", "routers", "workloads", "traces"]
+    assert list(lines) == ["profiles", "controllers", "routers", "scalers", "workloads", "traces"]
     assert "azure-conv-2023" in lines["traces"].split(", ")
     assert "ecofreq" in lines["controllers"].split(", ")
     assert "a100-80g-sxm/llama-3.1-8b" in lines["profiles"].split(", ")
