@@ -41,6 +41,7 @@ from voltana.hwreplay.router.config import BOOTSTRAP_PORT, WorkerConfig
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_text
 from voltana.profiles.common.folders import claim
+from voltana.profiles.common.signals import stops_as_interrupts
 from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
@@ -331,14 +332,15 @@ def main(arguments: Sequence[str]) -> int:
     told = parser.parse_args(arguments)
     try:
         engine = told.engine.resolve()
-        if told.inside == "cells":
-            play_all(engine, told.out, is_short=told.short, only=told.only)
-            return 0
-        if told.inside == "profile":
-            tables = loop_profile.measure(engine, PROFILE, told.out / "profile")
-            write_json(tables, told.out / "tables.json")
-            return 0
-        return _outside(told, engine)
+        with stops_as_interrupts():  # servers, cards and the actuator end with it
+            if told.inside == "cells":
+                play_all(engine, told.out, is_short=told.short, only=told.only)
+                return 0
+            if told.inside == "profile":
+                tables = loop_profile.measure(engine, PROFILE, told.out / "profile")
+                write_json(tables, told.out / "tables.json")
+                return 0
+            return _outside(told, engine)
     except VoltanaError as error:
         sys.stderr.write(f"voltana loop: {error}\n")
         return 2
