@@ -11,11 +11,12 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from typing import Any
 
 from voltana.profiles.step_model import Line, StepModel
+from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.run import Run
 from voltana.sim.engine.physics.track import GpuTrack
+from voltana.sim.policies.base import IdlePlan, Phase
 
 
 class LimitedModel(StepModel):
@@ -63,25 +64,38 @@ class CappedTrack(GpuTrack):
     def __init__(
         self,
         model: StepModel,
-        phase: Any,  # noqa: ANN401 (as of GpuTrack, like the others)
+        phase: Phase,
         *,
+        clock_mhz: int,
+        actuation_s: float,
+        stall_s: float,
+        noise: IterationNoise | None,
         cap_w: float,
         time_s: float,
         clocks_mhz: tuple[int, ...],
-        **others: Any,  # noqa: ANN401
     ) -> None:
         """See the class.
 
         Args:
-            model: The truth.
-            phase: As of `GpuTrack`.
+            model: As of `GpuTrack`, and so are the others.
+            phase: Which of its tables.
+            clock_mhz: The clock at first.
+            actuation_s: From a decision to the clock's change.
+            stall_s: Of a busy instance at a change.
+            noise: Multipliers of iteration times.
             cap_w: Of the instance, all its cards.
             time_s: Time constant of the limit; 0: it is where it goes at once.
             clocks_mhz: Of the profile, ascending.
-            others: As of `GpuTrack`.
         """
         self._limited = LimitedModel(model, clocks_mhz)
-        super().__init__(self._limited, phase, **others)
+        super().__init__(
+            self._limited,
+            phase,
+            clock_mhz=clock_mhz,
+            actuation_s=actuation_s,
+            stall_s=stall_s,
+            noise=noise,
+        )
         self._cap_w = cap_w
         self._time_s = time_s
         self._target_mhz = float(clocks_mhz[-1])
@@ -103,7 +117,7 @@ class CappedTrack(GpuTrack):
             run.line_end_tokens = min(run.line_end_tokens, tokens + max(until, 0.0))
         return run
 
-    def enter_idle(self, now_s: float, plan: Any) -> float:  # noqa: ANN401 (an IdlePlan or None)
+    def enter_idle(self, now_s: float, plan: IdlePlan | None) -> float:
         self._follow(now_s)
         self._target_mhz = float(self._limited.clocks_mhz[-1])
         return super().enter_idle(now_s, plan)
