@@ -148,7 +148,7 @@ def test_a_module_of_ones_own_that_holds_no_policy() -> None:
     message = str(caught.value)
     assert message.startswith(
         "module 'tests.sim.policies.doubles' holds no controller: it needs CONTROLLER = "
-        "Entry(make=…, parameters=…), or name a controller that there is: known are agft, base, boost"
+        "Entry(make=…, parameters=…), or name a controller that there is: known are agft, base, "
     )
 
 
