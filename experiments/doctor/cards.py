@@ -32,28 +32,24 @@ def find_cards() -> list[Finding]:
 def _no_driver(error: DeviceError) -> Finding:
     """A machine without a card is whole; one with a driver and without NVML is broken."""
     if DRIVER.exists():
-        return Finding(
-            area=AREA,
-            name="NVML",
-            state=BROKEN,
-            found=f"the kernel driver is loaded ({DRIVER}), and {error}",
-            remedy="install libnvidia-ml of the driver's version; in a container let it see the "
-            "cards (NVIDIA_VISIBLE_DEVICES=all, NVIDIA_DRIVER_CAPABILITIES=utility)",
+        found = f"the kernel driver is loaded ({DRIVER})"
+        remedy = (
+            "install libnvidia-ml of the driver's version; in a container let it see the cards "
+            "(NVIDIA_VISIBLE_DEVICES=all, NVIDIA_DRIVER_CAPABILITIES=utility)"
         )
-    if DEVICES.exists():
+    elif DEVICES.exists():
+        found, remedy = f"{DEVICES} is there", "load the NVIDIA kernel driver"
+    else:
         return Finding(
             area=AREA,
-            name="NVML",
-            state=BROKEN,
-            found=f"{DEVICES} is there, and {error}",
-            remedy="load the NVIDIA kernel driver",
+            name="GPU",
+            state=ABSENT,
+            found="no NVIDIA driver and no card",
+            remedy="not needed to simulate, to replay on the CPU, or to serve with a stated "
+            "power_w",
         )
     return Finding(
-        area=AREA,
-        name="GPU",
-        state=ABSENT,
-        found="no NVIDIA driver and no card",
-        remedy="not needed to simulate, to replay on the CPU, or to serve with a stated power_w",
+        area=AREA, name="NVML", state=BROKEN, found=f"{found}, and {error}", remedy=remedy
     )
 
 

@@ -135,8 +135,11 @@ def collect(
     if (directory / RESULTS).exists():
         return _of_sweep(directory, target)
     runs = sorted(path.parent for path in directory.glob(f"*/{SUMMARY}"))
-    below = [] if benchmark_file(directory) else sorted(set(directory.glob("*")) - set(runs))
-    others = [path for path in (directory, *below) if benchmark_file(path) is not None]
+    if benchmark_file(directory) is not None:
+        others = [directory]
+    else:
+        below = sorted(set(directory.glob("*")) - set(runs))
+        others = [path for path in below if benchmark_file(path) is not None]
     if not runs and not others:
         raise VoltanaError(
             f"nothing to report in {directory}: it needs {SUMMARY} (a run), {RESULTS} (a sweep), "

@@ -11,7 +11,7 @@ A client knows no instance, clock or joule: such a record has no instances, and 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import inf, isfinite, isnan, nan
 from pathlib import Path
@@ -109,18 +109,25 @@ class Benchmark:
 
 def benchmark_file(path: Path) -> Path | None:
     """The file of a benchmark: the path itself, or in a folder aiperf's or guidellm's; or None."""
+    found = _recognised(path)
+    return None if found is None else found[0]
+
+
+def _recognised(path: Path) -> tuple[Path, Sequence[Mapping[str, Any]] | None] | None:
+    """The file and, of guidellm's, what it holds: it has to be read whole to be known as one."""
     if path.is_dir():
-        found = next((path / name for name in FILES if (path / name).is_file()), None)
-        return found if found is not None and benchmark_file(found) is not None else None
+        inside = next((path / name for name in FILES if (path / name).is_file()), None)
+        return None if inside is None else _recognised(inside)
     if not path.is_file() or path.suffix == ".gz":
         return None
     try:
         if path.suffix == ".json":
-            return path if _guidellm(path) is not None else None
+            told = _guidellm(path)
+            return None if told is None else (path, told)
         is_one = is_json_lines(path) and (is_aiperf(path) or _is_bench(path))
     except (VoltanaError, OSError, UnicodeDecodeError):
         return None
-    return path if is_one else None
+    return (path, None) if is_one else None
 
 
 def read_benchmarks(path: Path) -> list[Benchmark]:
@@ -132,14 +139,15 @@ def read_benchmarks(path: Path) -> list[Benchmark]:
     Raises:
         VoltanaError: It holds none, or a line of it cannot be read.
     """
-    file = benchmark_file(path)
-    if file is None:
+    recognised = _recognised(path)
+    if recognised is None:
         raise VoltanaError(
             f"{path} is no output of aiperf (profile_export.jsonl), guidellm (benchmarks.json) or "
             "bench_serving (--output-details): name one"
         )
-    if file.suffix == ".json":
-        found = list(_of_guidellm(file))
+    file, told = recognised
+    if told is not None:
+        found = list(_of_guidellm(file, told))
     elif is_aiperf(file):
         found = [Benchmark(program="aiperf", name=_name(path), rows=read_rows(file))]
     else:
@@ -217,8 +225,7 @@ def _guidellm(path: Path) -> list[Mapping[str, Any]] | None:
     return found if is_one else None
 
 
-def _of_guidellm(path: Path) -> Iterator[Benchmark]:
-    found = _guidellm(path) or []
+def _of_guidellm(path: Path, found: Sequence[Mapping[str, Any]]) -> Iterator[Benchmark]:
     for i, each in enumerate(found):
         lists = each["requests"]
         told = [(r, True) for r in lists.get("successful") or ()]

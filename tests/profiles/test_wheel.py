@@ -11,20 +11,9 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT
+from tests.experiments.grids import TWO_POLICIES
 
-GRID = """
-[base]
-duration_s = 3
-[grid]
-rate_rps = [5]
-[[grid.policy]]
-name = "static-max"
-controller = "static"
-router = "round-robin"
-[[grid.policy]]
-name = "ecofreq"
-controller = "ecofreq"
-"""
+GRID = TWO_POLICIES.format(duration=3, rates=[5])
 LOOK = """
 import json, voltana
 from voltana.experiments.sweep.grid import CONFIGS, read_sweep

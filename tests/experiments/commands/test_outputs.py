@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from tests.conftest import ROOT
+from tests.experiments.grids import TWO_POLICIES
 from voltana.experiments.cli import make_app
 from voltana.experiments.runs import run
 from voltana.experiments.sweep.grid import expand
@@ -20,19 +21,7 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.results import read_run, write_run
 
-GRID = """
-[base]
-duration_s = 3
-[grid]
-rate_rps = [5]
-[[grid.policy]]
-name = "static-max"
-controller = "static"
-router = "round-robin"
-[[grid.policy]]
-name = "ecofreq"
-controller = "ecofreq"
-"""
+GRID = TWO_POLICIES.format(duration=3, rates=[5])
 CONFIG = SimConfig(rate_rps=5, duration_s=3, timeline_interval_s=0.5)
 
 

@@ -18,23 +18,11 @@ import pytest
 import typer
 
 from tests.conftest import ROOT
+from tests.experiments.grids import TWO_POLICIES
 from voltana.experiments import options
 from voltana.experiments.cli import make_app
 from voltana.experiments.progress import VOICE, progress_bar
 
-GRID = """
-[base]
-duration_s = {duration}
-[grid]
-rate_rps = [5, 6]
-[[grid.policy]]
-name = "static-max"
-controller = "static"
-router = "round-robin"
-[[grid.policy]]
-name = "ecofreq"
-controller = "ecofreq"
-"""
 SERVICES = {"actuator", "router", "agent", "serve"}
 """They run until they are stopped: no result."""
 
@@ -57,7 +45,7 @@ def run(*arguments: str) -> None:
 @pytest.fixture
 def sweep(tmp_path: Path) -> Path:
     file = tmp_path / "grid.toml"
-    file.write_text(GRID.format(duration=3))
+    file.write_text(TWO_POLICIES.format(duration=3, rates=[5, 6]))
     return file
 
 
@@ -147,7 +135,7 @@ def test_an_interrupt_says_what_is_kept(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_ends_in_one_line_and_another_run_goes_on(tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "grid.toml"
-    file.write_text(GRID.format(duration=60))
+    file.write_text(TWO_POLICIES.format(duration=60, rates=[5, 6]))
     call = [sys.executable, "-m", "voltana", "sweep", str(file), "--out", str(out), "--jobs", "1"]
     process = subprocess.Popen(call, cwd=ROOT, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 300
