@@ -81,8 +81,8 @@ class SimConfig:
     )
     mixed_overlap_frac: float | None = _key(
         None,
-        "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
-        " sum of parts",
+        "part of the shorter part of a mixed iteration that the longer one hides; none = as the"
+        " profile's mixed.csv has it, without one 0, the sum of parts",
     )
     prefill_profiles: str | None = _key(
         None,

@@ -36,6 +36,8 @@ CPU_ARGUMENTS: Final = (
     "--sleep-on-idle",
 )
 """What a server on a CPU needs. Without --sleep-on-idle idle schedulers spin on the same cores."""
+MIXED_ARGUMENT: Final = "--enable-mixed-chunk"
+"""A chunk of prompts runs beside decoding; without it decoding stands meanwhile."""
 PAIR_ARGUMENTS: Final = ("--disaggregation-transfer-backend", "mooncake")
 CPU_DECODE_ARGUMENTS: Final = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
 """Without a backup on the host, a decode server without a GPU dies at start."""

@@ -8,7 +8,7 @@ from typing import Final, TypeVar
 
 import numpy as np
 
-from voltana.profiles.engines.base import EngineFacts, Phase, Point
+from voltana.profiles.engines.base import MIXED, EngineFacts, Phase, Point
 
 T = TypeVar("T")
 Row = list[tuple[int, float]]
@@ -24,6 +24,10 @@ NEAR_END: Final = 0.9
 """A usual context closer to the last one than this says nothing new."""
 NARROW: Final = 0.1
 """A gap of this fraction is left alone: what a straight line misses there is noise."""
+MIXED_CONTEXTS: Final = (16, 1024)
+"""Beside the longest that fits. Few: what is looked for is how much both parts have in common."""
+MIXED_PARTS: Final = 8
+"""The middle chunk is that part of the largest one, the smallest that part of the middle one."""
 REFINE_ERROR: Final = 0.03
 """Interpolation error (a fraction) below which a gap needs no further point."""
 
@@ -52,6 +56,8 @@ def design(
         tokens = sorted({t for t in PROMPT_TOKENS if t <= cap})
         points = [Point(phase=phase, batch_size=b, tokens=t) for t in tokens for b in (1, 2, 4)]
         return _spread([p for p in points if p.tokens % p.batch_size == 0])
+    if phase == MIXED:
+        return _mixed(facts, max_batch_size, max_tokens)
     limit = min(facts.max_running_requests, max_batch_size)
     cap = min(facts.kv_capacity_tokens, max_tokens)
     points = [
@@ -60,6 +66,36 @@ def design(
         for context in _contexts(facts, cap // batch)
     ]
     return _spread(points)
+
+
+def _mixed(facts: EngineFacts, max_batch_size: int, max_tokens: int) -> list[Point]:
+    """Three chunks, batches and contexts, the corners first.
+
+    A prompt takes a place in the batch and room in the cache, who decodes a token of its budget.
+    """
+    limit = min(facts.max_running_requests - 1, max_batch_size)
+    budget = min(facts.max_prefill_tokens, facts.max_context_tokens, max_tokens)
+    if limit < 1 or budget < 2:
+        return []
+    batches = sorted({1, round(math.sqrt(limit)), limit})
+    largest = max(budget - limit, budget // 2)
+    chunks = sorted({max(largest // MIXED_PARTS**k, 1) for k in (0, 1, 2)})
+    cap = min(facts.kv_capacity_tokens, max_tokens)
+    found = {
+        (chunk, batch, context)
+        for chunk in chunks
+        for batch in batches
+        if batch + chunk <= budget
+        for end in (min((cap - chunk) // batch, facts.max_context_tokens - 1),)
+        for context in (*(max(c, facts.min_context_tokens) for c in MIXED_CONTEXTS), end)
+        if facts.min_context_tokens <= context <= end
+    }
+    ends = {chunks[0], chunks[-1]}, {batches[0], batches[-1]}
+    order = sorted(found, key=lambda p: ((p[0] not in ends[0]) + (p[1] not in ends[1]), p))
+    return [
+        Point(phase=MIXED, batch_size=batch, tokens=batch * context, chunk_tokens=chunk)
+        for chunk, batch, context in order
+    ]
 
 
 def _contexts(facts: EngineFacts, room: int) -> list[int]:
@@ -144,7 +180,8 @@ def _at(row: Row, tokens: float) -> float:
 
 def _rows(time_s: Mapping[Point, float]) -> Rows:
     rows: Rows = {}
-    for point in sorted(time_s, key=lambda p: (p.phase, p.batch_size, p.tokens)):
+    apart = [point for point in time_s if point.phase != MIXED]
+    for point in sorted(apart, key=lambda p: (p.phase, p.batch_size, p.tokens)):
         row = rows.setdefault((point.phase, point.batch_size), [])
         row.append((point.tokens, time_s[point]))
     return rows
