@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from voltana import profiles
+import voltana
 from voltana.hwreplay.emulated.card import Cards
 from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon
 from voltana.profiles.catalog import load_profile
@@ -51,7 +51,7 @@ class Plan:
 
     def environment(self) -> dict[str, str]:
         """What the server's environment has beyond ours."""
-        code = Path(profiles.__file__).parent.parent
+        code = Path(voltana.__file__).parent.parent
         return {ENVIRONMENT: json.dumps(asdict(self) | {"code": str(code)})}
 
 
