@@ -21,6 +21,7 @@ from voltana.hwreplay.engines.plan import Installation
 from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
+from voltana.sim.policies.base import COLOCATED
 
 CLOCKS_MHZ: Final = (1005, 1410)
 LIMITS: Final = {"time": 0.02, "power": 0.03, "idle": 0.03}
@@ -45,8 +46,7 @@ def measure(engine: Path, name: str, out: Path) -> list[dict[str, Any]]:
     directory = Path(tempfile.mkdtemp(prefix="voltana-"))
     machine = Machine(
         profile=name,
-        num_prefill=1,
-        num_decode=0,
+        counts={COLOCATED: 1},
         directory=directory,
         library=engine / LIBRARY,
     )
@@ -74,7 +74,7 @@ def _run_profiler(machine: Machine, engine: Path, out: Path) -> None:
         instance_id=0,
         cards=(0,),
         state=str(machine.state),
-        passes=str(machine.directory / "unified.passes"),
+        passes=str(machine.directory / "colocated-0.passes"),
         max_requests=64,
     )
     arguments = emulated_arguments(sim, machine.profile)
