@@ -1,7 +1,7 @@
 """How long one forward pass lasts on an emulated card, and what it draws: the profile's word.
 
 Runs inside the engine, in place of the model. A pass lasts as profiles count it: in prefill by
-itself; in decode, and on a colocated card always, from boundary to boundary, so that what the
+itself; where it decodes, and on a colocated card always, from boundary to boundary: what the
 scheduler did between two passes that follow one another is part of the second. A clock that changes
 meanwhile splits the pass as it does in the simulator: what is left goes on at the new clock.
 """
@@ -160,7 +160,8 @@ class Silicon:
         self._own = cards[rank]
         self._noise = noise
         self._ended_s: float | None = None
-        self._ended_phase = ""
+        self._had_steps = False
+        """Whether the pass that has ended decoded."""
         self._is_colocated = is_colocated
 
     def rest(self) -> None:
@@ -169,14 +170,14 @@ class Silicon:
 
     def run(self, work: Work) -> Pass:
         """Let one pass go by."""
-        now_s, phase = time.monotonic(), work.phase
-        follows = self._is_colocated or phase == "decode" == self._ended_phase
+        now_s, decodes = time.monotonic(), work.decode[0] > 0
+        follows = self._is_colocated or (decodes and self._had_steps)
         ended_s = self._ended_s if follows else None
         begin_s = now_s if ended_s is None else ended_s
         clock, change_s = self._clock()
         time_s, power_w = self._step.time_and_power(clock, work.chunk, work.decode)
         noise = self._noise
-        factor = 1.0 if noise is None else noise.next(phase, clock, work.batch_size)
+        factor = 1.0 if noise is None else noise.next(work.phase, clock, work.batch_size)
         end_s = begin_s + time_s * factor
         self._draw(power_w, end_s - now_s, gap_s=now_s - begin_s)
         while now_s < end_s:
@@ -188,7 +189,7 @@ class Silicon:
                 time_s, power_w = self._step.time_and_power(clock, work.chunk, work.decode)
                 end_s = now_s + left * time_s * factor
                 self._draw(power_w, end_s - now_s)
-        self._ended_s, self._ended_phase = now_s, phase
+        self._ended_s, self._had_steps = now_s, decodes
         return Pass(
             begin_s=begin_s,
             due_s=end_s,
