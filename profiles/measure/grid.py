@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, TypeVar
@@ -81,21 +82,25 @@ def _mixed(facts: EngineFacts, max_batch_size: int, max_tokens: int) -> list[Poi
     largest = max(budget - limit, budget // 2)
     chunks = sorted({max(largest // MIXED_PARTS**k, 1) for k in (0, 1, 2)})
     cap = min(facts.kv_capacity_tokens, max_tokens)
-    found = {
-        (chunk, batch, context)
-        for chunk in chunks
-        for batch in batches
-        if batch + chunk <= budget
-        for end in (min((cap - chunk) // batch, facts.max_context_tokens - 1),)
-        for context in (*(max(c, facts.min_context_tokens) for c in MIXED_CONTEXTS), end)
-        if facts.min_context_tokens <= context <= end
-    }
-    ends = {chunks[0], chunks[-1]}, {batches[0], batches[-1]}
-    order = sorted(found, key=lambda p: ((p[0] not in ends[0]) + (p[1] not in ends[1]), p))
-    return [
-        Point(phase=MIXED, batch_size=batch, tokens=batch * context, chunk_tokens=chunk)
-        for chunk, batch, context in order
-    ]
+    found = []
+    for chunk, batch in itertools.product(chunks, batches):
+        end = min((cap - chunk) // batch, facts.max_context_tokens - 1)
+        usual = {max(context, facts.min_context_tokens) for context in MIXED_CONTEXTS}
+        contexts = sorted(c for c in {*usual, end} if facts.min_context_tokens <= c <= end)
+        if batch + chunk > budget or not contexts:
+            continue
+        is_inner = chunk not in (chunks[0], chunks[-1]), batch not in (batches[0], batches[-1])
+        for context in contexts:
+            inner = sum(is_inner) + (context not in (contexts[0], contexts[-1]))
+            tokens = batch * context
+            point = Point(phase=MIXED, batch_size=batch, tokens=tokens, chunk_tokens=chunk)
+            found.append((inner, chunk, batch, context, point))
+    corners = sorted(row[:4] for row in found if row[0] == 0)
+    # from both ends in turn: a budget that holds few of them still has small and large ones
+    turns = [row for pair in zip(corners, reversed(corners), strict=True) for row in pair]
+    rank = {row: number for number, row in reversed([*enumerate(turns)])}
+    found.sort(key=lambda row: (row[0], rank.get(row[:4], 0), row[1:4]))
+    return [row[4] for row in found]
 
 
 def _contexts(facts: EngineFacts, room: int) -> list[int]:
