@@ -81,26 +81,32 @@ def _mixed(facts: EngineFacts, max_batch_size: int, max_tokens: int) -> list[Poi
     batches = sorted({1, round(math.sqrt(limit)), limit})
     largest = max(budget - limit, budget // 2)
     chunks = sorted({max(largest // MIXED_PARTS**k, 1) for k in (0, 1, 2)})
-    cap = min(facts.kv_capacity_tokens, max_tokens)
-    found = []
+    found: list[tuple[int, Point]] = []
     for chunk, batch in itertools.product(chunks, batches):
-        end = min((cap - chunk) // batch, facts.max_context_tokens - 1)
+        if batch + chunk > budget:
+            continue
+        room = min(facts.kv_capacity_tokens - chunk, max_tokens)
+        end = min(room // batch, facts.max_context_tokens - 1)
         usual = {max(context, facts.min_context_tokens) for context in MIXED_CONTEXTS}
         contexts = sorted(c for c in {*usual, end} if facts.min_context_tokens <= c <= end)
-        if batch + chunk > budget or not contexts:
-            continue
-        is_inner = chunk not in (chunks[0], chunks[-1]), batch not in (batches[0], batches[-1])
         for context in contexts:
-            inner = sum(is_inner) + (context not in (contexts[0], contexts[-1]))
+            sizes = ((chunk, chunks), (batch, batches), (context, contexts))
+            inner = sum(size not in (of[0], of[-1]) for size, of in sizes)
             tokens = batch * context
             point = Point(phase=MIXED, batch_size=batch, tokens=tokens, chunk_tokens=chunk)
-            found.append((inner, chunk, batch, context, point))
-    corners = sorted(row[:4] for row in found if row[0] == 0)
-    # from both ends in turn: a budget that holds few of them still has small and large ones
-    turns = [row for pair in zip(corners, reversed(corners), strict=True) for row in pair]
-    rank = {row: number for number, row in reversed([*enumerate(turns)])}
-    found.sort(key=lambda row: (row[0], rank.get(row[:4], 0), row[1:4]))
-    return [row[4] for row in found]
+            found.append((inner, point))
+    return _corners_first(found)
+
+
+def _corners_first(found: Sequence[tuple[int, Point]]) -> list[Point]:
+    """Those with no size between two others, from both ends in turn; then by how many have one.
+
+    A budget that holds few of them still has small and large ones.
+    """
+    corners = [point for inner, point in found if inner == 0]
+    turns = (point for pair in zip(corners, reversed(corners), strict=True) for point in pair)
+    rest = sorted((row for row in found if row[0]), key=lambda row: row[0])
+    return list(dict.fromkeys([*turns, *(point for _, point in rest)]))
 
 
 def _contexts(facts: EngineFacts, room: int) -> list[int]:
