@@ -200,7 +200,8 @@ def make_fleet_config(
         simulate |= counts_of(workers)
     sockets = table(fleet, "batch_sockets", where)
     sim = make_config(simulate, where=where)
-    sim.require_plain(f"a {section}", colocates=section == "replay")
+    is_replay = section == "replay"
+    sim.require_plain("a replay" if is_replay else "a service", colocates=is_replay)
     if sim.colocated_order == "vllm":
         raise VoltanaError(
             f"colocated_order must be one that SGLang has, got vllm ({where}): name sglang or "

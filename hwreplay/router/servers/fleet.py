@@ -26,7 +26,7 @@ from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import MetricsError
 from voltana.sim.policies.answers import route
-from voltana.sim.policies.base import COLOCATED, PREFILL, InstanceState, Phase, RequestView
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, InstanceState, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2
@@ -359,10 +359,9 @@ class RouterFleet:
     @staticmethod
     def _waits_since_s(worker: Worker) -> float | None:
         """Since when something waits to be computed here; None if nothing does."""
-        if worker.config.phase == PREFILL:
-            waiting = worker.tracker.state.list_waiting()
-            return min((request.arrival_s for request in waiting), default=None)
-        since = (attempt.silent_since_s for attempt in worker.attempts)
+        prompts = worker.tracker.state.list_waiting() if worker.config.phase != DECODE else ()
+        streams = worker.attempts if worker.config.phase != PREFILL else ()
+        since = [*(p.arrival_s for p in prompts), *(a.silent_since_s for a in streams)]
         return min((at_s for at_s in since if at_s is not None), default=None)
 
     async def _follow(self, worker: Worker) -> None:

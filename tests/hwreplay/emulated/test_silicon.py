@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from voltana.hwreplay.emulated import plan as plan_module
 from voltana.hwreplay.emulated import silicon
 from voltana.hwreplay.emulated.overruns import count_overruns
-from voltana.hwreplay.emulated.plan import Passes
+from voltana.hwreplay.emulated.plan import ENVIRONMENT, Passes, Plan
 from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon, Work, effective_batch
 from voltana.profiles.catalog import load_profile
 
@@ -191,3 +196,20 @@ def test_overruns_are_counted_within_a_time(tmp_path: object) -> None:
     assert found.late_frac == pytest.approx(0.0205 / 0.3)
     assert found.fault is not None
     assert "1 of 3 overran" in found.fault
+
+
+def test_an_engine_s_own_python_finds_the_package_by_the_plan() -> None:
+    """It knows nothing of ours but the path in the plan."""
+    plan = Plan(
+        profile="p", phase="decode", instance_id=0, cards=(0,), state="s", passes="f",
+        max_requests=1,
+    )  # fmt: skip
+    code = json.loads(plan.environment()[ENVIRONMENT])["code"]
+    ask = (
+        "import sys, importlib.util as u; sys.path.append(sys.argv[1]);"
+        "print(u.find_spec('voltana.hwreplay.emulated.plan').origin)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", ask, code], capture_output=True, text=True, check=False
+    )
+    assert Path(found.stdout.strip()) == Path(plan_module.__file__), found.stderr
