@@ -57,8 +57,8 @@ class SimConfig:
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",
-        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5 or"
-        " ramp:ratio=2",
+        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5,"
+        " ramp:ratio=2 or curve:NAME or FILE.csv",
     )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
