@@ -73,7 +73,9 @@ class Keeping(Colocated):
 
     def _keep(self, job: Job, known: int) -> None:
         """So much of it is in the tree, for whoever comes once its last token is out."""
-        self._lock(job, self.cache.keep(job.said[:known]))
+        path = self.cache.keep(job.said[:known])
+        self.cache.find(job.said[: min(known, job.prompt)])
+        self._lock(job, path)
         if known == len(job.said) - 1:
             self._lock(job, [])
 

@@ -155,6 +155,8 @@ class CachingColocatedInstance(ColocatedInstance):
     def _keep(self, request: SimRequest, end: int) -> None:
         """What it has computed so far is in the cache, and locked."""
         node = self.cache.insert(self._whole(request), end)
+        if node.start < request.input_tokens < end:
+            self.cache.match(self._whole(request), request.input_tokens)  # the answer may go alone
         self.cache.lock(node)
         self.cache.unlock(self._nodes[request.request_id])
         self._nodes[request.request_id] = node

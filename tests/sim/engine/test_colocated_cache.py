@@ -101,6 +101,23 @@ def test_a_retracted_request_finds_its_prompt_again(tmp_path: Path) -> None:
     assert cached_of(record) == [0, 0]  # as of the first time
 
 
+def test_an_answer_may_go_without_its_prompt(tmp_path: Path) -> None:
+    """As above, but the first makes 12: its 13th token takes the second's prompt. So all 9 of the
+    second are computed at once, in place of the first's answer of 11, and are two nodes all the
+    same: 4 of prompt, 5 of answer, and 2 more when it ends. The third's 8 push out the first's
+    prompt of 4, these 2 and these 5, and the second's prompt is there for the fourth."""
+    profile = write_synthetic_profile(
+        tmp_path, time_s=lambda phase, f, b, t: 0.5 if phase == "prefill" else 0.25
+    )
+    rows = [
+        (0.0, [(1, 4)], 12), (0.0, [(2, 4)], 8), (20.0, [(3, 8)], 1), (25.0, [(2, 4)], 1),
+    ]  # fmt: skip
+    record, summary = run(profile, sharing(rows), kv_capacity_tokens=16, **CACHE)
+    assert record.requests.retractions.tolist() == [0, 1, 0, 0]
+    assert cached_of(record) == [0, 0, 0, 3]
+    assert summary["evicted_tokens"] == 4 + 11 + 4 + 2 + 5
+
+
 @pytest.fixture(scope="module")
 def rough(tmp_path_factory: pytest.TempPathFactory) -> Profile:
     return write_synthetic_profile(
