@@ -84,6 +84,9 @@ class SimConfig:
         "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
         " sum of parts",
     )
+    colocated_cache: bool | None = _key(
+        None, "true: what KV memory colocated instances have free keeps prompts and answers"
+    )
     prefill_profiles: str | None = _key(
         None,
         "a profile for each prefill instance, joined by +, as h100-sxm/llama-3.1-8b*2+NAME; none ="
@@ -242,13 +245,18 @@ class SimConfig:
             for key in ("num_prefill", "num_decode"):
                 if getattr(self, key) < 1:
                     raise VoltanaError(f"{key} must be > 0 and finite, got {getattr(self, key)}")
-            for key in ("colocated_order", "mixed_overlap_frac"):
+            for key in ("colocated_order", "mixed_overlap_frac", "colocated_cache"):
                 if getattr(self, key) is not None:
                     raise VoltanaError(
                         f"{key} is of colocated instances, got {key}={getattr(self, key)} without "
                         "any: set num_colocated"
                     )
             return
+        if self.colocated_cache and self.colocated_order == "vllm":
+            raise VoltanaError(
+                "colocated_cache must go with SGLang's orders, sglang or sglang-mixed, got "
+                "colocated_order=vllm: change one"
+            )
         for key in _OF_PHASES:
             if getattr(self, key):
                 raise VoltanaError(
