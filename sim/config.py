@@ -20,7 +20,7 @@ from typing import Any, Literal
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, listed_profiles, serving_settings
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
@@ -81,8 +81,8 @@ class SimConfig:
     )
     mixed_overlap_frac: float | None = _key(
         None,
-        "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
-        " sum of parts",
+        "part of the shorter part of a mixed iteration that the longer one hides; none = as the"
+        " profile's mixed.csv has it, without one 0, the sum of parts",
     )
     colocated_cache: bool | None = _key(
         None, "true: what KV memory colocated instances have free keeps prompts and answers"
@@ -264,18 +264,26 @@ class SimConfig:
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
 
-    def require_plain(self, what: str) -> None:
-        """Refuse what only a simulation knows, where nobody else has a rule for it.
+    def require_plain(self, what: str, *, colocates: bool = False) -> None:
+        """Refuse what only a simulation knows, where `what` has no rule for it.
 
         Raises:
             VoltanaError: There is some.
         """
-        for key in _SIMULATED:
+        for key in _SIMULATED[int(colocates) :]:
             if (got := getattr(self, key)) is not None:
+                apart = "" if colocates else "with their phases apart, "
                 raise VoltanaError(
-                    f"{what} is of fleets with their phases apart, all serving, on like cards: "
+                    f"{what} is of fleets {apart}all serving, on like cards: "
                     f"leave out {key}, got {got}"
                 )
+
+    @property
+    def counts(self) -> dict[Phase, int]:
+        """Instances of each kind that the fleet has."""
+        if self.num_colocated is not None:
+            return {COLOCATED: self.num_colocated}
+        return {PREFILL: self.num_prefill, DECODE: self.num_decode}
 
     @property
     def mixed_profiles(self) -> dict[Phase, list[str]]:

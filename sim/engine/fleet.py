@@ -349,7 +349,7 @@ class Fleet:
                 time_s=config.power_cap_time_s, clocks_mhz=machine.models.clocks_mhz,
             )  # fmt: skip
         if phase == COLOCATED:
-            make = partial(MixedTrack, overlap_frac=config.mixed_overlap_frac or 0.0)
+            make = partial(MixedTrack, step=machine.mixed)
         return make(
             machine.truth,
             phase,
