@@ -57,8 +57,8 @@ class SimConfig:
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",
-        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5 or"
-        " ramp:ratio=2",
+        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5,"
+        " ramp:ratio=2 or curve:NAME or FILE.csv",
     )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
@@ -83,6 +83,9 @@ class SimConfig:
         None,
         "part of the shorter part of a mixed iteration that the longer one hides; none = as the"
         " profile's mixed.csv has it, without one 0, the sum of parts",
+    )
+    colocated_cache: bool | None = _key(
+        None, "true: what KV memory colocated instances have free keeps prompts and answers"
     )
     prefill_profiles: str | None = _key(
         None,
@@ -242,13 +245,18 @@ class SimConfig:
             for key in ("num_prefill", "num_decode"):
                 if getattr(self, key) < 1:
                     raise VoltanaError(f"{key} must be > 0 and finite, got {getattr(self, key)}")
-            for key in ("colocated_order", "mixed_overlap_frac"):
+            for key in ("colocated_order", "mixed_overlap_frac", "colocated_cache"):
                 if getattr(self, key) is not None:
                     raise VoltanaError(
                         f"{key} is of colocated instances, got {key}={getattr(self, key)} without "
                         "any: set num_colocated"
                     )
             return
+        if self.colocated_cache and self.colocated_order == "vllm":
+            raise VoltanaError(
+                "colocated_cache must go with SGLang's orders, sglang or sglang-mixed, got "
+                "colocated_order=vllm: change one"
+            )
         for key in _OF_PHASES:
             if getattr(self, key):
                 raise VoltanaError(

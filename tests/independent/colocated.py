@@ -146,9 +146,13 @@ class Colocated(Decode):
                 at = min(every, key=lambda i: (len(self.running[i].token_s),
                                                -self.running[i].prompt, -i))  # fmt: skip
             job = self.running.pop(at)
+            self._drop(job)
             job.lost, job.steps, job.done_prompt = len(job.token_s), 0, 0
             self.retracted.insert(0 if self.order == "vllm" else len(self.retracted), job)
             self.retractions += 1
+
+    def _drop(self, job: Job) -> None:
+        """Its cache is lost."""
 
     def _end_both(self, steps: list[Job], now_s: float) -> None:
         for job in steps:
