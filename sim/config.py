@@ -121,6 +121,9 @@ class SimConfig:
         None, "power limit of a GPU, whose own controller then lowers the clock; none = none"
     )
     power_cap_time_s: float = _key(0.1, "time constant of that controller; 0: at once")
+    temperature: str | None = _key(
+        None, "cards whose power grows as they warm up, as air:leakage=0.004; none = the tables'"
+    )
     host_power_w: float | None = _key(
         None,
         "what an instance's share of its host draws (CPU, memory, network), always; none = only"
@@ -169,9 +172,12 @@ class SimConfig:
     )
     kv_transfer_bytes_per_s: float | None = _key(None, "KV transfer bandwidth; none = instant")
     kv_transfer_latency_s: float = _key(0.0, "fixed part of a KV transfer")
-    kv_transfers: Literal["at_once", "in_turn"] = _key(
+    kv_transfers: Literal[
+        "at_once", "in_turn", "shared_by_prefill", "shared_by_decode", "shared_by_fleet"
+    ] = _key(
         "at_once",
-        "transfers of one prefill instance run side by side, or one after another on its link",
+        "transfers run side by side, in_turn on each prefill instance's link, or divide the"
+        " bandwidth of a link: one a prefill or decode instance, or one in all",
     )
     max_prefill_tokens: int | None = _key(
         None,
@@ -335,9 +341,10 @@ class SimConfig:
 
 _SIMULATED = (
     "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
+    "temperature",
 )  # fmt: skip
 _NOT_SCALED = (
-    "prefill_profiles", "decode_profiles",
+    "prefill_profiles", "decode_profiles", "temperature",
     "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
 )  # fmt: skip
 _OF_PHASES = (
