@@ -386,17 +386,6 @@ def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> S
     return SimConfig(**(known | given))
 
 
-def parse_settings(settings: list[str]) -> dict[str, str]:
-    """Split `key=value` texts of the command line."""
-    pairs: dict[str, str] = {}
-    for text in settings:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise VoltanaError(f"--set takes key=value, got {text!r}")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
 def read_toml(path: Path) -> dict[str, Any]:
     """Read a TOML file, or say in one line why it can't be read."""
     try:

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from voltana.experiments.options import AsJson, RequireSlo, complete_setting
+from voltana.profiles.common.binding import parse_settings
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.config import parse_settings
 
 if TYPE_CHECKING:
     from voltana.experiments.frontier.search import Study

@@ -15,7 +15,7 @@ from voltana.experiments.options import (
     complete_trace,
     complete_workload,
 )
-from voltana.sim.config import parse_settings
+from voltana.profiles.common.binding import parse_settings
 
 
 def register(app: typer.Typer) -> None:

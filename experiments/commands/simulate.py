@@ -17,9 +17,10 @@ from voltana.experiments.options import (
     complete_trace,
     complete_workload,
 )
+from voltana.profiles.common.binding import parse_settings
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, read_serving
-from voltana.sim.config import KEYS, SimConfig, make_config, parse_settings, read_toml
+from voltana.sim.config import KEYS, SimConfig, make_config, read_toml
 from voltana.sim.workload.generate import PART_REQUESTS
 from voltana.sim.workload.workload import Workload
 

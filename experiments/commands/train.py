@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING, Annotated, cast
 import typer
 
 from voltana.experiments.options import AsJson
-from voltana.sim.config import make_config, parse_settings, read_toml
+from voltana.profiles.common.binding import parse_settings
+from voltana.sim.config import make_config, read_toml
 
 if TYPE_CHECKING:
     from voltana.experiments.study.train import Algorithm, Solver

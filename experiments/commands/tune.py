@@ -10,7 +10,8 @@ import typer
 
 from voltana.experiments.options import AsJson
 from voltana.experiments.progress import note
-from voltana.sim.config import parse_settings, read_toml
+from voltana.profiles.common.binding import parse_settings
+from voltana.sim.config import read_toml
 
 tune = typer.Typer(
     name="tune", help="Find a policy's parameters in the simulator.", no_args_is_help=True

@@ -30,8 +30,8 @@ from voltana.experiments.frontier.study import read_study
 from voltana.experiments.frontier.trial import ATTAINMENTS, pooled
 from voltana.experiments.script import run_script
 from voltana.experiments.sweep.grid import CONFIGS
+from voltana.profiles.common.binding import parse_settings
 from voltana.profiles.common.markdown import markdown_table
-from voltana.sim.config import parse_settings
 
 CONFIG: Final = CONFIGS / "disaggregation.toml"
 BETWEEN: Final = ": "

@@ -260,3 +260,14 @@ def values(
     hint: Any = tuple[kind, ...]  # type: ignore[valid-type]
     found: tuple[T, ...] = convert(options.get(key, list(default)), hint, key, where)
     return found
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """Split `key=value` texts of the command line."""
+    pairs: dict[str, str] = {}
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise VoltanaError(f"--set takes key=value, got {text!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
