@@ -44,6 +44,7 @@ VARYING: Settings = {
 LONG = "ten prompts longer than a prefill batch, in ordinary ones"
 SESSIONS = "sessions whose turns come when they like"
 TURNS = "sessions whose turns wait for answers"
+AIR = "air:leakage=0.006,resistance_c_per_w=0.12,time=7,ambient=25,table=55"
 CACHE = {"prefix_cache_tokens": 3_000}
 COLOCATED_KV = {"num_colocated": 2, "kv_capacity_tokens": 16_000, "kv_reserve_tokens": 0}
 COLOCATED_CACHE = {"num_colocated": 2, "colocated_cache": True, "kv_capacity_tokens": 1_000,
@@ -80,6 +81,28 @@ CASES: dict[str, Settings] = {
         "rate_rps": 35, "kv_transfer_bytes_per_s": 4e9, "kv_transfer_latency_s": 0.002,
         "kv_transfers": "in_turn",
     },
+    "KV over each prefill instance's shared link": {
+        "rate_rps": 35, "kv_transfer_bytes_per_s": 4e9, "kv_transfer_latency_s": 0.002,
+        "kv_transfers": "shared_by_prefill",
+    },
+    "KV over each decode instance's shared link": {
+        "rate_rps": 35, "kv_transfer_bytes_per_s": 3e9, "kv_transfers": "shared_by_decode",
+        "first_token": "prefill", "num_decode": 3,
+    },
+    "KV over one shared link, sleep": {
+        "rate_rps": 8, "kv_transfer_bytes_per_s": 2e9, "kv_transfers": "shared_by_fleet",
+        "plans": "asaa+saas+aasa+aaaa", "period_s": 4.71, "duration_s": 30,
+    },
+    "temperature": {"rate_rps": 20, "temperature": AIR},
+    "temperature, two cards an instance": {
+        "rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2", "temperature": AIR,
+    },
+    "temperature, awake power, EcoFreq, noise, stalls": {
+        **VARYING, "controller": "ecofreq", "noise_scale": 1.0, "clock_stall_s": 0.01,
+        "profile": "a100-80g-sxm-awake/llama-3.1-8b", "temperature": AIR, "rate_rps": 10,
+        "idle_s": 0.4,
+    },
+    "temperature, 2C": {"rate_rps": 14, "num_colocated": 2, "temperature": AIR},
     "prefill waits for decode's boundary": {"rate_rps": 40, "prefill_starts": "decode_boundary"},
     "the same, EcoFreq and latency of serving": {
         **VARYING, "controller": "ecofreq", "prefill_starts": "decode_boundary",
@@ -314,6 +337,10 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
 
     has_both = "num_colocated" in keys
     fleet = Fleet(keys, hardware, router, controller, noise, colocated if has_both else None)
+    if "temperature" in keys:
+        told = keys["temperature"].removeprefix("air:").split(",")
+        for server in (*fleet.prefill, *fleet.decode):
+            server.card.air = {k: float(v) for k, v in (word.split("=") for word in told)}
     if "plans" in settings:
         plans = settings["plans"].split("+")
         fleet.staff = Staff(fleet, plans, settings["period_s"], DATA / keys["profile"])
