@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from voltana.profiles.common.binding import choices, converted
-from voltana.profiles.common.binding import read_toml as read_toml
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, listed_profiles, serving_settings
 from voltana.sim.config_rules import (
@@ -326,3 +327,13 @@ def parse_settings(settings: list[str]) -> dict[str, str]:
             raise VoltanaError(f"--set takes key=value, got {text!r}")
         pairs[key.strip()] = value.strip()
     return pairs
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or say in one line why it can't be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VoltanaError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None

@@ -6,7 +6,6 @@ rule, the value, the place, and of a wrong name the nearest right one.
 
 from __future__ import annotations
 
-import tomllib
 import types
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
@@ -261,13 +260,3 @@ def values(
     hint: Any = tuple[kind, ...]  # type: ignore[valid-type]
     found: tuple[T, ...] = convert(options.get(key, list(default)), hint, key, where)
     return found
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file, or say in one line why it can't be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VoltanaError(f"no such configuration file: {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise VoltanaError(f"cannot read {path}: {error}") from None
