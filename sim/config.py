@@ -20,7 +20,7 @@ from typing import Any, Literal
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, listed_profiles, serving_settings
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
@@ -57,8 +57,8 @@ class SimConfig:
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",
-        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5 or"
-        " ramp:ratio=2",
+        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5,"
+        " ramp:ratio=2 or curve:NAME or FILE.csv",
     )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
@@ -81,8 +81,11 @@ class SimConfig:
     )
     mixed_overlap_frac: float | None = _key(
         None,
-        "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
-        " sum of parts",
+        "part of the shorter part of a mixed iteration that the longer one hides; none = as the"
+        " profile's mixed.csv has it, without one 0, the sum of parts",
+    )
+    colocated_cache: bool | None = _key(
+        None, "true: what KV memory colocated instances have free keeps prompts and answers"
     )
     prefill_profiles: str | None = _key(
         None,
@@ -248,13 +251,18 @@ class SimConfig:
             for key in ("num_prefill", "num_decode"):
                 if getattr(self, key) < 1:
                     raise VoltanaError(f"{key} must be > 0 and finite, got {getattr(self, key)}")
-            for key in ("colocated_order", "mixed_overlap_frac"):
+            for key in ("colocated_order", "mixed_overlap_frac", "colocated_cache"):
                 if getattr(self, key) is not None:
                     raise VoltanaError(
                         f"{key} is of colocated instances, got {key}={getattr(self, key)} without "
                         "any: set num_colocated"
                     )
             return
+        if self.colocated_cache and self.colocated_order == "vllm":
+            raise VoltanaError(
+                "colocated_cache must go with SGLang's orders, sglang or sglang-mixed, got "
+                "colocated_order=vllm: change one"
+            )
         for key in _OF_PHASES:
             if getattr(self, key):
                 raise VoltanaError(
@@ -262,18 +270,26 @@ class SimConfig:
                     f"beside num_colocated={self.num_colocated}: leave one out"
                 )
 
-    def require_plain(self, what: str) -> None:
-        """Refuse what only a simulation knows, where nobody else has a rule for it.
+    def require_plain(self, what: str, *, colocates: bool = False) -> None:
+        """Refuse what only a simulation knows, where `what` has no rule for it.
 
         Raises:
             VoltanaError: There is some.
         """
-        for key in _SIMULATED:
+        for key in _SIMULATED[int(colocates) :]:
             if (got := getattr(self, key)) is not None:
+                apart = "" if colocates else "with their phases apart, "
                 raise VoltanaError(
-                    f"{what} is of fleets with their phases apart, all serving, on like cards: "
+                    f"{what} is of fleets {apart}all serving, on like cards: "
                     f"leave out {key}, got {got}"
                 )
+
+    @property
+    def counts(self) -> dict[Phase, int]:
+        """Instances of each kind that the fleet has."""
+        if self.num_colocated is not None:
+            return {COLOCATED: self.num_colocated}
+        return {PREFILL: self.num_prefill, DECODE: self.num_decode}
 
     @property
     def mixed_profiles(self) -> dict[Phase, list[str]]:

@@ -18,7 +18,6 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
-from voltana.sim.engine.colocated import ColocatedInstance
 from voltana.sim.engine.decode import DecodeInstance
 from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
@@ -33,6 +32,7 @@ from voltana.sim.engine.physics.transfers import Transfers
 from voltana.sim.engine.physics.warmth import Warmth
 from voltana.sim.engine.prefill import PrefillInstance
 from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.reuse.colocated import colocated_kind
 from voltana.sim.engine.reuse.prefill import SPARE_TOKENS, CachingPrefillInstance
 from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.answers import ControllerAnswers, route
@@ -316,7 +316,7 @@ class Fleet:
         make: Callable[..., DecodeInstance] = DecodeInstance
         if phase == COLOCATED:
             most = self._machine(phase, index).max_prefill_tokens
-            make = partial(ColocatedInstance, max_tokens=most)
+            make = partial(colocated_kind(self._config), max_tokens=most)
         return make(
             self._config,
             self._log,
@@ -339,7 +339,7 @@ class Fleet:
                 time_s=config.power_cap_time_s, clocks_mhz=machine.models.clocks_mhz,
             )  # fmt: skip
         if phase == COLOCATED:
-            make = partial(MixedTrack, overlap_frac=config.mixed_overlap_frac or 0.0)
+            make = partial(MixedTrack, step=machine.mixed)
         track = make(
             machine.truth,
             phase,

@@ -51,7 +51,8 @@ def make_workload(
         arrivals: `poisson`; `gamma:cv=2` for gaps with that coefficient of variation; or a Poisson
             process whose rate changes (the number of requests is then random):
             `diurnal:swing=0.6` goes through one day in `duration_s`, `step:ratio=2,at=0.5` and
-            `ramp:ratio=2` end at that many times the rate they start with; see `shapes`.
+            `ramp:ratio=2` end at that many times the rate they start with, `curve:NAME` follows
+            a recorded rate; see `shapes`.
 
     Raises:
         VoltanaError: Unknown name or arrival process, or a number out of range.

@@ -49,6 +49,8 @@ class Job:
     is_rejected: bool = False
     tokens: Sequence[Hashable] = ()
     """What the prompt consists of; only a cache of prefixes asks."""
+    said: Sequence[Hashable] = ()
+    """The prompt and its answer."""
     next_turn: tuple[float, Job] | None = None
     """Seconds from its last token to the request that waited for it."""
     cached: int = 0
