@@ -10,16 +10,16 @@ import dataclasses
 import hashlib
 import json
 import math
-import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, listed_profiles, serving_settings
+from voltana.sim.config_text import parse_settings as parse_settings
+from voltana.sim.config_text import read_toml as read_toml
 from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
@@ -391,24 +391,3 @@ def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> S
     if given.get("num_colocated") is not None:
         known |= {"num_prefill": 0, "num_decode": 0}
     return SimConfig(**(known | given))
-
-
-def parse_settings(settings: list[str]) -> dict[str, str]:
-    """Split `key=value` texts of the command line."""
-    pairs: dict[str, str] = {}
-    for text in settings:
-        key, separator, value = text.partition("=")
-        if not separator or not key:
-            raise VoltanaError(f"--set takes key=value, got {text!r}")
-        pairs[key.strip()] = value.strip()
-    return pairs
-
-
-def read_toml(path: Path) -> dict[str, Any]:
-    """Read a TOML file, or say in one line why it can't be read."""
-    try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise VoltanaError(f"no such configuration file: {path}") from None
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise VoltanaError(f"cannot read {path}: {error}") from None
