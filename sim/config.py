@@ -9,17 +9,22 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
+import tomllib
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, listed_profiles, serving_settings
-from voltana.sim.config_text import parse_settings as parse_settings
-from voltana.sim.config_text import read_toml as read_toml
+from voltana.sim.config_rules import (
+    require_one_fleet,
+    require_plain,
+    require_ranges,
+    require_scalable,
+)
 from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
@@ -215,60 +220,14 @@ class SimConfig:
     record_iterations: bool = _key(False, "keep one row per iteration (memory grows with the run)")
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise VoltanaError(f"{name} must be >= 0 and finite, got {value}")
-        if not math.isfinite(self.predictor_power_clock_error):
-            value = self.predictor_power_clock_error
-            raise VoltanaError(f"predictor_power_clock_error must be finite, got {value}")
-        for phase in ("prefill", "decode", "colocated"):
-            active, there = getattr(self, f"active_{phase}"), getattr(self, f"num_{phase}") or 0
-            if active is not None and active > there:
-                raise VoltanaError(f"active_{phase} must be <= num_{phase}, {there}, got {active}")
-        if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
-            raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
-        self._check_fleet()
+        require_ranges(self)
+        require_one_fleet(self)
         _ = self.mixed_profiles
-        for name in _NOT_SCALED:
-            if self.is_scaled and getattr(self, name):
-                raise VoltanaError(
-                    f"{name} is not for a fleet that scales, got {name}={getattr(self, name)} "
-                    f"beside scaler={self.scaler}, budget_w={self.budget_w}: leave it out"
-                )
+        require_scalable(self)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise VoltanaError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
-
-    def _check_fleet(self) -> None:
-        """A fleet is of colocated instances, or of both other kinds."""
-        if self.num_colocated is None:
-            for key in ("num_prefill", "num_decode"):
-                if getattr(self, key) < 1:
-                    raise VoltanaError(f"{key} must be > 0 and finite, got {getattr(self, key)}")
-            for key in ("colocated_order", "mixed_overlap_frac", "colocated_cache"):
-                if getattr(self, key) is not None:
-                    raise VoltanaError(
-                        f"{key} is of colocated instances, got {key}={getattr(self, key)} without "
-                        "any: set num_colocated"
-                    )
-            return
-        if self.colocated_cache and self.colocated_order == "vllm":
-            raise VoltanaError(
-                "colocated_cache must go with SGLang's orders, sglang or sglang-mixed, got "
-                "colocated_order=vllm: change one"
-            )
-        for key in _OF_PHASES:
-            if getattr(self, key):
-                raise VoltanaError(
-                    f"{key} is of a fleet with its phases apart, got {key}={getattr(self, key)} "
-                    f"beside num_colocated={self.num_colocated}: leave one out"
-                )
 
     def require_plain(self, what: str, *, colocates: bool = False) -> None:
         """Refuse what only a simulation knows, where `what` has no rule for it.
@@ -276,13 +235,7 @@ class SimConfig:
         Raises:
             VoltanaError: There is some.
         """
-        for key in _SIMULATED[int(colocates) :]:
-            if (got := getattr(self, key)) is not None:
-                apart = "" if colocates else "with their phases apart, "
-                raise VoltanaError(
-                    f"{what} is of fleets {apart}all serving, on like cards: "
-                    f"leave out {key}, got {got}"
-                )
+        require_plain(self, what, colocates=colocates)
 
     @property
     def counts(self) -> dict[Phase, int]:
@@ -339,34 +292,6 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_SIMULATED = (
-    "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
-    "temperature",
-)  # fmt: skip
-_NOT_SCALED = (
-    "prefill_profiles", "decode_profiles", "temperature",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
-)  # fmt: skip
-_OF_PHASES = (
-    "power_cap_w",
-    "prefill_profiles", "decode_profiles",
-    "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
-)  # fmt: skip
-_POSITIVE = (
-    "profile_draw",
-    "rate_rps", "duration_s", "time_scale", "num_colocated", "active_prefill",
-    "active_decode", "active_colocated", "slo_ttft_s", "slo_itl_s", "aim_ratio",
-    "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
-    "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
-    "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
-    "timeline_interval_s", "timeline_max_samples", "budget_w", "power_cap_w",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
-    "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode",
-    "mixed_overlap_frac",
-)  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))
 }
@@ -391,3 +316,24 @@ def make_config(values: Mapping[str, Any], *, where: str = "configuration") -> S
     if given.get("num_colocated") is not None:
         known |= {"num_prefill": 0, "num_decode": 0}
     return SimConfig(**(known | given))
+
+
+def parse_settings(settings: list[str]) -> dict[str, str]:
+    """Split `key=value` texts of the command line."""
+    pairs: dict[str, str] = {}
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator or not key:
+            raise VoltanaError(f"--set takes key=value, got {text!r}")
+        pairs[key.strip()] = value.strip()
+    return pairs
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """Read a TOML file, or say in one line why it can't be read."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise VoltanaError(f"no such configuration file: {path}") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise VoltanaError(f"cannot read {path}: {error}") from None

@@ -15,7 +15,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.common.files import write_csv
-from voltana.sim.workload.curves import COLUMNS, SHIPPED
+from voltana.sim.workload.arrivals.curves import COLUMNS, SHIPPED
 from voltana.sim.workload.lengths import DATA
 
 SOURCES: Final = {

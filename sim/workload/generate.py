@@ -8,9 +8,7 @@ from typing import Final
 import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.workload.lengths import draw_lengths, list_lengths
-from voltana.sim.workload.sessions.generate import KINDS, is_session_workload, make_sessions
-from voltana.sim.workload.shapes import (
+from voltana.sim.workload.arrivals.shapes import (
     DAY_S,
     SWING,
     Cumulative,
@@ -19,6 +17,8 @@ from voltana.sim.workload.shapes import (
     rate_shape,
     require_positive,
 )
+from voltana.sim.workload.lengths import draw_lengths, list_lengths
+from voltana.sim.workload.sessions.generate import KINDS, is_session_workload, make_sessions
 from voltana.sim.workload.workload import FloatArray, Workload
 
 _STREAMS = {"arrivals": 101, "lengths": 102}

@@ -10,12 +10,12 @@ import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.spec import bind_parameters, parse_spec
+from voltana.sim.workload.arrivals.shapes import require_positive
 from voltana.sim.workload.prompts import Prompts, Turns
 from voltana.sim.workload.sessions import agent, chat
 from voltana.sim.workload.sessions.agent import AgentParameters, draw_task
 from voltana.sim.workload.sessions.chat import ChatParameters, draw_chat
 from voltana.sim.workload.sessions.session import Session
-from voltana.sim.workload.shapes import require_positive
 from voltana.sim.workload.workload import Workload
 
 _STREAM: Final = 103

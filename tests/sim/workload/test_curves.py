@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.workload.curves import SHIPPED, read_curve
+from voltana.sim.workload.arrivals.curves import SHIPPED, read_curve
 from voltana.sim.workload.generate import make_workload
 from voltana.sim.workload.lengths import DATA
 

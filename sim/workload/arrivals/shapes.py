@@ -9,7 +9,7 @@ from typing import Final
 import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.workload.curves import read_curve
+from voltana.sim.workload.arrivals.curves import read_curve
 from voltana.sim.workload.workload import FloatArray
 
 Gaps = Callable[[np.random.Generator, int], FloatArray]
