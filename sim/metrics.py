@@ -267,8 +267,9 @@ def _scaling(record: RunRecord) -> dict[str, float]:
     """How much of the fleet was in service; nothing for a run without a scaler."""
     if record.settings.get("scaler") is None:
         return {}
-    away_s = sum(sum(i.away_s.values()) for i in record.instances)
-    whole_s = record.makespan_s * len(record.instances)
+    lent_s = sum(i.away_s.get("lent", 0.0) for i in record.instances)  # in service elsewhere
+    away_s = sum(sum(i.away_s.values()) for i in record.instances) - lent_s
+    whole_s = record.makespan_s * len(record.instances) - lent_s
     return {
         "in_service_share": 1.0 - _ratio(away_s, whole_s),
         "wake_ups": sum(i.num_wake_ups for i in record.instances),

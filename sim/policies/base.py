@@ -27,11 +27,11 @@ Phase = Literal["prefill", "decode", "colocated"]
 PREFILL: Final = "prefill"
 DECODE: Final = "decode"
 COLOCATED: Final = "colocated"
-
-PowerState = Literal["awake", "draining", "falling", "waking", "parked", "asleep", "stopped"]
-"""In service; ending what it has; on the way out, or back; out of service (profiles/states.py)."""
+PowerState = Literal[
+    "awake", "draining", "falling", "waking", "parked", "asleep", "stopped", "lent"
+]
+"""In service; ending what it has; on the way out, or back; out of service; in its other role."""
 AWAKE: Final = "awake"
-
 ATTAINMENT_TARGET: Final = 0.99
 """Share of requests and gaps that has to be within the promise (NOMENCLATURE.md)."""
 UNLOCKED_MHZ: Final = 0

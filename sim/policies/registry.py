@@ -34,7 +34,7 @@ from voltana.sim.policies.reconstructed import greenllm, kairos, miad, rapid
 from voltana.sim.policies.routers import consolidate, ecoroute, mixed, packing, prefix, simple
 from voltana.sim.policies.routers.kairos import KairosRouter
 from voltana.sim.policies.scalers import dualscale as placement
-from voltana.sim.policies.scalers import load
+from voltana.sim.policies.scalers import load, roles
 from voltana.sim.policies.scalers.base import Scaler, ScalerContext
 from voltana.sim.policies.spec import (
     ParameterInfo,
@@ -145,6 +145,7 @@ SCALERS: Final[Mapping[str, Entry[Scaler]]] = {
     "dualscale": _shipped(placement.DualScale, "partly"),
     "dynamo": _shipped(load.Dynamo, "partly"),
     "throttllm": _shipped(load.Throttllm, "partly"),
+    "rapid-roles": _shipped(roles.RapidRoles, "partly"),
 }
 
 

@@ -38,7 +38,9 @@ class Card:
         self.busy_s: dict[int, float] = {}
         self.away_w: float | None = None
         """What it draws out of service; None in service."""
-        self.away_j = self.away_s = 0.0
+        self.away_j = self.away_s = self.lent_s = 0.0
+        self.is_lent = False
+        """Away because the card is in its other role."""
         self._idle_from_s = 0.0
         self._plan: tuple[float, int] | None = None
         self.air: Mapping[str, float] | None = None
@@ -120,9 +122,10 @@ class Card:
             self._take_next()
         self._book_idle(now_s)
 
-    def leave(self, now_s: float, power_w: float) -> None:
+    def leave(self, now_s: float, power_w: float, *, lends: bool = False) -> None:
         """Out of service, or in another state there."""
         self.pass_idle(now_s)
+        self.is_lent = lends
         self._plan = None
         self.away_w = power_w
 
@@ -134,7 +137,8 @@ class Card:
         spent_s = max(until_s - self._idle_from_s, 0.0)
         if self.away_w is not None:
             self.away_j += spent_s * self.away_w
-            self.away_s += spent_s
+            self.away_s += 0.0 if self.is_lent else spent_s
+            self.lent_s += spent_s if self.is_lent else 0.0
             self._idle_from_s += spent_s
             return
         awake_w = self._hardware.awake_w(self.clock) if self.window_j else 0.0

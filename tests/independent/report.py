@@ -87,7 +87,8 @@ def _energy(fleet: Fleet) -> Numbers:
     if fleet.staff is not None:
         numbers["away_energy_j"] = sum(c.away_j for c in cards)
         parts.append("away")
-        share = sum(c.away_s for c in cards) / (fleet.end_s * len(cards))
+        whole_s = fleet.end_s * len(cards) - sum(c.lent_s for c in cards)
+        share = sum(c.away_s for c in cards) / whole_s
         numbers["in_service_share"] = 1.0 - share
         numbers["wake_ups"] = fleet.staff.wake_ups
     if fleet.settings.get("host_power_w") is not None:

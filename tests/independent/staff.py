@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from tests.independent.fleet import Fleet, Job, Server
 
-WORDS = {"a": "awake", "p": "parked", "s": "asleep", "x": "stopped"}
-DEPTH = ["parked", "asleep", "stopped"]
+WORDS = {"a": "awake", "p": "parked", "s": "asleep", "x": "stopped", "l": "lent"}
+DEPTH = ["parked", "asleep", "stopped", "lent"]
 
 
 @dataclass(eq=False)
@@ -37,7 +37,18 @@ class Staff:
         self._of = {id(p.server): p for places in self.phases for p in places}
         self.sending = {id(s): 0 for s in fleet.prefill}
         self.wake_ups = 0
+        self._other: dict[int, Place] = {}
         fleet.at(period_s, 1, self._ask)
+
+    def pair(self, count: int, switch_s: float, switch_w: float) -> None:
+        """The last so many servers of each phase are the two roles of a card; all decode first."""
+        self._states["lent"] = {
+            "power_w": 0.0, "enter_s": 0.0, "wake_s": switch_s, "change_w": switch_w,
+        }  # fmt: skip
+        for first, second in zip(*(places[-count:] for places in self.phases), strict=True):
+            self._other |= {id(first): second, id(second): first}
+            first.now = first.wanted = first.low = "lent"
+            first.server.card.leave(0.0, 0.0, lends=True)
 
     def serving(self, phase: int) -> list[int]:
         """Numbers of those that get new requests."""
@@ -68,7 +79,9 @@ class Staff:
                         place.now = "draining"
                         self.rested(place.server, now_s)
                 elif place.now in DEPTH and place.wanted == "awake":
-                    self._go(place, "waking", "wake_s", now_s)
+                    other = self._other.get(id(place))
+                    if other is None or other.now == "lent":
+                        self._go(place, "waking", "wake_s", now_s)
                 elif place.now in DEPTH and DEPTH.index(place.wanted) > DEPTH.index(place.now):
                     place.low = place.wanted
                     self._go(place, "falling", "enter_s", now_s)
@@ -93,7 +106,8 @@ class Staff:
     def _arrive(self, place: Place, now_s: float) -> None:
         if place.now == "falling":
             place.now = place.low
-            place.server.card.leave(now_s, self._states[place.low]["power_w"])
+            power_w = self._states[place.low]["power_w"]
+            place.server.card.leave(now_s, power_w, lends=place.now == "lent")
         else:
             place.now = "awake"
             self.wake_ups += 1

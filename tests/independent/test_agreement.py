@@ -205,6 +205,16 @@ CASES: dict[str, Settings] = {
         "rate_rps": 8, "plans": "asaa+saas+aasa+aaaa", "period_s": 4.71, "duration_s": 30,
         "kv_transfer_latency_s": 0.4, "prefill_starts": "decode_boundary", "host_power_w": 99.0,
     },
+    "cards that switch": {
+        "rate_rps": 10, "num_prefill": 3, "num_decode": 3, "duration_s": 45,
+        "plans": "allaaa+aalala+aaaall+aalala+allaaa", "period_s": 9.37, "switching": 2,
+        "switch_s": 1.3, "noise_scale": 1.0,
+    },
+    "cards that switch, EcoFreq, KV over a shared link": {
+        **VARYING, "controller": "ecofreq", "rate_rps": 12, "num_prefill": 2, "num_decode": 3,
+        "plans": "aaaal+aaaal+aaaal+alaaa", "period_s": 8.11, "switching": 1, "switch_s": 2.2,
+        "kv_transfer_bytes_per_s": 1e9, "kv_transfers": "shared_by_prefill", "duration_s": 30,
+    },
 }  # fmt: skip
 
 NOISE_KEYS = {"prefill": 4, "decode": 5, "colocated": 7}
@@ -232,6 +242,8 @@ SHOWN = {
     "sleep": ("wake_ups", 2),
     "sleep, awake power, EcoFreq, noise": ("wake_ups", 3),
     "sleep, KV over a link, prefill waits for decode's boundary": ("wake_ups", 2),
+    "cards that switch": ("wake_ups", 2),
+    "cards that switch, EcoFreq, KV over a shared link": ("wake_ups", 1),
     "stalls": ("clock_changes", 30),
     "stalls of two cards": ("clock_changes", 10),
 }
@@ -254,10 +266,12 @@ def settings_of(case: Settings) -> Settings:
 
 def spelled(settings: Settings) -> Settings:
     """As voltana is told."""
-    ours = ("clock", "idle_s", "plans", "period_s")
+    ours = ("clock", "idle_s", "plans", "period_s", "switching", "switch_s")
     keys = {k: v for k, v in settings.items() if k not in ours}
     if "plans" in settings:
         table = f"plans={settings['plans']},period={settings['period_s']}"
+        if "switching" in settings:
+            table += f",switching={settings['switching']},switch={settings['switch_s']}"
         keys["scaler"] = f"tests.sim.engine.scaling_table:{table}"
     is_static = settings["controller"] == "static"
     told = f"static:f={settings['clock']}" if is_static else f"ecofreq:idle={settings['idle_s']}"
@@ -344,6 +358,9 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
     if "plans" in settings:
         plans = settings["plans"].split("+")
         fleet.staff = Staff(fleet, plans, settings["period_s"], DATA / keys["profile"])
+        if "switching" in settings:
+            idle_w = hardware.idle_w(max(hardware.clocks_mhz))
+            fleet.staff.pair(settings["switching"], settings["switch_s"], idle_w)
     columns = requests.arrival_s, requests.input_tokens, requests.output_tokens
     jobs = [Job(*row) for row in zip(*(c.tolist() for c in columns), strict=True)]
     if requests.prompts is not None:

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.states import StateMeta
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda
 from voltana.sim.engine.decode import DecodeInstance
@@ -13,7 +14,7 @@ from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.request import SimRequest
 from voltana.sim.engine.scaling.budget import PowerBudget, capped
-from voltana.sim.engine.scaling.member import Member
+from voltana.sim.engine.scaling.member import Member, Role
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import (
     AWAKE,
@@ -77,6 +78,7 @@ class ScaledFleet(Fleet):
         self._scaler = make_scaler(config.scaler or "all-awake", context)
         states, call_at = profile.states, self.agenda.call_at
         self._members = [Member(i, states, call_at, self._changed) for i in self.instances]
+        self._pair_roles(self._scaler.num_switching, profile)
         self._of_prefill = self._members[: len(self.prefill)]
         self._of_decode = self._members[len(self.prefill) :]
         for member in self._members:
@@ -86,7 +88,37 @@ class ScaledFleet(Fleet):
     def start(self) -> Iterator[SimRequest]:
         arrivals = super().start()
         self.agenda.call_at(self._scaler.period_s, self._scale)
+        lent = [m for m in self._of_prefill if isinstance(m, Role)]
+        for role in lent:
+            role.lend(0.0)
+        if lent:
+            self._changed(0.0)
         return arrivals
+
+    def _pair_roles(self, count: int, profile: Profile) -> None:
+        """Make roles of the last so many instances of each phase."""
+        if count == 0:
+            return
+        prefill, decode = self._config.num_prefill, self._config.num_decode
+        if count >= min(prefill, decode) or self._config.host_power_w is not None:
+            raise VoltanaError(
+                "cards that switch must be fewer than the instances of either phase, and hosts not "
+                f"counted, got {count} of {prefill}P{decode}D and "
+                f"host_power_w={self._config.host_power_w}: add instances or leave it out"
+            )
+        lent = StateMeta(
+            power_w=0.0, enter_s=0.0, wake_s=self._scaler.switch_s,
+            change_w=profile.truth(extrapolate=True).idle_power_w(profile.clocks_mhz[-1]),
+            status="modelled", source="a card that changes its role idles at the top clock",
+        )  # fmt: skip
+        assert profile.states is not None
+        for at in range(prefill - count, prefill):
+            pair = [
+                Role(self.instances[i], profile.states, self.agenda.call_at, self._changed, lent)
+                for i in (at, at + decode)
+            ]
+            pair[0].other, pair[1].other = pair[1], pair[0]
+            self._members[at], self._members[at + decode] = pair
 
     def _answers(self, controller: Controller, phase: Phase, index: int) -> ControllerAnswers:
         if self._budget is not None:

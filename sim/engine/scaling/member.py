@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
-from voltana.profiles.states import LOW_STATES, LowState, PowerStates
+from voltana.profiles.states import LOW_STATES, PowerStates, StateMeta
 from voltana.sim.engine.instance import Instance
 from voltana.sim.policies.base import AWAKE, PowerState
-from voltana.sim.policies.scalers.base import Wanted
+from voltana.sim.policies.scalers.base import LENT, Wanted
 
 CHANGING: Final = "changing"
 """What a record calls the ways out and back."""
+_DEPTHS: Final[tuple[Wanted, ...]] = (*LOW_STATES, LENT)
 
 
 class Member:
@@ -43,7 +44,7 @@ class Member:
         self.wanted: Wanted = AWAKE
         self.num_sending = 0
         """KV caches on their way from here, which hold it in service."""
-        self._low: LowState = "parked"
+        self._low: Wanted = "parked"
         """Where the way out leads, or has led."""
         self._states = states
         self._call_at = call_at
@@ -73,9 +74,9 @@ class Member:
                 self._become("draining", now_s)
                 self.rest(now_s)
         elif wanted == AWAKE:
-            meta = self._states.of(self._low)
+            meta = self._meta()
             self._change("waking", meta.change_w, meta.wake_s, now_s, self._wake_up)
-        elif LOW_STATES.index(wanted) > LOW_STATES.index(self._low):
+        elif _DEPTHS.index(wanted) > _DEPTHS.index(self._low):
             self._fall(now_s)
 
     def rest(self, now_s: float) -> None:
@@ -86,10 +87,17 @@ class Member:
         if self.instance.is_parked:
             self._fall(now_s)
 
+    def _meta(self) -> StateMeta:
+        """Of the state that the way out leads to."""
+        low = self._low
+        assert low != AWAKE
+        assert low != LENT
+        return self._states.of(low)
+
     def _fall(self, now_s: float) -> None:
         assert self.wanted != AWAKE
         self._low = self.wanted
-        meta = self._states.of(self._low)
+        meta = self._meta()
         self._change("falling", meta.change_w, meta.enter_s, now_s, self._land)
 
     def _change(
@@ -110,7 +118,8 @@ class Member:
 
     def _land(self, now_s: float) -> None:
         """The way out has ended, wherever it is wanted by now."""
-        self.instance.track.go_away(now_s, self._low, self._states.of(self._low).power_w)
+        assert self._low != AWAKE
+        self.instance.track.go_away(now_s, self._low, self._meta().power_w)
         self._become(self._low, now_s)
 
     def _wake_up(self, now_s: float) -> None:
@@ -122,3 +131,47 @@ class Member:
     def _become(self, name: PowerState, now_s: float) -> None:
         self.state.power_state = name
         self._changed(now_s)
+
+
+class Role(Member):
+    """One of the two roles of a card that switches.
+
+    It begins to wake when the card has left the other role. As long as it is lent it draws nothing:
+    what the card draws is in the other role's books.
+    """
+
+    def __init__(
+        self,
+        instance: Instance,
+        states: PowerStates,
+        call_at: Callable[[float, Callable[[float], None]], None],
+        changed: Callable[[float], None],
+        lent: StateMeta,
+    ) -> None:
+        """See the class.
+
+        Args:
+            instance: As of `Member`, and so are the next three.
+            states: Power and times of states, which a role does not have.
+            call_at: The agenda's.
+            changed: Called with the time when its state is another one.
+            lent: Power and time of the switch to this role.
+        """
+        super().__init__(instance, states, call_at, changed)
+        self._lent = lent
+        self.other: Role = self
+        """The card's other role."""
+
+    def lend(self, now_s: float) -> None:
+        """The run begins with the card in its other role."""
+        self.wanted = self._low = LENT
+        self.instance.track.go_away(now_s, LENT, 0.0)
+        self.state.power_state = LENT
+
+    def move(self, now_s: float, *, may_leave: bool) -> None:
+        is_here = self.state.power_state != LENT
+        if is_here or self.other.state.power_state == LENT:
+            super().move(now_s, may_leave=may_leave)
+
+    def _meta(self) -> StateMeta:
+        return self._lent

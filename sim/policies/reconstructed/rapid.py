@@ -121,8 +121,8 @@ class Rapid(Controller):
     acts as the fastest clock whose modelled power for the present batch is within it. The first
     split is in proportion to the phases' full draw.
 
-    Source: RAPID, arXiv 2601.12241. Its role switch of whole GPUs is left out, as
-    fleets have fixed roles here; steps, thresholds and the first split are ours.
+    Source: RAPID, arXiv 2601.12241. Its role switch of whole GPUs is the scaler `rapid-roles`;
+    steps, thresholds and the first split are ours.
     """
 
     __slots__ = ("_context", "_plan")

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.answers import fail, name_of
 from voltana.sim.policies.base import AWAKE, States
-from voltana.sim.policies.scalers.base import WANTED, FleetView, Plan, Scaler
+from voltana.sim.policies.scalers.base import LENT, WANTED, FleetView, Plan, Scaler
 
 
 def ask(scaler: Scaler, view: FleetView, clocks_mhz: Sequence[int]) -> Plan:
@@ -28,8 +28,11 @@ def ask(scaler: Scaler, view: FleetView, clocks_mhz: Sequence[int]) -> Plan:
     where = f"scaler {name_of(scaler)}: plan"
     if not isinstance(plan, Plan):
         raise VoltanaError(f"{where} must return a Plan, got a {type(plan).__name__}")
-    _check(f"{where}.prefill", plan.prefill, view.prefill)
-    _check(f"{where}.decode", plan.decode, view.decode)
+    count = scaler.num_switching
+    _check(f"{where}.prefill", plan.prefill, view.prefill, count)
+    _check(f"{where}.decode", plan.decode, view.decode, count)
+    if count:
+        _check_pairs(where, plan.prefill[-count:], plan.decode[-count:])
     for clock_mhz in (plan.prefill_mhz, plan.decode_mhz):
         if clock_mhz != 0 and clock_mhz not in clocks_mhz:
             raise VoltanaError(
@@ -38,9 +41,20 @@ def ask(scaler: Scaler, view: FleetView, clocks_mhz: Sequence[int]) -> Plan:
     return plan
 
 
-def _check(where: str, wanted: Sequence[object], states: States) -> None:
+def _check_pairs(where: str, prefill: Sequence[object], decode: Sequence[object]) -> None:
+    """A card that switches has one role."""
+    for roles in zip(prefill, decode, strict=True):
+        if set(roles) != {AWAKE, LENT}:
+            raise VoltanaError(
+                f"{where} must want a card that switches {AWAKE} in one role and {LENT} in the "
+                f"other, got {roles[0]} in prefill and {roles[1]} in decode"
+            )
+
+
+def _check(where: str, wanted: Sequence[object], states: States, num_switching: int) -> None:
     words = list(wanted)
-    if len(words) != len(states) or any(word not in WANTED for word in words):
+    plain = words[: len(words) - num_switching]
+    if len(words) != len(states) or any(word not in WANTED for word in plain):
         raise VoltanaError(
             f"{where} must have one of {', '.join(WANTED)} for each of {len(states)} instances, "
             f"got {words}"

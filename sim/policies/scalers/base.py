@@ -15,8 +15,11 @@ from typing import Final, Literal
 from voltana.profiles.states import LOW_STATES, LowState, PowerStates
 from voltana.sim.policies.base import AWAKE, PolicyContext, States
 
-Wanted = Literal["awake", "parked", "asleep", "stopped"]
+Wanted = Literal["awake", "parked", "asleep", "stopped", "lent"]
 WANTED: Final[tuple[Wanted, ...]] = (AWAKE, *LOW_STATES)
+"""Of an instance that has one role."""
+LENT: Final = "lent"
+"""Of a role: its card is in the other one."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +78,12 @@ class Scaler(ABC):
 
     period_s: float
     """Time between two questions, > 0."""
+    num_switching: int = 0
+    """The last so many prefill and as many decode instances are one card each, the first with the
+    first and so on, in one of its two roles at a time: of each pair one is wanted awake, the other
+    lent. All decode at first."""
+    switch_s: float = 0.0
+    """From the end of one role, all work done, to the first request of the other."""
 
     @abstractmethod
     def plan(self, view: FleetView) -> Plan:

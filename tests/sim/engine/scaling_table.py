@@ -13,12 +13,20 @@ from voltana.sim.policies.spec import parameter
 class TableParameters:
     """Of `Table`."""
 
-    plans: tuple[str, ...] = parameter((), "for each second, a letter an instance: a, p, s or x")
+    plans: tuple[str, ...] = parameter((), "for each second, a letter an instance: a, p, s, x or l")
     base_mhz: int = parameter(0, "base clock of decode from the second plan on", low=0)
     period_s: float = parameter(1.0, "between two plans")
+    switching: int = parameter(0, "cards with two roles", low=0)
+    switch_s: float = parameter(0.0, "how long a switch takes", low=0.0)
 
 
-LETTERS: dict[str, Wanted] = {"a": "awake", "p": "parked", "s": "asleep", "x": "stopped"}
+LETTERS: dict[str, Wanted] = {
+    "a": "awake",
+    "p": "parked",
+    "s": "asleep",
+    "x": "stopped",
+    "l": "lent",
+}
 
 
 class Table(Scaler):
@@ -26,6 +34,7 @@ class Table(Scaler):
 
     def __init__(self, parameters: TableParameters, context: ScalerContext) -> None:
         self.period_s = parameters.period_s
+        self.num_switching, self.switch_s = parameters.switching, parameters.switch_s
         self._settings = parameters
         self._at = -1
 
