@@ -26,7 +26,7 @@ import tomli_w
 
 from voltana.hwreplay.agent.agent import AgentConfig, start_agents
 from voltana.hwreplay.agent.agent import ready_file as ready_file_of
-from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.agent.loop_record import StaleLimits
 from voltana.hwreplay.emulated.card import Card
 from voltana.hwreplay.replay.load import COUNT
 from voltana.sim.config import make_config

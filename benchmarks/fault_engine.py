@@ -13,7 +13,7 @@ from benchmarks.fault_bench import PROFILE, Bench
 from voltana.hwreplay.emulated.card import Card, Cards
 from voltana.hwreplay.emulated.fleet import emulated_arguments
 from voltana.hwreplay.emulated.machine import Machine
-from voltana.hwreplay.engines.launch import restart, run_fleet
+from voltana.hwreplay.engines.launch import PAIR, restart, run_fleet
 from voltana.hwreplay.engines.plan import Installation
 from voltana.hwreplay.engines.server import Server
 from voltana.sim.config import make_config
@@ -58,9 +58,7 @@ class EngineBench(Bench):
 def engine_bench(directory: Path, engine: Path, cards: Cards) -> Iterator[EngineBench]:
     """Start 1P1D; the cards are shown to this process already."""
     sim = make_config({"profile": PROFILE, "num_prefill": 1, "num_decode": 1})
-    machine = Machine(
-        profile=PROFILE, num_prefill=1, num_decode=1, directory=directory, library=directory
-    )
+    machine = Machine(profile=PROFILE, counts=PAIR, directory=directory, library=directory)
     started = Installation.in_folder(engine)
     started = replace(
         started,

@@ -29,12 +29,21 @@ def main() -> None:
         "ShareGPT, 60 requests/s": {},
         "ShareGPT, 2 requests/s": {"rate_rps": 2, "duration_s": 600},
         "Azure conversation trace": {"trace": "azure-conv-2023"},
+        "Conversations that wait for answers, cache of prefixes, 24 requests/s": {
+            "workload": "chat",
+            "rate_rps": 24,
+            "duration_s": 600,
+            "prefix_cache_tokens": 457_600,
+            "router": "prefix-affinity",
+        },
     }
     for title, values in cases.items():
         for noise, scale in (("without noise", 0.0), ("with noise", 1.0)):
             try:
                 config = make_config({**values, "noise_scale": scale})
-                report(f"{title}, {noise}, 2P2D, ecofreq + ecoroute", config, raw)
+                report(
+                    f"{title}, {noise}, 2P2D, {config.controller} + {config.router}", config, raw
+                )
             except VoltanaError as error:
                 print(f"{title}, {noise}: left out ({error})")
 

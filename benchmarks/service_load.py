@@ -48,7 +48,7 @@ from voltana.profiles.common.signals import stops_as_interrupts
 
 SEED = 11
 WARM_S = 60.0
-"""Memory counts from here on: caches and pools fill first."""
+"""Memory of a process counts from this age on: caches and pools fill first."""
 LOOK_S = 2.0
 FLAT = 0.05
 UNLOCK_S = 20.0
@@ -61,18 +61,20 @@ LOST_S = 60.0
 class Memory:
     """Resident memory of processes over time, in MiB."""
 
-    start_s: float = field(default_factory=time.monotonic)
+    since_s: dict[str, float] = field(default_factory=dict)
     seen: dict[str, list[float]] = field(default_factory=dict)
 
     def look(self, processes: dict[str, int]) -> None:
-        """Read each once."""
-        if time.monotonic() - self.start_s < WARM_S:
-            return
-        for name, pid in processes.items():
+        """Read each once that is old enough: one that took another's place warms up as it did."""
+        now_s = time.monotonic()
+        for part, pid in processes.items():
+            name = f"{part} ({pid})"
+            if now_s - self.since_s.setdefault(name, now_s) < WARM_S:
+                continue
             with contextlib.suppress(OSError):
                 pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
                 mib = pages * os.sysconf("SC_PAGE_SIZE") / 2**20
-                self.seen.setdefault(f"{name} ({pid})", []).append(mib)
+                self.seen.setdefault(name, []).append(mib)
 
     def rows(self) -> dict[str, dict[str, float]]:
         """By process: how much, and how far it went from its middle in all that time."""

@@ -14,10 +14,11 @@ import pandas as pd
 from voltana.profiles import ecopred
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.common.files import write_text
+from voltana.profiles.optional.mixed import MIXED, MixedGrid, MixedStep
+from voltana.profiles.optional.spread import IterationSpread, row_spreads
 from voltana.profiles.places import DATA as DATA
 from voltana.profiles.places import profile_directory
 from voltana.profiles.schema import ProfileMeta, meta_toml, read_meta
-from voltana.profiles.spread import IterationSpread, row_spreads
 from voltana.profiles.states import STATES_FILE, PowerStates, read_states
 from voltana.profiles.step_model import StepModel
 from voltana.profiles.tables import (
@@ -56,6 +57,8 @@ class Profile:
     """Of a drawn profile the nominal one, whose power policies go by; None: this one."""
     states: PowerStates | None = None
     """What an instance out of service draws; None if nobody has stated it."""
+    mixed: pd.DataFrame | None = None
+    """Measured iterations of a chunk of prompts beside decoding; None if nobody has."""
 
     @property
     def clocks_mhz(self) -> tuple[int, ...]:
@@ -65,6 +68,20 @@ class Profile:
     def truth(self, *, extrapolate: bool = False) -> StepModel:
         """The tables as a function of a point: what happens in simulation."""
         return _step_model(self, extrapolate)
+
+    def mixed_step(
+        self, *, extrapolate: bool = False, overlap_frac: float | None = None
+    ) -> MixedStep:
+        """Iterations that compute prompts beside decoding: what happens in simulation.
+
+        Args:
+            extrapolate: As of `truth`, for both parts.
+            overlap_frac: Of the shorter part, in place of what was measured; None takes that, and
+                the plain sum where nothing was.
+        """
+        grid = None if overlap_frac is not None else _mixed_grid(self)
+        model = self.truth(extrapolate=extrapolate)
+        return MixedStep(model, grid=grid, overlap_frac=overlap_frac or 0.0)
 
     def spread(self) -> IterationSpread:
         """How much iteration times vary around the tables."""
@@ -156,6 +173,21 @@ def _step_model(profile: Profile, extrapolate: bool) -> StepModel:
     )
 
 
+@lru_cache(maxsize=16)
+def _mixed_grid(profile: Profile) -> MixedGrid | None:
+    """Of a drawn profile the nominal one's: a draw moves the parts, not what they share."""
+    profile = profile.believed or profile
+    table = profile.mixed
+    if table is None:
+        return None
+    if AWAKE in profile.idle:
+        awake_w = idle_power_of(profile.idle, AWAKE)
+        known = [clock for clock in awake_w if clock > 0]
+        above_w = np.interp(table["frequency_mhz"], known, [awake_w[clock] for clock in known])
+        table = table.assign(power_w=table["power_w"] + above_w)
+    return MixedGrid.of_table(table, profile.truth(extrapolate=True))
+
+
 def load_profile(name_or_path: str | Path) -> Profile:
     """Load a shipped profile by name, or any profile directory by path.
 
@@ -177,11 +209,12 @@ def load_profile(name_or_path: str | Path) -> Profile:
         raise VoltanaError(
             f"provenance must be stated for awake_power, as {directory / 'idle.csv'} has {AWAKE}"
         )
+    mixed = _read_mixed(directory, meta)
     fitted, _ = ecopred.read_ecopred(directory / "ecopred.csv", clocks)
     name = str(name_or_path) if directory == DATA / name_or_path else directory.name
     return Profile(name=name, meta=meta, prefill=prefill, decode=decode, idle=idle, fitted=fitted,
                    content_hash=_hash(directory), directory=directory,
-                   states=read_states(directory / STATES_FILE))  # fmt: skip
+                   states=read_states(directory / STATES_FILE), mixed=mixed)  # fmt: skip
 
 
 def list_profiles() -> list[str]:
@@ -196,6 +229,7 @@ def write_profile(
     prefill: pd.DataFrame,
     decode: pd.DataFrame,
     idle: pd.DataFrame,
+    mixed: pd.DataFrame | None = None,
 ) -> Profile:
     """Fit EcoPred, write a complete profile directory and load it back.
 
@@ -207,10 +241,15 @@ def write_profile(
         prefill: Rows of prefill.csv.
         decode: Rows of decode.csv.
         idle: Rows of idle.csv.
+        mixed: Rows of mixed.csv; None: an older one is removed.
     """
     directory.mkdir(parents=True, exist_ok=True)
     fitted = ecopred.fit(prefill, decode)
     frames = {"prefill": prefill, "decode": decode, "idle": idle, "ecopred": fitted}
+    if mixed is None:
+        (directory / MIXED).unlink(missing_ok=True)
+    else:
+        frames["mixed"] = mixed
     texts = {
         f"{name}.csv": f.to_csv(index=False, float_format="%.6g") for name, f in frames.items()
     }
@@ -218,6 +257,17 @@ def write_profile(
     for name, text in texts.items():
         write_text(text, directory / name)
     return load_profile(directory)
+
+
+def _read_mixed(directory: Path, meta: ProfileMeta) -> pd.DataFrame | None:
+    if not (directory / MIXED).is_file():
+        return None
+    missing = [q for q in ("mixed_time", "mixed_power") if q not in meta.provenance]
+    if missing:
+        raise VoltanaError(
+            f"provenance must be stated for {' and '.join(missing)}: {directory} has {MIXED}"
+        )
+    return read_phase_table(directory / MIXED, meta.clocks.supported_mhz, chunks=True)
 
 
 def _require_idle_range(idle: pd.DataFrame, clocks: tuple[int, ...], directory: Path) -> None:
@@ -231,7 +281,7 @@ def _require_idle_range(idle: pd.DataFrame, clocks: tuple[int, ...], directory: 
 
 def _hash(directory: Path) -> str:
     digest = hashlib.sha256()
-    optional = [STATES_FILE] if (directory / STATES_FILE).is_file() else []
+    optional = [name for name in (STATES_FILE, MIXED) if (directory / name).is_file()]
     for name in (*FILES, *optional):
         digest.update(name.encode() + b"\0" + (directory / name).read_bytes() + b"\0")
     return digest.hexdigest()

@@ -17,6 +17,16 @@ FloatArray = npt.NDArray[np.float64]
 
 POINT: Final = ("frequency_mhz", "batch_size", "tokens")
 PHASE_COLUMNS: Final = (*POINT, "trial", "time_s", "power_w")
+CHUNK: Final = "chunk_tokens"
+MIXED_COLUMNS: Final = (
+    "frequency_mhz",
+    CHUNK,
+    "batch_size",
+    "tokens",
+    "trial",
+    "time_s",
+    "power_w",
+)
 OPTIONAL_COLUMNS: Final = ("flags", "spread_s")
 """Only in measured tables: flags of a trial; half the interquartile range of its iterations."""
 IDLE_COLUMNS: Final = ("frequency_mhz", "trial", "power_w")
@@ -40,20 +50,28 @@ Grid = Mapping[int, Mapping[int, GridRow]]
 """clock in MHz -> batch size -> row; both ascending."""
 
 
-def read_phase_table(path: Path, clocks_mhz: tuple[int, ...]) -> pd.DataFrame:
-    """Read `prefill.csv` or `decode.csv`.
+def read_phase_table(
+    path: Path, clocks_mhz: tuple[int, ...], *, chunks: bool = False
+) -> pd.DataFrame:
+    """Read `prefill.csv` or `decode.csv`, or `mixed.csv`, whose rows have a chunk of prompts each.
+
+    Args:
+        path: The file.
+        clocks_mhz: Supported clocks.
+        chunks: It is `mixed.csv`.
 
     Raises:
         VoltanaError: A wrong or missing column, a value that is no number, not finite or not
             positive, an unsupported clock, or a repeated (point, trial); with file and line.
     """
-    frame = _read_csv(path, PHASE_COLUMNS)
-    _require(frame, path, "time_s", frame["time_s"] > 0, "must be > 0")
-    _require(frame, path, "power_w", frame["power_w"] > 0, "must be > 0")
-    _require(frame, path, "batch_size", frame["batch_size"] >= 1, "must be >= 1")
-    _require(frame, path, "tokens", frame["tokens"] >= 1, "must be >= 1")
+    counts = (CHUNK, "batch_size", "tokens") if chunks else ("batch_size", "tokens")
+    frame = _read_csv(path, MIXED_COLUMNS if chunks else PHASE_COLUMNS)
+    for column in ("time_s", "power_w"):
+        _require(frame, path, column, frame[column] > 0, "must be > 0")
+    for column in counts:
+        _require(frame, path, column, frame[column] >= 1, "must be >= 1")
     _require_clocks(frame, path, clocks_mhz)
-    _require_unique(frame, path, [*POINT, "trial"])
+    _require_unique(frame, path, ["frequency_mhz", *counts, "trial"])
     return frame
 
 
@@ -134,7 +152,7 @@ def _read_csv(
         numbers = pd.to_numeric(frame[column], errors="coerce")
         _require(frame, path, column, pd.Series(np.isfinite(numbers)), "must be a finite number")
         frame[column] = numbers
-        if column in (*POINT, "trial"):
+        if column in (*POINT, CHUNK, "trial"):
             _require(frame, path, column, numbers == numbers.round(), "must be a whole number")
             frame[column] = numbers.astype(np.int64)
     return frame

@@ -9,7 +9,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import math
 import tomllib
 import typing
 from collections.abc import Mapping
@@ -20,7 +19,13 @@ from typing import Any, Literal
 from voltana.profiles.common.binding import choices, converted
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.places import SERVING, listed_profiles, serving_settings
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.config_rules import (
+    require_one_fleet,
+    require_plain,
+    require_ranges,
+    require_scalable,
+)
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 DEFAULT_PROFILE = "a100-80g-sxm/llama-3.1-8b"
 
@@ -57,8 +62,8 @@ class SimConfig:
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",
-        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5 or"
-        " ramp:ratio=2",
+        "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5,"
+        " ramp:ratio=2 or curve:NAME or FILE.csv",
     )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
@@ -81,8 +86,11 @@ class SimConfig:
     )
     mixed_overlap_frac: float | None = _key(
         None,
-        "part of the shorter part of a mixed iteration that the longer one hides; none = 0, the"
-        " sum of parts",
+        "part of the shorter part of a mixed iteration that the longer one hides; none = as the"
+        " profile's mixed.csv has it, without one 0, the sum of parts",
+    )
+    colocated_cache: bool | None = _key(
+        None, "true: what KV memory colocated instances have free keeps prompts and answers"
     )
     prefill_profiles: str | None = _key(
         None,
@@ -118,6 +126,9 @@ class SimConfig:
         None, "power limit of a GPU, whose own controller then lowers the clock; none = none"
     )
     power_cap_time_s: float = _key(0.1, "time constant of that controller; 0: at once")
+    temperature: str | None = _key(
+        None, "cards whose power grows as they warm up, as air:leakage=0.004; none = the tables'"
+    )
     host_power_w: float | None = _key(
         None,
         "what an instance's share of its host draws (CPU, memory, network), always; none = only"
@@ -166,9 +177,12 @@ class SimConfig:
     )
     kv_transfer_bytes_per_s: float | None = _key(None, "KV transfer bandwidth; none = instant")
     kv_transfer_latency_s: float = _key(0.0, "fixed part of a KV transfer")
-    kv_transfers: Literal["at_once", "in_turn"] = _key(
+    kv_transfers: Literal[
+        "at_once", "in_turn", "shared_by_prefill", "shared_by_decode", "shared_by_fleet"
+    ] = _key(
         "at_once",
-        "transfers of one prefill instance run side by side, or one after another on its link",
+        "transfers run side by side, in_turn on each prefill instance's link, or divide the"
+        " bandwidth of a link: one a prefill or decode instance, or one in all",
     )
     max_prefill_tokens: int | None = _key(
         None,
@@ -206,68 +220,29 @@ class SimConfig:
     record_iterations: bool = _key(False, "keep one row per iteration (memory grows with the run)")
 
     def __post_init__(self) -> None:
-        for name in _POSITIVE:
-            value = getattr(self, name)
-            if value is not None and not (value > 0 and math.isfinite(value)):
-                raise VoltanaError(f"{name} must be > 0 and finite, got {value}")
-        for name in _NOT_NEGATIVE:
-            value = getattr(self, name)
-            if value is not None and not (value >= 0 and math.isfinite(value)):
-                raise VoltanaError(f"{name} must be >= 0 and finite, got {value}")
-        if not math.isfinite(self.predictor_power_clock_error):
-            value = self.predictor_power_clock_error
-            raise VoltanaError(f"predictor_power_clock_error must be finite, got {value}")
-        for phase in ("prefill", "decode", "colocated"):
-            active, there = getattr(self, f"active_{phase}"), getattr(self, f"num_{phase}") or 0
-            if active is not None and active > there:
-                raise VoltanaError(f"active_{phase} must be <= num_{phase}, {there}, got {active}")
-        if self.mixed_overlap_frac is not None and self.mixed_overlap_frac > 1.0:
-            raise VoltanaError(f"mixed_overlap_frac must be <= 1, got {self.mixed_overlap_frac}")
-        self._check_fleet()
+        require_ranges(self)
+        require_one_fleet(self)
         _ = self.mixed_profiles
-        for name in _NOT_SCALED:
-            if self.is_scaled and getattr(self, name):
-                raise VoltanaError(
-                    f"{name} is not for a fleet that scales, got {name}={getattr(self, name)} "
-                    f"beside scaler={self.scaler}, budget_w={self.budget_w}: leave it out"
-                )
+        require_scalable(self)
         for name, allowed in _CHOICES.items():
             value = getattr(self, name)
             if value is not None and value not in allowed:
                 raise VoltanaError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
-    def _check_fleet(self) -> None:
-        """A fleet is of colocated instances, or of both other kinds."""
-        if self.num_colocated is None:
-            for key in ("num_prefill", "num_decode"):
-                if getattr(self, key) < 1:
-                    raise VoltanaError(f"{key} must be > 0 and finite, got {getattr(self, key)}")
-            for key in ("colocated_order", "mixed_overlap_frac"):
-                if getattr(self, key) is not None:
-                    raise VoltanaError(
-                        f"{key} is of colocated instances, got {key}={getattr(self, key)} without "
-                        "any: set num_colocated"
-                    )
-            return
-        for key in _OF_PHASES:
-            if getattr(self, key):
-                raise VoltanaError(
-                    f"{key} is of a fleet with its phases apart, got {key}={getattr(self, key)} "
-                    f"beside num_colocated={self.num_colocated}: leave one out"
-                )
-
-    def require_plain(self, what: str) -> None:
-        """Refuse what only a simulation knows, where nobody else has a rule for it.
+    def require_plain(self, what: str, *, colocates: bool = False) -> None:
+        """Refuse what only a simulation knows, where `what` has no rule for it.
 
         Raises:
             VoltanaError: There is some.
         """
-        for key in _SIMULATED:
-            if (got := getattr(self, key)) is not None:
-                raise VoltanaError(
-                    f"{what} is of fleets with their phases apart, all serving, on like cards: "
-                    f"leave out {key}, got {got}"
-                )
+        require_plain(self, what, colocates=colocates)
+
+    @property
+    def counts(self) -> dict[Phase, int]:
+        """Instances of each kind that the fleet has."""
+        if self.num_colocated is not None:
+            return {COLOCATED: self.num_colocated}
+        return {PREFILL: self.num_prefill, DECODE: self.num_decode}
 
     @property
     def mixed_profiles(self) -> dict[Phase, list[str]]:
@@ -317,33 +292,6 @@ class SimConfig:
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-_SIMULATED = (
-    "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
-)  # fmt: skip
-_NOT_SCALED = (
-    "prefill_profiles", "decode_profiles",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
-)  # fmt: skip
-_OF_PHASES = (
-    "power_cap_w",
-    "prefill_profiles", "decode_profiles",
-    "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
-)  # fmt: skip
-_POSITIVE = (
-    "profile_draw",
-    "rate_rps", "duration_s", "time_scale", "num_colocated", "active_prefill",
-    "active_decode", "active_colocated", "slo_ttft_s", "slo_itl_s", "aim_ratio",
-    "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
-    "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
-    "max_running_requests", "kv_capacity_tokens", "kv_retract_tokens", "run_limit_s",
-    "timeline_interval_s", "timeline_max_samples", "budget_w", "power_cap_w",
-)  # fmt: skip
-_NOT_NEGATIVE = (
-    "trace_start_s", "seed", "actuation_latency_s", "kv_transfer_latency_s", "kv_reserve_tokens",
-    "clock_stall_s", "noise_scale", "serving_latency_s", "handshake_latency_s", "sag_depth",
-    "prefix_cache_tokens", "host_power_w", "power_cap_time_s", "num_prefill", "num_decode",
-    "mixed_overlap_frac",
-)  # fmt: skip
 _CHOICES = {
     key: words for key, hint in typing.get_type_hints(SimConfig).items() if (words := choices(hint))
 }

@@ -89,6 +89,9 @@ class IterationTable:
     clock_mhz: IntArray
     """Lock in force when the iteration began; 0 is unlocked."""
     energy_j: FloatArray
+    chunk_requests: IntArray | None = None
+    """Of a replay with colocated servers: prompts beside what is decoded; None of any other run."""
+    chunk_tokens: IntArray | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -21,7 +21,9 @@ def profile(
     frequencies: Annotated[
         str, typer.Option(help="MHz list (1005,1200,1410), all, or current: touch no clock")
     ] = "current",
-    phases: Annotated[str, typer.Option(help="prefill,decode or one of them")] = "prefill,decode",
+    phases: Annotated[
+        str, typer.Option(help="prefill,decode, one of them, or mixed beside both")
+    ] = "prefill,decode",
     budget: Annotated[str, typer.Option(help="Time for the points, e.g. 90s, 60m, 2h")] = "60m",
     device: Annotated[str, typer.Option(help="Where the engine computes: cuda or cpu")] = "cuda",
     dtype: Annotated[str, typer.Option(help="Type of weights and KV cache")] = "bfloat16",

@@ -204,10 +204,10 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
     """
     sim = make_config(MEASURED | {"profile": PROFILE})
     directory = Path(tempfile.mkdtemp(prefix="voltana-"))
+    counts: dict[Phase, int] = {PREFILL: num_prefill, DECODE: num_decode}
     machine = Machine(
         profile=PROFILE,
-        num_prefill=num_prefill,
-        num_decode=num_decode,
+        counts=counts,
         directory=directory,
         library=engine / LIBRARY,
     )
@@ -223,8 +223,7 @@ def open_fleet(engine: Path, logs: Path, *, num_prefill: int, num_decode: int) -
             run_fleet(
                 made,
                 logs,
-                num_prefill=num_prefill,
-                num_decode=num_decode,
+                counts,
                 sockets=directory,
                 start_s=START_S,
             ) as servers,

@@ -18,7 +18,7 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.device.cards import open_cards
 from voltana.profiles.device.gpu import Gpu
-from voltana.profiles.engines.base import PHASES, Engine, Phase
+from voltana.profiles.engines.base import MIXED, PHASES, Engine, Phase
 from voltana.profiles.engines.llama_config import load_config, load_shape
 from voltana.profiles.measure.budget import clock_s, thinned
 from voltana.profiles.measure.campaign import Plan
@@ -126,6 +126,10 @@ def _check(wish: Wish) -> None:
     if engine != "sglang" and (wish.is_pair or wish.attach is not None):
         option = "--pair" if wish.is_pair else "--attach"
         raise VoltanaError(f"{option} must go with --engine sglang, got --engine {engine}")
+    if wish.is_pair and MIXED in _phases(wish.phases):
+        raise VoltanaError(
+            "--phases mixed needs one server that does both phases, got --pair: leave one out"
+        )
     if wish.is_pair and device != "cpu":
         raise VoltanaError(
             "--pair must go with --device cpu, got --device cuda: two servers would share one card "
@@ -165,7 +169,7 @@ def _started(wish: Wish, gpus: tuple[int, ...]) -> Engine:
     """Servers to start: one, or a pair, on the cards that are named or on the CPU."""
     with needs("replay", "--engine sglang"):
         from voltana.hwreplay.engines.launch import run_profiled
-        from voltana.hwreplay.engines.plan import Installation
+        from voltana.hwreplay.engines.plan import MIXED_ARGUMENT, Installation
         from voltana.profiles.engines.sglang import SglangEngine
 
     shape = load_shape(wish.model)
@@ -174,10 +178,11 @@ def _started(wish: Wish, gpus: tuple[int, ...]) -> Engine:
             "--model must be the folder of a model that SGLang can serve, got "
             f"{wish.model!r}: download it, or name servers that run already with --attach"
         )
+    mixes = (MIXED_ARGUMENT,) if MIXED in _phases(wish.phases) else ()
     installation = Installation(
         python=wish.server_python,
         model=Path(wish.model),
-        arguments=tuple(shlex.split(wish.server_args)),
+        arguments=(*mixes, *shlex.split(wish.server_args)),
     )
     logs = wish.out / "logs"
     return SglangEngine(
@@ -209,11 +214,11 @@ def _clocks(text: str, card: Gpu) -> tuple[int, ...] | None:
 
 
 def _phases(text: str) -> tuple[Phase, ...]:
-    wanted = text.split(",")
+    wanted, known = text.split(","), (*PHASES, MIXED)
     for name in wanted:
-        if name not in PHASES:
-            raise VoltanaError(f"--phases must be phases, got {name!r}{nearest(name, PHASES)}")
-    return tuple(phase for phase in PHASES if phase in wanted)
+        if name not in known:
+            raise VoltanaError(f"--phases must be phases, got {name!r}{nearest(name, known)}")
+    return tuple(phase for phase in known if phase in wanted)
 
 
 def _seconds(text: str) -> float:
@@ -235,12 +240,14 @@ def as_dict(made: Profile, out: Path) -> dict[str, Any]:
         "clocks_mhz": list(made.clocks_mhz),
         "prefill_points": _num_points(made.prefill),
         "decode_points": _num_points(made.decode),
+        **({} if made.mixed is None else {"mixed_points": _num_points(made.mixed)}),
         "provenance": {key: dataclasses.asdict(e) for key, e in made.meta.provenance.items()},
     }
 
 
 def _num_points(table: pd.DataFrame) -> int:
-    return len(table.drop_duplicates(["frequency_mhz", "batch_size", "tokens"]))
+    key = ["frequency_mhz", "chunk_tokens", "batch_size", "tokens"]
+    return len(table.drop_duplicates([name for name in key if name in table]))
 
 
 def summary(made: Profile, out: Path) -> str:
@@ -248,7 +255,8 @@ def summary(made: Profile, out: Path) -> str:
     status = made.meta.provenance["decode_power"].status
     points, steps = _num_points(made.prefill), _num_points(made.decode)
     clocks = ", ".join(map(str, made.clocks_mhz))
+    beside = "" if made.mixed is None else f", {_num_points(made.mixed)} of both together,"
     return (
-        f"{out}: {points} prefill and {steps} decode points at {clocks} MHz; "
+        f"{out}: {points} prefill and {steps} decode points{beside} at {clocks} MHz; "
         f"time measured, power {status}; fit and plots in {out / 'report'}"
     )

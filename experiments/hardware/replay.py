@@ -98,6 +98,11 @@ def run_probe(path: Path, out: Path, *, fits_profile: bool = False) -> tuple[Ove
         VoltanaError: As `run_replay` does.
     """
     config = read_replay_config(path)
+    if config.sim.num_colocated is not None:
+        raise VoltanaError(
+            f"a probe tells what a hand-over costs, colocated servers have none ({path}): leave "
+            "--probe out and state serving_latency_s"
+        )
     claim(out, "probe")
     plan = plan_probe()
     with progress_bar("replay", len(plan.workload)) as bar:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from voltana.experiments.draw.validation import validation_figure
 from voltana.experiments.runs import cached_profile
-from voltana.hwreplay.validate.validate import IterationModel, Thresholds, validate
+from voltana.hwreplay.validate.validate import IterationModel, ProfileModel, Thresholds, validate
 from voltana.hwreplay.validate.verdict_page import markdown
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_figure, write_text
@@ -80,4 +80,12 @@ def _models(
         if profile is not None:
             raise
         return None, None
-    return loaded.truth(), loaded.truth(extrapolate=True)
+    overlap = simulated.settings.get("mixed_overlap_frac")
+    strict, beyond = (
+        ProfileModel(
+            loaded.truth(extrapolate=goes_on),
+            loaded.mixed_step(extrapolate=goes_on, overlap_frac=overlap),
+        )
+        for goes_on in (False, True)
+    )
+    return strict, beyond

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from voltana.profiles.catalog import Profile
-from voltana.sim.policies.base import DECODE, UNLOCKED_MHZ, InstanceState, Predictor, Truth
+from voltana.sim.policies.base import (
+    COLOCATED,
+    DECODE,
+    PREFILL,
+    UNLOCKED_MHZ,
+    InstanceState,
+    Phase,
+    Predictor,
+    Truth,
+)
 
 
 def saved_j(
@@ -57,6 +66,10 @@ class Account:
         """The iterations' durations, seen and predicted."""
         self.saved_j = 0.0
 
+    def _phase(self, state: InstanceState) -> Phase:
+        """Whose promise and tables an iteration's `ended_*` go by."""
+        return DECODE if state.phase == COLOCATED else state.phase
+
     def headroom(self, state: InstanceState, promise_s: float) -> float:
         """What the promise leaves of an iteration of the present batch at the top clock.
 
@@ -68,8 +81,26 @@ class Account:
         if not state.is_busy or not batch or not tokens:
             return 1.0
         return (
-            1.0 - self._predictor.predict_s(state.phase, self._top_mhz, batch, tokens) / promise_s
+            1.0
+            - self._predictor.predict_s(self._phase(state), self._top_mhz, batch, tokens)
+            / promise_s
         )
+
+    def add_both(self, state: InstanceState, chunk: tuple[int, int]) -> None:
+        """Count an iteration of a colocated instance. What its clock saves is not estimated.
+
+        Args:
+            state: Its `ended_*` are what was decoded.
+            chunk: Prompts beside it, and their new tokens.
+        """
+        self.iterations += 1
+        self.output_tokens += state.ended_batch_size
+        self.observed_s += state.last_duration_s
+        decode = state.ended_batch_size, state.ended_tokens
+        parts: dict[Phase, tuple[int, int]] = {PREFILL: chunk, DECODE: decode}
+        for phase, (batch, tokens) in parts.items():
+            if batch and tokens:
+                self.predicted_s += self._predictor.predict_s(phase, state.clock_mhz, batch, tokens)
 
     def add(self, state: InstanceState, wish_mhz: int, *, acts: bool) -> None:
         """Count the iteration that has ended.

@@ -24,8 +24,8 @@ from typing import Any, Final
 
 import msgspec
 
-from voltana.hwreplay.agent.control import StaleLimits
 from voltana.hwreplay.agent.guard import GuardLimits
+from voltana.hwreplay.agent.loop_record import StaleLimits
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import Phase
 from voltana.sim.results import read_json, write_json

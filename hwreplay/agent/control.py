@@ -11,48 +11,23 @@ import math
 import sys
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 from voltana.hwreplay.actuator.client import ActuatorLostError, ClockSetter
-from voltana.hwreplay.agent.loop_record import LoopReport, SafeState
+from voltana.hwreplay.agent.loop_record import LoopReport, SafeState, StaleLimits
 from voltana.hwreplay.messages.batch_feed import BatchNotice, NoticeKind
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import IterationMetrics
 from voltana.sim.policies.answers import ControllerAnswers
-from voltana.sim.policies.base import PREFILL, UNLOCKED_MHZ, Controller, IdlePlan, Predictor
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StaleLimits:
-    """How long the engine may be silent before its metrics count as stale."""
-
-    num_iterations: float = 5.0
-    """Under load: so many expected iterations after the one that runs, or records lost in a row."""
-    least_s: float = 0.1
-    """Shortest allowance: an engine that gets no CPU for a moment is not dead."""
-    most_s: float = 1.0
-    """Nor longer."""
-    dead_s: float = 3.0
-    """At rest: an idle engine repeats a heartbeat every second."""
-    router_s: float = 3.0
-    """The router repeats every second which requests are here; its word holds for so long."""
-
-    def allowed_s(self, expected_s: float, *, is_busy: bool) -> float:
-        """Longest silence that is believed.
-
-        Args:
-            expected_s: Duration of the iteration that should be running.
-            is_busy: Whether one should be.
-
-        Example:
-            >>> StaleLimits().allowed_s(0.1, is_busy=True)
-            0.6
-        """
-        if not is_busy:
-            return self.dead_s
-        grace_s = max(self.num_iterations * expected_s, self.least_s)
-        return expected_s + min(grace_s, self.most_s)
+from voltana.sim.policies.base import (
+    COLOCATED,
+    PREFILL,
+    UNLOCKED_MHZ,
+    Controller,
+    IdlePlan,
+    Predictor,
+)
+from voltana.sim.policies.parts.mixed import predicted_s
 
 
 class ControlLoop:
@@ -174,8 +149,7 @@ class ControlLoop:
         if notice.kind == NoticeKind.PREFILL:
             self._tracker.on_batch(notice.num_requests, notice.tokens, now_s, notice.num_waiting)
         else:
-            state = self._tracker.observe(now_s)
-            state.last_batch_size, state.last_tokens = notice.num_requests, notice.tokens
+            self._tracker.on_steps(notice, now_s)
         self._was_busy = True
         return self._decides_before and self._decide(now_s, writes=is_newest)
 
@@ -363,7 +337,7 @@ class ControlLoop:
         A request at a prefill server may wait for its pair; a batch that was announced may not.
         """
         state = self._tracker.state
-        is_loaded = state.num_running > 0
+        is_loaded = state.num_running > 0 or state.chunk_tokens > 0
         if state.phase == PREFILL:
             is_loaded = self._has_plugin and self._tracker.is_announced
         if not is_loaded:
@@ -389,12 +363,13 @@ class ControlLoop:
         """Duration of the iteration that should be running: the last one's, or a bigger queue's."""
         state = self._tracker.state
         batch_size, tokens = state.last_batch_size, state.last_tokens
+        if state.phase == COLOCATED:
+            both_s = predicted_s(self._predictor, state, state.clock_mhz)
+            return max(both_s, state.last_duration_s)
         if state.phase == PREFILL:
             tokens = max(tokens, min(state.waiting_tokens, self._tracker.max_prefill_tokens))
             batch_size = max(batch_size, int(tokens > 0))
-        predicted_s = 0.0
+        expected_s = 0.0
         if batch_size and tokens:
-            predicted_s = self._predictor.predict_s(
-                state.phase, state.clock_mhz, batch_size, tokens
-            )
-        return max(predicted_s, state.last_duration_s)
+            expected_s = self._predictor.predict_s(state.phase, state.clock_mhz, batch_size, tokens)
+        return max(expected_s, state.last_duration_s)

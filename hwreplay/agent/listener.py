@@ -28,6 +28,7 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import AgentReport, Reports, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
 from voltana.hwreplay.messages.events import Event, topic_of
+from voltana.hwreplay.view.colocated import ColocatedTracker
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import (
@@ -36,7 +37,7 @@ from voltana.profiles.engines.sglang_metrics import (
     MetricsError,
     parse_metrics,
 )
-from voltana.sim.policies.base import PREFILL, InstanceState
+from voltana.sim.policies.base import COLOCATED, PREFILL, InstanceState
 from voltana.sim.results import write_json
 
 TICK_S: Final = 0.05
@@ -84,6 +85,8 @@ class Agent:
         self._reconnect_s = 0.0
         self._has_both_phases = False
         self._previous: IterationMetrics | None = None
+        self._token_s: float | None = None
+        """End of the latest iteration that decoded; None since a rest."""
         self._clocks: TextIO = record_file(config, directory, "clocks").open("w")
         self._report = directory / f"{config.name}.report.json"
         self._batches = (
@@ -203,7 +206,7 @@ class Agent:
 
     def _is_of_both_phases(self, record: IterationMetrics) -> bool:
         """Whether this engine has ever computed both; asked where no router speaks."""
-        if self._events is None:
+        if self._events is None and self._config.phase != COLOCATED:
             other = (
                 record.num_decode_requests
                 if self._config.phase == PREFILL
@@ -224,9 +227,14 @@ class Agent:
     def _book(self, record: IterationMetrics) -> None:
         """Count an iteration that has ended, and whether its tokens came in time."""
         previous, self._previous = self._previous, record
-        if record.is_heartbeat or self._has_both_phases:
-            return
         state, loop = self._tracker.state, self._loop
+        if record.is_heartbeat or self._has_both_phases:
+            self._token_s = None
+            return
+        if isinstance(self._tracker, ColocatedTracker):
+            self._account.add_both(state, self._tracker.ended_chunk)
+            self._judge_tokens(record)
+            return
         self._account.add(state, loop.wish_mhz, acts=self._acts)
         if state.phase == PREFILL and self._events is not None:
             return
@@ -234,6 +242,16 @@ class Agent:
         if state.phase != PREFILL:
             waited_s = token_gap_s(record, previous, waited_s)
         is_kept = waited_s <= self._promise_s
+        self._guard.attainment.add(self._clock.now_s(), kept=is_kept * batch, total=batch)
+
+    def _judge_tokens(self, record: IterationMetrics) -> None:
+        """Of a server that does both: a token comes where decoding stood too, so late."""
+        batch = record.num_decode_requests
+        if not batch:
+            return
+        since_s = record.start_s if self._token_s is None else self._token_s
+        self._token_s = record.received_s
+        is_kept = record.received_s - since_s <= self._promise_s
         self._guard.attainment.add(self._clock.now_s(), kept=is_kept * batch, total=batch)
 
     @property

@@ -1,4 +1,4 @@
-"""What an agent's loop did: counts, latencies and the times it was in its safe state."""
+"""What an agent's loop did: counts, latencies, safe states; and when metrics count as stale."""
 
 from __future__ import annotations
 
@@ -61,6 +61,38 @@ class Latencies:
             "max_s": self._max_s,
             "histogram": [[edge, n] for edge, n in zip(edges, self._counts, strict=True) if n],
         }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StaleLimits:
+    """How long the engine may be silent before its metrics count as stale."""
+
+    num_iterations: float = 5.0
+    """Under load: so many expected iterations after the one that runs, or records lost in a row."""
+    least_s: float = 0.1
+    """Shortest allowance: an engine that gets no CPU for a moment is not dead."""
+    most_s: float = 1.0
+    """Nor longer."""
+    dead_s: float = 3.0
+    """At rest: an idle engine repeats a heartbeat every second."""
+    router_s: float = 3.0
+    """The router repeats every second which requests are here; its word holds for so long."""
+
+    def allowed_s(self, expected_s: float, *, is_busy: bool) -> float:
+        """Longest silence that is believed.
+
+        Args:
+            expected_s: Duration of the iteration that should be running.
+            is_busy: Whether one should be.
+
+        Example:
+            >>> StaleLimits().allowed_s(0.1, is_busy=True)
+            0.6
+        """
+        if not is_busy:
+            return self.dead_s
+        grace_s = max(self.num_iterations * expected_s, self.least_s)
+        return expected_s + min(grace_s, self.most_s)
 
 
 @dataclass(slots=True, kw_only=True)

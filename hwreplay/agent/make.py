@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Final
 
 import numpy as np
+import pandas as pd
 
 from voltana.hwreplay.actuator.client import (
     ActuatorClient,
@@ -29,7 +30,7 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu, open_gpus
 from voltana.profiles.device.gpu import DriverMissingError
-from voltana.sim.policies.base import PREFILL, Controller
+from voltana.sim.policies.base import DECODE, PREFILL, Controller
 
 DCGM_PERIOD_S: Final = 0.5
 """The exporter reads no faster than ten times a second, and is asked over HTTP."""
@@ -147,7 +148,8 @@ def _uuids(config: AgentConfig, *, may_lack_driver: bool = False) -> list[str]:
 
 def caps_w(config: AgentConfig, profile: Profile) -> dict[int, float]:
     """The power limit of one GPU that stands for each clock: the most it draws there."""
-    table = profile.prefill if config.phase == PREFILL else profile.decode
+    tables = {PREFILL: [profile.prefill], DECODE: [profile.decode]}
+    table = pd.concat(tables.get(config.phase, [profile.prefill, profile.decode]))
     highest_w = table.groupby("frequency_mhz")["power_w"].max() / len(config.gpus)
     clocks_mhz = profile.clocks_mhz
     power_w = np.interp(clocks_mhz, highest_w.index.to_numpy(), highest_w.to_numpy())

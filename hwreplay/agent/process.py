@@ -43,9 +43,9 @@ def _make_source(configs: Sequence[AgentConfig]) -> PolicySource:
 def _show_fleet(source: PolicySource, agents: Sequence[Agent]) -> None:
     """Fill the cluster; a controller that looks at it must see every instance."""
     cluster, config = source.cluster, source.config
-    cluster.prefill = [a.state for a in agents if a.state.phase == PREFILL]
-    cluster.decode = [a.state for a in agents if a.state.phase == DECODE]
-    num_missing = config.num_prefill + config.num_decode - len(agents)
+    cluster.prefill = [a.state for a in agents if a.state.phase != DECODE]
+    cluster.decode = [a.state for a in agents if a.state.phase != PREFILL]
+    num_missing = sum(config.counts.values()) - len(agents)
     if cluster.is_observed and num_missing:
         raise VoltanaError(
             "a controller that sees the whole fleet needs the agents of all instances in one "

@@ -64,12 +64,12 @@ def emulated(config: ReplayConfig, directory: Path) -> Iterator[ReplayConfig]:
     assert config.emulate is not None
     machine = Machine(
         profile=config.emulate,
-        num_prefill=config.sim.num_prefill,
-        num_decode=config.sim.num_decode,
+        counts=config.sim.counts,
         directory=directory,
         library=library_of(config.engine),
         seed=config.sim.seed,
         noise_scale=config.sim.noise_scale,
+        overlap_frac=config.sim.mixed_overlap_frac,
         max_requests=config.sim.max_running_requests
         or load_profile(config.emulate).meta.engine.max_running_requests,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
 import sys
 import time
@@ -17,33 +18,31 @@ from voltana.hwreplay.emulated.state import Behaviour, create_cards
 from voltana.hwreplay.engines.plan import ServerPlan
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import Phase
 
 HELPER_S: Final = 20.0
 POLL_S: Final = 0.02
 
 
 def emulated_gpus(
-    profile: str, num_prefill: int, num_decode: int
+    profile: str, counts: Mapping[Phase, int]
 ) -> dict[Phase, tuple[tuple[int, ...], ...]]:
-    """The emulated cards of each instance: in a row, prefill first, as many as the profile's.
+    """The emulated cards of each instance: in a row, kind by kind, as many as the profile's.
 
     Args:
         profile: Whose tensor parallelism says how many cards an instance has.
-        num_prefill: Prefill instances.
-        num_decode: Decode instances.
+        counts: Instances of each kind.
 
     Raises:
         VoltanaError: No such profile.
     """
     width = load_profile(profile).meta.model.tensor_parallel
-    places: dict[Phase, range] = {
-        PREFILL: range(num_prefill),
-        DECODE: range(num_prefill, num_prefill + num_decode),
-    }
+    places = iter(range(sum(counts.values())))
     return {
-        phase: tuple(tuple(range(i * width, (i + 1) * width)) for i in each)
-        for phase, each in places.items()
+        phase: tuple(
+            tuple(range(i * width, (i + 1) * width)) for i in itertools.islice(places, count)
+        )
+        for phase, count in counts.items()
     }
 
 
@@ -52,8 +51,7 @@ class Machine:
     """Cards for so many instances, each as wide as the profile says."""
 
     profile: str
-    num_prefill: int
-    num_decode: int
+    counts: Mapping[Phase, int]
     directory: Path
     """Takes the cards' file and the engine's passes; its path short, for sockets."""
     library: Path
@@ -62,6 +60,8 @@ class Machine:
     """Largest batch."""
     seed: int = 13
     noise_scale: float = 0.0
+    overlap_frac: float | None = None
+    """As `mixed_overlap_frac` of a simulation."""
 
     @property
     def state(self) -> Path:
@@ -74,7 +74,7 @@ class Machine:
 
     def gpus(self) -> dict[Phase, tuple[tuple[int, ...], ...]]:
         """Cards of each instance, as `[replay] gpus` has them."""
-        return emulated_gpus(self.profile, self.num_prefill, self.num_decode)
+        return emulated_gpus(self.profile, self.counts)
 
     def passes_of(self, phase: Phase, instance_id: int) -> Path:
         """Where an instance's passes are written down."""
@@ -92,6 +92,7 @@ class Machine:
             max_requests=self.max_requests,
             seed=self.seed,
             noise_scale=self.noise_scale,
+            overlap_frac=self.overlap_frac,
         )
         return plan.environment() | {"SGLANG_ALLOW_OVERWRITE_LONGER_CONTEXT_LEN": "1"}
 

@@ -12,7 +12,7 @@ from typing import Any, Final
 import numpy as np
 import numpy.typing as npt
 
-from voltana import profiles
+import voltana
 from voltana.hwreplay.emulated.card import Cards
 from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon
 from voltana.profiles.catalog import load_profile
@@ -23,6 +23,7 @@ PASS: Final = np.dtype(
     [
         ("begin_s", "f8"), ("due_s", "f8"), ("end_s", "f8"),
         ("clock_mhz", "f8"), ("batch_size", "f8"), ("tokens", "f8"),
+        ("chunk_batch", "f8"), ("chunk_tokens", "f8"),
     ]
 )  # fmt: skip
 """One row of a file of passes: native doubles, times on CLOCK_MONOTONIC."""
@@ -35,7 +36,7 @@ class Plan:
     profile: str
     """Name or folder."""
     phase: str
-    """Of the server; of one that does both, whose noise it has."""
+    """Of the server, which says whose noise it has."""
     instance_id: int
     cards: tuple[int, ...]
     """Records of its cards, one a rank."""
@@ -48,10 +49,12 @@ class Plan:
     seed: int = 13
     noise_scale: float = 0.0
     """Multiplies the profile's spread of iteration times."""
+    overlap_frac: float | None = None
+    """Of a chunk and a step in one pass, as `mixed_overlap_frac` of a simulation."""
 
     def environment(self) -> dict[str, str]:
         """What the server's environment has beyond ours."""
-        code = Path(profiles.__file__).parent.parent
+        code = Path(voltana.__file__).parent.parent
         return {ENVIRONMENT: json.dumps(asdict(self) | {"code": str(code)})}
 
 
@@ -64,8 +67,9 @@ def open_silicon(plan: Mapping[str, Any], rank: int) -> Silicon:
     cards = Cards(plan["state"])
     mine = [cards[index] for index in plan["cards"]]
     mine[rank].add_process()
-    model = profile.truth(extrapolate=True)
-    return Silicon(model, mine, rank=rank, noise=noise)
+    step = profile.mixed_step(extrapolate=True, overlap_frac=plan["overlap_frac"])
+    is_both = plan["phase"] == "colocated"
+    return Silicon(step, mine, rank=rank, noise=noise, is_colocated=is_both)
 
 
 class Passes:
@@ -76,8 +80,8 @@ class Passes:
 
     def keep(self, one: Pass) -> None:
         """Write one down."""
-        row = (one.begin_s, one.due_s, one.end_s, one.clock_mhz, one.batch_size, one.tokens)
-        os.write(self._file, np.array(row).tobytes())
+        row = (one.begin_s, one.due_s, one.end_s, one.clock_mhz, *one.work.decode, *one.work.chunk)
+        os.write(self._file, np.array(row, dtype=np.float64).tobytes())
 
 
 def read_passes(path: Path) -> npt.NDArray[np.void]:

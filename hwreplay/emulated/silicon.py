@@ -1,9 +1,9 @@
 """How long one forward pass lasts on an emulated card, and what it draws: the profile's word.
 
 Runs inside the engine, in place of the model. A pass lasts as profiles count it: in prefill by
-itself; in decode from boundary to boundary, so that what the scheduler did between two passes that
-follow one another is part of the second. A clock that changes meanwhile splits the pass as it does
-in the simulator: the rest of the work goes on at the new clock.
+itself; where it decodes, and on a colocated card always, from boundary to boundary: what the
+scheduler did between two passes that follow one another is part of the second. A clock that changes
+meanwhile splits the pass as it does in the simulator: what is left goes on at the new clock.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from typing import Final, Protocol
 import numpy as np
 
 from voltana.profiles.catalog import Profile
-from voltana.profiles.step_model import StepModel
+from voltana.profiles.optional.mixed import MixedStep
 
 SLICE_S: Final = 1e-3
 """Time between two looks at the clock."""
 SPIN_S: Final = 100e-6
 """Before the end of a pass: from here on it spins, as a sleeping process wakes up late."""
 BLOCK: Final = 1024
-STREAMS: Final = {"prefill": 4, "decode": 5}
+STREAMS: Final = {"prefill": 4, "decode": 5, "colocated": 7}
 """Spawn keys of the noise, as in the simulator: the k-th pass has the k-th iteration's draw."""
 
 
@@ -56,6 +56,26 @@ class Card(Protocol):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Work:
+    """What one forward pass computes."""
+
+    decode: tuple[int, int] = (0, 0)
+    """Requests that get a token, and their context in all."""
+    chunk: tuple[float, int] = (0.0, 0)
+    """Number of equal prompts with the same attention, and their new tokens."""
+
+    @property
+    def phase(self) -> str:
+        """Whose spread of times it has."""
+        return "prefill" if self.chunk[1] else "decode"
+
+    @property
+    def batch_size(self) -> float:
+        """Of that phase."""
+        return self.chunk[0] if self.chunk[1] else self.decode[0]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Pass:
     """One forward pass that has ended."""
 
@@ -66,8 +86,7 @@ class Pass:
     end_s: float
     clock_mhz: int
     """In force at its end."""
-    batch_size: float
-    tokens: int
+    work: Work
 
 
 class Noise:
@@ -76,7 +95,7 @@ class Noise:
     Example:
         >>> from voltana.profiles.catalog import load_profile
         >>> noise = Noise(load_profile("a100-80g-sxm/llama-3.1-8b"), "decode", 0, seed=13, scale=0)
-        >>> noise.next(1410, 8)
+        >>> noise.next("decode", 1410, 8)
         1.0
     """
 
@@ -87,7 +106,7 @@ class Noise:
 
         Args:
             profile: States the spread.
-            phase: "prefill" or "decode".
+            phase: What the instance does: "prefill", "decode" or "colocated".
             instance_id: Of the instance: each has a stream of its own.
             seed: Of the run.
             scale: Multiplies the spread; 0: no noise.
@@ -95,17 +114,22 @@ class Noise:
         seeds = np.random.SeedSequence(seed, spawn_key=(STREAMS[phase], instance_id))
         self._generator = np.random.default_rng(seeds.spawn(2)[0])
         self._spread = profile.spread()
-        self._phase = phase
         self._scale = scale
         self._block: list[float] = []
 
-    def next(self, clock_mhz: int, batch_size: float) -> float:
-        """The multiplier of the next pass."""
+    def next(self, phase: str, clock_mhz: int, batch_size: float) -> float:
+        """The multiplier of the next pass.
+
+        Args:
+            phase: "prefill" or "decode": whose spread.
+            clock_mhz: SM clock.
+            batch_size: Requests of that phase.
+        """
         if self._scale == 0:
             return 1.0
         if not self._block:
             self._block = self._generator.standard_normal(BLOCK).tolist()[::-1]
-        relative = self._spread.relative(self._phase, clock_mhz, batch_size) * self._scale
+        relative = self._spread.relative(phase, clock_mhz, batch_size) * self._scale
         variance = math.log1p(relative * relative)
         return math.exp(math.sqrt(variance) * self._block.pop() - 0.5 * variance)
 
@@ -115,45 +139,45 @@ class Silicon:
 
     def __init__(
         self,
-        model: StepModel,
+        step: MixedStep,
         cards: Sequence[Card],
         *,
         rank: int = 0,
         noise: Noise | None = None,
+        is_colocated: bool = False,
     ) -> None:
         """Nothing runs yet.
 
         Args:
-            model: Time and power of the instance, all its cards together.
+            step: Time and power of the instance, all its cards together.
             cards: The instance's, by rank; a pass lasts as long as on the slowest of them.
             rank: Whose energy is booked here.
             noise: Of iteration times; none: exactly the table's.
+            is_colocated: Whether it does both phases.
         """
-        self._model = model
+        self._step = step
         self._cards = cards
         self._own = cards[rank]
         self._noise = noise
         self._ended_s: float | None = None
-        self._ended_phase = ""
+        self._had_steps = False
+        """Whether the pass that has ended decoded."""
+        self._is_colocated = is_colocated
 
     def rest(self) -> None:
         """The engine has nothing to compute: the next pass begins when it begins."""
         self._ended_s = None
 
-    def run(self, phase: str, batch_size: float, tokens: int) -> Pass:
-        """Let one pass go by.
-
-        Args:
-            phase: "prefill" or "decode".
-            batch_size: Requests; in prefill the number of equal prompts with the same work.
-            tokens: New tokens (prefill) or context (decode) of the batch.
-        """
-        now_s = time.monotonic()
-        ended_s = self._ended_s if phase == "decode" == self._ended_phase else None
+    def run(self, work: Work) -> Pass:
+        """Let one pass go by."""
+        now_s, decodes = time.monotonic(), work.decode[0] > 0
+        follows = self._is_colocated or (decodes and self._had_steps)
+        ended_s = self._ended_s if follows else None
         begin_s = now_s if ended_s is None else ended_s
         clock, change_s = self._clock()
-        time_s, power_w = self._model.time_and_power(phase, clock, batch_size, tokens)
-        factor = 1.0 if self._noise is None else self._noise.next(clock, batch_size)
+        time_s, power_w = self._step.time_and_power(clock, work.chunk, work.decode)
+        noise = self._noise
+        factor = 1.0 if noise is None else noise.next(work.phase, clock, work.batch_size)
         end_s = begin_s + time_s * factor
         self._draw(power_w, end_s - now_s, gap_s=now_s - begin_s)
         while now_s < end_s:
@@ -162,17 +186,16 @@ class Silicon:
             if found != clock and now_s < end_s:
                 left = (end_s - now_s) / (time_s * factor)
                 clock = found
-                time_s, power_w = self._model.time_and_power(phase, clock, batch_size, tokens)
+                time_s, power_w = self._step.time_and_power(clock, work.chunk, work.decode)
                 end_s = now_s + left * time_s * factor
                 self._draw(power_w, end_s - now_s)
-        self._ended_s, self._ended_phase = now_s, phase
+        self._ended_s, self._had_steps = now_s, decodes
         return Pass(
             begin_s=begin_s,
             due_s=end_s,
             end_s=now_s,
             clock_mhz=clock,
-            batch_size=batch_size,
-            tokens=tokens,
+            work=work,
         )
 
     def _clock(self) -> tuple[int, float]:

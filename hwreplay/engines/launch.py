@@ -13,25 +13,24 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 from voltana.hwreplay.engines.plan import (
     PROFILE,
-    UNIFIED,
     Installation,
-    Role,
     ServerPlan,
     plan_server,
 )
 from voltana.hwreplay.engines.reaper import Reaper
 from voltana.hwreplay.engines.server import Server, end, spawn, wait_ready
 from voltana.profiles.engines.sglang_client import Endpoint, Endpoints
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 CPU_START_S: Final = 180.0
 GPU_START_S: Final = 900.0
 """A GPU server loads its weights and captures graphs before it is ready."""
 PROFILE_START_S: Final = 600.0
+PAIR: Final[Mapping[Phase, int]] = {PREFILL: 1, DECODE: 1}
 
 
 @contextmanager
@@ -99,20 +98,18 @@ def restart(servers: list[Server], server: Server, *, start_s: float = CPU_START
 def run_fleet(
     installation: Installation,
     logs: Path,
+    counts: Mapping[Phase, int] = PAIR,
     *,
-    num_prefill: int = 1,
-    num_decode: int = 1,
     gpus: Mapping[Phase, Sequence[tuple[int, ...]]] | None = None,
     start_s: float | None = None,
     sockets: Path | None = None,
 ) -> Iterator[list[Server]]:
-    """A fleet for a replay, prefill servers first.
+    """A fleet for a replay, kind by kind.
 
     Args:
         installation: What to start.
         logs: Folder for one log a server.
-        num_prefill: Prefill servers.
-        num_decode: Decode servers.
+        counts: Servers of each kind.
         gpus: Cards of each instance by phase; none: all on the CPU.
         start_s: Longest time to wait for all of them; None: 180, on GPUs 900.
         sockets: Folder for the sockets of forward-pass metrics and batch notices, its path short;
@@ -122,7 +119,6 @@ def run_fleet(
         VoltanaError: The engine is not installed, or a server ended or was too late.
     """
     installation.check()
-    counts: dict[Literal["prefill", "decode"], int] = {PREFILL: num_prefill, DECODE: num_decode}
     plans = [
         plan_server(phase, index, gpus=gpus[phase][index] if gpus else (), sockets=sockets)
         for phase, count in counts.items()
@@ -153,8 +149,8 @@ def run_profiled(
     installation.check("--server-python")
     logs.mkdir(parents=True, exist_ok=True)
     sockets = Path(tempfile.mkdtemp(prefix="voltana-"))  # a socket's path must be short
-    roles: tuple[Role, ...] = (PREFILL, DECODE) if is_pair else (UNIFIED,)
-    plans = [plan_server(role, gpus=gpus, sockets=sockets, purpose=PROFILE) for role in roles]
+    phases: tuple[Phase, ...] = (PREFILL, DECODE) if is_pair else (COLOCATED,)
+    plans = [plan_server(phase, gpus=gpus, sockets=sockets, purpose=PROFILE) for phase in phases]
     try:
         with run_servers(installation, plans, logs, start_s=PROFILE_START_S):
             yield Endpoints(prefill=_endpoint(plans[0]), decode=_endpoint(plans[-1]))

@@ -7,7 +7,7 @@ import socket
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Final, Literal, Self
+from typing import Final, Self
 
 import numpy as np
 
@@ -15,14 +15,11 @@ from voltana.hwreplay.messages.batch_feed import ENVIRONMENT as BATCH_SOCKET
 from voltana.hwreplay.router.servers.vocabulary import read_vocab_size
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import cuda_environment
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 HOST: Final = "127.0.0.1"
 LENT_PORTS: Final = Path("/proc/sys/net/ipv4/ip_local_port_range")
 FIRST_PORT, LAST_PORT = 10_000, 65_535
-Role = Literal["prefill", "decode", "unified"]
-UNIFIED: Final = "unified"
-"""The role of a server that does both phases."""
 CPU_ENVIRONMENT: Final = {
     "SGLANG_USE_CPU_ENGINE": "1",
     "HF_HUB_OFFLINE": "1",
@@ -36,6 +33,8 @@ CPU_ARGUMENTS: Final = (
     "--sleep-on-idle",
 )
 """What a server on a CPU needs. Without --sleep-on-idle idle schedulers spin on the same cores."""
+MIXED_ARGUMENT: Final = "--enable-mixed-chunk"
+"""A chunk of prompts runs beside decoding; without it decoding stands meanwhile."""
 PAIR_ARGUMENTS: Final = ("--disaggregation-transfer-backend", "mooncake")
 CPU_DECODE_ARGUMENTS: Final = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
 """Without a backup on the host, a decode server without a GPU dies at start."""
@@ -121,7 +120,8 @@ PROFILE: Final = Purpose(
 class ServerPlan:
     """One server to start."""
 
-    role: Role
+    phase: Phase
+    """What it does; a colocated one both."""
     instance_id: int = 0
     port: int
     bootstrap_port: int | None = None
@@ -136,13 +136,7 @@ class ServerPlan:
     @property
     def name(self) -> str:
         """Stem of its log and sockets, e.g. decode-0."""
-        return UNIFIED if self.role == UNIFIED else f"{self.role}-{self.instance_id}"
-
-    @property
-    def phase(self) -> Phase:
-        """Of a server that does one."""
-        assert self.role != UNIFIED
-        return self.role
+        return f"{self.phase}-{self.instance_id}"
 
     @property
     def url(self) -> str:
@@ -165,14 +159,14 @@ class ServerPlan:
         """What starts it; on GPUs its tensor parallelism is as wide as its cards.
 
         Example:
-            >>> plan = ServerPlan(role="decode", port=1, gpus=(2, 3))
+            >>> plan = ServerPlan(phase="decode", port=1, gpus=(2, 3))
             >>> command = plan.command(Installation(python=Path("p"), model=Path("m")))
             >>> "--tp-size 2" in " ".join(command)
             True
         """
         found = ["--model-path", str(installation.model), "--host", HOST, "--port", str(self.port)]
-        if self.role != UNIFIED:
-            found += ["--disaggregation-mode", self.role, *PAIR_ARGUMENTS]
+        if self.phase != COLOCATED:
+            found += ["--disaggregation-mode", self.phase, *PAIR_ARGUMENTS]
         found += self.purpose.always
         if self.bootstrap_port is not None:
             found += ["--disaggregation-bootstrap-port", str(self.bootstrap_port)]
@@ -180,7 +174,7 @@ class ServerPlan:
             found += [*self.purpose.on_gpu, "--tp-size", str(len(self.gpus))]
         else:
             found += [*CPU_ARGUMENTS, *self.purpose.on_cpu]
-            found += CPU_DECODE_ARGUMENTS if self.role == DECODE else ()
+            found += CPU_DECODE_ARGUMENTS if self.phase == DECODE else ()
         if self.sockets is not None:
             found += ["--enable-forward-pass-metrics"]
             found += ["--forward-pass-metrics-worker-id", self.name]
@@ -200,7 +194,7 @@ class ServerPlan:
 
 
 def plan_server(
-    role: Role,
+    phase: Phase,
     instance_id: int = 0,
     *,
     gpus: Sequence[int] = (),
@@ -210,17 +204,17 @@ def plan_server(
     """A plan with ports of the loopback that nobody had a moment ago.
 
     Args:
-        role: What it does.
+        phase: What it does.
         instance_id: Its number within its phase.
         gpus: Its cards; none: the CPU.
         sockets: As in `ServerPlan`.
         purpose: What it is for.
     """
     return ServerPlan(
-        role=role,
+        phase=phase,
         instance_id=instance_id,
         port=_free_port(),
-        bootstrap_port=_free_port() if role == PREFILL else None,
+        bootstrap_port=_free_port() if phase == PREFILL else None,
         gpus=tuple(gpus),
         sockets=sockets,
         purpose=purpose,

@@ -1,4 +1,4 @@
-"""What the engine's plug-in says before each batch: 24 bytes on a Unix datagram socket.
+"""What the engine's plug-in says before each batch: 30 bytes on a Unix datagram socket.
 
 The other side is hwreplay/engines/sglang/observer, which runs inside SGLang's scheduler.
 """
@@ -17,8 +17,8 @@ from voltana.profiles.common.errors import VoltanaError
 ENVIRONMENT: Final = "VOLTANA_BATCH_SOCKET"
 """Names the socket to the engine; set it before the server starts."""
 MAGIC: Final = b"VBAT"
-VERSION: Final = 1
-LAYOUT: Final = struct.Struct("<4sBBHIIQ")
+VERSION: Final = 2
+LAYOUT: Final = struct.Struct("<4sBBHIIQHI")
 RECEIVE_BYTES: Final = 1 << 20
 
 
@@ -29,6 +29,8 @@ class NoticeKind(IntEnum):
     """The plug-in is at work. SGLang only logs an error when a hook cannot be registered."""
     PREFILL = 1
     DECODE = 2
+    MIXED = 3
+    """Prompts beside decoding."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,10 +40,13 @@ class BatchNotice:
     kind: NoticeKind
     num_requests: int
     tokens: int
-    """New tokens (prefill) or context (decode)."""
+    """New tokens (prefill) or context (decode). Of a mixed batch both are of what is decoded."""
     num_waiting: int
     sent_ns: int
     """CLOCK_MONOTONIC, shared by all processes of the machine."""
+    chunk_requests: int = 0
+    chunk_tokens: int = 0
+    """Of a mixed batch: its prompts, and their new tokens."""
 
 
 def parse_notice(data: bytes) -> BatchNotice:
@@ -51,8 +56,11 @@ def parse_notice(data: bytes) -> BatchNotice:
         VoltanaError: It is none of this version.
     """
     if len(data) != LAYOUT.size:
-        raise VoltanaError(f"a batch notice must have {LAYOUT.size} bytes, got {len(data)}")
-    magic, version, kind, num_requests, tokens, num_waiting, sent_ns = LAYOUT.unpack(data)
+        raise VoltanaError(
+            f"a batch notice must have {LAYOUT.size} bytes, got {len(data)}: install "
+            "hwreplay/engines/sglang/observer of this version beside SGLang"
+        )
+    magic, version, kind, num_requests, tokens, num_waiting, sent_ns, *chunk = LAYOUT.unpack(data)
     if magic != MAGIC or version != VERSION or kind not in set(NoticeKind):
         raise VoltanaError(
             f"a batch notice must begin {MAGIC!r} {VERSION}, got {magic!r} {version} kind {kind}: "
@@ -64,6 +72,8 @@ def parse_notice(data: bytes) -> BatchNotice:
         tokens=tokens,
         num_waiting=num_waiting,
         sent_ns=sent_ns,
+        chunk_requests=chunk[0],
+        chunk_tokens=chunk[1],
     )
 
 

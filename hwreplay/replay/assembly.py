@@ -15,7 +15,7 @@ from voltana.hwreplay.replay.load import Row, read_rows
 from voltana.hwreplay.replay.recording import ENERGY, ITERATIONS, EnergyRow, IterationRow
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
-from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
+from voltana.sim.policies.base import COLOCATED, UNLOCKED_MHZ, Phase
 from voltana.sim.records import (
     COMPLETED,
     IN_FLIGHT,
@@ -61,11 +61,7 @@ def assemble(
     rows = read_rows(directory / REQUESTS)
     iterations = _read_iterations(directory, window)
     makespan_s = _makespan_s(rows, iterations, is_complete=window.is_complete)
-    phases: tuple[tuple[Phase, int], ...] = (
-        (PREFILL, config.num_prefill),
-        (DECODE, config.num_decode),
-    )
-    keys = [(phase, index) for phase, count in phases for index in range(count)]
+    keys = [(phase, index) for phase, count in config.counts.items() for index in range(count)]
     counters = _read_counters(directory, window)
     views = [
         _view(key, iterations, counters.get(key), _read_clocks(directory, key, window))
@@ -95,6 +91,8 @@ class _View:
     duration_s: FloatArray
     batch_size: IntArray
     tokens: IntArray
+    chunk_requests: IntArray
+    chunk_tokens: IntArray
     counted_s: FloatArray
     counted_j: FloatArray
     changed_s: FloatArray
@@ -184,6 +182,8 @@ def _view(
         duration_s=np.array([row.duration_s for row in mine]),
         batch_size=np.array([row.batch_size for row in mine], dtype=np.int64),
         tokens=np.array([row.tokens for row in mine], dtype=np.int64),
+        chunk_requests=np.array([row.chunk_requests for row in mine], dtype=np.int64),
+        chunk_tokens=np.array([row.chunk_tokens for row in mine], dtype=np.int64),
         counted_s=np.array([row.at_s for row in counter]),
         counted_j=np.array([row.energy_j for row in counter]),
         changed_s=np.array([-np.inf, *(at_s for at_s, _ in clocks)]),
@@ -242,6 +242,14 @@ def _table(views: Sequence[_View]) -> IterationTable:
         tokens=column(v.tokens for v in views),
         clock_mhz=column(v.clock_mhz for v in views),
         energy_j=column(v.energy_j for v in views),
+        **(
+            {
+                "chunk_requests": column(v.chunk_requests for v in views),
+                "chunk_tokens": column(v.chunk_tokens for v in views),
+            }
+            if any(v.phase == COLOCATED for v in views)
+            else {}
+        ),
     )
 
 

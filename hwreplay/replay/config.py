@@ -4,22 +4,22 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
 from voltana.hwreplay.emulated.machine import emulated_gpus
-from voltana.hwreplay.engines.plan import Installation
-from voltana.hwreplay.router.config import WorkerConfig, read_limits, read_workers
+from voltana.hwreplay.engines.plan import MIXED_ARGUMENT, Installation
+from voltana.hwreplay.router.config import WorkerConfig, counts_of, read_limits, read_workers
 from voltana.hwreplay.view.context import check_notices
 from voltana.profiles.common.binding import EXAMPLE, bind, check_names, convert, table
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config, read_toml
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import Phase
 
 START_KEYS: Final = ("engine", "python", "model", "arguments")
 """Of [fleet], for servers that are started here."""
-FLEET_KEYS: Final = (*START_KEYS, "prefill", "decode", "batch_sockets")
+FLEET_KEYS: Final = (*START_KEYS, "prefill", "decode", "colocated", "batch_sockets")
 PARALLEL_DATA: Final = ("--dp-size", "--data-parallel-size", "--dp")
 
 
@@ -61,7 +61,7 @@ class ReplayConfig:
         if (self.engine is None) == (not self.workers):
             raise VoltanaError(
                 "[fleet] must name either servers to start (engine, or python and model) or "
-                "running ones (prefill and decode)"
+                "running ones (prefill and decode, or colocated)"
             )
         if (self.power_w is not None and self.gpus) or self._lacks_energy():
             raise VoltanaError(
@@ -113,7 +113,7 @@ class ReplayConfig:
         check_notices(self.sim, worker.phase, worker.name, has_socket=has_socket)
 
     def _check_gpus(self) -> None:
-        counts: dict[Phase, int] = {PREFILL: self.sim.num_prefill, DECODE: self.sim.num_decode}
+        counts = self.sim.counts
         for phase, count in counts.items():
             cards = self.gpus.get(phase, ())
             if len(cards) != count or not all(cards):
@@ -197,14 +197,21 @@ def make_fleet_config(
     engine = _engine(fleet, where)
     if engine is None:
         workers = read_workers(fleet, where)
-        simulate["num_prefill"] = sum(w.phase == PREFILL for w in workers)
-        simulate["num_decode"] = sum(w.phase == DECODE for w in workers)
+        simulate |= counts_of(workers)
     sockets = table(fleet, "batch_sockets", where)
     sim = make_config(simulate, where=where)
-    sim.require_plain("a replay")
+    is_replay = section == "replay"
+    sim.require_plain("a replay" if is_replay else "a service", colocates=is_replay)
+    if sim.colocated_order == "vllm":
+        raise VoltanaError(
+            f"colocated_order must be one that SGLang has, got vllm ({where}): name sglang or "
+            "sglang-mixed"
+        )
+    if engine is not None and sim.colocated_order == "sglang-mixed":
+        engine = replace(engine, arguments=(MIXED_ARGUMENT, *engine.arguments))
     if "emulate" in own and not {"gpus", "power_w"} & own.keys():
         profile = convert(own["emulate"], str, "emulate", where)
-        own = {**own, "gpus": emulated_gpus(profile, sim.num_prefill, sim.num_decode)}
+        own = {**own, "gpus": emulated_gpus(profile, sim.counts)}
     fixed = {
         "sim": sim,
         "section": section,

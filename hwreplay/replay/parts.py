@@ -19,14 +19,14 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.recording import ITERATIONS, record_iterations
-from voltana.hwreplay.router.config import WorkerConfig
+from voltana.hwreplay.router.config import WorkerConfig, phases_of
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_bytes, write_text
 from voltana.profiles.device.cards import open_gpus
 from voltana.profiles.device.gpu import Gpu
-from voltana.sim.policies.base import DECODE, PREFILL, UNLOCKED_MHZ, Phase
+from voltana.sim.policies.base import UNLOCKED_MHZ, Phase
 from voltana.sim.results import read_json
 
 END_S: Final = 10.0
@@ -104,7 +104,7 @@ async def router(run: Run) -> AsyncIterator[StartedRouter]:
 def write_router_file(run: Run, **limits: object) -> Path:
     """Write the router's configuration; `limits` win over those of the run's [router]."""
     keys = ("url", "bootstrap_host", "bootstrap_port", "metrics")
-    tables: dict[str, list[dict[str, Any]]] = {PREFILL: [], DECODE: []}
+    tables: dict[str, list[dict[str, Any]]] = {phase: [] for phase in phases_of(run.workers)}
     for worker in run.workers:
         values = {key: getattr(worker, key) for key in keys}
         tables[worker.phase].append({k: v for k, v in values.items() if v is not None})
@@ -139,7 +139,7 @@ def observes_fleet(config: ReplayConfig) -> bool:
         VoltanaError: No such policy or profile.
     """
     source = PolicySource(config=config.sim, profile=load_profile(config.sim.profile))
-    for phase in (PREFILL, DECODE):
+    for phase in config.sim.counts:
         source.make_controller(phase, 0)
     return source.cluster.is_observed
 

@@ -16,7 +16,7 @@ from voltana.hwreplay.router.config import WorkerConfig
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.gpu import DeviceError, Gpu
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, MetricsError, step_time_s
-from voltana.sim.policies.base import PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, PREFILL, Phase
 
 ITERATIONS: Final = "iterations.jsonl"
 ENERGY: Final = "energy.jsonl"
@@ -36,7 +36,10 @@ class IterationRow(msgspec.Struct, frozen=True, array_like=True):
     """The forward pass alone, as the engine times it."""
     batch_size: int
     tokens: int
-    """Prefill: new tokens. Decode: context."""
+    """Prefill: new tokens. Decode: context. Colocated: of what is decoded, as `batch_size` is."""
+    chunk_requests: int = 0
+    chunk_tokens: int = 0
+    """Colocated: prompts beside that, and their new tokens."""
 
 
 class EnergyRow(msgspec.Struct, frozen=True, array_like=True):
@@ -85,6 +88,11 @@ def _row(
         round(record.wall_time_s, 7),
         record.num_prefill_requests if is_prefill else record.num_decode_requests,
         record.sum_prefill_tokens if is_prefill else record.sum_decode_kv_tokens,
+        *(
+            (record.num_prefill_requests, record.sum_prefill_tokens)
+            if worker.phase == COLOCATED
+            else ()
+        ),
     )
 
 

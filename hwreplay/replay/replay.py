@@ -158,8 +158,7 @@ def fleet(config: ReplayConfig, directory: Path, progress: Progress) -> Iterator
                 run_fleet(
                     config.engine,
                     directory,
-                    num_prefill=config.sim.num_prefill,
-                    num_decode=config.sim.num_decode,
+                    config.sim.counts,
                     gpus=None if config.emulate is not None else config.gpus,
                     sockets=sockets,
                 )
@@ -274,7 +273,7 @@ async def _warm_up(run: Run, started: StartedRouter) -> None:
 
     The router's policy then begins anew: it would have rolled dice that the simulated one has not.
     """
-    pairs = max(run.config.sim.num_prefill, run.config.sim.num_decode)
+    pairs = max(run.config.sim.counts.values())
     shapes = np.array(WARM_UP_TOKENS * pairs, dtype=np.int64)
     work = Workload(
         arrival_s=np.zeros(len(shapes)), input_tokens=shapes[:, 0], output_tokens=shapes[:, 1]

@@ -43,6 +43,10 @@ class Body:
     """It will make exactly that many: `ignore_eos`."""
     is_stream: bool
 
+    def as_it_came(self) -> bytes:
+        """The body for a server that does both phases."""
+        return _encoder.encode(self.fields)
+
     def encode(self, bootstrap_host: str, bootstrap_port: int, room: int) -> bytes:
         """The body for both servers of a pair; a client's own bootstrap fields are overwritten.
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 import math
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 from voltana.profiles.common.binding import bind, converted, table
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config, read_toml
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 LOOPBACK: Final = "127.0.0.1"
 BACKLOG: Final = 1024
@@ -134,10 +134,25 @@ class RouterConfig:
             raise VoltanaError(f"drain_s must be >= 0 and finite, got {self.drain_s}")
         if not 0 <= self.port < 65536:
             raise VoltanaError(f"port must be in 0..65535, got {self.port}")
-        for phase in (PREFILL, DECODE):
+        for phase in self.phases:
             ids = [w.instance_id for w in self.of(phase)]
             if ids != list(range(len(ids))) or not ids:
                 raise VoltanaError(f"{phase} workers must be numbered from 0, got {ids}")
+        if COLOCATED in self.phases and (self.access_log or self.energy_header):
+            raise VoltanaError(
+                "a request's energy is not told of colocated servers, got access_log or "
+                "energy_header beside some: leave both out"
+            )
+
+    @property
+    def phases(self) -> tuple[Phase, ...]:
+        """Kinds of servers that a request needs one of each."""
+        return phases_of(self.workers)
+
+    @property
+    def ends(self) -> tuple[Phase, Phase]:
+        """Whose servers take a prompt, and whose make its tokens: the same where they do both."""
+        return self.phases[0], self.phases[-1]
 
     def of(self, phase: Phase) -> list[WorkerConfig]:
         """The workers of one phase, in order."""
@@ -160,7 +175,9 @@ _POSITIVE: Final = (
 
 
 def read_workers(fleet: Mapping[str, Any], where: str) -> tuple[WorkerConfig, ...]:
-    """The workers of a `[fleet]` table: lists `prefill` and `decode` of URLs or tables.
+    """The workers of a `[fleet]` table: lists of URLs or tables.
+
+    `prefill` and `decode`, or `colocated`, of servers that do both.
 
     Example:
         >>> found = read_workers({"prefill": ["http://h:1"], "decode": [{"url": "http://h:2"}]}, "")
@@ -168,7 +185,11 @@ def read_workers(fleet: Mapping[str, Any], where: str) -> tuple[WorkerConfig, ..
         [('prefill-0', 'http://h:1'), ('decode-0', 'http://h:2')]
     """
     workers: list[WorkerConfig] = []
-    phases: tuple[Phase, Phase] = (PREFILL, DECODE)
+    if COLOCATED in fleet and {PREFILL, DECODE} & fleet.keys():
+        raise VoltanaError(
+            f"[fleet] must list colocated servers, or prefill and decode ones, got both ({where})"
+        )
+    phases: tuple[Phase, ...] = (COLOCATED,) if COLOCATED in fleet else (PREFILL, DECODE)
     for phase in phases:
         entries = fleet.get(phase, [])
         if not isinstance(entries, list) or not entries:
@@ -177,6 +198,16 @@ def read_workers(fleet: Mapping[str, Any], where: str) -> tuple[WorkerConfig, ..
             values = {"url": entry} if isinstance(entry, str) else entry
             workers.append(_worker(phase, instance_id, values, where))
     return tuple(workers)
+
+
+def phases_of(workers: Iterable[WorkerConfig]) -> tuple[Phase, ...]:
+    """Kinds of servers that a request needs one of each: both phases, or those that do both."""
+    return (COLOCATED,) if any(w.phase == COLOCATED for w in workers) else (PREFILL, DECODE)
+
+
+def counts_of(workers: Sequence[WorkerConfig]) -> dict[str, int]:
+    """Keys of [simulate] that say how many there are."""
+    return {f"num_{p}": sum(w.phase == p for w in workers) for p in phases_of(workers)}
 
 
 def _worker(phase: Phase, instance_id: int, values: object, where: str) -> WorkerConfig:
@@ -201,8 +232,7 @@ def read_router_config(path: Path, *, token: str | None = None) -> RouterConfig:
     data, where = read_toml(path), str(path)
     workers = read_workers(table(data, "fleet", where), where)
     keys = dict(table(data, "simulate", where))
-    keys["num_prefill"] = sum(w.phase == PREFILL for w in workers)
-    keys["num_decode"] = len(workers) - keys["num_prefill"]
+    keys |= counts_of(workers)
     return RouterConfig(
         workers=workers,
         sim=make_config(keys, where=where),

@@ -35,8 +35,6 @@ from voltana.hwreplay.router.sink import NONE
 
 DRAIN_S: Final = 1.0
 """Time for a prefill server to end its answer after decode's; then its request is cancelled."""
-NUM_SERVERS: Final = 2
-"""Servers that a request is sent to: one for each phase."""
 CLIENT_ERROR: Final = 400
 ENERGY_HEADER: Final = "X-Voltana-Energy-J"
 
@@ -173,6 +171,9 @@ class Proxy:
     async def _run(self, call: Call, pair: Pair) -> None:
         """Ask both. Decode's end is the request's; prefill's failure counts until decode begins."""
         call.is_prefilled = False
+        if pair[0] is pair[1]:
+            await self._decode(call, pair, call.body.as_it_came())
+            return
         host, port = pair[0].config.reachable_host, pair[0].config.bootstrap_port
         data = call.body.encode(host, port, secrets.randbits(63))
         prefill = asyncio.create_task(self._prefill(call, pair, data))
@@ -292,7 +293,7 @@ class Proxy:
         call.is_begun = True
         call.last_piece_s = call.first_s = self._clock.now_s()
         self._fleet.first_token(pair[1], call.request_id, call.last_piece_s)
-        if call.attempt is not None:
+        if call.attempt is not None and pair[0] is not pair[1]:
             pair[0].attempts.discard(call.attempt)
 
     def _post(
@@ -303,7 +304,8 @@ class Proxy:
     def _sent(self, call: Call, worker: Worker) -> None:
         assert call.attempt is not None
         call.attempt.asked.add(worker)
-        if len(call.attempt.asked) == NUM_SERVERS:
+        assert call.pair is not None
+        if call.attempt.asked == set(call.pair):
             self._metrics.routing_s.observe(self._clock.now_s() - call.arrival_s)
 
     def _broken(self, worker: Worker, call: Call, error: UpstreamError) -> AttemptError:

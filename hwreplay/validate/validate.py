@@ -17,8 +17,10 @@ import numpy.typing as npt
 import pandas as pd
 
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.optional.mixed import MixedStep
+from voltana.profiles.step_model import StepModel
 from voltana.sim.metrics import summarise
-from voltana.sim.policies.base import DECODE, PREFILL
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL
 from voltana.sim.records import (
     CANCELLED,
     FAILED,
@@ -38,9 +40,11 @@ _ENERGY: Final = (
     ("energy_busy_window_j", "J"),
     ("prefill_energy_j", "J"),
     ("decode_energy_j", "J"),
+    ("colocated_energy_j", "J"),
     ("idle_energy_j", "J"),
     ("energy_per_output_token_j", "J/token"),
 )
+CHUNK: Final = ("chunk_requests", "chunk_tokens")
 _JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j"})
 _LATENCIES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _LEVELS: Final[Mapping[str, LimitKind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
@@ -71,6 +75,18 @@ class IterationModel(Protocol):
     """Predicts one iteration; the profile's step model does."""
 
     def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ProfileModel:
+    """A profile's iterations, of one phase or of both."""
+
+    parts: StepModel
+    both: MixedStep
+
+    def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
+        """Duration in s of an iteration of one phase; arguments as of the step model."""
+        return self.parts.predict_s(phase, clock_mhz, batch_size, tokens)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -232,7 +248,7 @@ def predict_iterations(
 
     Returns:
         Columns phase, instance_id, start_s, clock_mhz, batch_size, tokens, observed_s,
-        predicted_s, is_inside.
+        predicted_s, is_inside, chunk_requests, chunk_tokens.
     """
     count = len(table.duration_s)
     keep = np.unique(np.linspace(0, count - 1, min(count, MAX_ITERATIONS)).astype(np.int64))
@@ -247,11 +263,16 @@ def predict_iterations(
             "observed_s": table.duration_s[keep],
         }
     )
-    frame = frame[(frame["batch_size"] > 0) & (frame["tokens"] > 0)].reset_index(drop=True)
-    columns = (frame[name] for name in ("phase", "clock_mhz", "batch_size", "tokens"))
+    for name in CHUNK:
+        column = getattr(table, name)
+        frame[name] = 0 if column is None else column[keep]
+    is_chunk = (frame["chunk_requests"] > 0) & (frame["chunk_tokens"] > 0)
+    is_batch = (frame["batch_size"] > 0) & (frame["tokens"] > 0)
+    frame = frame[is_batch | is_chunk].reset_index(drop=True)
+    columns = (frame[name] for name in ("phase", "clock_mhz", "batch_size", "tokens", *CHUNK))
     found = [
-        _predict(model, beyond, (str(phase), int(clock_mhz), int(batch_size), int(tokens)))
-        for phase, clock_mhz, batch_size, tokens in zip(*columns, strict=True)
+        _predict(model, beyond, str(phase), tuple(map(int, point)))
+        for phase, *point in zip(*columns, strict=True)
     ]
     predicted, inside = [f[0] for f in found], [f[1] for f in found]
     return frame.assign(predicted_s=predicted, is_inside=inside)
@@ -265,7 +286,7 @@ def summarise_iterations(points: pd.DataFrame) -> dict[str, dict[str, float]]:
         `median_error_frac`, `mape_frac` (mean absolute) and `p90_abs_error_frac`.
     """
     found: dict[str, dict[str, float]] = {}
-    for phase in (PREFILL, DECODE):
+    for phase in (PREFILL, DECODE, COLOCATED):
         rows = points[(points["phase"] == phase) & (points["observed_s"] > 0)].dropna()
         if rows.empty:
             continue
@@ -291,12 +312,21 @@ def cdf(
 
 
 def _predict(
-    model: IterationModel, beyond: IterationModel | None, point: tuple[str, int, int, int]
+    model: IterationModel, beyond: IterationModel | None, phase: str, point: tuple[int, ...]
 ) -> tuple[float, bool]:
     try:
-        return model.predict_s(*point), True
+        return _duration_s(model, phase, point), True
     except VoltanaError:
-        return float("nan") if beyond is None else beyond.predict_s(*point), False
+        return float("nan") if beyond is None else _duration_s(beyond, phase, point), False
+
+
+def _duration_s(model: IterationModel, phase: str, point: tuple[int, ...]) -> float:
+    clock_mhz, batch_size, tokens, *chunk = point
+    if phase != COLOCATED:
+        return model.predict_s(phase, clock_mhz, batch_size, tokens)
+    if not isinstance(model, ProfileModel):
+        return float("nan")
+    return model.both.time_and_power(clock_mhz, (chunk[0], chunk[1]), (batch_size, tokens))[0]
 
 
 def _compare(
@@ -307,7 +337,7 @@ def _compare(
     judges_energy: bool,
 ) -> list[Comparison]:
     rows: list[tuple[str, str, LimitKind, float, float]] = []
-    for name, unit in _ENERGY:
+    for name, unit in (e for e in _ENERGY if e[0] in ours and e[0] in theirs):
         kind: LimitKind = "energy" if judges_energy and name in _JUDGED_ENERGY else "other"
         rows.append((name, unit, kind, ours[name], theirs[name]))
     rows += [

@@ -7,11 +7,13 @@ from typing import Final, TypeVar
 
 import numpy as np
 
+from voltana.hwreplay.view.colocated import ColocatedTracker
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import (
+    COLOCATED,
     DECODE,
     PREFILL,
     Cluster,
@@ -25,12 +27,14 @@ from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
 from voltana.sim.policies.registry import make_controller, make_router
 
 T = TypeVar("T", bound=InstanceTracker)
-STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3}
+STREAMS: Final = {"router": 1, "prefill": 2, "decode": 3, "colocated": 6}
 """Spawn keys of the policies' random streams, as in `voltana.sim.engine.fleet`."""
 
 
 def decides_before(config: SimConfig, phase: Phase) -> bool:
     """Whether a phase's controllers see the batch about to run, and not the one that has ended."""
+    if phase == COLOCATED:  # in simulation too they are asked about the iteration to come
+        return True
     return (config.prefill_metrics if phase == PREFILL else config.decode_metrics) == "before"
 
 
@@ -47,6 +51,11 @@ def check_notices(config: SimConfig, phase: Phase, name: str, *, has_socket: boo
         VoltanaError: The configuration asks for them and there is no socket for the notices.
     """
     if decides_before(config, phase) and not has_socket:
+        if phase == COLOCATED:
+            raise VoltanaError(
+                "a colocated server must announce its batches, as its controller decides on that "
+                f"before it runs, {name} has no batch socket: name it in [fleet] batch_sockets"
+            )
         raise VoltanaError(
             f'{phase}_metrics = "before" needs an engine that announces its batches, {name} has no '
             f'batch socket: name it in [fleet] batch_sockets, or set {phase}_metrics = "after" '
@@ -79,7 +88,8 @@ class PolicySource:
 
     def make_tracker(self, phase: Phase, instance_id: int) -> InstanceTracker:
         """One instance's live state."""
-        return self.track_by(InstanceTracker, phase, instance_id)
+        kind = ColocatedTracker if phase == COLOCATED else InstanceTracker
+        return self.track_by(kind, phase, instance_id)
 
     def track_by(self, kind: type[T], phase: Phase, instance_id: int) -> T:
         """The same by a class of one's own.
@@ -116,15 +126,15 @@ class PolicySource:
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=config.aimed_ttft_s,
             slo_itl_s=config.aimed_itl_s,
-            first_token=config.first_token,
+            first_token=config.first_token if config.num_colocated is None else "prefill",
             profile_hash=self.profile.content_hash,
             kv_capacity_tokens=self.kv_capacity_tokens,
             rng=np.random.default_rng(seeds),
             instance_id=instance_id,
             phase=phase,
             actuation_s=config.actuation_latency_s,
-            num_prefill=config.num_prefill,
-            num_decode=config.num_decode,
+            num_prefill=config.num_colocated or config.num_prefill,
+            num_decode=config.num_colocated or config.num_decode,
             cluster=self.cluster,
         )
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from voltana.profiles.engines.sglang_metrics import IterationMetrics
-from voltana.sim.policies.base import InstanceState
+from voltana.sim.policies.base import InstanceState, RunningRequest, WaitingRequest
 
 QUEUED: Final = 0
 """Prefill: waits for its batch. Decode: still in prefill."""
@@ -29,6 +29,28 @@ class OpenRequest:
     """Counted up to iteration `counted_at`."""
     counted_at: int = 0
     first_token_s: float | None = None
+
+    def as_waiting(self, tokens: int) -> WaitingRequest:
+        """As policies see it in a queue, with so many tokens to compute or to hold."""
+        return WaitingRequest(
+            request_id=self.request_id, arrival_s=self.arrival_s, input_tokens=tokens
+        )
+
+    def as_running(self, generated_tokens: int, *, length_oracle: bool) -> RunningRequest:
+        """As policies see it in a batch.
+
+        Args:
+            generated_tokens: Made so far.
+            length_oracle: Show its true length.
+        """
+        return RunningRequest(
+            request_id=self.request_id,
+            arrival_s=self.arrival_s,
+            input_tokens=self.input_tokens,
+            generated_tokens=generated_tokens,
+            output_tokens=self.output_tokens if length_oracle else None,
+            first_token_s=self.first_token_s,
+        )
 
 
 def engine_queue(

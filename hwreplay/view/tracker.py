@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
+from voltana.hwreplay.messages.batch_feed import BatchNotice
 from voltana.hwreplay.messages.events import Event
 from voltana.hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING, OpenRequest, engine_queue
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, step_time_s
@@ -204,6 +205,11 @@ class InstanceTracker:
         self._announced.append(self.state.last_queue_delay_s)
         self.state.now_s = start_s
 
+    def on_steps(self, notice: BatchNotice, now_s: float) -> None:
+        """A batch that decodes is about to run."""
+        state = self.observe(now_s)
+        state.last_batch_size, state.last_tokens = notice.num_requests, notice.tokens
+
     def on_iteration(self, record: IterationMetrics) -> None:
         """The engine's record of an iteration that has ended, or its idle heartbeat."""
         state = self.state
@@ -375,11 +381,8 @@ class InstanceTracker:
                 if skipped:
                     skipped -= 1
                     continue
-                tokens = request.left_tokens if self._is_prefill else request.input_tokens
-                yield WaitingRequest(
-                    request_id=request.request_id,
-                    arrival_s=request.arrival_s,
-                    input_tokens=tokens,
+                yield request.as_waiting(
+                    request.left_tokens if self._is_prefill else request.input_tokens
                 )
 
     def _num_arriving(self) -> int:
@@ -388,11 +391,5 @@ class InstanceTracker:
     def _list_running(self) -> Iterator[RunningRequest]:
         for request in self._open.values():
             if request.stage == RUNNING:
-                yield RunningRequest(
-                    request_id=request.request_id,
-                    arrival_s=request.arrival_s,
-                    input_tokens=request.input_tokens,
-                    generated_tokens=self._generated(request),
-                    output_tokens=request.output_tokens if self._length_oracle else None,
-                    first_token_s=request.first_token_s,
-                )
+                generated = self._generated(request)
+                yield request.as_running(generated, length_oracle=self._length_oracle)

@@ -9,8 +9,11 @@ from typing import Any, Final, Literal, Protocol, Self
 
 from voltana.profiles.common.errors import VoltanaError
 
-Phase = Literal["prefill", "decode"]
+Phase = Literal["prefill", "decode", "mixed"]
 PHASES: Final[tuple[Phase, ...]] = ("prefill", "decode")
+"""What every profile has."""
+MIXED: Final = "mixed"
+"""A chunk of one prompt beside a step of decode, in one pass."""
 
 
 class OutOfMemoryError(VoltanaError):
@@ -35,6 +38,8 @@ class Point:
     phase: Phase
     batch_size: int
     tokens: int
+    chunk_tokens: int = 0
+    """New tokens of the prompt beside it; `batch_size` and `tokens` are decode's then."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,6 +7,7 @@ have the right shape. Its attention reads the contiguous cache of a fixed contex
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -50,6 +51,10 @@ class KvCache:
         cache.keys.normal_()
         cache.values.normal_()
         return cache
+
+
+Part = tuple[Tensor, int, KvCache]
+"""A batch of a mixed pass: token ids, how many are cached in front of them, and where."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -134,6 +139,42 @@ class Llama:
             x = x + self._mlp(layer, self._normed(x, layer.norm_mlp))
         return self._normed(x, self.norm)
 
+    @torch.inference_mode()
+    def mixed(self, parts: Sequence[Part]) -> Tensor:
+        """One pass over several batches, as an engine runs a chunk of a prompt beside decode.
+
+        All their tokens go through each linear layer together; attention is each batch's own.
+
+        Args:
+            parts: Token ids of shape (batch, new tokens), cached tokens in front, and the cache.
+
+        Returns:
+            Logits of the last position of each sequence, batch after batch.
+        """
+        sizes = [ids.numel() for ids, _, _ in parts]
+        x = F.embedding(torch.cat([ids.flatten() for ids, _, _ in parts]), self.embedding)
+        for index, layer in enumerate(self.layers):
+            qkv = torch.split(F.linear(self._normed(x, layer.norm_attention), layer.qkv), sizes)
+            attended = [
+                self._part(index, part, own).flatten(0, 1)
+                for part, own in zip(parts, qkv, strict=True)
+            ]
+            x = x + F.linear(torch.cat(attended), layer.out)
+            x = x + self._mlp(layer, self._normed(x, layer.norm_mlp))
+        rows = torch.split(self._normed(x, self.norm), sizes)
+        ends = [
+            own.view(*ids.shape, -1)[:, -1] for (ids, _, _), own in zip(parts, rows, strict=True)
+        ]
+        return F.linear(torch.cat(ends), self.head)
+
+    def _part(self, index: int, part: Part, qkv: Tensor) -> Tensor:
+        """Attention of one batch of a mixed pass, from its rows of the projection."""
+        ids, start, cache = part
+        end = start + ids.shape[1]
+        rope = self._rope[0][start:end], self._rope[1][start:end]
+        keys, values = cache.keys[index, :, :, :end], cache.values[index, :, :, :end]
+        return self._attend(qkv.view(*ids.shape, -1), keys, values, start, rope)
+
     def _attention(
         self,
         layer: _Layer,
@@ -143,20 +184,27 @@ class Llama:
         start: int,
         rope: tuple[Tensor, Tensor],
     ) -> Tensor:
-        batch, new, _ = x.shape
+        attended = self._attend(F.linear(x, layer.qkv), keys, values, start, rope)
+        return F.linear(attended, layer.out)
+
+    def _attend(
+        self, qkv: Tensor, keys: Tensor, values: Tensor, start: int, rope: tuple[Tensor, Tensor]
+    ) -> Tensor:
+        """Shape (batch, new, heads · head_dim), from that of all projections."""
+        batch, new, _ = qkv.shape
         heads, kv_heads, dim = (
             self.config.num_heads,
             self.config.num_kv_heads,
             self.config.head_dim,
         )
         split = [heads * dim, kv_heads * dim, kv_heads * dim]
-        q, k, v = torch.split(F.linear(x, layer.qkv), split, dim=-1)
+        q, k, v = torch.split(qkv, split, dim=-1)
         q = _rotate(q.view(batch, new, heads, dim).transpose(1, 2), *rope)
         keys[:, :, start:] = _rotate(k.view(batch, new, kv_heads, dim).transpose(1, 2), *rope)
         values[:, :, start:] = v.view(batch, new, kv_heads, dim).transpose(1, 2)
         mask = None
         if new > 1 and start > 0:
-            ones = torch.ones(new, start + new, dtype=torch.bool, device=x.device)
+            ones = torch.ones(new, start + new, dtype=torch.bool, device=qkv.device)
             mask = ones.tril(diagonal=start)
         mixed = F.scaled_dot_product_attention(
             q,
@@ -166,7 +214,7 @@ class Llama:
             is_causal=new > 1 and start == 0,
             enable_gqa=True,
         )
-        return F.linear(mixed.transpose(1, 2).reshape(batch, new, heads * dim), layer.out)
+        return mixed.transpose(1, 2).reshape(batch, new, heads * dim)
 
     def _mlp(self, layer: _Layer, x: Tensor) -> Tensor:
         gate, up = F.linear(x, layer.gate_up).chunk(2, dim=-1)

@@ -22,6 +22,7 @@ from typing import Any, Final, Self
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.base import (
+    MIXED,
     EngineCrashError,
     EngineFacts,
     NotHeldError,
@@ -39,8 +40,10 @@ from voltana.profiles.engines.sglang_client import (
     Endpoints,
     Records,
     get_json,
+    window_of,
 )
 from voltana.profiles.engines.sglang_metrics import IterationMetrics, is_whole
+from voltana.profiles.engines.sglang_mixed import MixedStreams
 from voltana.profiles.engines.sglang_serving import fit_delays, measure_passages, serving_table
 
 CONTEXT_MARGIN: Final = 8
@@ -174,6 +177,13 @@ class SglangEngine:
             },
         )
 
+    def _require_mixed(self) -> None:
+        if self.servers.is_pair or not self._info[self.servers.decode].get("enable_mixed_chunk"):
+            raise NotHeldError(
+                "a chunk beside decoding needs one server that does both phases, started with "
+                "--enable-mixed-chunk: attach to one, or leave mixed out of --phases"
+            )
+
     @contextmanager
     def open(self, point: Point) -> Iterator[PreparedPoint]:
         """A point, held by repeated batches of prompts; nothing runs before `PreparedPoint.run`."""
@@ -184,6 +194,9 @@ class SglangEngine:
             )
         if point.phase == "prefill":
             yield Bursts(point, self.client, self.records(self.servers.prefill), self.facts)
+        elif point.phase == MIXED:
+            self._require_mixed()
+            yield MixedStreams(point, self.client, self.records(self.servers.decode), self.facts)
         else:
             yield HeldStreams(point, self.client, self.records(self.servers.decode), self.facts)
 
@@ -233,7 +246,7 @@ class Bursts:
         passes += self._drain()
         spans = [(p.start_s, p.received_s) for p in passes]
         tokens = sum(p.sum_prefill_tokens for p in passes) / len(passes)
-        return _window([p.wall_time_s for p in passes], tokens, spans)
+        return window_of([p.wall_time_s for p in passes], tokens, spans)
 
     @property
     def _tokens(self) -> int:
@@ -299,7 +312,7 @@ class HeldStreams:
             iteration_s += [step for run in found for step in steps_s(run)]
         tokens = [r.sum_decode_kv_tokens for run in runs for r in run[1:]]
         spans = [(run[0].received_s, run[-1].received_s) for run in runs]
-        return _window(iteration_s, sum(tokens) / len(tokens), spans)
+        return window_of(iteration_s, sum(tokens) / len(tokens), spans)
 
     def _round(self) -> list[IterationMetrics]:
         """All records while one batch of answers is made."""
@@ -354,17 +367,6 @@ def steps_s(run: Sequence[IterationMetrics]) -> list[float]:
     passes_s = [record.wall_time_s for record in run[1:]]
     between_s = (run[-1].received_s - run[0].received_s - sum(passes_s)) / len(passes_s)
     return [pass_s + max(between_s, 0.0) for pass_s in passes_s]
-
-
-def _window(
-    iteration_s: Sequence[float], tokens: float, spans_s: Sequence[tuple[float, float]]
-) -> Window:
-    return Window(
-        iteration_s=tuple(iteration_s),
-        elapsed_s=spans_s[-1][1] - spans_s[0][0],
-        tokens=float(tokens),
-        spans_ns=tuple((round(a * 1e9), round(b * 1e9)) for a, b in spans_s),
-    )
 
 
 def _server_info(endpoint: Endpoint) -> dict[str, Any]:

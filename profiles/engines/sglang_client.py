@@ -16,7 +16,7 @@ import numpy as np
 import zmq
 
 from voltana.profiles.common.errors import VoltanaError
-from voltana.profiles.engines.base import EngineCrashError, NotHeldError
+from voltana.profiles.engines.base import EngineCrashError, NotHeldError, Window
 from voltana.profiles.engines.sglang_metrics import (
     MAX_QUEUED_RECORDS,
     IterationMetrics,
@@ -181,6 +181,24 @@ class Client:
     def close(self) -> None:
         """Wait for what is under way."""
         self._pool.shutdown()
+
+
+def window_of(
+    iteration_s: Sequence[float], tokens: float, spans_s: Sequence[tuple[float, float]]
+) -> Window:
+    """A window of passes.
+
+    Args:
+        iteration_s: Duration of each.
+        tokens: Mean of what the point calls tokens.
+        spans_s: Start and end of each stretch that held the point.
+    """
+    return Window(
+        iteration_s=tuple(iteration_s),
+        elapsed_s=spans_s[-1][1] - spans_s[0][0],
+        tokens=float(tokens),
+        spans_ns=tuple((round(a * 1e9), round(b * 1e9)) for a, b in spans_s),
+    )
 
 
 def get_json(url: str) -> Mapping[str, Any]:

@@ -13,6 +13,7 @@ import torch
 
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.profiles.engines.base import (
+    MIXED,
     EngineCrashError,
     EngineFacts,
     OutOfMemoryError,
@@ -20,7 +21,7 @@ from voltana.profiles.engines.base import (
     PreparedPoint,
     Window,
 )
-from voltana.profiles.engines.llama import KvCache, Llama
+from voltana.profiles.engines.llama import KvCache, Llama, Part
 from voltana.profiles.engines.llama_config import LlamaConfig
 
 MEMORY_FRACTION: Final = 0.9
@@ -174,17 +175,30 @@ class TorchEngine:
         """One iteration of the point, ready to be called again and again."""
         assert self._model is not None, "enter the engine first"
         model, length = self._model, point.tokens // point.batch_size
-        new = length if point.phase == "prefill" else 1
-        start = length - new  # decode: the newest token sees length - 1 cached ones and itself
-        ids = torch.randint(self._config.vocab_size, (point.batch_size, new), device=self._device)
-        cache = KvCache.random(self._config, point.batch_size, length, model.embedding)
+        batch = self._batch(point.batch_size, length, length if point.phase == "prefill" else 1)
+        if point.phase == MIXED:
+            chunk = self._batch(1, point.chunk_tokens, point.chunk_tokens)
+            return lambda: model.mixed((chunk, batch)).argmax(dim=-1)
 
         def step() -> torch.Tensor:
-            return model.forward(ids, start, cache).argmax(dim=-1)
+            return model.forward(*batch).argmax(dim=-1)
 
         if self._graphs is not None and point.phase == "decode":
             return captured(step, self._graphs)
         return step
+
+    def _batch(self, batch_size: int, length: int, new: int) -> Part:
+        """Random tokens behind a random cache; the newest sees all others and itself.
+
+        Args:
+            batch_size: Sequences.
+            length: Tokens of each, the new ones counted.
+            new: Tokens of each that are computed.
+        """
+        assert self._model is not None
+        ids = torch.randint(self._config.vocab_size, (batch_size, new), device=self._device)
+        cache = KvCache.random(self._config, batch_size, length, self._model.embedding)
+        return ids, length - new, cache
 
 
 def _is_lack_of_memory(error: BaseException | None) -> bool:

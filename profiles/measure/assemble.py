@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pandas as pd
 
@@ -13,8 +13,9 @@ from voltana.profiles.catalog import Profile, write_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_csv
 from voltana.profiles.device.gpu import GpuIdentity
-from voltana.profiles.engines.base import PHASES, EngineFacts, Phase
+from voltana.profiles.engines.base import MIXED, PHASES, EngineFacts, Phase
 from voltana.profiles.measure.journal import Journal
+from voltana.profiles.measure.mixed_rows import mixed_frame, mixed_provenance
 from voltana.profiles.measure.trial import CLOCK_OFF, CLOCK_TOLERANCE_MHZ, GAPS, NOT_MEASURED, Trial
 from voltana.profiles.schema import (
     ClocksMeta,
@@ -24,7 +25,8 @@ from voltana.profiles.schema import (
     ProfileMeta,
     Provenance,
 )
-from voltana.profiles.tables import POINT
+from voltana.profiles.step_model import StepModel
+from voltana.profiles.tables import CHUNK, POINT, grid_of, idle_power_of
 
 BARE_IDLE: Final = "idle_bare.csv"
 MIN_POINTS: Final = 2
@@ -49,8 +51,17 @@ def assemble(
     """
     alone_mhz = _observed_clock_mhz(log)
     frames = {phase: _phase_frame(log, phase, alone_mhz, facts) for phase in ("prefill", "decode")}
-    clocks_mhz = tuple(sorted({clock or alone_mhz for clock, _ in log.points}))
+    clocks_mhz = tuple(sorted({c or alone_mhz for c, p in log.points if p.phase != MIXED}))
     idle = _idle_frame(log, alone_mhz, clocks_mhz)
+    provenance = _provenance(log, identities, facts, has_control=alone_mhz == 0)
+    rows = [row for row in _rows(log, MIXED, alone_mhz) if row["frequency_mhz"] in clocks_mhz]
+    mixed = None
+    if rows:
+        prefill, decode = (grid_of(frames[phase]) for phase in PHASES)
+        parts = StepModel(prefill, decode, idle_power_of(idle), clocks_mhz, extrapolate=True)
+        mixed = mixed_frame(rows, parts)
+        power = power_provenance(_trials(log, MIXED), identities, facts)
+        provenance |= mixed_provenance(mixed, parts, provenance["prefill_time"], power)
     meta = ProfileMeta(
         gpu=_gpu_meta(identities[0]),
         model=ModelMeta(
@@ -67,10 +78,10 @@ def assemble(
             kv_capacity_tokens=facts.kv_capacity_tokens,
         ),
         clocks=ClocksMeta(supported_mhz=clocks_mhz, default_levels_mhz=clocks_mhz),
-        provenance=_provenance(log, identities, facts, has_control=alone_mhz == 0),
+        provenance=provenance,
     )
     write_bare_idle(directory, log, alone_mhz)
-    return write_profile(directory, meta, frames["prefill"], frames["decode"], idle)
+    return write_profile(directory, meta, frames["prefill"], frames["decode"], idle, mixed)
 
 
 def _observed_clock_mhz(log: Journal) -> int:
@@ -79,10 +90,12 @@ def _observed_clock_mhz(log: Journal) -> int:
     return statistics.mode(seen) if seen else 0
 
 
-def _phase_frame(log: Journal, phase: Phase, alone_mhz: int, facts: EngineFacts) -> pd.DataFrame:
-    rows = [
+def _rows(log: Journal, phase: Phase, alone_mhz: int) -> list[dict[str, Any]]:
+    """A row a trial."""
+    return [
         {
             "frequency_mhz": clock or alone_mhz,
+            **({CHUNK: point.chunk_tokens} if phase == MIXED else {}),
             "batch_size": point.batch_size,
             "tokens": round(statistics.median(trial.tokens for trial in trials)),
             "trial": number,
@@ -95,6 +108,10 @@ def _phase_frame(log: Journal, phase: Phase, alone_mhz: int, facts: EngineFacts)
         if point.phase == phase
         for number, trial in enumerate(trials)
     ]
+
+
+def _phase_frame(log: Journal, phase: Phase, alone_mhz: int, facts: EngineFacts) -> pd.DataFrame:
+    rows = _rows(log, phase, alone_mhz)
     if len(rows) < MIN_POINTS:
         raise VoltanaError(
             f"a profile needs >= {MIN_POINTS} {phase} points, got {len(rows)} ({log.path}): "

@@ -6,7 +6,7 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 from voltana.profiles.common.errors import VoltanaError
@@ -143,8 +143,7 @@ class Campaign:
         row = [
             other
             for other in waiting
-            if (other.phase, other.batch_size) == (point.phase, point.batch_size)
-            and other.tokens < point.tokens
+            if replace(other, tokens=point.tokens) == point and other.tokens < point.tokens
         ]
         return max(row, key=lambda other: other.tokens, default=None)
 
@@ -226,6 +225,7 @@ class Campaign:
             left_s = min(left_s, a_point_s * (planned - done))
         where = f"{clock_mhz} MHz" if clock_mhz else "clock left alone"
         label = f"{where}, {point.phase} batch {point.batch_size} tokens {point.tokens}"
+        label += f" beside a chunk of {point.chunk_tokens}" if point.chunk_tokens else ""
         self.progress.at(
             Standing(
                 num_done=done, num_planned=planned, left_s=left_s, is_over=is_over, label=label

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, TypeVar
 
 import numpy as np
 
-from voltana.profiles.engines.base import EngineFacts, Phase, Point
+from voltana.profiles.engines.base import MIXED, EngineFacts, Phase, Point
 
 T = TypeVar("T")
 Row = list[tuple[int, float]]
@@ -24,6 +25,10 @@ NEAR_END: Final = 0.9
 """A usual context closer to the last one than this says nothing new."""
 NARROW: Final = 0.1
 """A gap of this fraction is left alone: what a straight line misses there is noise."""
+MIXED_CONTEXTS: Final = (16, 1024)
+"""Beside the longest that fits. Few: what is looked for is how much both parts have in common."""
+MIXED_PARTS: Final = 8
+"""The middle chunk is that part of the largest one, the smallest that part of the middle one."""
 REFINE_ERROR: Final = 0.03
 """Interpolation error (a fraction) below which a gap needs no further point."""
 
@@ -52,6 +57,8 @@ def design(
         tokens = sorted({t for t in PROMPT_TOKENS if t <= cap})
         points = [Point(phase=phase, batch_size=b, tokens=t) for t in tokens for b in (1, 2, 4)]
         return _spread([p for p in points if p.tokens % p.batch_size == 0])
+    if phase == MIXED:
+        return _mixed(facts, max_batch_size, max_tokens)
     limit = min(facts.max_running_requests, max_batch_size)
     cap = min(facts.kv_capacity_tokens, max_tokens)
     points = [
@@ -60,6 +67,46 @@ def design(
         for context in _contexts(facts, cap // batch)
     ]
     return _spread(points)
+
+
+def _mixed(facts: EngineFacts, max_batch_size: int, max_tokens: int) -> list[Point]:
+    """Three chunks, batches and contexts, the corners first.
+
+    A prompt takes a place in the batch and room in the cache, who decodes a token of its budget.
+    """
+    limit = min(facts.max_running_requests - 1, max_batch_size)
+    budget = min(facts.max_prefill_tokens, facts.max_context_tokens, max_tokens)
+    if limit < 1 or budget < 2:
+        return []
+    batches = sorted({1, round(math.sqrt(limit)), limit})
+    largest = max(budget - limit, budget // 2)
+    chunks = sorted({max(largest // MIXED_PARTS**k, 1) for k in (0, 1, 2)})
+    found: list[tuple[int, Point]] = []
+    for chunk, batch in itertools.product(chunks, batches):
+        if batch + chunk > budget:
+            continue
+        room = min(facts.kv_capacity_tokens - chunk, max_tokens)
+        end = min(room // batch, facts.max_context_tokens - 1)
+        usual = {max(context, facts.min_context_tokens) for context in MIXED_CONTEXTS}
+        contexts = sorted(c for c in {*usual, end} if facts.min_context_tokens <= c <= end)
+        for context in contexts:
+            sizes = ((chunk, chunks), (batch, batches), (context, contexts))
+            inner = sum(size not in (of[0], of[-1]) for size, of in sizes)
+            tokens = batch * context
+            point = Point(phase=MIXED, batch_size=batch, tokens=tokens, chunk_tokens=chunk)
+            found.append((inner, point))
+    return _corners_first(found)
+
+
+def _corners_first(found: Sequence[tuple[int, Point]]) -> list[Point]:
+    """Those with no size between two others, from both ends in turn; then by how many have one.
+
+    A budget that holds few of them still has small and large ones.
+    """
+    corners = [point for inner, point in found if inner == 0]
+    turns = (point for pair in zip(corners, reversed(corners), strict=True) for point in pair)
+    rest = sorted((row for row in found if row[0]), key=lambda row: row[0])
+    return list(dict.fromkeys([*turns, *(point for _, point in rest)]))
 
 
 def _contexts(facts: EngineFacts, room: int) -> list[int]:
@@ -144,7 +191,8 @@ def _at(row: Row, tokens: float) -> float:
 
 def _rows(time_s: Mapping[Point, float]) -> Rows:
     rows: Rows = {}
-    for point in sorted(time_s, key=lambda p: (p.phase, p.batch_size, p.tokens)):
+    apart = [point for point in time_s if point.phase != MIXED]
+    for point in sorted(apart, key=lambda p: (p.phase, p.batch_size, p.tokens)):
         row = rows.setdefault((point.phase, point.batch_size), [])
         row.append((point.tokens, time_s[point]))
     return rows

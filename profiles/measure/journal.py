@@ -179,5 +179,5 @@ def _key_json(clock_mhz: int, point: Point) -> dict[str, Any]:
 
 
 def _key(entry: Mapping[str, Any]) -> Key:
-    point = Point(phase=entry["phase"], batch_size=entry["batch_size"], tokens=entry["tokens"])
-    return entry["clock_mhz"], point
+    names = [item.name for item in dataclasses.fields(Point) if item.name in entry]
+    return entry["clock_mhz"], Point(**{name: entry[name] for name in names})

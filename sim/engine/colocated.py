@@ -66,8 +66,6 @@ class ColocatedInstance(DecodeInstance):
         """A prompt of which a part is computed; it goes on before all others."""
         self._ending: list[SimRequest] = []
         """Requests whose prompts end with the running iteration."""
-        self._num_begun = 0
-        """Requests with a part of their prompt in the cache, the running iteration's too."""
         self._num_decoding = 0
         """Requests that the running iteration gives a token."""
         self._oldest_s = 0.0
@@ -91,10 +89,13 @@ class ColocatedInstance(DecodeInstance):
             return True
         if here >= self._most:
             return False
-        first = (self._retracted or self.waiting)[0]
-        context = first.input_tokens + first.generated_tokens
+        needed = self._new_tokens((self._retracted or self.waiting)[0])
         reserve = self._reserve_tokens * (here + 1)
-        return kv_tokens + self._held_tokens + context + reserve <= state.kv_capacity_tokens
+        return kv_tokens + self._held_tokens + needed + reserve <= state.kv_capacity_tokens
+
+    def _new_tokens(self, request: SimRequest) -> int:
+        """Memory that a prompt needs which begins now, beside what is in use."""
+        return request.input_tokens + request.generated_tokens
 
     def least_far(self) -> SimRequest:
         if self._decodes_first:
@@ -128,7 +129,7 @@ class ColocatedInstance(DecodeInstance):
         track.begin(now_s, batch_size, tokens)
         if (
             self.max_iterations > 1
-            and not self._held_tokens
+            and not self._num_begun
             and run.line_end_tokens > tokens
             and self._decision_mhz == track.target_mhz
             and state.clock_mhz == track.clock_mhz

@@ -91,7 +91,8 @@ class DecodeInstance(Instance):
         than run since: who joins has waited."""
         # at least what the next iteration writes
         self._reserve_tokens = max(config.kv_reserve_tokens, 1)
-        self._held_tokens = 0  # of prompts under way, where prefill is here too
+        # where prefill is here too: prompts under way; memory beside running requests' contexts
+        self._num_begun = self._held_tokens = 0
         self._freed_tokens = config.kv_retract_tokens
         self._first_token_here = config.first_token == "decode"
         self._length_oracle = config.length_oracle
@@ -206,7 +207,8 @@ class DecodeInstance(Instance):
         on_line = int(self.run.line_end_tokens - tokens) // batch_size
         further = min(further, order[0] - self._iteration, on_line)
         if batch_size > 1:
-            further = min(further, (self.state.kv_capacity_tokens - tokens) // batch_size - 1)
+            room = self.state.kv_capacity_tokens - self._held_tokens - tokens
+            further = min(further, room // batch_size - 1)
         return further
 
     def _cut(self, now_s: float) -> None:
@@ -283,9 +285,11 @@ class DecodeInstance(Instance):
             self.log.finish(request, now_s)
 
     def _make_room(self, now_s: float) -> None:
-        state, freed, held = self.state, self._freed_tokens, self._held_tokens
-        room, fewest = state.kv_capacity_tokens - held, 0 if held else 1
-        while state.kv_tokens + freed * state.num_running > room and state.num_running > fewest:
+        state, freed, fewest = self.state, self._freed_tokens, 0 if self._num_begun else 1
+        while state.num_running > fewest:
+            needed = state.kv_tokens + self._held_tokens + freed * state.num_running
+            if needed <= state.kv_capacity_tokens:
+                break
             self.retract(self.least_far(), now_s)
             self._join_order = [r for r in self._join_order if r.is_running]
 
@@ -293,7 +297,7 @@ class DecodeInstance(Instance):
         """The running request with the fewest output tokens; see the class for ties."""
         latest = [r for r in reversed(self._join_order) if r.is_running]
         # all get one token an iteration: who has the fewest began last, its stays put together
-        return max(latest, key=lambda r: (_began(r), r.input_tokens))
+        return max(latest, key=lambda r: (r.began(), r.input_tokens))
 
     def retract(self, request: SimRequest, now_s: float) -> None:
         state = self.state
@@ -391,9 +395,3 @@ class DecodeInstance(Instance):
             for r in self._join_order
             if r.is_running
         ]  # fmt: skip
-
-
-def _began(request: SimRequest) -> int:
-    """The iteration after which it would have begun, had it never been retracted."""
-    outputs = request.end_context_tokens - request.input_tokens
-    return request.finish_iteration - outputs

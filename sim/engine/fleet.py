@@ -18,18 +18,21 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
-from voltana.sim.engine.colocated import ColocatedInstance
 from voltana.sim.engine.decode import DecodeInstance
 from voltana.sim.engine.instance import Instance, iteration_table
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.logs.timeline import Timeline
 from voltana.sim.engine.machine import Machines
+from voltana.sim.engine.physics.air import air_of
 from voltana.sim.engine.physics.capped import CappedTrack
 from voltana.sim.engine.physics.mixed import MixedTrack
 from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.track import GpuTrack
+from voltana.sim.engine.physics.transfers import Transfers
+from voltana.sim.engine.physics.warmth import Warmth
 from voltana.sim.engine.prefill import PrefillInstance
 from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.reuse.colocated import colocated_kind
 from voltana.sim.engine.reuse.prefill import SPARE_TOKENS, CachingPrefillInstance
 from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.answers import ControllerAnswers, route
@@ -122,11 +125,10 @@ class Fleet:
         self._looks_at_load = self._router.looks_at == "load"
         self._looks_at_clocks = self._router.looks_at == "clocks"
         self._length_oracle = config.length_oracle
-        self._is_transfer_instant = (
-            config.kv_transfer_latency_s == 0 and config.kv_transfer_bytes_per_s is None
+        self._transfers = Transfers(
+            config, profile.meta.model.kv_bytes_per_token, self.agenda.call_at, self._deliver
         )
-        self._has_link = config.kv_transfers == "in_turn"
-        self._link_free_s = [0.0] * config.num_prefill
+        self._is_transfer_instant = self._transfers.is_instant
         self._starts_at_arrival = (
             config.prefill_starts == "arrival" and config.serving_latency_s == 0
         )
@@ -271,20 +273,8 @@ class Fleet:
         """Prefill is done: move the KV cache, at once or over the configured link."""
         if self._is_transfer_instant:
             self._deliver(request, now_s)
-            return
-        config = self._config
-        delay_s = config.kv_transfer_latency_s
-        if config.kv_transfer_bytes_per_s is not None:
-            kv_bytes = request.input_tokens * self._profile.meta.model.kv_bytes_per_token
-            delay_s += kv_bytes / config.kv_transfer_bytes_per_s
-        at_s = now_s + delay_s
-        if self._has_link:
-            at_s = max(now_s, self._link_free_s[request.prefill_id]) + delay_s
-            self._link_free_s[request.prefill_id] = at_s
-        if at_s > now_s:
-            self.agenda.call_at(at_s, lambda at_s: self._deliver(request, at_s))
         else:
-            self._deliver(request, now_s)
+            self._transfers.send(request, now_s)
 
     def _deliver(self, request: SimRequest, now_s: float) -> None:
         if self._cache_tokens:
@@ -326,7 +316,7 @@ class Fleet:
         make: Callable[..., DecodeInstance] = DecodeInstance
         if phase == COLOCATED:
             most = self._machine(phase, index).max_prefill_tokens
-            make = partial(ColocatedInstance, max_tokens=most)
+            make = partial(colocated_kind(self._config), max_tokens=most)
         return make(
             self._config,
             self._log,
@@ -349,8 +339,8 @@ class Fleet:
                 time_s=config.power_cap_time_s, clocks_mhz=machine.models.clocks_mhz,
             )  # fmt: skip
         if phase == COLOCATED:
-            make = partial(MixedTrack, overlap_frac=config.mixed_overlap_frac or 0.0)
-        return make(
+            make = partial(MixedTrack, step=machine.mixed)
+        track = make(
             machine.truth,
             phase,
             clock_mhz=answers.initial_clock_mhz(),
@@ -359,6 +349,9 @@ class Fleet:
             stall_s=config.clock_stall_s * machine.meta.model.tensor_parallel,
             noise=IterationNoise.make(config, machine.spread, phase, index),
         )
+        if (air := air_of(config)) is not None:
+            track.warm(Warmth(air, machine.meta.model.tensor_parallel))
+        return track
 
     def _context(self, phase: Phase, index: int, stream: str) -> PolicyContext:
         seeds = np.random.SeedSequence(self._config.seed, spawn_key=(_STREAMS[stream], index))

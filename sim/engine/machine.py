@@ -25,6 +25,9 @@ class Machine:
         self.truth = profile.truth(extrapolate=config.extrapolate)
         # a policy may wonder about batches that never run: its tables must not refuse them
         self.truth_beyond = profile.truth(extrapolate=True)
+        self.mixed = profile.mixed_step(
+            extrapolate=config.extrapolate, overlap_frac=config.mixed_overlap_frac
+        )
         self.spread = profile.spread()
         power = SkewedPower.wrap(
             (profile.believed or profile).truth(extrapolate=True),

@@ -11,9 +11,9 @@ class SimRequest:
     """Mutable state of one request on its way through the fleet."""
 
     __slots__ = (
-        "arrival_s", "decode_id", "end_context_tokens", "finish_iteration", "first_token_s",
-        "generated_tokens", "input_tokens", "is_running", "last_token_s", "output_tokens",
-        "prefill_id", "prefilled_tokens", "prompt", "request_id", "retractions",
+        "answer", "arrival_s", "decode_id", "end_context_tokens", "finish_iteration",
+        "first_token_s", "generated_tokens", "input_tokens", "is_running", "last_token_s",
+        "output_tokens", "prefill_id", "prefilled_tokens", "prompt", "request_id", "retractions",
     )  # fmt: skip
 
     def __init__(
@@ -37,6 +37,8 @@ class SimRequest:
         """Of the prompt: computed, or found in a cache of prefixes."""
         self.prompt: Prompt | None = None
         """What it consists of; None where the workload does not say."""
+        self.answer = -1 - request_id
+        """Name of the segment that its output is, in the prompts that repeat it; below 0: none."""
         self.generated_tokens = 0
         """Tokens whose keys and values decode holds or held beyond the prompt."""
         self.end_context_tokens = 0
@@ -47,3 +49,7 @@ class SimRequest:
         self.last_token_s = NEVER
         """Instant of its newest token while it is out of the batch; NaN before the first."""
         self.retractions = 0
+
+    def began(self) -> int:
+        """The iteration after which it would have begun, had it never been retracted."""
+        return self.finish_iteration - (self.end_context_tokens - self.input_tokens)

@@ -85,14 +85,16 @@ def _fleet(
     others = {name: (others or {}).get(name) or load_profile(name) for name in names}
     for each in (profile, *others.values()):
         _require_clocks(config, each)
-    cache_tokens = config.prefix_cache_tokens
+    cache = next(
+        (k for k in ("prefix_cache_tokens", "colocated_cache") if getattr(config, k)), None
+    )
     whole = workload if isinstance(workload, Workload) else None
-    if cache_tokens and (whole is None or whole.prompts is None):
+    if cache and (whole is None or whole.prompts is None):
         raise VoltanaError(
-            f"prefix_cache_tokens={cache_tokens} needs to know what prompts share: take a workload "
+            f"{cache}={getattr(config, cache)} needs to know what prompts share: take a workload "
             "of sessions (chat, agent) or a trace with hash_ids, and no stream"
         )
-    if whole is not None and (cache_tokens or whole.turns is not None):
+    if whole is not None and (cache or whole.turns is not None):
         log = Sessions(whole, log)
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()

@@ -27,6 +27,13 @@ class Prompt:
         self.ends = list(accumulate(tokens))
         """Tokens up to the end of each segment; the last is the prompt's length."""
 
+    def followed_by(self, name: int, tokens: int) -> Prompt:
+        """The prompt and one segment more, of so many tokens."""
+        longer = Prompt(self.names, ())
+        longer.names.append(name)
+        longer.ends = [*self.ends, self.ends[-1] + tokens]
+        return longer
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WaitingRequest:

@@ -21,7 +21,7 @@ T = TypeVar("T")
 UNITS: Final = {
     "_frac": "fraction", "_mhz": "MHz", "_s": "s", "_j": "J", "_w": "W", "_tokens": "tokens",
     "_per_s": "1/s", "_mhz_per_s": "MHz/s", "_mhz_s": "MHz·s", "_ratio": "ratio",
-    "_requests": "requests", "_iterations": "iterations",
+    "_c": "°C", "_c_per_w": "°C/W", "_requests": "requests", "_iterations": "iterations",
 }  # fmt: skip
 """Units by a field's ending, which the command line lets the user leave out."""
 

@@ -1,8 +1,8 @@
-"""Compute the shipped length histograms and the moments of their sources.
+"""Compute the shipped length histograms, the moments of their sources, and the rate curves.
 
 `python -m voltana.sim.workload.build_histograms --traces DIR`; DIR holds CSV files with
-input_tokens and output_tokens. Bins are about 9 % wide, so that drawing uniformly within one keeps
-the means within 2 % and the percentiles within 5 % of the source.
+input_tokens and output_tokens, and one of rates. Bins are about 9 % wide, so that drawing
+uniformly within one keeps the means within 2 % and the percentiles within 5 % of the source.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.common.files import write_csv
+from voltana.sim.workload.arrivals.curves import COLUMNS, SHIPPED
 from voltana.sim.workload.lengths import DATA
 
 SOURCES: Final = {
@@ -25,6 +26,9 @@ SOURCES: Final = {
     "arxiv-summarization": ("arxiv_summarization_4k_lengths.csv.gz", None),
 }
 """Name -> source file and the largest sum of prompt and output that is kept."""
+RATES: Final = "servegen_rates.csv.gz"
+"""Rates of ServeGen's pools: pool, window_start_s, rate_rps."""
+POOLS: Final = {"alibaba-m-large": "m-large"}
 BIN_RATIO: Final = 1.09
 
 
@@ -85,6 +89,10 @@ def main() -> None:
         path = options.out / f"{name}.csv.gz"
         write_csv(histogram(source, limit), path, compression={"method": "gzip", "mtime": 0})
         rows.append({"name": name, **moments(source, limit)})
+    rates = pd.read_csv(options.traces / RATES)
+    for name, file in SHIPPED.items():
+        curve = rates.loc[rates["pool"] == POOLS[name], list(COLUMNS)].round(3)
+        write_csv(curve, options.out / file, compression={"method": "gzip", "mtime": 0})
     write_csv(pd.DataFrame(rows), options.out / "moments.csv")
 
 

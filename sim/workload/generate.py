@@ -8,9 +8,7 @@ from typing import Final
 import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.workload.lengths import draw_lengths, list_lengths
-from voltana.sim.workload.sessions.generate import KINDS, is_session_workload, make_sessions
-from voltana.sim.workload.shapes import (
+from voltana.sim.workload.arrivals.shapes import (
     DAY_S,
     SWING,
     Cumulative,
@@ -19,6 +17,8 @@ from voltana.sim.workload.shapes import (
     rate_shape,
     require_positive,
 )
+from voltana.sim.workload.lengths import draw_lengths, list_lengths
+from voltana.sim.workload.sessions.generate import KINDS, is_session_workload, make_sessions
 from voltana.sim.workload.workload import FloatArray, Workload
 
 _STREAMS = {"arrivals": 101, "lengths": 102}
@@ -51,7 +51,8 @@ def make_workload(
         arrivals: `poisson`; `gamma:cv=2` for gaps with that coefficient of variation; or a Poisson
             process whose rate changes (the number of requests is then random):
             `diurnal:swing=0.6` goes through one day in `duration_s`, `step:ratio=2,at=0.5` and
-            `ramp:ratio=2` end at that many times the rate they start with; see `shapes`.
+            `ramp:ratio=2` end at that many times the rate they start with, `curve:NAME` follows
+            a recorded rate; see `shapes`.
 
     Raises:
         VoltanaError: Unknown name or arrival process, or a number out of range.

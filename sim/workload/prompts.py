@@ -18,7 +18,9 @@ IntArray = npt.NDArray[np.int64]
 SEGMENTS: Final = "segments"
 PREVIOUS: Final = "previous"
 THINK_S: Final = "think_s"
-"""Columns of a plain trace beside arrivals and lengths: what prompts share, who waits for whom."""
+ANSWER: Final = "answer"
+"""Columns of a plain trace beside arrivals and lengths: what prompts share, who waits for whom, and
+which segment of later prompts an output is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -31,15 +33,29 @@ class Prompts:
     """Of the same segments, all >= 1. Shape (m,)."""
     starts: IntArray
     """Where each row begins, and m. Shape (n + 1,)."""
+    answers: IntArray | None = None
+    """Name of the segment that each row's output is; None where nobody says. Shape (n,)."""
 
     @classmethod
-    def of_rows(cls, names: Sequence[Sequence[int]], tokens: Sequence[Sequence[int]]) -> Prompts:
-        """From one list of names and one of lengths a request."""
+    def of_rows(
+        cls,
+        names: Sequence[Sequence[int]],
+        tokens: Sequence[Sequence[int]],
+        answers: Sequence[int] | None = None,
+    ) -> Prompts:
+        """From one list of names and one of lengths a request.
+
+        Args:
+            names: Of each prompt's segments.
+            tokens: Of the same.
+            answers: Name of the segment that each request's output is.
+        """
         counts = [len(row) for row in names]
         return cls(
             names=np.fromiter(chain.from_iterable(names), dtype=np.int64),
             tokens=np.fromiter(chain.from_iterable(tokens), dtype=np.int64),
             starts=np.concatenate(([0], np.cumsum(counts, dtype=np.int64))),
+            answers=None if answers is None else np.array(answers, dtype=np.int64),
         )
 
     @classmethod
@@ -116,10 +132,16 @@ class Prompts:
         counts = (self.starts[1:] - self.starts[:-1])[rows]
         starts = np.concatenate(([0], np.cumsum(counts)))
         at = np.arange(starts[-1]) + np.repeat(self.starts[rows] - starts[:-1], counts)
-        return Prompts(names=self.names[at], tokens=self.tokens[at], starts=starts)
+        answers = None if self.answers is None else self.answers[rows]
+        return Prompts(names=self.names[at], tokens=self.tokens[at], starts=starts, answers=answers)
 
-    def check(self, input_tokens: IntArray, name: str) -> None:
-        """Refuse segments that are not those of prompts of these lengths.
+    def check(self, input_tokens: IntArray, output_tokens: IntArray, name: str) -> None:
+        """Refuse segments that are not those of prompts and answers of these lengths.
+
+        Args:
+            input_tokens: Of each prompt, shape (n,).
+            output_tokens: Of each answer, shape (n,).
+            name: Of the workload.
 
         Raises:
             VoltanaError: A length differs, or one segment's name has two lengths.
@@ -137,8 +159,11 @@ class Prompts:
                 f"segments of a prompt must add up to its input_tokens, {input_tokens[row]}, got "
                 f"{self.input_tokens[row]} (request {row} of {name})"
             )
-        order = np.lexsort((self.tokens, self.names))
-        names, tokens = self.names[order], self.tokens[order]
+        names, tokens = self.names, self.tokens
+        if self.answers is not None:
+            names, tokens = np.append(names, self.answers), np.append(tokens, output_tokens)
+        order = np.lexsort((tokens, names))
+        names, tokens = names[order], tokens[order]
         twice = np.flatnonzero((np.diff(names) == 0) & (np.diff(tokens) != 0))
         if len(twice):
             at = int(twice[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,7 @@ from voltana.sim.workload.logs import (
     read_log,
     read_rows,
 )
-from voltana.sim.workload.prompts import PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
+from voltana.sim.workload.prompts import ANSWER, PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
 MOONCAKE_BLOCK_TOKENS: Final = 512
@@ -112,7 +113,7 @@ def read_trace(
         input_tokens=tokens[0],
         output_tokens=tokens[1],
         name=name,
-        prompts=_prompts(frame, tokens[0], path),
+        prompts=_prompts(frame, tokens[0], path, lines),
         turns=_turns(frame, path, lines),
     )
 
@@ -132,13 +133,25 @@ def _turns(frame: pd.DataFrame, path: Path, lines: IntArray) -> Turns | None:
     return Turns(previous=mine, think_s=np.where(mine < 0, 0.0, think_s))
 
 
-def _prompts(frame: pd.DataFrame, input_tokens: IntArray, path: Path) -> Prompts | None:
+def _answers(frame: pd.DataFrame, path: Path, lines: IntArray) -> IntArray:
+    names = pd.to_numeric(frame[ANSWER], errors="coerce").to_numpy(dtype=np.float64)
+    is_name = (names == np.floor(names)) & (np.abs(names) < 2**53)
+    _require(is_name, frame[ANSWER], path, lines, "must be a segment's name, a whole number")
+    return names.astype(np.int64)
+
+
+def _prompts(
+    frame: pd.DataFrame, input_tokens: IntArray, path: Path, lines: IntArray
+) -> Prompts | None:
     """What prompts share, where a trace has Mooncake's hashes or `Workload.write` wrote it."""
     if SEGMENTS in frame.columns:
         try:
-            return Prompts.of_texts(frame[SEGMENTS].tolist())
+            prompts = Prompts.of_texts(frame[SEGMENTS].tolist())
         except VoltanaError as error:
             raise VoltanaError(f"{path}: {error}") from None
+        if ANSWER not in frame.columns:
+            return prompts
+        return replace(prompts, answers=_answers(frame, path, lines))
     if _HASHES not in frame.columns:
         return None
     blocks = frame[_HASHES].tolist()

@@ -12,7 +12,7 @@ import pandas as pd
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_csv, write_parquet
-from voltana.sim.workload.prompts import PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
+from voltana.sim.workload.prompts import ANSWER, PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
 
 FloatArray = npt.NDArray[np.float64]
 IntArray = npt.NDArray[np.int64]
@@ -43,7 +43,7 @@ class Workload:
         _require(self, "input_tokens", self.input_tokens >= 1, "must be >= 1")
         _require(self, "output_tokens", self.output_tokens >= 1, "must be >= 1")
         if self.prompts is not None:
-            self.prompts.check(self.input_tokens, self.name)
+            self.prompts.check(self.input_tokens, self.output_tokens, self.name)
         if self.turns is not None:
             self.turns.check(len(self), self.name)
 
@@ -61,6 +61,8 @@ class Workload:
         arrays = [self.arrival_s, self.input_tokens, self.output_tokens]
         if self.prompts is not None:
             arrays += [self.prompts.names, self.prompts.tokens, self.prompts.starts]
+            if self.prompts.answers is not None:
+                arrays.append(self.prompts.answers)
         if self.turns is not None:
             arrays += [self.turns.previous, self.turns.think_s]
         digest = hashlib.sha256()
@@ -122,6 +124,8 @@ class Workload:
         )
         if self.prompts is not None:
             frame[SEGMENTS] = self.prompts.texts()
+            if self.prompts.answers is not None:
+                frame[ANSWER] = self.prompts.answers
         if self.turns is not None:
             frame[PREVIOUS], frame[THINK_S] = self.turns.previous, self.turns.think_s
         if path.suffix == ".parquet":

@@ -49,7 +49,11 @@ def engine_fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EngineFle
     logs = tmp_path_factory.mktemp("engine")
     try:
         with run_fleet(
-            Installation.in_folder(ENGINE), logs, num_decode=2, sockets=sockets, start_s=400
+            Installation.in_folder(ENGINE),
+            logs,
+            {"prefill": 1, "decode": 2},
+            sockets=sockets,
+            start_s=400,
         ) as servers:
             yield EngineFleet(servers=servers, sockets=sockets, logs=logs)
     finally:

@@ -28,7 +28,7 @@ from aiohttp import web
 from tests.conftest import ROOT
 from tests.hwreplay.stub_rooms import FileRooms, Room
 from voltana.hwreplay.router.body import CHAT, COMPLETIONS, GENERATE, parse_body
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 HOST = "127.0.0.1"
 MODEL = str(ROOT / "hwreplay/engines/sglang/llama-3.1-8b")
@@ -115,7 +115,8 @@ class StubWorker:
         await site.start()
         self.port = int(self._runner.addresses[0][1])
         self.url = f"http://{HOST}:{self.port}"
-        loop = self._prefill_loop() if self.phase == PREFILL else self._decode_loop()
+        loops = {PREFILL: self._prefill_loop, DECODE: self._decode_loop, COLOCATED: self._both_loop}
+        loop = loops[self.phase]()
         self._task = asyncio.create_task(loop)
 
     async def die(self) -> None:
@@ -161,7 +162,8 @@ class StubWorker:
         body = parse_body(request.path, data, VOCAB_SIZE)
         fields = json.loads(data)
         self.seen.append(fields)
-        room = self._rooms.setdefault(fields["bootstrap_room"], Room())
+        is_both = self.phase == COLOCATED
+        room = Room() if is_both else self._rooms.setdefault(fields["bootstrap_room"], Room())
         room.asked_ns = asked_ns
         tokens = 1 if self.phase == PREFILL else body.max_new_tokens
         job = Job(
@@ -237,6 +239,32 @@ class StubWorker:
                 due_s - loop.time(), num_decode_requests=len(running), sum_decode_kv_tokens=context
             )
             for job in running:
+                self._give(job)
+            running = [j for j in running if j.made < j.output_tokens and not j.is_gone]
+
+    async def _both_loop(self) -> None:
+        """Prompts first, decoding stands meanwhile: a prompt's iteration makes its first token."""
+        running: list[Job] = []
+        while True:
+            if not running:
+                await self._wait_for_work()
+            batch = [job for job in self._jobs if not job.is_gone]
+            self._jobs.clear()
+            if batch:
+                tokens = sum(job.input_tokens for job in batch)
+                await self._iterate(
+                    self._times.prefill_s(tokens),
+                    num_prefill_requests=len(batch), sum_prefill_tokens=tokens,
+                )  # fmt: skip
+                running += batch
+            elif running:
+                batch = running
+                context = sum(job.input_tokens + job.made for job in running)
+                await self._iterate(
+                    self._times.decode_s(len(running)),
+                    num_decode_requests=len(running), sum_decode_kv_tokens=context,
+                )  # fmt: skip
+            for job in batch:
                 self._give(job)
             running = [j for j in running if j.made < j.output_tokens and not j.is_gone]
 
@@ -324,10 +352,11 @@ class StubFleet:
 
     prefill: list[StubWorker]
     decode: list[StubWorker]
+    colocated: list[StubWorker] = field(default_factory=list)
 
     @property
     def workers(self) -> list[StubWorker]:
-        return [*self.prefill, *self.decode]
+        return [*self.prefill, *self.decode, *self.colocated]
 
     def table(self, metrics: str | None = None) -> dict[str, list[dict[str, str]]]:
         """As a `[fleet]` table lists it; `metrics` as in `stub_fleet`."""
@@ -337,7 +366,11 @@ class StubFleet:
                 | ({} if metrics is None else {"metrics": metrics.format(phase=phase, index=i)})
                 for i, w in enumerate(workers)
             ]
-            for phase, workers in ((PREFILL, self.prefill), (DECODE, self.decode))
+            for phase, workers in (
+                ((COLOCATED, self.colocated),)
+                if self.colocated
+                else ((PREFILL, self.prefill), (DECODE, self.decode))
+            )
         }
 
 
@@ -350,6 +383,7 @@ async def stub_fleet(
     *,
     rooms: dict[int, Room] | None = None,
     port: int = 0,
+    num_colocated: int = 0,
 ) -> AsyncIterator[StubFleet]:
     """Run a fleet; `metrics` is a template such as ipc:///tmp/x-{phase}-{index}.
 
@@ -364,6 +398,7 @@ async def stub_fleet(
     fleet = StubFleet(
         prefill=[make(PREFILL, i) for i in range(num_prefill)],
         decode=[make(DECODE, i) for i in range(num_decode)],
+        colocated=[make(COLOCATED, i) for i in range(num_colocated)],
     )
     for worker in fleet.workers:
         await worker.start(port)

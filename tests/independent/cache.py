@@ -80,9 +80,15 @@ class TokenCache:
     def take(self, tokens: int) -> None:
         """Memory for a batch; the piece at an end that was used longest ago goes first."""
         self.computing += tokens
+        self.free(0)
+
+    def free(self, tokens: int) -> None:
+        """Drop pieces until so many tokens are free, or all that is left is in use."""
         cached = len(self.all())
-        while cached + self.computing > self.capacity:
+        while cached + self.computing + tokens > self.capacity:
             ends = [t for t in self.all() if not t.after and not t.locks]
+            if not ends:
+                return
             gone = self._piece(min(ends, key=lambda t: t.used))
             cached -= len(gone)
             self.evicted += len(gone)

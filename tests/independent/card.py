@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from typing import Protocol
 
 
@@ -39,6 +41,30 @@ class Card:
         self.away_j = self.away_s = 0.0
         self._idle_from_s = 0.0
         self._plan: tuple[float, int] | None = None
+        self.air: Mapping[str, float] | None = None
+        """Cooling and leakage of its cards, by the names of docs/simulator.md; None: no matter."""
+        self.warm_c = math.nan
+
+    def _drawn_j(self, power_w: float, time_s: float) -> float:
+        """Energy of a stretch at that power of the table; the cards warm up or cool down."""
+        air = self.air
+        if air is None:
+            return power_w * time_s
+        kelvin_per_w = air["resistance_c_per_w"] / self._hardware.cards
+
+        def excess_c(at_w: float) -> float:
+            """Above the table's temperature, in the end: e = ambient - table + r P (1 + k e)."""
+            start = air["ambient"] - air["table"] + kelvin_per_w * at_w
+            return start / (1.0 - kelvin_per_w * at_w * air["leakage"])
+
+        if math.isnan(self.warm_c):
+            self.warm_c = excess_c(self._hardware.idle_w(self.clock))
+        end_c = excess_c(power_w)
+        rate = (1.0 - kelvin_per_w * power_w * air["leakage"]) / air["time"]
+        left_c = (self.warm_c - end_c) * math.exp(-rate * time_s)
+        area = end_c * time_s + (self.warm_c - end_c - left_c) / rate
+        self.warm_c = end_c + left_c
+        return power_w * (time_s + air["leakage"] * area)
 
     def ask(self, now_s: float, clock: int) -> None:
         """A command; what was asked for last is not asked again."""
@@ -68,7 +94,7 @@ class Card:
             end_s = work_s + left * time_s
             is_split = bool(self._coming) and self._coming[0][0] < end_s
             until_s = max(self._coming[0][0], work_s) if is_split else end_s
-            self.busy_j += power_w * (until_s - at_s)
+            self.busy_j += self._drawn_j(power_w, until_s - at_s)
             self.busy_s[self.clock] = self.busy_s.get(self.clock, 0.0) + until_s - at_s
             if not is_split:
                 break
@@ -112,5 +138,5 @@ class Card:
             self._idle_from_s += spent_s
             return
         awake_w = self._hardware.awake_w(self.clock) if self.window_j else 0.0
-        self.idle_j += spent_s * (self._hardware.idle_w(self.clock) + awake_w)
+        self.idle_j += self._drawn_j(self._hardware.idle_w(self.clock) + awake_w, spent_s)
         self._idle_from_s += spent_s

@@ -16,7 +16,7 @@ class Both:
 
     def __init__(self, hardware: Hardware, settings: Mapping[str, Any]) -> None:
         self._hardware = hardware
-        self._hidden = float(settings.get("mixed_overlap_frac") or 0.0)
+        self._told = settings.get("mixed_overlap_frac")
         self.cards = hardware.cards
         self.prompts: tuple[float, int] | None = None
 
@@ -29,8 +29,18 @@ class Both:
         total_s = sum(time_s for time_s, _ in parts)
         mean_w = sum(time_s * power_w for time_s, power_w in parts) / total_s
         if len(parts) == 2:
-            total_s -= self._hidden * min(time_s for time_s, _ in parts)
+            hidden, of_time, of_power = self._shared(clock, batch, tokens)
+            total_s = (total_s - hidden * min(time_s for time_s, _ in parts)) * of_time
+            mean_w *= of_power
         return total_s, mean_w
+
+    def _shared(self, clock: int, batch: float, tokens: int) -> list[float]:
+        """Overlap and ratios: as told, else as measured."""
+        assert self.prompts is not None
+        measured = self._hardware.mixed if self._told is None else None
+        if measured is None:
+            return [float(self._told or 0.0), 1.0, 1.0]
+        return measured.at(clock, self.prompts[1], batch, tokens)
 
     def idle_w(self, clock: int) -> float:
         return self._hardware.idle_w(clock)
@@ -136,9 +146,13 @@ class Colocated(Decode):
                 at = min(every, key=lambda i: (len(self.running[i].token_s),
                                                -self.running[i].prompt, -i))  # fmt: skip
             job = self.running.pop(at)
+            self._drop(job)
             job.lost, job.steps, job.done_prompt = len(job.token_s), 0, 0
             self.retracted.insert(0 if self.order == "vllm" else len(self.retracted), job)
             self.retractions += 1
+
+    def _drop(self, job: Job) -> None:
+        """Its cache is lost."""
 
     def _end_both(self, steps: list[Job], now_s: float) -> None:
         for job in steps:

@@ -7,11 +7,14 @@ decode.
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from heapq import heappop, heappush
 from typing import Any, Protocol
 
+from tests.independent.cable import Cable
 from tests.independent.cache import Token, TokenCache
 from tests.independent.card import Card
 from tests.independent.hardware import Hardware
@@ -46,6 +49,8 @@ class Job:
     is_rejected: bool = False
     tokens: Sequence[Hashable] = ()
     """What the prompt consists of; only a cache of prefixes asks."""
+    said: Sequence[Hashable] = ()
+    """The prompt and its answer."""
     next_turn: tuple[float, Job] | None = None
     """Seconds from its last token to the request that waited for it."""
     cached: int = 0
@@ -322,6 +327,13 @@ class Fleet:
         self.settings, self.hardware, self._router = settings, hardware, router
         self.prefill_makes_first = settings["first_token"] == "prefill"
         self.cable_free_s: dict[int, float] = {}
+        self.cables: defaultdict[int, Cable] = defaultdict(
+            lambda: Cable(
+                settings["kv_transfer_bytes_per_s"],
+                lambda at_s, action: self.at(at_s, HANDOVER, action),
+            )
+        )
+        """Shared ones, by number."""
         self.staff: Staff | None = None
         """Sends servers away; None: all serve."""
         self._num_ended = 0
@@ -418,6 +430,16 @@ class Fleet:
             self.staff.sending[id(self.prefill[job.prefill])] += 1
         delay_s = float(self.settings["kv_transfer_latency_s"])
         bandwidth = self.settings.get("kv_transfer_bytes_per_s")
+        if self.settings["kv_transfers"].startswith("shared_by_"):
+            number = {"prefill": job.prefill, "decode": job.decode, "fleet": 0}
+            cable = self.cables[number[self.settings["kv_transfers"].removeprefix("shared_by_")]]
+            num_bytes = job.prompt * self.hardware.kv_bytes_per_token
+            self.at(
+                now_s + delay_s,
+                HANDOVER,
+                lambda at_s: cable.begin(partial(self._deliver, job), num_bytes, at_s),
+            )
+            return
         if bandwidth is not None:
             delay_s += job.prompt * self.hardware.kv_bytes_per_token / bandwidth
         start_s = now_s

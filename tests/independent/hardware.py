@@ -15,6 +15,8 @@ from typing import Any
 
 import pandas as pd
 
+from tests.independent.mixed import Shared
+
 Row = tuple[list[float], list[float], list[float]]
 """Tokens, times in s, powers in W: the medians at one clock and batch size."""
 
@@ -40,6 +42,9 @@ class Hardware:
             self._awake_w = {int(str(clock)): float(watts) for clock, watts in awake.items()}
         self._belief = pd.read_csv(directory / "ecopred.csv").sort_values("batch_size_max")
         self._corners = cache(self._find_corners)
+        self.mixed: Shared | None = None
+        if (directory / "mixed.csv").exists():
+            self.mixed = Shared(directory / "mixed.csv", self.iteration, self.awake_w)
         self._believed = cache(self._find_belief)
 
     def top_if_unlocked_mhz(self, clock: int) -> int:

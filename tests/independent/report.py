@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tests.independent.colocated_cache import Keeping
 from tests.independent.fleet import Fleet, Job
 
 Numbers = dict[str, float]
@@ -46,6 +47,12 @@ def report(fleet: Fleet, jobs: Sequence[Job]) -> Numbers:
         numbers["cached_tokens"] = found
         numbers["cached_share"] = found / sum(j.prompt for j in jobs if not j.is_rejected)
         numbers["evicted_tokens"] = sum(c.evicted for c in caches)
+    keeping = [s for s in fleet.decode if isinstance(s, Keeping)]
+    if keeping:
+        found = sum(s.found for s in keeping)
+        numbers["cached_tokens"] = found
+        numbers["cached_share"] = found / (found + sum(s.computed for s in keeping))
+        numbers["evicted_tokens"] = sum(s.cache.evicted for s in keeping)
     numbers["goodput_per_j"] = kept / numbers["energy_j"]
     numbers["energy_per_request_j"] = numbers["energy_j"] / len(done)
     numbers["energy_per_output_token_j"] = numbers["energy_j"] / tokens

@@ -8,13 +8,18 @@ or the documents are wrong.
 from __future__ import annotations
 
 import math
+import shutil
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from tests.independent.colocated import Colocated
+from tests.independent.colocated_cache import Keeping
 from tests.independent.fleet import Fleet, Job, Noise, Router
 from tests.independent.hardware import Hardware
 from tests.independent.policies import Controller, EcoFreq, EcoRoute, RoundRobin, Static
@@ -39,8 +44,11 @@ VARYING: Settings = {
 LONG = "ten prompts longer than a prefill batch, in ordinary ones"
 SESSIONS = "sessions whose turns come when they like"
 TURNS = "sessions whose turns wait for answers"
+AIR = "air:leakage=0.006,resistance_c_per_w=0.12,time=7,ambient=25,table=55"
 CACHE = {"prefix_cache_tokens": 3_000}
 COLOCATED_KV = {"num_colocated": 2, "kv_capacity_tokens": 16_000, "kv_reserve_tokens": 0}
+COLOCATED_CACHE = {"num_colocated": 2, "colocated_cache": True, "kv_capacity_tokens": 1_000,
+                   "kv_reserve_tokens": 20}  # fmt: skip
 SMALL_KV = {"kv_capacity_tokens": 40_000, "kv_reserve_tokens": 12}
 
 CASES: dict[str, Settings] = {
@@ -73,6 +81,28 @@ CASES: dict[str, Settings] = {
         "rate_rps": 35, "kv_transfer_bytes_per_s": 4e9, "kv_transfer_latency_s": 0.002,
         "kv_transfers": "in_turn",
     },
+    "KV over each prefill instance's shared link": {
+        "rate_rps": 35, "kv_transfer_bytes_per_s": 4e9, "kv_transfer_latency_s": 0.002,
+        "kv_transfers": "shared_by_prefill",
+    },
+    "KV over each decode instance's shared link": {
+        "rate_rps": 35, "kv_transfer_bytes_per_s": 3e9, "kv_transfers": "shared_by_decode",
+        "first_token": "prefill", "num_decode": 3,
+    },
+    "KV over one shared link, sleep": {
+        "rate_rps": 8, "kv_transfer_bytes_per_s": 2e9, "kv_transfers": "shared_by_fleet",
+        "plans": "asaa+saas+aasa+aaaa", "period_s": 4.71, "duration_s": 30,
+    },
+    "temperature": {"rate_rps": 20, "temperature": AIR},
+    "temperature, two cards an instance": {
+        "rate_rps": 8, "profile": "a100-80g-sxm/qwen3-32b-tp2", "temperature": AIR,
+    },
+    "temperature, awake power, EcoFreq, noise, stalls": {
+        **VARYING, "controller": "ecofreq", "noise_scale": 1.0, "clock_stall_s": 0.01,
+        "profile": "a100-80g-sxm-awake/llama-3.1-8b", "temperature": AIR, "rate_rps": 10,
+        "idle_s": 0.4,
+    },
+    "temperature, 2C": {"rate_rps": 14, "num_colocated": 2, "temperature": AIR},
     "prefill waits for decode's boundary": {"rate_rps": 40, "prefill_starts": "decode_boundary"},
     "the same, EcoFreq and latency of serving": {
         **VARYING, "controller": "ecofreq", "prefill_starts": "decode_boundary",
@@ -151,6 +181,17 @@ CASES: dict[str, Settings] = {
         "max_running_requests": 40,
     },
     "3C, turns that wait": {"workload": TURNS, "num_colocated": 3},
+    "2C, cache of prefixes": {"workload": SESSIONS, **COLOCATED_CACHE},
+    "2C, mixed, cache of prefixes, no reserve, noise": {
+        "workload": SESSIONS, **COLOCATED_CACHE, "colocated_order": "sglang-mixed",
+        "max_prefill_tokens": 90, "kv_capacity_tokens": 600, "kv_reserve_tokens": 0,
+        "kv_retract_tokens": 7,
+        "noise_scale": 1.0,
+    },
+    "2C, turns that wait, cache of prefixes, EcoFreq": {
+        "workload": TURNS, **COLOCATED_CACHE, "controller": "ecofreq", "kv_capacity_tokens": 2_000,
+        "slo_ttft_s": 0.1, "slo_itl_s": 0.02,
+    },
     "sleep": {
         "rate_rps": 10, "plans": "asas+apas+aaaa+pasa+aaaa+aaxa", "period_s": 4.37,
         "duration_s": 35,
@@ -184,6 +225,9 @@ SHOWN = {
     "2C, mixed, small KV cache, noise": ("retractions", 20),
     "2C, vLLM, small KV cache, overlap": ("retractions", 20),
     "2C, EcoFreq": ("clock_changes", 30),
+    "2C, cache of prefixes": ("evicted_tokens", 3_000),
+    "2C, mixed, cache of prefixes, no reserve, noise": ("retractions", 10),
+    "2C, turns that wait, cache of prefixes, EcoFreq": ("cached_tokens", 20_000),
     "2C, vLLM, EcoFreq, sags": ("clock_changes", 30),
     "sleep": ("wake_ups", 2),
     "sleep, awake power, EcoFreq, noise": ("wake_ups", 3),
@@ -225,7 +269,11 @@ def spelled(settings: Settings) -> Settings:
 def requests_of(settings: Settings) -> Workload:
     if settings.get("workload") in (SESSIONS, TURNS):
         is_closed = settings["workload"] == TURNS
-        return random_sessions(3, count=150, mean_gap_s=0.03, longest=300, is_closed=is_closed)
+        if "colocated_cache" not in settings:
+            return random_sessions(3, count=150, mean_gap_s=0.03, longest=300, is_closed=is_closed)
+        return random_sessions(
+            3, count=120, mean_gap_s=0.02, longest=100, is_closed=is_closed, has_answers=True
+        )
     made = workload_of(make_config(spelled(settings)))
     if settings.get("workload") != LONG:
         return made
@@ -284,10 +332,15 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
         return noise_of(keys, phase, number, hardware.spread)
 
     def colocated(fleet: Fleet, number: int) -> Colocated:
-        return Colocated(fleet, controller("colocated"), noise("colocated", number))
+        kind = Keeping if keys.get("colocated_cache") else Colocated
+        return kind(fleet, controller("colocated"), noise("colocated", number))
 
     has_both = "num_colocated" in keys
     fleet = Fleet(keys, hardware, router, controller, noise, colocated if has_both else None)
+    if "temperature" in keys:
+        told = keys["temperature"].removeprefix("air:").split(",")
+        for server in (*fleet.prefill, *fleet.decode):
+            server.card.air = {k: float(v) for k, v in (word.split("=") for word in told)}
     if "plans" in settings:
         plans = settings["plans"].split("+")
         fleet.staff = Staff(fleet, plans, settings["period_s"], DATA / keys["profile"])
@@ -299,6 +352,9 @@ def played_again(settings: Settings, requests: Workload) -> Numbers:
             starts = [0, *prompt.ends[:-1]]
             parts = zip(prompt.names, starts, prompt.ends, strict=True)
             job.tokens = [(name, k) for name, start, end in parts for k in range(end - start)]
+            answers = requests.prompts.answers
+            name = ("nobody's", row) if answers is None else int(answers[row])
+            job.said = [*job.tokens, *((name, k) for k in range(job.wanted))]
     if requests.turns is not None:
         rows = zip(jobs, requests.turns.previous, requests.turns.think_s, strict=True)
         for job, previous, think_s in rows:
@@ -334,3 +390,43 @@ def test_both_programs_agree_on_every_number(name: str) -> None:
     key, least = SHOWN.get(name, ("iterations", 1))
     assert theirs[key] >= least
     assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=REL)
+
+
+def test_both_programs_agree_on_measured_mixed_iterations(tmp_path: Path) -> None:
+    """Rows at random between less than the longer part and more than the sum, some left out, on a
+    profile with awake power: whatever a table says, both read it alike."""
+    source = DATA / "a100-80g-sxm-awake/llama-3.1-8b"
+    folder = tmp_path / "profile"
+    shutil.copytree(source, folder)
+    rng = np.random.default_rng(3)
+    rows = [
+        (f, c, b, b * context, k, rng.uniform(0.005, 0.3), rng.uniform(150, 420))
+        for f in (1005, 1200, 1410)
+        for c in (24, 300, 2000)
+        for b in (1, 12, 60)
+        for context in (40, 700)
+        for k in range(2)
+        if rng.random() < 0.8
+    ]
+    key = ["frequency_mhz", "chunk_tokens", "batch_size", "tokens"]
+    columns = [*key, "trial", "time_s", "power_w"]
+    pd.DataFrame(rows, columns=columns).to_csv(folder / "mixed.csv", index=False)
+    stated = "".join(
+        f'\n[provenance.{name}]\nstatus = "modelled"\nsource = "dice"\n'
+        for name in ("mixed_time", "mixed_power")
+    )
+    (folder / "profile.toml").write_text((folder / "profile.toml").read_text() + stated)
+    settings = settings_of({
+        **VARYING, "rate_rps": 6, "duration_s": 6, "profile": str(folder), "num_colocated": 2,
+        "colocated_order": "sglang-mixed", "controller": "ecofreq", "max_prefill_tokens": 512,
+    })  # fmt: skip
+    requests = requests_of(settings)
+    config = make_config(spelled(settings))
+    ours = flat(summarise(simulate(config, cached_profile(config.profile), requests)))
+    theirs = played_again(settings, requests)
+    assert theirs["clock_changes"] > 20
+    assert {k: ours[k] for k in theirs} == pytest.approx(theirs, rel=REL)
+    plain = simulate(
+        replace(config, mixed_overlap_frac=0.0), cached_profile(config.profile), requests
+    )
+    assert flat(summarise(plain))["energy_j"] != pytest.approx(ours["energy_j"], rel=1e-3)

@@ -12,8 +12,8 @@ from tests.profiles.synthetic import make_meta, write_synthetic_profile
 from voltana.profiles.build.spread import SPREAD, spread_evidence
 from voltana.profiles.catalog import load_profile, write_profile
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.optional.spread import IterationSpread, row_spreads
 from voltana.profiles.schema import Provenance, SpreadMeta, meta_toml, read_meta
-from voltana.profiles.spread import IterationSpread, row_spreads
 
 ROWS = [  # clock, batch, tokens, trial, time_s, half the interquartile range
     (700, 1, 10, 0, 1.0, 0.06745),

@@ -26,7 +26,7 @@ from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.engines.sglang_metrics import MetricsError
 from voltana.sim.policies.answers import route
-from voltana.sim.policies.base import DECODE, PREFILL, InstanceState, Phase, RequestView
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, InstanceState, Phase, RequestView
 
 LOG: Final = logging.getLogger("voltana.router")
 FAILURES_TO_LEAVE: Final = 2
@@ -43,7 +43,7 @@ Pair = tuple[Worker, Worker]
 
 
 class RouterFleet:
-    """Chooses pairs and keeps every instance's state true."""
+    """Chooses pairs and keeps every instance's state true. A server that does both is a pair."""
 
     def __init__(
         self, config: RouterConfig, source: PolicySource, metrics: RouterMetrics, clock: RunClock
@@ -66,7 +66,7 @@ class RouterFleet:
                 Worker(w, make(phase, w.instance_id), Upstream(w.url, config.connect_s))
                 for w in config.of(phase)
             ]
-            for phase in (PREFILL, DECODE)
+            for phase in config.phases
         }
         self.adopt(source)
         self._publisher = EventPublisher(config.events) if config.events else None
@@ -83,12 +83,12 @@ class RouterFleet:
         self.policy = source.make_router()
         self._fallback = source.make_router(FALLBACK)
         self._has_routing_failed = False
-        source.cluster.prefill = [w.tracker.state for w in self.workers[PREFILL]]
-        source.cluster.decode = [w.tracker.state for w in self.workers[DECODE]]
+        first, last = ([w.tracker.state for w in self.workers[p]] for p in self._config.ends)
+        source.cluster.prefill, source.cluster.decode = first, last
 
     def all_workers(self) -> Iterable[Worker]:
         """Prefill first."""
-        return (*self.workers[PREFILL], *self.workers[DECODE])
+        return [worker for workers in self.workers.values() for worker in workers]
 
     @property
     def vocab_size(self) -> int | None:
@@ -151,8 +151,7 @@ class RouterFleet:
         Raises:
             NoWorkerError: A phase has no healthy server left to try.
         """
-        prefill = self._candidates(PREFILL, excluded)
-        decode = self._candidates(DECODE, excluded)
+        prefill, decode = (self._candidates(phase, excluded) for phase in self._config.ends)
         now_s = self._clock.now_s()
         oracle = body.max_new_tokens if self._config.sim.length_oracle and body.is_exact else None
         view = RequestView(request_id, arrival_s, body.input_tokens, oracle)
@@ -161,8 +160,9 @@ class RouterFleet:
             [w.tracker.observe(now_s) for w in prefill],
             [w.tracker.observe(now_s) for w in decode],
         )
-        pair = prefill[first], decode[second]
-        for worker in pair:
+        has_both = decode[second].config.phase == COLOCATED
+        pair = decode[second] if has_both else prefill[first], decode[second]
+        for worker in set(pair):
             worker.tracker.on_assigned(request_id, arrival_s, body.input_tokens, oracle)
             self._publish("assigned", worker, request_id, arrival_s, body.input_tokens, oracle)
         return pair
@@ -186,7 +186,7 @@ class RouterFleet:
     def prefilled(self, pair: Pair, request_id: int) -> None:
         """The prefill server has answered."""
         now_s = self._clock.now_s()
-        for worker in pair:
+        for worker in set(pair):
             worker.tracker.on_prefilled(request_id)
             self._publish("prefilled", worker, request_id, now_s)
 
@@ -334,7 +334,8 @@ class RouterFleet:
         limit_s = self._config.stall_s
         for attempt in list(worker.attempts):
             since_s = attempt.silent_since_s
-            if worker.config.phase == DECODE and since_s is not None and now_s - since_s > limit_s:
+            streams = worker.config.phase != PREFILL
+            if streams and since_s is not None and now_s - since_s > limit_s:
                 text = f"{worker.name} has sent nothing for {limit_s:g} s in the middle of a stream"
                 attempt.fail(AttemptError("stalled", text, worker, is_final=True))
 
@@ -358,10 +359,9 @@ class RouterFleet:
     @staticmethod
     def _waits_since_s(worker: Worker) -> float | None:
         """Since when something waits to be computed here; None if nothing does."""
-        if worker.config.phase == PREFILL:
-            waiting = worker.tracker.state.list_waiting()
-            return min((request.arrival_s for request in waiting), default=None)
-        since = (attempt.silent_since_s for attempt in worker.attempts)
+        prompts = worker.tracker.state.list_waiting() if worker.config.phase != DECODE else ()
+        streams = worker.attempts if worker.config.phase != PREFILL else ()
+        since = [*(p.arrival_s for p in prompts), *(a.silent_since_s for a in streams)]
         return min((at_s for at_s in since if at_s is not None), default=None)
 
     async def _follow(self, worker: Worker) -> None:

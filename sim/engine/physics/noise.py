@@ -3,8 +3,8 @@
 Each iteration draws one normal number from the instance's own stream, whoever plays it. Its time
 is the table's times exp(s·z - s²/2): lognormal with mean 1, so that time and energy stay the
 table's on average and a run with noise compares with one without. s belongs to the clock and batch
-of the iteration (`voltana.profiles.spread`). Beside that the instance may sag: for some seconds, at
-random instants, every iteration that begins is slower by a constant factor.
+of the iteration (`voltana.profiles.optional.spread`). Beside that the instance may sag: for some
+seconds, at random instants, every iteration that begins is slower by a constant factor.
 
 Numbers are drawn in blocks, and a block has running sums of its multipliers, so that the time and
 energy of any stretch of it take a few additions (`voltana.sim.engine.physics.run`).
@@ -18,7 +18,7 @@ from typing import Final, TypeAlias
 
 import numpy as np
 
-from voltana.profiles.spread import IterationSpread
+from voltana.profiles.optional.spread import IterationSpread
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 

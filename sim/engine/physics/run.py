@@ -61,6 +61,10 @@ class Run:
         """Power during iteration k, from 0."""
         return self.first_w + k * self.step_w
 
+    def part_j(self, ended: int, elapsed_s: float) -> float:
+        """Energy of the first `elapsed_s` of the iteration after those that have ended."""
+        return self.power_w(ended) * elapsed_s
+
     def elapsed_s(self, count: int) -> float:
         """Duration of the first `count` iterations."""
         multipliers = self.multipliers

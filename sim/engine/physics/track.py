@@ -15,6 +15,7 @@ from collections import deque
 from voltana.profiles.step_model import StepModel
 from voltana.sim.engine.physics.noise import IterationNoise
 from voltana.sim.engine.physics.run import Run
+from voltana.sim.engine.physics.warmth import WarmRun, Warmth
 from voltana.sim.policies.base import DECODE, IdlePlan, Phase
 from voltana.sim.records import InstanceRecord
 
@@ -26,9 +27,9 @@ class GpuTrack:
         "_away", "_away_j", "_away_s", "_away_state_j", "_away_w", "_busy_j", "_busy_s",
         "_clock_busy_s", "_clock_idle_s", "_first_busy_j", "_idle_j", "_idle_s", "_idle_since_s",
         "_is_decode", "_last_busy_j", "_model", "_noise", "_pending", "_phase", "_pieces", "_plan",
-        "_plan_due_s", "_stall_due_s", "_stall_s", "actuation_s", "clock_mhz", "energy_j",
-        "is_mixed", "num_clock_changes", "num_iterations", "num_wake_ups", "power_w", "run",
-        "target_mhz",
+        "_plan_due_s", "_stall_due_s", "_stall_s", "_warm_run", "_warmth", "actuation_s",
+        "clock_mhz", "energy_j", "is_mixed", "num_clock_changes", "num_iterations",
+        "num_wake_ups", "power_w", "run", "target_mhz",
     )  # fmt: skip
 
     def __init__(
@@ -87,8 +88,19 @@ class GpuTrack:
         """Time and energy out of service by state, beside busy and idle ones."""
         self._plan: IdlePlan | None = None
         self._plan_due_s = math.inf
+        self._warmth: Warmth | None = None
+        self._warm_run: WarmRun | None = None
         self._clock_busy_s: dict[int, float] = {}
         self._clock_idle_s: dict[int, float] = {}
+
+    def warm(self, warmth: Warmth) -> None:
+        """Let power follow the temperature from now, before the first iteration, on.
+
+        It begins as it is after a long rest.
+        """
+        warmth.temperature_c = warmth.settled_c(self._model.rest_power_w(self.clock_mhz))
+        self._warmth = warmth
+        self.run = self._warm_run = WarmRun(warmth, self._pieces)
 
     def request_clock(self, now_s: float, clock_mhz: int) -> None:
         """Take a decision into the delay line, unless it is what was asked for last."""
@@ -136,6 +148,8 @@ class GpuTrack:
             run.at = noise.at
             first_s = run.first_s * run.multipliers[0][run.at]
         run.duration_s = run.lead_s = first_s
+        if self._warmth is not None:
+            self.power_w = run.power_w(0)
         return run
 
     def extend(self, further: int) -> None:
@@ -154,19 +168,26 @@ class GpuTrack:
         """Add time and energy of the run: all of it, or up to an end of the simulation inside."""
         run = self.run
         count = run.count
+        warmth = self._warmth
         if self._pieces:
             parts = [
-                (elapsed_s, power_w * elapsed_s, clock)
+                (
+                    elapsed_s,
+                    power_w * elapsed_s if warmth is None else warmth.spend(power_w, elapsed_s),
+                    clock,
+                )
                 for start_s, end_s, power_w, clock in self._pieces
                 if (elapsed_s := min(end_s, until_s) - start_s) > 0
             ]
             self._pieces.clear()
         elif until_s == math.inf:
             parts = [(run.duration_s, run.energy_j(count), self.clock_mhz)]
+            if self._warm_run is not None:
+                self._warm_run.settle()
         else:
             ended = run.ended_before(until_s)
             elapsed_s = until_s - run.start_s
-            rest_j = run.power_w(ended) * (elapsed_s - run.elapsed_s(ended))
+            rest_j = run.part_j(ended, elapsed_s - run.elapsed_s(ended))
             parts = [(elapsed_s, run.energy_j(ended) + rest_j, self.clock_mhz)]
             count = ended + 1
         for elapsed_s, energy_j, clock in parts:
@@ -191,6 +212,8 @@ class GpuTrack:
         model = self._model
         power_w = model.rest_power_w if self._first_busy_j < 0 else model.idle_power_w
         self.power_w = power_w(self.clock_mhz)
+        if self._warmth is not None:
+            self.power_w = self._warmth.power_w(self.power_w)
         return self._next_idle_change_s()
 
     def go_away(self, now_s: float, name: str, power_w: float) -> None:
@@ -283,6 +306,8 @@ class GpuTrack:
         run.first_w, run.step_w = energy_j / run.first_s, 0.0
         run.line_end_tokens = float(tokens)
         run.multipliers = None
+        if self._warmth is not None:
+            self.power_w = run.power_w(0)
 
     def mixed_point(self, clock_mhz: int, batch_size: float, tokens: int) -> tuple[float, float]:
         """Time, noise included, and power at a clock of an iteration that is no table's.
@@ -310,7 +335,11 @@ class GpuTrack:
         power_w = model.rest_power_w if self._first_busy_j < 0 else model.idle_power_w
         self.power_w = power_w(clock)
         self._idle_s += elapsed_s
-        self._idle_j += self.power_w * elapsed_s
+        if self._warmth is None:
+            self._idle_j += self.power_w * elapsed_s
+        else:
+            self._idle_j += self._warmth.spend(self.power_w, elapsed_s)
+            self.power_w = self._warmth.power_w(self.power_w)
         self.energy_j = self._busy_j + self._idle_j + self._away_j
         self._clock_idle_s[clock] = self._clock_idle_s.get(clock, 0.0) + elapsed_s
 

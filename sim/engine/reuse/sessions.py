@@ -133,4 +133,6 @@ class Sessions:
         )
         if workload.prompts is not None:
             made.prompt = workload.prompts.prompt(row)
+            if workload.prompts.answers is not None:
+                made.answer = int(workload.prompts.answers[row])
         return made

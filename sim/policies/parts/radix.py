@@ -75,12 +75,12 @@ class RadixCache:
         """Free, or could be evicted."""
         return self.capacity_tokens - self.held_tokens - self.locked_tokens
 
-    def count(self, prompt: Prompt, limit: int) -> int:
-        """How many of the first `limit` tokens are here; nothing is touched."""
+    def count(self, prompt: Prompt, limit: int, *, locked: bool = False) -> int:
+        """How many of the first `limit` tokens are here, or in use; nothing is touched."""
         node, names = self.root, prompt.names
         while node.end < limit:
             child = node.children.get(names[node.below])
-            if child is None:
+            if child is None or (locked and child.locks == 0):
                 break
             end = _common_end(child, prompt, limit)
             if end < child.end:
@@ -142,7 +142,11 @@ class RadixCache:
     def hold(self, tokens: int) -> None:
         """Take memory for tokens that are to be computed, from prefixes where it must be."""
         self.held_tokens += tokens
-        self._evict(self.held_tokens + self.size_tokens - self.capacity_tokens)
+        self.free(0)
+
+    def free(self, tokens: int) -> None:
+        """Drop prefixes until so many tokens of memory are free, or none is left to drop."""
+        self._evict(tokens + self.held_tokens + self.size_tokens - self.capacity_tokens)
 
     def _split(self, lower: Node, prompt: Prompt, end: int) -> Node:
         """Cut a node in two; returns the upper one, which is new."""

@@ -1,7 +1,7 @@
 """Routers that know what prompts share: to where it is cached, unless that costs more.
 
 All three choose the prefill instance by it. Decode instances hold no prefixes: the one with the
-fewest open requests takes the request.
+fewest open requests takes the request. A colocated instance is both.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from voltana.sim.policies.base import (
+    COLOCATED,
     PREFILL,
     InstanceState,
     PolicyContext,
@@ -24,6 +25,10 @@ from voltana.sim.policies.spec import parameter
 
 def _open(state: InstanceState) -> int:
     return state.open_requests
+
+
+def _with_decode(chosen: int, decode: States) -> tuple[int, int]:
+    return chosen, chosen if decode[0].phase == COLOCATED else least(decode, _open)
 
 
 def _cached_tokens(request: RequestView, state: InstanceState) -> int:
@@ -62,7 +67,7 @@ class PrefixAffinity(Router):
             prefill,
             lambda s: (s.open_requests > most, -_cached_tokens(request, s), s.open_requests),
         )
-        return chosen, least(decode, _open)
+        return _with_decode(chosen, decode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -109,8 +114,8 @@ class CacheAware(Router):
         if request.prompt is not None:
             tree = self._tree(prefill[chosen])
             tree.insert(request.prompt, request.input_tokens)
-            tree.hold(0)  # down to its size
-        return chosen, least(decode, _open)
+            tree.free(0)  # down to its size
+        return _with_decode(chosen, decode)
 
     def _choose(self, request: RequestView, prefill: States) -> int:
         counts = [s.open_requests for s in prefill]
@@ -151,7 +156,8 @@ class PrefixEnergy(Router):
     all where some level does, the soonest first.
 
     Times are the predictor's, which knows no attention to a prefix; T counts the queue's prompts
-    whole, though some of it may be cached.
+    whole, though some of it may be cached. Of a colocated instance it counts prompts alone: that
+    decoding waits or shares is in no sum.
 
     Source: ours.
     """
@@ -169,13 +175,16 @@ class PrefixEnergy(Router):
         self._limit_s = context.prefill_budget_s * (1.0 - parameters.headroom_frac)
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
-        return least(prefill, lambda s: self._cost(request, s)), least(decode, _open)
+        return _with_decode(least(prefill, lambda s: self._cost(request, s)), decode)
 
     def _cost(self, request: RequestView, state: InstanceState) -> tuple[float, float, float]:
         """Seconds beyond the budget, joules added, open requests."""
         fresh = request.input_tokens - _cached_tokens(request, state)
-        queued = state.waiting_tokens + state.kv_tokens
-        batch = state.num_waiting + state.num_running
+        queued, batch = state.waiting_tokens, state.num_waiting
+        if state.phase == COLOCATED:
+            queued, batch = queued + state.chunk_tokens, batch + state.chunk_requests
+        else:
+            queued, batch = queued + state.kv_tokens, batch + state.num_running
         late_s, after_j = self._plan(batch + 1, queued + fresh)
         before_j = self._plan(batch, queued)[1] if queued > 0 else 0.0
         return late_s, after_j - before_j, state.open_requests

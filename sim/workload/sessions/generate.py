@@ -10,12 +10,12 @@ import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.spec import bind_parameters, parse_spec
+from voltana.sim.workload.arrivals.shapes import require_positive
 from voltana.sim.workload.prompts import Prompts, Turns
 from voltana.sim.workload.sessions import agent, chat
 from voltana.sim.workload.sessions.agent import AgentParameters, draw_task
 from voltana.sim.workload.sessions.chat import ChatParameters, draw_chat
 from voltana.sim.workload.sessions.session import Session
-from voltana.sim.workload.shapes import require_positive
 from voltana.sim.workload.workload import Workload
 
 _STREAM: Final = 103
@@ -89,16 +89,17 @@ def _means(name: str, parameters: Any) -> tuple[float, float]:  # noqa: ANN401 (
 class _Row:
     """One request, before all are put in order."""
 
-    __slots__ = ("arrival_s", "before", "names", "output_tokens", "think_s", "tokens")
+    __slots__ = ("answer", "arrival_s", "before", "names", "output_tokens", "think_s", "tokens")
 
     def __init__(
         self, arrival_s: float, names: list[int], tokens: list[int], output_tokens: int,
-        before: _Row | None, think_s: float,
+        answer: int, before: _Row | None, think_s: float,
     ) -> None:  # fmt: skip
         self.arrival_s = arrival_s
         self.names = names
         self.tokens = tokens
         self.output_tokens = output_tokens
+        self.answer = answer
         self.before = before
         self.think_s = think_s
 
@@ -116,14 +117,15 @@ def _rows(session: Session, start_s: float, duration_s: float, fresh: int) -> li
         now_s += think_s
         if now_s >= duration_s:
             break
+        answer = fresh + 2 * k + 1
         names.append(fresh + 2 * k)
         tokens.append(asked)
         if now_s >= 0.0:
             waited_s = think_s if before is not None else 0.0
-            row = _Row(now_s, list(names), list(tokens), answered, before, waited_s)
+            row = _Row(now_s, list(names), list(tokens), answered, answer, before, waited_s)
             rows.append(row)
             before = row
-        names.append(fresh + 2 * k + 1)
+        names.append(answer)
         tokens.append(answered)
     return rows
 
@@ -143,6 +145,8 @@ def _workload(rows: list[_Row], name: str, *, waits: bool) -> Workload:
         input_tokens=np.array([sum(row.tokens) for row in rows], dtype=np.int64),
         output_tokens=np.array([row.output_tokens for row in rows], dtype=np.int64),
         name=name,
-        prompts=Prompts.of_rows([row.names for row in rows], [row.tokens for row in rows]),
+        prompts=Prompts.of_rows(
+            [row.names for row in rows], [row.tokens for row in rows], [row.answer for row in rows]
+        ),
         turns=turns,
     )

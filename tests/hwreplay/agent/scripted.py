@@ -6,7 +6,8 @@ from operator import attrgetter
 from typing import Any
 
 from voltana.hwreplay.actuator.client import ActuatorLostError
-from voltana.hwreplay.agent.control import ControlLoop, StaleLimits
+from voltana.hwreplay.agent.control import ControlLoop
+from voltana.hwreplay.agent.loop_record import StaleLimits
 from voltana.hwreplay.messages.batch_feed import BatchNotice, NoticeKind
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.engines.sglang_metrics import IterationMetrics

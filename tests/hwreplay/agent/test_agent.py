@@ -28,7 +28,7 @@ from tests.hwreplay.messages.test_batch_feed import batch, plugin  # noqa: F401 
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
 from voltana.hwreplay.agent.agent import AgentConfig, await_agents, start_agents
-from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.agent.loop_record import StaleLimits
 from voltana.hwreplay.messages.agent_reports import ReportFeed
 from voltana.hwreplay.messages.events import Event, EventPublisher
 from voltana.hwreplay.view.context import PolicySource

@@ -24,7 +24,7 @@ from tests.hwreplay.engines.test_engine_pair import (
 from tests.hwreplay.metrics_relay import MetricsRelay
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
-from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.agent.loop_record import StaleLimits
 
 pytestmark = [pytest.mark.engine, pytest.mark.slow]
 

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from voltana.hwreplay.emulated import plan as plan_module
 from voltana.hwreplay.emulated import silicon
 from voltana.hwreplay.emulated.overruns import count_overruns
-from voltana.hwreplay.emulated.plan import Passes
-from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon, effective_batch
+from voltana.hwreplay.emulated.plan import ENVIRONMENT, Passes, Plan
+from voltana.hwreplay.emulated.silicon import Noise, Pass, Silicon, Work, effective_batch
 from voltana.profiles.catalog import load_profile
 
 PROFILE = load_profile("a100-80g-sxm/llama-3.1-8b")
 TRUTH = PROFILE.truth(extrapolate=True)
+STEP = PROFILE.mixed_step(extrapolate=True)
+
+
+def decodes(batch: int, tokens: int) -> Work:
+    return Work(decode=(batch, tokens))
+
+
+def computes(batch: int, tokens: int) -> Work:
+    return Work(chunk=(batch, tokens))
 
 
 @dataclass
@@ -83,7 +97,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
 
 def test_a_pass_lasts_and_draws_what_the_profile_says(clock: Clock) -> None:
     card = Card(clock)
-    found = Silicon(TRUTH, [card]).run("decode", 8, 4000)
+    found = Silicon(STEP, [card]).run(decodes(8, 4000))
     time_s, power_w = TRUTH.time_and_power("decode", 1410, 8, 4000)
     assert found.end_s - found.begin_s == pytest.approx(time_s, abs=5e-6)
     card.book()
@@ -92,10 +106,10 @@ def test_a_pass_lasts_and_draws_what_the_profile_says(clock: Clock) -> None:
 
 def test_what_the_host_does_between_passes_is_part_of_the_next(clock: Clock) -> None:
     card = Card(clock)
-    cards = Silicon(TRUTH, [card])
-    first = cards.run("decode", 8, 4000)
+    cards = Silicon(STEP, [card])
+    first = cards.run(decodes(8, 4000))
     clock.sleep(0.004)
-    second = cards.run("decode", 8, 4008)
+    second = cards.run(decodes(8, 4008))
     assert second.begin_s == first.end_s
     time_s, power_w = TRUTH.time_and_power("decode", 1410, 8, 4008)
     assert second.end_s - first.end_s == pytest.approx(time_s, abs=5e-6)
@@ -103,7 +117,7 @@ def test_what_the_host_does_between_passes_is_part_of_the_next(clock: Clock) -> 
     assert card.energy_j == pytest.approx(power_w * 2 * time_s, rel=3e-3)
     cards.rest()
     clock.sleep(0.004)
-    third = cards.run("decode", 8, 4016)
+    third = cards.run(decodes(8, 4016))
     assert third.begin_s == pytest.approx(second.end_s + 0.004, abs=1e-5)
 
 
@@ -113,14 +127,14 @@ def test_a_clock_that_changes_splits_the_pass(clock: Clock) -> None:
     after_s, _ = TRUTH.time_and_power("prefill", 705, 1, 4096)
     change_s = 0.4 * before_s
     card = Card(clock, changes=[(100.0 + change_s, 705)])
-    found = Silicon(TRUTH, [card]).run("prefill", 1, 4096)
+    found = Silicon(STEP, [card]).run(computes(1, 4096))
     assert found.end_s - 100.0 == pytest.approx(change_s + 0.6 * after_s, rel=1e-3)
     assert found.clock_mhz == 705
 
 
 def test_the_slowest_card_sets_the_pace_and_each_draws_its_share(clock: Clock) -> None:
     cards = [Card(clock), Card(clock, changes=[(0.0, 705)])]
-    found = Silicon(TRUTH, cards, rank=1).run("decode", 8, 4000)
+    found = Silicon(STEP, cards, rank=1).run(decodes(8, 4000))
     time_s, power_w = TRUTH.time_and_power("decode", 705, 8, 4000)
     assert found.end_s - found.begin_s == pytest.approx(time_s, abs=5e-6)
     cards[1].book()
@@ -128,9 +142,33 @@ def test_the_slowest_card_sets_the_pace_and_each_draws_its_share(clock: Clock) -
     assert cards[0].pass_w == 0.0
 
 
+def test_a_colocated_card_does_both_parts_in_one_pass_from_boundary_to_boundary(
+    clock: Clock,
+) -> None:
+    """The step that follows a chunk, too, begins where the chunk has ended."""
+    hidden = PROFILE.mixed_step(extrapolate=True, overlap_frac=0.25)
+    card = Card(clock)
+    cards = Silicon(hidden, [card], is_colocated=True)
+    first = cards.run(computes(1, 512))
+    clock.sleep(0.003)
+    both = cards.run(Work(decode=(8, 4000), chunk=(1.0, 512)))
+    clock.sleep(0.003)
+    last = cards.run(decodes(9, 4520))
+    assert [both.begin_s, last.begin_s] == [first.end_s, both.end_s]
+    chunk_s, chunk_w = TRUTH.time_and_power("prefill", 1410, 1, 512)
+    step_s, step_w = TRUTH.time_and_power("decode", 1410, 8, 4000)
+    lasts_s = chunk_s + step_s - 0.25 * min(chunk_s, step_s)
+    assert both.end_s - both.begin_s == pytest.approx(lasts_s, abs=5e-6)
+    after_s, after_w = TRUTH.time_and_power("decode", 1410, 9, 4520)
+    card.book()
+    parts_j = (chunk_s * chunk_w + step_s * step_w) / (chunk_s + step_s) * lasts_s
+    energy_j = chunk_s * chunk_w + parts_j + after_s * after_w
+    assert card.energy_j == pytest.approx(energy_j, rel=2e-3)
+
+
 def test_noise_has_mean_one_and_the_profile_s_spread() -> None:
     noise = Noise(PROFILE, "decode", 0, seed=13, scale=1.0)
-    drawn = np.array([noise.next(1410, 8) for _ in range(20_000)])
+    drawn = np.array([noise.next("decode", 1410, 8) for _ in range(20_000)])
     assert drawn.mean() == pytest.approx(1.0, abs=4 * 0.02 / np.sqrt(20_000))
     assert drawn.std() == pytest.approx(0.02, rel=0.03)
 
@@ -150,8 +188,7 @@ def test_overruns_are_counted_within_a_time(tmp_path: object) -> None:
                 due_s=begin_s + 0.1,
                 end_s=begin_s + 0.1 + late_s,
                 clock_mhz=1410,
-                batch_size=1,
-                tokens=1,
+                work=decodes(1, 1),
             )
         )
     found = count_overruns([path], 1.0, time.monotonic())
@@ -159,3 +196,20 @@ def test_overruns_are_counted_within_a_time(tmp_path: object) -> None:
     assert found.late_frac == pytest.approx(0.0205 / 0.3)
     assert found.fault is not None
     assert "1 of 3 overran" in found.fault
+
+
+def test_an_engine_s_own_python_finds_the_package_by_the_plan() -> None:
+    """It knows nothing of ours but the path in the plan."""
+    plan = Plan(
+        profile="p", phase="decode", instance_id=0, cards=(0,), state="s", passes="f",
+        max_requests=1,
+    )  # fmt: skip
+    code = json.loads(plan.environment()[ENVIRONMENT])["code"]
+    ask = (
+        "import sys, importlib.util as u; sys.path.append(sys.argv[1]);"
+        "print(u.find_spec('voltana.hwreplay.emulated.plan').origin)"
+    )
+    found = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", ask, code], capture_output=True, text=True, check=False
+    )
+    assert Path(found.stdout.strip()) == Path(plan_module.__file__), found.stderr

@@ -16,11 +16,12 @@ import tomli_w
 from tests.conftest import ROOT
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.engines.launch import run_fleet, run_profiled
-from voltana.hwreplay.engines.plan import Installation, Role, ServerPlan, plan_server
+from voltana.hwreplay.engines.plan import Installation, ServerPlan, plan_server
 from voltana.hwreplay.replay.config import ReplayConfig, read_replay_config
 from voltana.hwreplay.replay.parts import Run, router
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
+from voltana.sim.policies.base import Phase
 
 INSTALLED = Installation(
     python=Path("/opt/sglang/bin/python"),
@@ -29,10 +30,10 @@ INSTALLED = Installation(
 )
 
 
-def plan(phase: Role, gpus: tuple[int, ...] = ()) -> ServerPlan:
+def plan(phase: Phase, gpus: tuple[int, ...] = ()) -> ServerPlan:
     bootstrap_port = 9000 if phase == "prefill" else None
     return ServerPlan(
-        role=phase, instance_id=1, port=8000, bootstrap_port=bootstrap_port, gpus=gpus,
+        phase=phase, instance_id=1, port=8000, bootstrap_port=bootstrap_port, gpus=gpus,
         sockets=Path("/tmp/v"),
     )  # fmt: skip
 
@@ -156,7 +157,7 @@ def test_the_router_is_told_what_the_model_has(tmp_path: Path) -> None:
 def test_servers_on_gpus_keep_to_this_machine() -> None:
     """SGLang binds the KV transfer's sockets where SGLANG_HOST_IP says, else to a LAN address."""
     for gpus in ((), (2, 3)):
-        at = ServerPlan(role="prefill", port=1, bootstrap_port=2, gpus=gpus)
+        at = ServerPlan(phase="prefill", port=1, bootstrap_port=2, gpus=gpus)
         assert at.environment()["SGLANG_HOST_IP"] == "127.0.0.1"
 
 

@@ -150,7 +150,7 @@ def test_the_real_engine_is_ended_after_kill_9(tmp_path: Path) -> None:
         "from voltana.hwreplay.engines.launch import run_fleet\n"
         "from voltana.hwreplay.engines.plan import Installation\n"
         f"engine = Installation.in_folder(Path({str(ENGINE)!r}))\n"
-        f"with run_fleet(engine, Path({str(tmp_path)!r}), num_decode=0, start_s=400)"
+        f"with run_fleet(engine, Path({str(tmp_path)!r}), {{'prefill': 1}}, start_s=400)"
         " as (server,):\n"
         "    print(server.process.pid, *server.shared_memory, flush=True)\n    time.sleep(600)\n"
     )

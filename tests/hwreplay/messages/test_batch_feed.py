@@ -52,35 +52,43 @@ def ranks(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def batch(mode: str, **values: object) -> SimpleNamespace:
     """The names of SGLang's ScheduleBatch that the plug-in reads."""
     modes = {f"is_{name}": (lambda name=name: name == mode) for name in
-             ("extend", "prebuilt", "idle")}  # fmt: skip
+             ("extend", "mixed", "prebuilt", "idle")}  # fmt: skip
     return SimpleNamespace(forward_mode=SimpleNamespace(**modes), **values)
 
 
 PREFILL = batch("extend", batch_size=lambda: 3, extend_num_tokens=700)
 DECODE = batch("decode", batch_size=lambda: 2, seq_lens_cpu=np.array([40, 60]))
+MIXED = batch(
+    "mixed", batch_size=lambda: 5, extend_num_tokens=702, decoding_reqs=["a", "b"],
+    seq_lens_cpu=np.array([300, 300, 100, 40, 60]),
+)  # fmt: skip
+"""Three prompts of 700 new tokens, and two requests that decode, at the end and a token each."""
 SCHEDULER = SimpleNamespace(waiting_queue=[1, 2, 3, 4])
 
 
 def test_both_sides_agree(plugin: ModuleType) -> None:
     assert plugin.ENVIRONMENT == ENVIRONMENT
     assert plugin.LAYOUT.format == LAYOUT.format
-    assert tuple(NoticeKind) == (plugin.HELLO, plugin.PREFILL, plugin.DECODE)
+    assert tuple(NoticeKind) == (plugin.HELLO, plugin.PREFILL, plugin.DECODE, plugin.MIXED)
 
 
 def test_hello_then_batches(plugin: ModuleType, tmp_path: Path) -> None:
     feed = BatchFeed(tmp_path / "b")
     announcer = plugin.Announcer(str(tmp_path / "b"))
     before_ns = time.monotonic_ns()
-    for item in (PREFILL, DECODE, batch("idle"), batch("prebuilt")):
+    for item in (PREFILL, DECODE, MIXED, batch("idle"), batch("prebuilt")):
         announcer.announce(SCHEDULER, item)
-    notices = [feed.receive() for _ in range(4)]
-    assert notices[3] is None
+    notices = [feed.receive() for _ in range(5)]
+    assert notices[4] is None
     found = [(n.kind, n.num_requests, n.tokens, n.num_waiting) for n in notices if n]
     assert found == [
         (NoticeKind.HELLO, 0, 0, 0),
         (NoticeKind.PREFILL, 3, 700, 4),
         (NoticeKind.DECODE, 2, 100, 4),
+        (NoticeKind.MIXED, 2, 100, 4),
     ]
+    chunks = [(n.chunk_requests, n.chunk_tokens) for n in notices if n]
+    assert chunks == [(0, 0), (0, 0), (0, 0), (3, 700)]
     assert all(before_ns <= n.sent_ns <= time.monotonic_ns() for n in notices if n)
     feed.close()
     announcer.close()
@@ -137,22 +145,22 @@ def test_the_socket_of_a_killed_agent_is_replaced(tmp_path: Path) -> None:
         BatchFeed(tmp_path / "file")
 
 
-@given(st.binary(max_size=40) | st.binary(min_size=18, max_size=18).map(lambda b: b"VBAT\1\1" + b))
+@given(st.binary(max_size=40) | st.binary(min_size=24, max_size=24).map(lambda b: b"VBAT\2\1" + b))
 def test_any_bytes_are_a_notice_or_refused(data: bytes) -> None:
     try:
         notice = parse_notice(data)
     except VoltanaError:
         return
     assert LAYOUT.pack(
-        b"VBAT", 1, notice.kind, notice.num_requests, notice.tokens, notice.num_waiting,
-        notice.sent_ns,
+        b"VBAT", 2, notice.kind, notice.num_requests, notice.tokens, notice.num_waiting,
+        notice.sent_ns, notice.chunk_requests, notice.chunk_tokens,
     ) == data  # fmt: skip
 
 
 def test_a_wrong_datagram_is_refused_by_the_feed(tmp_path: Path) -> None:
     feed = BatchFeed(tmp_path / "b")
     with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as stranger:
-        stranger.sendto(b"x" * 24, str(tmp_path / "b"))
+        stranger.sendto(b"x" * LAYOUT.size, str(tmp_path / "b"))
     with pytest.raises(VoltanaError, match="must begin"):
         feed.receive()
     feed.close()

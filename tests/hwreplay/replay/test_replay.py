@@ -262,6 +262,21 @@ ATTACHED = {
             {"fleet": {"engine": "e"}, "replay": {"power_w": 50.0, "actuator": "/run/v.sock"}},
             "actuator must have gpus to set, got /run/v.sock without: name the cards",
         ),
+        (
+            {
+                "fleet": {"colocated": [{"url": "http://h:1", "metrics": "ipc:///c"}]},
+                "replay": {"power_w": 1},
+            },
+            "a colocated server must announce its batches, .* colocated-0 has no batch socket",
+        ),
+        (
+            {
+                "simulate": {"num_colocated": 2, "colocated_order": "vllm"},
+                "fleet": {"engine": "e"},
+                "replay": {"power_w": 1},
+            },
+            "colocated_order must be one that SGLang has, got vllm",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_line(

@@ -40,7 +40,7 @@ from tests.hwreplay.engines.test_engine_pair import (
     through,
 )
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
-from voltana.hwreplay.agent.control import StaleLimits
+from voltana.hwreplay.agent.loop_record import StaleLimits
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.engines.launch import restart
 from voltana.hwreplay.engines.server import Server

@@ -15,8 +15,10 @@ import pandas as pd
 import pytest
 
 from tests.conftest import ROOT
+from tests.profiles.synthetic import write_synthetic_profile
 from voltana.hwreplay.validate.validate import (
     Comparison,
+    ProfileModel,
     Thresholds,
     Validation,
     cdf,
@@ -176,6 +178,24 @@ def test_iterations_are_predicted_one_by_one() -> None:
     assert observed.iterations is not None
     alone = predict_iterations(observed.iterations, MillisecondAToken())
     assert alone["predicted_s"].isna().tolist() == [False, False, True]
+
+
+def test_iterations_of_both_phases_are_predicted_by_the_profile_s_rule(tmp_path: Path) -> None:
+    """Prompts alone 0.5 s, a step 0.25 s, both 0.625 s with half of the step hidden."""
+    profile = write_synthetic_profile(
+        tmp_path, time_s=lambda phase, f, b, t: 0.5 if phase == "prefill" else 0.25
+    )
+    model = ProfileModel(profile.truth(), profile.mixed_step(overlap_frac=0.5))
+    ones, none = np.ones(4, dtype=np.int64), np.zeros(4, dtype=np.int64)
+    table = IterationTable(
+        phase=np.array(["colocated"] * 4), instance_id=none, start_s=np.arange(4.0),
+        duration_s=np.array([0.5, 0.25, 0.625, 0.5]), clock_mhz=1400 * ones,
+        energy_j=np.ones(4), batch_size=np.array([0, 2, 2, 0]), tokens=np.array([0, 40, 42, 0]),
+        chunk_requests=np.array([1, 0, 1, 0]), chunk_tokens=np.array([64, 0, 64, 0]),
+    )  # fmt: skip
+    found = predict_iterations(table, model)
+    assert found["predicted_s"].tolist() == found["observed_s"].tolist() == [0.5, 0.25, 0.625]
+    assert predict_iterations(table, MillisecondAToken())["predicted_s"].isna().all()
 
 
 def test_differences_between_the_runs_are_said() -> None:

@@ -180,8 +180,8 @@ def test_a_server_on_cards_gets_them_alone_and_prefills_long_prompts_whole(
     ]
     done = subprocess.run(command, env=standin.env, capture_output=True, text=True, timeout=120)
     assert done.returncode == 2
-    assert "unified server ended with 3" in done.stderr.splitlines()[-1]
-    cards, arguments = (tmp_path / "p" / "logs" / "unified.log").read_text().splitlines()
+    assert "colocated-0 server ended with 3" in done.stderr.splitlines()[-1]
+    cards, arguments = (tmp_path / "p" / "logs" / "colocated-0.log").read_text().splitlines()
     assert cards == "cards 1,0"
     assert "--chunked-prefill-size 16384 --tp-size 2" in arguments
     assert arguments.endswith("--tp-size 4")  # what the user says comes last, and so counts

@@ -60,6 +60,23 @@ def test_a_chunk_behind_a_prefix_equals_the_full_forward() -> None:
     torch.testing.assert_close(model.forward(ids[:, 4:], 4, cache), full, rtol=1e-9, atol=1e-9)
 
 
+def test_a_chunk_beside_decoding_is_both_by_themselves() -> None:
+    """In one pass over all their tokens, each sees its own cache and nothing of the other's."""
+    model = Llama(TOY, dtype=torch.float64, weight_std=0.25)
+    chunk = torch.randint(TOY.vocab_size, (1, 7), generator=torch.Generator().manual_seed(3))
+    newest = torch.randint(TOY.vocab_size, (3, 1), generator=torch.Generator().manual_seed(4))
+    prompt, running = (KvCache.random(TOY, n, 9, model.embedding) for n in (1, 3))
+    pairs = [(chunk, 2, prompt), (newest, 8, running)]
+    copies = [KvCache(keys=c.keys.clone(), values=c.values.clone()) for c in (prompt, running)]
+    alone = [
+        model.forward(ids, start, copy) for (ids, start, _), copy in zip(pairs, copies, strict=True)
+    ]
+    torch.testing.assert_close(model.mixed(pairs), torch.cat(alone), rtol=1e-9, atol=1e-9)
+    for (_, _, cache), copy in zip(pairs, copies, strict=True):
+        torch.testing.assert_close(cache.keys, copy.keys, rtol=1e-9, atol=1e-9)
+        torch.testing.assert_close(cache.values, copy.values, rtol=1e-9, atol=1e-9)
+
+
 def test_the_logits_depend_on_every_cached_token() -> None:
     """Else the tests above would pass for a model that ignores its cache."""
     model = Llama(TOY, dtype=torch.float64, weight_std=0.25)

@@ -41,6 +41,33 @@ def test_a_crash_is_recorded_the_engine_restarted_and_the_point_tried_by_the_nex
     assert set(again.opened) == {BIG}
 
 
+def test_chunks_are_measured_beside_decoding_where_asked_and_within_the_limits(
+    tmp_path: Path,
+) -> None:
+    """A pass of this engine takes 10 ms whatever is in it, so that a step beside a chunk is free:
+    both ends of the grid say so, and what they were not asked for too."""
+    wanted = plan(phases=("prefill", "decode", "mixed"))
+    log = run(Fake(), tmp_path / "j", wanted)
+    mixed = [point for _, point in log.points if point.phase == "mixed"]
+    assert {point.chunk_tokens for point in mixed} == {1, 15}
+    for point in mixed:  # one place, the prompt's room and a token of its budget are taken
+        assert point.batch_size == 1
+        assert point.tokens + point.chunk_tokens <= 32
+    assert len(mixed) == len(set(mixed)) >= 2
+    again = Fake()
+    read = run(again, tmp_path / "j", wanted)
+    assert again.opened == []
+    made = assemble(tmp_path / "p", read, [ConstantPowerGpu(100.0).identity], Fake().facts)
+    time_s, power_w = made.mixed_step().time_and_power(0, (1.0, 8), (1, 12))
+    assert time_s == pytest.approx(0.01)
+    assert power_w == pytest.approx(100.0, rel=0.05)  # read a moment before and after
+    assert made.mixed_step(overlap_frac=0.0).time_and_power(0, (1.0, 8), (1, 12))[0] > 0.019
+    run(Fake(), tmp_path / "apart")
+    log = Journal.open(tmp_path / "apart")
+    left = assemble(tmp_path / "p", log, [ConstantPowerGpu(100.0).identity], Fake().facts)
+    assert left.mixed is None
+
+
 def test_a_point_that_kills_every_run_is_given_up_after_three(tmp_path: Path) -> None:
     """Else a broken CUDA context would end each run at the same point."""
     tried = []

@@ -264,6 +264,22 @@ def test_the_design_stays_within_the_engine_and_starts_coarse() -> None:
     assert {p.tokens for p in prefill} == {1, 4, *(2**power for power in range(4, 13))}
 
 
+def test_chunks_beside_decoding_begin_with_the_corners_of_all_three() -> None:
+    """The first four have both ends of each, so that the least a run measures spans the grid."""
+    points = design(FACTS, "mixed", max_batch_size=64, max_tokens=100_000)
+    whole, first = (
+        [(p.chunk_tokens, p.batch_size, p.tokens // p.batch_size) for p in of]
+        for of in (points, points[:4])
+    )
+    for axis in range(2):
+        values = {point[axis] for point in whole}
+        assert {min(values), max(values)} == {point[axis] for point in first}
+    assert len(whole) == len(set(whole)) == 27
+    for point in points:
+        assert point.tokens + point.chunk_tokens <= FACTS.kv_capacity_tokens
+        assert point.batch_size + point.chunk_tokens <= FACTS.max_prefill_tokens
+
+
 def test_every_batch_size_reaches_the_end_of_the_cache_or_of_the_context() -> None:
     """400,000 tokens of cache, 4,096 of context: beyond the grid a simulation refuses to go."""
     ends: dict[int, int] = {}

@@ -66,12 +66,15 @@ def quiet_env() -> dict[str, str]:
 def test_without_a_card_the_power_is_never_called_measured(
     tmp_path: Path, quiet_env: dict[str, str]
 ) -> None:
-    done = run(tmp_path / "toy", quiet_env, "--power-w", "100")
+    told = ("--power-w", "100", "--phases", "prefill,decode,mixed")
+    done = run(tmp_path / "toy", quiet_env, *told)
     assert done.returncode == 0, done.stderr
     profile = load_profile(tmp_path / "toy")
     assert profile.meta.provenance["decode_time"].status == "measured"
-    for quantity in ("prefill_power", "decode_power", "idle_power"):
+    for quantity in ("prefill_power", "decode_power", "idle_power", "mixed_power"):
         assert profile.meta.provenance[quantity].status == "modelled"
+    assert profile.meta.provenance["mixed_time"].status == "measured"
+    _meets_its_mixed_iterations(profile)
     assert profile.power_w("decode", 1000, 1, 1) == pytest.approx(100.0, rel=0.2)
     assert set(profile.decode["trial"]) == {0, 1}
     assert (profile.decode["spread_s"] >= 0).all()
@@ -81,12 +84,30 @@ def test_without_a_card_the_power_is_never_called_measured(
     assert names == {"power_surface.png", "fit_report.csv"}
     _simulates_at_constant_power(profile)
     before = (tmp_path / "toy" / "journal.jsonl").read_text()
-    again = run(tmp_path / "toy", quiet_env, "--power-w", "100")
+    again = run(tmp_path / "toy", quiet_env, *told)
     assert again.returncode == 0, again.stderr
     after = (tmp_path / "toy" / "journal.jsonl").read_text()
     assert after.startswith(before)
     keys = [line.split(', "trials"')[0] for line in after.splitlines()]
     assert len(set(keys)) == len(keys)  # no finished point was measured again
+
+
+def _meets_its_mixed_iterations(profile: Profile) -> None:
+    """Each row as the simulator has it; the table's six digits are all that is lost."""
+    assert profile.mixed is not None
+    key = ["frequency_mhz", "chunk_tokens", "batch_size", "tokens"]
+    step = profile.mixed_step(extrapolate=True)
+    medians = profile.mixed.groupby(key)["time_s"].median().reset_index()
+    for row in medians.to_dict("records"):
+        clock, chunk, batch, tokens = (int(row[name]) for name in key)
+        time_s, _ = step.time_and_power(clock, (1.0, chunk), (batch, tokens))
+        assert time_s == pytest.approx(row["time_s"], rel=1e-4)
+    requests = make_requests((0.0, 40, 9), (0.001, 30, 5), (0.002, 20, 7))
+    _, summary = simulate_run(
+        profile, requests, num_colocated=1, num_prefill=0, num_decode=0, extrapolate=True,
+        colocated_order="sglang-mixed", kv_capacity_tokens=200, max_prefill_tokens=64,
+    )  # fmt: skip
+    assert summary["requests_completed"] == 3
 
 
 def _simulates_at_constant_power(profile: Profile) -> None:

@@ -18,8 +18,16 @@ def sharing(
     *,
     previous: Sequence[int] | None = None,
     think_s: Sequence[float] | None = None,
+    answers: Sequence[int] | None = None,
 ) -> Workload:
-    """Requests from (arrival_s, segments of the prompt, output_tokens)."""
+    """Requests from (arrival_s, segments of the prompt, output_tokens).
+
+    Args:
+        rows: They, in order of arrival.
+        previous: Whom each waits for.
+        think_s: How long after that.
+        answers: The segment that each output is.
+    """
     names = [[name for name, _ in segments] for _, segments, _ in rows]
     tokens = [[length for _, length in segments] for _, segments, _ in rows]
     turns = None
@@ -29,17 +37,31 @@ def sharing(
         arrival_s=np.array([row[0] for row in rows], dtype=np.float64),
         input_tokens=np.array([sum(row) for row in tokens], dtype=np.int64),
         output_tokens=np.array([row[2] for row in rows], dtype=np.int64),
-        prompts=Prompts.of_rows(names, tokens),
+        prompts=Prompts.of_rows(names, tokens, answers),
         turns=turns,
     )
 
 
 def random_sessions(
-    seed: int, *, count: int, mean_gap_s: float, longest: int = 40, is_closed: bool = False
+    seed: int,
+    *,
+    count: int,
+    mean_gap_s: float,
+    longest: int = 40,
+    is_closed: bool = False,
+    has_answers: bool = False,
 ) -> Workload:
     """Sessions that begin alike: each turn repeats a session so far, with an answer and more.
 
     Some turns come twice, as if asked again, and some sessions go back a few turns.
+
+    Args:
+        seed: Of everything.
+        count: Requests.
+        mean_gap_s: Between arrivals.
+        longest: A segment's bound.
+        is_closed: Turns wait for the ones before them.
+        has_answers: What a turn repeats is what was put out before; else nobody knows.
     """
     rng = np.random.default_rng(seed)
     lengths: dict[int, int] = {}
@@ -51,6 +73,7 @@ def random_sessions(
     sessions: list[tuple[int, list[Segment]]] = []
     rows: list[tuple[float, list[Segment], int]] = []
     previous: list[int] = []
+    answers: list[int] = []
     fresh, now_s = 100, 0.0
     for row in range(count):
         now_s += float(rng.exponential(mean_gap_s))
@@ -65,9 +88,14 @@ def random_sessions(
             fresh += 1
         rows.append((now_s, list(said), int(rng.integers(1, 30))))
         previous.append(before)
+        if has_answers:
+            answers.append(fresh)
+            lengths[fresh] = rows[-1][2]
+            said = [*said, (fresh, rows[-1][2])]
+            fresh += 1
         sessions[at] = (row, said)
     if not is_closed:
-        return sharing(rows)
+        return sharing(rows, answers=answers or None)
     think_s = [0.0 if p < 0 else float(rng.exponential(5 * mean_gap_s)) for p in previous]
     arrival_s = [row[0] for row in rows]
     for row, before in enumerate(previous):  # the earliest that it could come
@@ -78,4 +106,5 @@ def random_sessions(
         [(arrival_s[k], rows[k][1], rows[k][2]) for k in order],
         previous=[place[previous[k]] if previous[k] >= 0 else -1 for k in order],
         think_s=[think_s[k] for k in order],
+        answers=[answers[k] for k in order] if has_answers else None,
     )

@@ -21,6 +21,7 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import ExactLog
+from voltana.sim.engine.reuse.colocated import CachingColocatedInstance
 from voltana.sim.engine.reuse.prefill import CachingPrefillInstance
 from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.parts.radix import Node, RadixCache
@@ -174,7 +175,8 @@ class Watched:
         self.fleet = Fleet(config, profile, (workload,), log)
 
     def caches(self) -> list[RadixCache]:
-        return [p.cache for p in self.fleet.prefill if isinstance(p, CachingPrefillInstance)]
+        kinds = CachingPrefillInstance, CachingColocatedInstance
+        return [i.cache for i in self.fleet.instances if isinstance(i, kinds)]
 
     def play(self) -> RunRecord:
         for request in self.fleet.start():

@@ -15,6 +15,7 @@ from scipy import stats
 from voltana.experiments.runs import stream_of, workload_of
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
+from voltana.sim.workload.arrivals.shapes import diurnal_rate
 from voltana.sim.workload.build_histograms import SOURCES, histogram, moments
 from voltana.sim.workload.generate import list_workloads, make_workload, stream_diurnal
 from voltana.sim.workload.lengths import (
@@ -25,7 +26,6 @@ from voltana.sim.workload.lengths import (
     list_lengths,
     source_moments,
 )
-from voltana.sim.workload.shapes import diurnal_rate
 from voltana.sim.workload.workload import Workload
 
 

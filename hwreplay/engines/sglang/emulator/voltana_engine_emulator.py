@@ -18,6 +18,7 @@ import time
 
 ENVIRONMENT = "VOLTANA_EMULATE"
 LOAD = "sglang.srt.model_executor.model_runner.ModelRunner.load_model"
+RUN = "sglang.srt.managers.scheduler.Scheduler.run_batch"
 IDLE = "sglang.srt.managers.scheduler.Scheduler.on_idle"
 NAP_S = 200e-6
 TOKEN = 3
@@ -37,11 +38,13 @@ class EmulatedModel:
         self._passes = Passes(plan["passes"]) if rank == 0 else None
         self._logits = torch.zeros(plan["max_requests"], model.config.vocab_size)
         self._logits[:, TOKEN] = 1.0
+        self.num_decoding = 0
+        """Requests at the end of a mixed batch that get a token; the rest are prompts."""
 
     def forward(self, input_ids, positions, forward_batch, **_options):  # noqa: ANN001, ANN202
         mode = forward_batch.forward_mode
         if not mode.is_idle():
-            ended = self._silicon.run(*self._work(forward_batch, mode))
+            ended = self._silicon.run(self._work(forward_batch, mode))
             if self._passes is not None:
                 self._passes.keep(ended)
         return self._answer(next_token_logits=self._logits[: forward_batch.batch_size])
@@ -49,15 +52,19 @@ class EmulatedModel:
     def rest(self) -> None:
         self._silicon.rest()
 
-    @staticmethod
-    def _work(forward_batch, mode):  # noqa: ANN001, ANN205
-        from voltana.hwreplay.emulated.silicon import effective_batch
+    def _work(self, forward_batch, mode):  # noqa: ANN001, ANN202
+        from voltana.hwreplay.emulated.silicon import Work, effective_batch
 
         if mode.is_decode():
-            return "decode", forward_batch.batch_size, int(forward_batch.seq_lens_sum)
+            return Work(decode=(forward_batch.batch_size, int(forward_batch.seq_lens_sum)))
         chunks = list(forward_batch.extend_seq_lens_cpu)
-        equal = effective_batch(chunks, list(forward_batch.extend_prefix_lens_cpu))
-        return "prefill", equal, sum(chunks)
+        prefixes = list(forward_batch.extend_prefix_lens_cpu)
+        number = self.num_decoding  # not by the mode: SGLang runs a mixed batch as an extend one
+        prompts = len(chunks) - number
+        context = sum(chunks[prompts:]) + sum(prefixes[prompts:])
+        chunks, prefixes = chunks[:prompts], prefixes[:prompts]
+        equal = effective_batch(chunks, prefixes)
+        return Work(decode=(number, context), chunk=(equal, sum(chunks)))
 
 
 def register() -> None:
@@ -77,6 +84,11 @@ def register() -> None:
         runner.model.forward = made[-1].forward
         return result
 
+    def around_run(original, scheduler, batch, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
+        for model in made:
+            model.num_decoding = len(batch.decoding_reqs or ())
+        return original(scheduler, batch, *args, **kwargs)
+
     def around_idle(original, scheduler, *args, **kwargs):  # noqa: ANN001, ANN002, ANN003, ANN202
         for model in made:
             model.rest()
@@ -85,4 +97,5 @@ def register() -> None:
         return original(scheduler, *args, **kwargs)
 
     HookRegistry.register(LOAD, after_load, HookType.AFTER)
+    HookRegistry.register(RUN, around_run, HookType.AROUND)
     HookRegistry.register(IDLE, around_idle, HookType.AROUND)

@@ -8,8 +8,9 @@ would end the scheduler. Without the variable it does nothing.
 Under tensor parallelism every rank runs every batch; the one that publishes the metrics (rank 0 of
 attention's, last pipeline stage) announces it, and no other.
 
-A datagram has 24 bytes: magic, version, kind, requests, tokens (new ones in prefill, context in
-decode), queued requests, CLOCK_MONOTONIC in ns.
+A datagram has 30 bytes: magic, version, kind, requests, tokens (new ones in prefill, context in
+decode), queued requests, CLOCK_MONOTONIC in ns; of a mixed batch requests and tokens are decode's,
+and its prompts and their new tokens follow.
 """
 
 from __future__ import annotations
@@ -21,10 +22,10 @@ import time
 
 ENVIRONMENT = "VOLTANA_BATCH_SOCKET"
 TARGET = "sglang.srt.managers.scheduler.Scheduler.run_batch"
-LAYOUT = struct.Struct("<4sBBHIIQ")
+LAYOUT = struct.Struct("<4sBBHIIQHI")
 MAGIC = b"VBAT"
-VERSION = 1
-HELLO, PREFILL, DECODE = 0, 1, 2
+VERSION = 2
+HELLO, PREFILL, DECODE, MIXED = 0, 1, 2, 3
 MAX_COUNT, MAX_REQUESTS = 2**32 - 1, 2**16 - 1
 
 
@@ -65,15 +66,23 @@ class Announcer:
         if mode.is_prebuilt() or mode.is_idle():
             return
         waiting = len(scheduler.waiting_queue)
-        if mode.is_extend():
+        if mode.is_mixed():
+            number = len(batch.decoding_reqs)
+            tokens = int(batch.seq_lens_cpu[-number:].sum())
+            chunk = batch.batch_size() - number, batch.extend_num_tokens - number
+            self._send(MIXED, number, tokens, waiting, chunk)
+        elif mode.is_extend():
             self._send(PREFILL, batch.batch_size(), batch.extend_num_tokens, waiting)
         else:
             tokens = int(batch.seq_lens_cpu.sum())
             self._send(DECODE, batch.batch_size(), tokens, waiting)
 
-    def _send(self, kind: int, requests: int, tokens: int, waiting: int) -> None:
+    def _send(
+        self, kind: int, requests: int, tokens: int, waiting: int, chunk: tuple[int, int] = (0, 0)
+    ) -> None:
         counts = min(requests, MAX_REQUESTS), min(tokens, MAX_COUNT), min(waiting, MAX_COUNT)
-        message = LAYOUT.pack(MAGIC, VERSION, kind, *counts, time.monotonic_ns())
+        prompts = min(chunk[0], MAX_REQUESTS), min(chunk[1], MAX_COUNT)
+        message = LAYOUT.pack(MAGIC, VERSION, kind, *counts, time.monotonic_ns(), *prompts)
         self._socket.sendto(message, self._path)
 
 

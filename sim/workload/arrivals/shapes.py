@@ -9,6 +9,7 @@ from typing import Final
 import numpy as np
 
 from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.workload.arrivals.curves import read_curve
 from voltana.sim.workload.workload import FloatArray
 
 Gaps = Callable[[np.random.Generator, int], FloatArray]
@@ -23,9 +24,10 @@ PEAK_OF_PERIOD: Final = 14 / 24
 RATIO: Final = 2.0
 """Last rate over first rate of a step and a ramp; ours."""
 STEP_AT: Final = 0.5
+CURVE: Final = "curve:"
 RULE: Final = (
     "arrivals must be poisson, gamma:cv=NUMBER > 0, diurnal:swing=NUMBER in [0, 1), "
-    "step:ratio=NUMBER > 0,at=NUMBER in (0, 1), or ramp:ratio=NUMBER > 0"
+    "step:ratio=NUMBER > 0,at=NUMBER in (0, 1), ramp:ratio=NUMBER > 0, or curve:NAME or FILE.csv"
 )
 
 
@@ -42,7 +44,7 @@ def parse_arrivals(text: str) -> Gaps:
 
 
 def rate_shape(text: str, *, mean_rps: float, duration_s: float) -> Cumulative | None:
-    """The changing rate that `diurnal`, `step` or `ramp` names; None for a constant one.
+    """The changing rate that `diurnal`, `step`, `ramp` or `curve` names; None for a constant one.
 
     Args:
         text: The process with its parameters, `step:ratio=2,at=0.5` say.
@@ -52,6 +54,8 @@ def rate_shape(text: str, *, mean_rps: float, duration_s: float) -> Cumulative |
     Raises:
         VoltanaError: A parameter is unknown or out of range.
     """
+    if text.startswith(CURVE):
+        return recorded_rate(text.removeprefix(CURVE), mean_rps=mean_rps, duration_s=duration_s)
     name, numbers = _parse(text)
     makers: dict[str, Callable[..., Cumulative]] = {
         "diurnal": lambda swing=SWING: diurnal_rate(mean_rps, swing=swing, period_s=duration_s),
@@ -137,6 +141,27 @@ def ramp_rate(mean_rps: float, *, ratio: float, duration_s: float) -> Cumulative
         return np.asarray(first_rps * time_s * (1.0 + growth * time_s))
 
     return cumulative
+
+
+def recorded_rate(name_or_path: str, *, mean_rps: float, duration_s: float) -> Cumulative:
+    """Cumulative arrivals of a recorded rate from its beginning on, scaled to a mean.
+
+    Args:
+        name_or_path: As of `curves.read_curve`.
+        mean_rps: Mean over the duration, requests/s.
+        duration_s: Of the run; no longer than the curve.
+    """
+    require_positive(mean_rps=mean_rps, duration_s=duration_s)
+    curve = read_curve(name_or_path)
+    if duration_s > curve.end_s:
+        raise VoltanaError(
+            f"{name_or_path}: the curve ends after {curve.end_s:g} s, got duration_s={duration_s:g}"
+        )
+    recorded = float(curve(np.array([duration_s]))[0])
+    if recorded == 0:
+        raise VoltanaError(f"{name_or_path}: no request in the first {duration_s:g} s, raise it")
+    factor = mean_rps * duration_s / recorded
+    return lambda time_s: factor * curve(time_s)
 
 
 def require_positive(**values: float) -> None:

@@ -1,0 +1,1 @@
+"""What a profile may have beside the tables of its two phases."""
