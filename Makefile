@@ -91,7 +91,7 @@ $(FAST_STAMP): pyproject.toml $(SOURCES)
 	@touch $@
 
 fast-test: $(FAST_STAMP)
-	cd $(FAST)/check && ../bin/pytest -p no:cacheprovider tests/sim/engine tests/sim/test_golden.py tests/sim/test_metrics.py
+	cd $(FAST)/check && ../bin/pytest -n auto -p no:cacheprovider tests/sim/engine tests/sim/test_golden.py tests/sim/test_metrics.py
 
 fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py

@@ -1,4 +1,8 @@
-"""pytest plug-in: add the names of the tests that were skipped, one a line, to $SKIPPED."""
+"""pytest plug-in: add the names of the tests that were skipped, one a line, to a file in $SKIPPED.
+
+`together` has those of runs on several workers, `alone` those of runs one at a time: so they are
+run again.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +29,6 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_sessionfinish(session: pytest.Session) -> None:
     """Write them, for `pytest @FILE`; a worker of pytest-xdist has told its controller."""
     if not hasattr(session.config, "workerinput"):
-        with Path(os.environ["SKIPPED"]).open("a") as file:
+        name = "alone" if session.config.getoption("dist", "no") == "no" else "together"
+        with Path(os.environ["SKIPPED"], name).open("a") as file:
             file.writelines(f"{name}\n" for name in _skipped)

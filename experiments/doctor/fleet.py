@@ -7,7 +7,7 @@ import socket
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 from urllib.parse import urlsplit
 
 import requests
@@ -15,13 +15,15 @@ import requests
 from voltana.experiments.doctor.finding import ABSENT, BROKEN, OK, Finding, State
 from voltana.experiments.doctor.services import find_actuator, find_engine, find_port
 from voltana.experiments.extras import needs
-from voltana.hwreplay.agent.agent import AgentConfig
 from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.binding import table
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu
 from voltana.profiles.device.gpu import DeviceError
 from voltana.sim.config import read_toml
+
+if TYPE_CHECKING:  # it needs the extra `replay`, and the machine alone is looked at without
+    from voltana.hwreplay.agent.agent import AgentConfig
 
 AREA: Final = "fleet"
 TIMEOUT_S: Final = 3.0

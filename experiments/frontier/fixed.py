@@ -50,6 +50,11 @@ _REACH: Final = 2
 """How many steps that search looks in each direction."""
 
 
+def counts_name(prefill: int, decode: int) -> str:
+    """How many instances serve each phase, as people write it: 2P1D."""
+    return f"{prefill}P{decode}D"
+
+
 @dataclass(frozen=True, slots=True, order=True)
 class Side:
     """One phase of a static fleet."""

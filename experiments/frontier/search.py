@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from voltana.experiments.frontier.contenders import Contender
-from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
+from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side, counts_name
 from voltana.experiments.frontier.knob import search_knob
 from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
 from voltana.experiments.progress import progress_bar
@@ -247,7 +247,7 @@ class _Fleets:
         clocks = [prefill.clock_mhz] if self.has_one_clock else [s.clock_mhz for s in fleet]
         parts = [f"{'/'.join(map(str, clocks))} MHz"]
         if (prefill.active, decode.active) != self.most:
-            split = f"{prefill.active}P{decode.active}D"
+            split = counts_name(prefill.active, decode.active)
             parts.append(f"{prefill.active}C" if self.is_colocated else split)
         if cap is not None:
             parts.append(f"at most {cap} together")

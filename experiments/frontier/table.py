@@ -12,6 +12,7 @@ import pandas as pd
 
 from voltana.experiments.bound.lower import lower_bound
 from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
+from voltana.experiments.frontier.fixed import counts_name
 from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
 from voltana.experiments.frontier.trial import pooled
 from voltana.experiments.runs import profile_of, workload_of
@@ -120,7 +121,7 @@ def fleet_name(config: SimConfig) -> str:
     """As people write it: 2P2D, or 4C of colocated instances."""
     if config.num_colocated:
         return f"{config.num_colocated}C"
-    return f"{config.num_prefill}P{config.num_decode}D"
+    return counts_name(config.num_prefill, config.num_decode)
 
 
 def _settings(study: Study, load: str) -> Mapping[str, Any]:

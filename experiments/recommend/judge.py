@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from voltana.experiments.compare.draws import Drawn, Run, compare_drawn
-from voltana.experiments.frontier.fixed import Side
+from voltana.experiments.frontier.fixed import Side, counts_name
 from voltana.experiments.recommend.advice import (
     CAPS,
     DYNAMIC,
@@ -127,7 +127,7 @@ def _plan_now(question: Question, fixed: FixedChoice) -> dict[str, Any]:
     return {
         "name": NOW, "settings": Means(router).settings(question, fleet), "counts": counts,
         "router": router,
-        "setting": f"{counts[0]}P{counts[1]}D at {fleet[0].clock_mhz} MHz",
+        "setting": f"{counts_name(*counts)} at {fleet[0].clock_mhz} MHz",
     }  # fmt: skip
 
 
@@ -139,11 +139,11 @@ def _plan_set_once(name: str, choice: FixedChoice) -> dict[str, Any]:
 
 
 def _plan_dynamic(dynamic: DynamicChoice) -> dict[str, Any]:
-    p, d = dynamic.counts
     knob = "" if dynamic.knob == "default" else f", {dynamic.knob}"
     return {
         "name": DYNAMIC, "settings": dict(dynamic.trial.settings), "counts": dynamic.counts,
-        "router": dynamic.contender.router, "setting": f"{p}P{d}D, {dynamic.name}{knob}",
+        "router": dynamic.contender.router,
+        "setting": f"{counts_name(*dynamic.counts)}, {dynamic.name}{knob}",
     }  # fmt: skip
 
 

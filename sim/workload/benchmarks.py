@@ -145,7 +145,11 @@ def read_benchmarks(path: Path) -> list[Benchmark]:
             f"{path} is no output of aiperf (profile_export.jsonl), guidellm (benchmarks.json) or "
             "bench_serving (--output-details): name one"
         )
-    file, told = recognised
+    return _runs(path, *recognised)
+
+
+def _runs(path: Path, file: Path, told: Sequence[Mapping[str, Any]] | None) -> list[Benchmark]:
+    """What a recognised file holds; `path` is how it was named."""
     if told is not None:
         found = list(_of_guidellm(file, told))
     elif is_aiperf(file):
@@ -163,7 +167,16 @@ def read_one(path: Path) -> Benchmark:
     Raises:
         VoltanaError: As of `read_benchmarks`, or it holds several.
     """
-    found = read_benchmarks(path)
+    return _only(path, read_benchmarks(path))
+
+
+def find_one(path: Path) -> Benchmark | None:
+    """The same, or None if the file is no benchmark: it is read once to know both."""
+    recognised = _recognised(path)
+    return None if recognised is None else _only(path, _runs(path, *recognised))
+
+
+def _only(path: Path, found: list[Benchmark]) -> Benchmark:
     if len(found) > 1:
         raise VoltanaError(
             f"{path} holds {len(found)} runs ({', '.join(each.name for each in found[:3])}, …): "

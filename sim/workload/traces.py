@@ -18,9 +18,16 @@ import numpy.typing as npt
 import pandas as pd
 
 from voltana.profiles.common.errors import VoltanaError, nearest
-from voltana.sim.workload.benchmarks import bench_lengths, benchmark_file, read_one
+from voltana.sim.workload.benchmarks import bench_lengths, find_one
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
-from voltana.sim.workload.logs import by_arrival, is_json_lines, is_log, read_log
+from voltana.sim.workload.logs import (
+    Rows,
+    by_arrival,
+    is_json_lines,
+    is_log,
+    read_log,
+    read_rows,
+)
 from voltana.sim.workload.prompts import ANSWER, PREVIOUS, SEGMENTS, THINK_S, Prompts, Turns
 from voltana.sim.workload.workload import FloatArray, IntArray, Workload
 
@@ -80,8 +87,9 @@ def read_trace(
     Raises:
         VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
     """
-    if fmt is None and path.suffix != ".gz" and _tells_requests(path):
-        return _of_log(path, unit, drop_failed=drop_failed)
+    rows = None if fmt is not None or path.suffix == ".gz" else _timed_rows(path)
+    if rows is not None:
+        return _of_log(rows, path, unit, drop_failed=drop_failed)
     frame = _read_frame(path)
     format_name = fmt or _detect(frame, path)
     if format_name not in _FORMATS:
@@ -155,18 +163,19 @@ def _prompts(
         raise VoltanaError(f"{path}: {error}") from None
 
 
-def _tells_requests(path: Path) -> bool:
-    """Whether it is a log, or a load generator's output; that must say when requests were sent."""
+def _timed_rows(path: Path) -> Rows | None:
+    """Requests of a log or of a load generator's output, which must say when they were sent."""
     if is_json_lines(path) and is_log(path):
-        return True
-    if benchmark_file(path) is None:
-        return False
-    if not read_one(path).has_arrivals:
+        return read_rows(path)
+    found = find_one(path)
+    if found is None:
+        return None
+    if not found.has_arrivals:
         raise VoltanaError(
             f"{path} does not say when its requests were sent (bench_serving: only if all at once, "
             "--request-rate inf): give it as a workload, whose arrivals are drawn at rate_rps"
         )
-    return True
+    return found.rows
 
 
 def _log_lengths(path: Path) -> pd.DataFrame | None:
@@ -174,23 +183,18 @@ def _log_lengths(path: Path) -> pd.DataFrame | None:
     if path.suffix == ".gz" or not path.is_file():
         return None
     if path.suffix == ".json":
-        return None if benchmark_file(path) is None else _log_rows(path, drop_failed=False)[0]
+        found = find_one(path)
+        return None if found is None else by_arrival(found.rows, path, drop_failed=False)[0]
     if not is_json_lines(path):
         return None
     return read_log(path, drop_failed=False)[0] if is_log(path) else bench_lengths(path)
 
 
-def _log_rows(path: Path, *, drop_failed: bool) -> tuple[pd.DataFrame, int]:
-    if is_json_lines(path) and is_log(path):
-        return read_log(path, drop_failed=drop_failed)
-    return by_arrival(read_one(path).rows, path, drop_failed=drop_failed)
-
-
-def _of_log(path: Path, unit: str | None, *, drop_failed: bool) -> Workload:
+def _of_log(rows: Rows, path: Path, unit: str | None, *, drop_failed: bool) -> Workload:
     """A log's requests; their line numbers name them in errors."""
     if unit is not None:
         raise VoltanaError(f"{path} is a log, whose times know their unit: leave trace_unit out")
-    frame, dropped = _log_rows(path, drop_failed=drop_failed)
+    frame, dropped = by_arrival(rows, path, drop_failed=drop_failed)
     lines = frame.index.to_numpy() + 1
     tokens = [_tokens(frame[column], path, lines) for column in ("input_tokens", "output_tokens")]
     name = f"{path.name} ({dropped} failed left out)" if dropped else path.name

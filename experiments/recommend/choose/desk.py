@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
+from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side, counts_name
 from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial, pooled
 from voltana.experiments.recommend.question import Question, Repeats
 from voltana.experiments.sweep.executors import make_pool
@@ -151,7 +151,7 @@ class Means:
     def label(self, question: Question, fleet: Fleet) -> str:
         """Such as `2P1D at 1005/1200 MHz` or, of caps, `2P1D within 310/280 W`."""
         prefill, decode = fleet
-        counts = f"{prefill.active}P{decode.active}D"
+        counts = counts_name(prefill.active, decode.active)
         if not self.is_cap:
             return f"{counts} at {prefill.clock_mhz}/{decode.clock_mhz} MHz"
         caps = (question.cap_w(p, s.clock_mhz) for p, s in zip(PHASES, fleet, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 
@@ -31,6 +32,7 @@ COMMANDS = {
     "router": ("replay", ["router", "--config", "fleet.toml"]),
     "agent": ("replay", ["agent", "agent.json"]),
     "replay": ("replay", ["replay", "--config", "replay.toml", "--out", "nowhere"]),
+    "doctor": ("replay", ["doctor", "hwreplay/serve.toml"]),
     "probe": ("replay", ["replay", "--config", "replay.toml", "--out", "nowhere", "--probe"]),
     "report": ("report", ["report", "results"]),
 }
@@ -50,15 +52,19 @@ def test_a_command_names_its_extra(name: str) -> None:
     assert done.returncode == 2
     verb = arguments[0]
     (line,) = done.stderr.strip().splitlines()
-    assert line.startswith(f"voltana: voltana {verb} needs ")
+    assert line.startswith(f"voltana: voltana {verb} ")
+    assert " needs " in line
     assert line.endswith(f": pip install 'voltana[{extra}]'")
 
 
-@pytest.mark.parametrize("arguments", [["validate", "a", "b"], ["actuator", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["validate", "a", "b"], ["actuator", "--help"], ["doctor", "--json"]]
+)
 def test_commands_of_the_hardware_that_need_none_go_on_without(arguments: list[str]) -> None:
     done = without("replay", *arguments)
     assert "Traceback" not in done.stderr
     assert "pip install" not in done.stderr
+    assert arguments[0] != "doctor" or json.loads(done.stdout)["findings"]
 
 
 def test_a_module_of_ours_that_is_missing_is_a_fault_and_no_extra() -> None:
