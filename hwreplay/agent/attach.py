@@ -5,7 +5,7 @@
 
 Without --act an agent is a shadow: it decides, says what its clocks would have saved, and touches
 nothing. `[simulate]` and `[serve]` of the file are a service's; of `[fleet]` the metrics' addresses
-are read, of one phase or both.
+are read, of one phase, of both, or of servers that do both.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from voltana.profiles.common.binding import EXAMPLE, bind, check_names, convert,
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.folders import claim
 from voltana.sim.config import make_config, read_toml
-from voltana.sim.policies.base import DECODE, PREFILL, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 LOG: Final = logging.getLogger("voltana.agent")
 LOOPBACK: Final = "127.0.0.1"
@@ -42,7 +42,7 @@ SERVICE_KEYS: Final = ("emulate", "token_file", "log_level")
 """Of [serve], which agents do without."""
 MINUTE_S: Final = 60.0
 TERMINATED: Final = 128 + signal.SIGTERM
-PHASES: Final[tuple[Phase, Phase]] = (PREFILL, DECODE)
+PHASES: Final[tuple[Phase, ...]] = (PREFILL, DECODE, COLOCATED)
 GPUS_EXAMPLE: Final = (
     'e.g. {decode = [[0]]}, {decode = [["GPU-…"]]}, or {decode = ["/run/cards"]}, a file of UUIDs'
 )
@@ -91,8 +91,7 @@ def read_attached(path: Path, *, acts: bool) -> list[AgentConfig]:
             "[fleet] must list running servers with their metrics, e.g. decode = [{metrics = "
             f'"ipc:///tmp/decode-0.0"}}] ({where})'
         )
-    counts = {f"num_{phase}": max(len(found), 1) for phase, found in addresses.items()}
-    sim = make_config(table(data, "simulate", where) | counts, where=where)
+    sim = make_config(table(data, "simulate", where) | _counts(addresses, where), where=where)
     sockets = table(fleet, "batch_sockets", where)
     shared: dict[str, Any] = {
         "start_ns": RunClock().start_ns,
@@ -114,6 +113,19 @@ def read_attached(path: Path, *, acts: bool) -> list[AgentConfig]:
         for phase, found in addresses.items()
         for index, address in enumerate(found)
     ]
+
+
+def _counts(addresses: Mapping[Phase, list[str]], where: str) -> dict[str, int]:
+    """Keys of a configuration; of the phase that is elsewhere there is one instance at least."""
+    apart = {f"num_{phase}": max(len(addresses[phase]), 1) for phase in (PREFILL, DECODE)}
+    if not addresses[COLOCATED]:
+        return apart
+    if addresses[PREFILL] or addresses[DECODE]:
+        raise VoltanaError(
+            f"[fleet] must list colocated servers, or prefill and decode ones, got both ({where}): "
+            "give each kind a file and an agent of its own"
+        )
+    return {f"num_{COLOCATED}": len(addresses[COLOCATED])}
 
 
 def _addresses(fleet: Mapping[str, Any], phase: Phase, where: str) -> list[str]:

@@ -43,8 +43,8 @@ from voltana.sim.results import write_json
 TICK_S: Final = 0.05
 RECONNECT_S: Final = 1.0
 BOTH_PHASES: Final = (
-    "the server computes prompts and tokens alike, for which an attached agent has no rule: its "
-    "clock stays the driver's; give prefill and decode servers of their own"
+    "the server computes prompts and tokens alike, and was listed as one of a phase: its clock "
+    "stays the driver's; list it as colocated in [fleet]"
 )
 
 

@@ -30,7 +30,7 @@ from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.device.cards import open_gpu, open_gpus
 from voltana.profiles.device.gpu import DriverMissingError
-from voltana.sim.policies.base import DECODE, PREFILL, Controller
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Controller
 
 DCGM_PERIOD_S: Final = 0.5
 """The exporter reads no faster than ten times a second, and is asked over HTTP."""
@@ -60,7 +60,9 @@ def make_loop(
         VoltanaError: A wrong setting, or the actuator does not answer.
     """
     settings = source.config
-    check_notices(settings, config.phase, config.name, has_socket=config.batch_socket is not None)
+    has_socket = config.batch_socket is not None
+    if config.phase != COLOCATED or config.event_address:
+        check_notices(settings, config.phase, config.name, has_socket=has_socket)
     controller = make_controller(config, source)
     tracker = source.make_tracker(config.phase, config.instance_id)
     if config.actuator_socket is not None and not config.gpus:

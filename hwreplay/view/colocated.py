@@ -22,6 +22,8 @@ class ColocatedTracker(InstanceTracker):
     """Whether the prompts of the running iteration have been taken off the queue."""
     ended_chunk = 0, 0
     """Prompts of the iteration that has ended, and their new tokens."""
+    _empty_s: float | None = None
+    """When the engine's own queue was last seen empty; asked where no router speaks."""
 
     def on_assigned(
         self,
@@ -78,8 +80,24 @@ class ColocatedTracker(InstanceTracker):
             state.num_running, state.num_waiting = decoded, record.queued_prefill_requests
             state.kv_tokens = record.sum_decode_kv_tokens + decoded
             state.waiting_tokens = record.queued_prefill_tokens
+            self._expect_chunk(record)
         state.last_duration_s = step_time_s(record, previous)
         self._follow_own_counts()
+
+    def _expect_chunk(self, record: IterationMetrics) -> None:
+        """What the engine has queued is what it computes next, should no plug-in announce it."""
+        state, now_s = self.state, record.received_s
+        if self._empty_s is None or not record.queued_prefill_requests:
+            self._empty_s = now_s
+        state.chunk_requests = record.queued_prefill_requests
+        state.chunk_tokens = min(record.queued_prefill_tokens, self.max_prefill_tokens)
+        state.last_queue_delay_s = state.ended_queue_delay_s = self._longest_wait_s(now_s)
+
+    def _longest_wait_s(self, now_s: float) -> float:
+        """No prompt in the engine's queue has waited longer: it came after that was empty."""
+        if self._has_router or self._empty_s is None:
+            return 0.0
+        return max(now_s - self._empty_s, 0.0)
 
     def _take_chunk(self, num_requests: int, tokens: int, start_s: float) -> None:
         """Take prompts off the queue in order of arrival; only the budget cuts the last one."""
@@ -98,7 +116,7 @@ class ColocatedTracker(InstanceTracker):
         self._is_taken = True
         state.chunk_requests, state.chunk_tokens = num_requests, tokens
         state.effective_batch_size = float(num_requests)
-        state.last_queue_delay_s = max(start_s - oldest_s, 0.0)
+        state.last_queue_delay_s = max(start_s - oldest_s, self._longest_wait_s(start_s))
         state.now_s = start_s
         self._count_waiting()
         self._follow_own_counts()
@@ -118,7 +136,7 @@ class ColocatedTracker(InstanceTracker):
     def _rest(self) -> None:
         super()._rest()
         state = self.state
-        self._is_taken = False
+        self._is_taken, self._empty_s = False, state.now_s
         state.chunk_requests = state.chunk_tokens = state.last_batch_size = state.last_tokens = 0
         self._follow_own_counts()
 

@@ -11,12 +11,14 @@ from typing import Final, cast
 
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.policies.base import PREFILL, Controller, IdlePlan, InstanceState, Phase
+from voltana.sim.policies.base import COLOCATED, PREFILL, Controller, IdlePlan, InstanceState, Phase
 
 UNSEEN: Final = frozenset(
     ("last_queue_delay_s", "ended_queue_delay_s", "open_requests", "list_waiting", "list_running")
 )
 """Fields of `InstanceState` that no engine's record tells."""
+BOUNDED: Final = frozenset(("last_queue_delay_s", "ended_queue_delay_s"))
+"""Of them what `ColocatedTracker` has an upper bound for."""
 STEPS: Final = 40
 STEP_S: Final = 0.25
 """A rehearsal of ten seconds: controllers that look back do so within a few."""
@@ -29,14 +31,15 @@ class UnseenError(VoltanaError):
 class _View:
     """An instance's state; fields that nobody fills raise."""
 
-    __slots__ = ("_state", "_where")
+    __slots__ = ("_state", "_unseen", "_where")
 
     def __init__(self, state: InstanceState, where: str) -> None:
         self._state = state
+        self._unseen = UNSEEN - BOUNDED if state.phase == COLOCATED else UNSEEN
         self._where = where
 
     def __getattr__(self, name: str) -> object:
-        if name in UNSEEN:
+        if name in self._unseen:
             raise UnseenError(
                 f"{self._where} looks at {name}, which no engine's record tells: name another "
                 "controller in [simulate], or send requests through voltana's router (voltana "
@@ -105,6 +108,8 @@ def _rehearse(controller: Controller, phase: Phase) -> None:
         state.last_batch_size = state.ended_batch_size = state.num_running = batch
         state.last_tokens = state.ended_tokens = state.kv_tokens = 500 * batch
         state.last_duration_s = 0.02
+        if phase == COLOCATED:
+            state.chunk_requests, state.chunk_tokens = waiting, 500 * waiting
         try:
             controller.decide(state)
         except UnseenError:

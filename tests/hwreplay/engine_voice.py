@@ -11,6 +11,9 @@ from typing import Any
 import msgspec
 import zmq
 
+QUEUED_TOKENS = 100
+"""Of each prompt in the engine's queue."""
+
 
 class EngineVoice:
     """A bound PUB socket; counts its records as upstream does."""
@@ -34,7 +37,10 @@ class EngineVoice:
             "counter_id": self.sequence,
             "wall_time": wall_time_s if scheduled else 0.0,
             "scheduled_requests": scheduled,
-            "queued_requests": {"num_prefill_requests": queued},
+            "queued_requests": {
+                "num_prefill_requests": queued,
+                "sum_prefill_tokens": QUEUED_TOKENS * queued,
+            },
         }
         self.raw(msgspec.msgpack.encode(message))
         self.sequence += 1
