@@ -68,7 +68,7 @@ contracts: $(STAMP)
 	$(BIN)/lint-imports
 
 # These keep time with processes of their own: they run one at a time.
-TIMED := $(addprefix tests/hwreplay/,actuator agent engines replay router serve test_emulated_engine.py) tests/deploy/test_dashboard.py
+TIMED := $(addprefix tests/hwreplay/,actuator agent engines replay router serve test_emulated_engine.py test_emulated_colocated.py) tests/deploy/test_dashboard.py
 
 unit: $(STAMP)
 	$(BIN)/pytest -n auto $(addprefix --ignore=,$(TIMED))
