@@ -144,7 +144,7 @@ def _program() -> str:
 
 def program_files() -> list[Path]:
     """Every shipped file that may change a result."""
-    tables = Path(step_model.__file__).parent, ("*.py", "common/*.py")
+    tables = Path(step_model.__file__).parent, ("*.py", "common/*.py", "optional/*.py")
     folders = (Path(sim.__file__).parent, _SHARED), tables
     paths = [p for folder, patterns in folders for each in patterns for p in folder.glob(each)]
     return sorted([*paths, Path(runs.__file__)])
