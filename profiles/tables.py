@@ -18,15 +18,8 @@ FloatArray = npt.NDArray[np.float64]
 POINT: Final = ("frequency_mhz", "batch_size", "tokens")
 PHASE_COLUMNS: Final = (*POINT, "trial", "time_s", "power_w")
 CHUNK: Final = "chunk_tokens"
-MIXED_COLUMNS: Final = (
-    "frequency_mhz",
-    CHUNK,
-    "batch_size",
-    "tokens",
-    "trial",
-    "time_s",
-    "power_w",
-)
+MIXED_POINT: Final = (POINT[0], CHUNK, *POINT[1:])
+MIXED_COLUMNS: Final = (*MIXED_POINT, "trial", "time_s", "power_w")
 OPTIONAL_COLUMNS: Final = ("flags", "spread_s")
 """Only in measured tables: flags of a trial; half the interquartile range of its iterations."""
 IDLE_COLUMNS: Final = ("frequency_mhz", "trial", "power_w")
@@ -64,14 +57,14 @@ def read_phase_table(
         VoltanaError: A wrong or missing column, a value that is no number, not finite or not
             positive, an unsupported clock, or a repeated (point, trial); with file and line.
     """
-    counts = (CHUNK, "batch_size", "tokens") if chunks else ("batch_size", "tokens")
+    point = MIXED_POINT if chunks else POINT
     frame = _read_csv(path, MIXED_COLUMNS if chunks else PHASE_COLUMNS)
     for column in ("time_s", "power_w"):
         _require(frame, path, column, frame[column] > 0, "must be > 0")
-    for column in counts:
+    for column in point[1:]:
         _require(frame, path, column, frame[column] >= 1, "must be >= 1")
     _require_clocks(frame, path, clocks_mhz)
-    _require_unique(frame, path, ["frequency_mhz", *counts, "trial"])
+    _require_unique(frame, path, [*point, "trial"])
     return frame
 
 
@@ -152,7 +145,7 @@ def _read_csv(
         numbers = pd.to_numeric(frame[column], errors="coerce")
         _require(frame, path, column, pd.Series(np.isfinite(numbers)), "must be a finite number")
         frame[column] = numbers
-        if column in (*POINT, CHUNK, "trial"):
+        if column in (*MIXED_POINT, "trial"):
             _require(frame, path, column, numbers == numbers.round(), "must be a whole number")
             frame[column] = numbers.astype(np.int64)
     return frame

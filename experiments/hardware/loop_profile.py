@@ -20,6 +20,7 @@ from voltana.hwreplay.emulated.state import open_cards
 from voltana.hwreplay.engines.plan import Installation
 from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
+from voltana.profiles.tables import MIXED_POINT
 from voltana.sim.config import make_config
 from voltana.sim.policies.base import COLOCATED
 
@@ -153,7 +154,7 @@ def compare_tables(found: Profile, truth: Profile) -> list[dict[str, Any]]:
 def _mixed_errors(table: pd.DataFrame, truth: Profile) -> list[dict[str, Any]]:
     """Of chunks beside decoding, whose power the meter cannot tell from the steps' between them."""
     step = truth.mixed_step(extrapolate=True, overlap_frac=OVERLAP_FRAC)
-    points = table[["frequency_mhz", "chunk_tokens", "batch_size", "tokens"]]
+    points = table[list(MIXED_POINT)]
     known = [
         step.time_and_power(int(mhz), (1.0, int(chunk)), (int(batch), int(tokens)))[0]
         for mhz, chunk, batch, tokens in points.itertuples(index=False)

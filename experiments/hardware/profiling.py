@@ -25,6 +25,7 @@ from voltana.profiles.measure.campaign import Plan
 from voltana.profiles.measure.progress import Progress, open_progress
 from voltana.profiles.measure.run import measure_profile
 from voltana.profiles.measure.trial import Protocol
+from voltana.profiles.tables import MIXED_POINT
 
 ENGINES = ("torch", "sglang")
 DEVICES = ("cuda", "cpu")
@@ -246,8 +247,7 @@ def as_dict(made: Profile, out: Path) -> dict[str, Any]:
 
 
 def _num_points(table: pd.DataFrame) -> int:
-    key = ["frequency_mhz", "chunk_tokens", "batch_size", "tokens"]
-    return len(table.drop_duplicates([name for name in key if name in table]))
+    return len(table.drop_duplicates([name for name in MIXED_POINT if name in table]))
 
 
 def summary(made: Profile, out: Path) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from voltana.hwreplay.messages.batch_feed import BatchNotice
 from voltana.hwreplay.view.open_request import ARRIVING, QUEUED, RUNNING
 from voltana.hwreplay.view.tracker import InstanceTracker
-from voltana.profiles.engines.sglang_metrics import IterationMetrics, step_time_s
+from voltana.profiles.engines.sglang_metrics import IterationMetrics
 from voltana.sim.policies.base import WaitingRequest
 
 
@@ -42,8 +42,7 @@ class ColocatedTracker(InstanceTracker):
         """Prompts alone are about to run: decoding stands."""
         state = self.state
         state.last_batch_size = state.last_tokens = 0
-        state.num_running = sum(r.stage == RUNNING for r in self._open.values())
-        state.kv_tokens = self._own_kv_tokens()
+        self._count_running()
         self._take_chunk(num_requests, tokens, start_s)
 
     def on_steps(self, notice: BatchNotice, now_s: float) -> None:
@@ -52,14 +51,8 @@ class ColocatedTracker(InstanceTracker):
         state.num_running, state.kv_tokens = notice.num_requests, notice.tokens
         self._take_chunk(notice.chunk_requests, notice.chunk_tokens, now_s)
 
-    def on_iteration(self, record: IterationMetrics) -> None:
+    def _end_iteration(self, record: IterationMetrics) -> None:
         state = self.state
-        state.now_s = record.received_s
-        previous, self.last_record = self.last_record, record
-        if record.is_heartbeat:
-            self._rest()
-            return
-        self.has_feed = True
         chunk = record.num_prefill_requests, record.sum_prefill_tokens
         if not self._is_taken:
             self._take_chunk(*chunk, record.start_s)
@@ -74,14 +67,13 @@ class ColocatedTracker(InstanceTracker):
                 self._join(request)
         state.ended_batch_size = state.last_batch_size = decoded
         state.ended_tokens = state.last_tokens = record.sum_decode_kv_tokens
-        state.num_running = sum(r.stage == RUNNING for r in self._open.values())
-        state.kv_tokens = self._own_kv_tokens()
-        if not self._has_router:
+        if self._has_router:
+            self._count_running()
+        else:
             state.num_running, state.num_waiting = decoded, record.queued_prefill_requests
             state.kv_tokens = record.sum_decode_kv_tokens + decoded
             state.waiting_tokens = record.queued_prefill_tokens
             self._expect_chunk(record)
-        state.last_duration_s = step_time_s(record, previous)
         self._follow_own_counts()
 
     def _expect_chunk(self, record: IterationMetrics) -> None:
@@ -120,6 +112,10 @@ class ColocatedTracker(InstanceTracker):
         state.now_s = start_s
         self._count_waiting()
         self._follow_own_counts()
+
+    def _count_running(self) -> None:
+        self.state.num_running = sum(r.stage == RUNNING for r in self._open.values())
+        self.state.kv_tokens = self._own_kv_tokens()
 
     def _count_waiting(self) -> None:
         state = self.state

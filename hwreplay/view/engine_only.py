@@ -13,12 +13,10 @@ from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import COLOCATED, PREFILL, Controller, IdlePlan, InstanceState, Phase
 
-UNSEEN: Final = frozenset(
-    ("last_queue_delay_s", "ended_queue_delay_s", "open_requests", "list_waiting", "list_running")
-)
+UNTOLD: Final = frozenset(("open_requests", "list_waiting", "list_running"))
 """Fields of `InstanceState` that no engine's record tells."""
-BOUNDED: Final = frozenset(("last_queue_delay_s", "ended_queue_delay_s"))
-"""Of them what `ColocatedTracker` has an upper bound for."""
+UNSEEN: Final = UNTOLD | {"last_queue_delay_s", "ended_queue_delay_s"}
+"""The same with those for which `ColocatedTracker` alone has an upper bound."""
 STEPS: Final = 40
 STEP_S: Final = 0.25
 """A rehearsal of ten seconds: controllers that look back do so within a few."""
@@ -35,7 +33,7 @@ class _View:
 
     def __init__(self, state: InstanceState, where: str) -> None:
         self._state = state
-        self._unseen = UNSEEN - BOUNDED if state.phase == COLOCATED else UNSEEN
+        self._unseen = UNTOLD if state.phase == COLOCATED else UNSEEN
         self._where = where
 
     def __getattr__(self, name: str) -> object:

@@ -219,6 +219,11 @@ class InstanceTracker:
             self._rest()
             return
         self.has_feed = True
+        self._end_iteration(record)
+        state.last_duration_s = step_time_s(record, previous)
+
+    def _end_iteration(self, record: IterationMetrics) -> None:
+        state = self.state
         self.num_iterations += 1
         if self._is_prefill:
             self._end_prefill(record)
@@ -228,7 +233,6 @@ class InstanceTracker:
             self._end_decode(record)
             state.ended_batch_size = state.last_batch_size
             state.ended_tokens = state.last_tokens
-        state.last_duration_s = step_time_s(record, previous)
 
     def on_clock(self, clock_mhz: int) -> None:
         """The lock in force has changed; 0 is unlocked."""

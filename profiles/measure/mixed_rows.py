@@ -12,7 +12,7 @@ from voltana.profiles.measure.trial import NOT_MEASURED
 from voltana.profiles.optional.mixed import MixedStep, error_text
 from voltana.profiles.schema import Provenance
 from voltana.profiles.step_model import StepModel
-from voltana.profiles.tables import CHUNK, POINT
+from voltana.profiles.tables import MIXED_POINT
 
 
 def mixed_frame(rows: Sequence[dict[str, Any]], parts: StepModel) -> pd.DataFrame:
@@ -24,7 +24,7 @@ def mixed_frame(rows: Sequence[dict[str, Any]], parts: StepModel) -> pd.DataFram
     """
     step = MixedStep(parts)
     frame = pd.DataFrame(rows)
-    key = [POINT[0], CHUNK, *POINT[1:]]
+    key = list(MIXED_POINT)
     points = frame[key].itertuples(index=False)
     mean_w = [step.time_and_power(f, (1.0, chunk), (b, t))[1] for f, chunk, b, t in points]
     is_known = ~frame["flags"].str.contains(NOT_MEASURED)

@@ -21,6 +21,7 @@ import numpy as np
 import pandas as pd
 
 from voltana.profiles.step_model import StepModel
+from voltana.profiles.tables import MIXED_POINT
 
 MIXED: Final = "mixed.csv"
 Shares = tuple[float, float, float]
@@ -47,7 +48,7 @@ class MixedGrid:
             table: Columns frequency_mhz, chunk_tokens, batch_size, tokens, time_s and power_w.
             model: Of the same profile, for the parts.
         """
-        key = ["frequency_mhz", "chunk_tokens", "batch_size", "tokens"]
+        key = list(MIXED_POINT)
         found: dict[int, dict[float, dict[float, Line]]] = {}
         medians = table.groupby(key, sort=True)[["time_s", "power_w"]].median().reset_index()
         columns = [*key, "time_s", "power_w"]

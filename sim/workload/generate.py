@@ -61,15 +61,16 @@ def make_workload(
         if arrivals != "poisson":
             raise VoltanaError(f"sessions of {name} begin as arrivals=poisson, got {arrivals!r}")
         return make_sessions(name, rate_rps=rate_rps, duration_s=duration_s, seed=seed)
-    parts = stream_arrivals(
-        name, rate_rps=rate_rps, duration_s=duration_s, seed=seed, arrivals=arrivals
-    )
-    is_steady = rate_shape(arrivals, mean_rps=rate_rps, duration_s=duration_s) is None
-    at = (
-        f" at {rate_rps:g} requests/s"
-        if is_steady
-        else f", {arrivals}, {rate_rps:g} requests/s on average"
-    )
+    require_positive(rate_rps=rate_rps, duration_s=duration_s)
+    cumulative = rate_shape(arrivals, mean_rps=rate_rps, duration_s=duration_s)
+    if cumulative is None:
+        at = f" at {rate_rps:g} requests/s"
+        parts = stream_steady(
+            name, rate_rps=rate_rps, duration_s=duration_s, seed=seed, arrivals=arrivals
+        )
+    else:
+        at = f", {arrivals}, {rate_rps:g} requests/s on average"
+        parts = stream_shape(name, cumulative, duration_s=duration_s, seed=seed)
     return _join(list(parts), name + at)
 
 

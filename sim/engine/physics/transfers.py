@@ -116,28 +116,26 @@ class Transfers:
 
     def send(self, request: SimRequest, now_s: float) -> None:
         """A request's KV cache begins to move: first the latency passes, then its bytes."""
-        at_s = now_s + self._latency_s
+        delay_s = self._latency_s
         num_bytes = float(request.input_tokens * self._bytes_per_token)
         if self._links:
-            begin: Callable[[float], None] = partial(
-                self._link_of(request).begin, request, num_bytes
-            )
-            if at_s > now_s:
-                self._call_at(at_s, begin)
-            else:
-                begin(now_s)
+            begin = partial(self._link_of(request).begin, request, num_bytes)
+            self._do(begin, now_s + delay_s, now_s)
             return
-        delay_s = self._latency_s
         if self._bytes_per_s is not None:
             delay_s += num_bytes / self._bytes_per_s
         at_s = now_s + delay_s
         if self._is_in_turn:
             at_s = max(now_s, self._free_s[request.prefill_id]) + delay_s
             self._free_s[request.prefill_id] = at_s
+        self._do(partial(self._deliver, request), at_s, now_s)
+
+    def _do(self, action: Callable[[float], None], at_s: float, now_s: float) -> None:
+        """Then, or here and now if that is not later."""
         if at_s > now_s:
-            self._call_at(at_s, partial(self._deliver, request))
+            self._call_at(at_s, action)
         else:
-            self._deliver(request, now_s)
+            action(now_s)
 
     def _link_of(self, request: SimRequest) -> SharedLink:
         if self._shared_by == "prefill":

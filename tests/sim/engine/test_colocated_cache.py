@@ -25,17 +25,6 @@ CACHE: dict[str, Any] = ONE | {"colocated_cache": True}
 ORDERS = ("sglang", "sglang-mixed")
 
 
-@pytest.fixture
-def linear(tmp_path: Path) -> Profile:
-    """A chunk takes 1/8 s and 1/1024 s a token, a decode step 1/2 s; 256 W busy, 64 W at rest."""
-    return write_synthetic_profile(
-        tmp_path,
-        time_s=lambda phase, f, b, t: 0.125 + t / 1024 if phase == "prefill" else 0.5,
-        power_w=lambda phase, f, b, t: 256.0,
-        idle_w=lambda f: 64.0,
-    )
-
-
 def cached_of(record: RunRecord) -> list[int]:
     assert record.requests.cached_tokens is not None
     return [int(n) for n in record.requests.cached_tokens]

@@ -30,17 +30,6 @@ from voltana.sim.records import RunRecord
 from voltana.sim.workload.workload import Workload
 
 
-@pytest.fixture
-def linear(tmp_path: Path) -> Profile:
-    """A prefill takes 1/8 s and 1/1024 s a token whatever attention there is; 256 W busy."""
-    return write_synthetic_profile(
-        tmp_path,
-        time_s=lambda phase, f, b, t: 0.125 + t / 1024 if phase == "prefill" else 0.5,
-        power_w=lambda phase, f, b, t: 256.0,
-        idle_w=lambda f: 64.0,
-    )
-
-
 def prefill_starts_and_tokens(record: RunRecord) -> list[tuple[float, int]]:
     table = record.iterations
     assert table is not None
