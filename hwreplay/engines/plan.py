@@ -36,6 +36,11 @@ CPU_ARGUMENTS: Final = (
 MIXED_ARGUMENT: Final = "--enable-mixed-chunk"
 """A chunk of prompts runs beside decoding; without it decoding stands meanwhile."""
 PAIR_ARGUMENTS: Final = ("--disaggregation-transfer-backend", "mooncake")
+PAIR_ENVIRONMENT: Final = {
+    "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
+    "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "10",
+}
+"""One transfer that fails bars a decode server until a probe reaches it: after 30 s unless told."""
 CPU_DECODE_ARGUMENTS: Final = ("--disaggregation-decode-retraction-backup", "cpu_tensor")
 """Without a backup on the host, a decode server without a GPU dies at start."""
 
@@ -187,6 +192,8 @@ class ServerPlan:
     def environment(self) -> dict[str, str]:
         """Variables added to our environment; the KV transfer's sockets stay on loopback."""
         found = cuda_environment(self.gpus) if self.gpus else dict(CPU_ENVIRONMENT)
+        if self.phase != COLOCATED:
+            found |= PAIR_ENVIRONMENT
         found["SGLANG_HOST_IP"] = HOST
         if self.batch_socket is not None:
             found[BATCH_SOCKET] = str(self.batch_socket)

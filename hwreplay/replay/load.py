@@ -35,6 +35,8 @@ STREAM: Final = 11
 """Spawn key of the random token ids."""
 KEEP_ALIVE_S: Final = 2.0
 CLIENT_ERROR, SERVER_ERROR = 400, 500
+REASON: Final = 1_000
+"""Characters of a failure kept: what the router adds about lost servers stands at its end."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -289,4 +291,4 @@ def _reason(status: int, body: bytes) -> str:
         message = msgspec.json.decode(body)["error"]["message"]
     except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError):
         message = body[:100].decode(errors="replace")
-    return f"{status}: {' '.join(str(message).split())[:200]}"
+    return f"{status}: {' '.join(str(message).split())[:REASON]}"

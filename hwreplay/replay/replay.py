@@ -57,6 +57,9 @@ STATE: Final = "replay.json"
 SIMULATE: Final = "simulate.toml"
 """The same configuration for `voltana simulate --config`."""
 WARM_UP_TOKENS: Final = ((16, 8), (64, 8), (256, 8), (32, 32))
+WARM_UP_TRIES: Final = 3
+AGAIN_S: Final = 5.0
+"""A transfer that fails bars a decode server for some seconds: PAIR_ENVIRONMENT."""
 """(input, output) of the requests that are sent before the run counts."""
 Progress = Callable[[str, int], None]
 """Told a stage, and how many requests have ended."""
@@ -279,11 +282,14 @@ async def _warm_up(run: Run, started: StartedRouter) -> None:
         arrival_s=np.zeros(len(shapes)), input_tokens=shapes[:, 0], output_tokens=shapes[:, 1]
     )
     path = run.directory / "warm-up.jsonl"
-    report: LoadReport = await LoadGenerator(
-        work, _load_config(run, started.url, run.clock.start_ns), RunClock(), path
-    ).run()
-    if report.counts["completed"] != len(work):
-        why = ", ".join(report.reasons) or "no reason given"
-        raise VoltanaError(f"the warm-up must succeed before a replay, it did not: {why}")
+    config = _load_config(run, started.url, run.clock.start_ns)
+    for tries in range(1, WARM_UP_TRIES + 1):
+        report: LoadReport = await LoadGenerator(work, config, RunClock(), path).run()
+        if report.counts["completed"] == len(work):
+            break
+        if tries == WARM_UP_TRIES:
+            why = ", ".join(report.reasons) or "no reason given"
+            raise VoltanaError(f"the warm-up must succeed before a replay, it did not: {why}")
+        await asyncio.sleep(AGAIN_S)
     started.begin_anew()
     await asyncio.sleep(run.config.rest_s)

@@ -425,6 +425,7 @@ async def _serve(arguments: argparse.Namespace) -> None:
         rooms=rooms,
         port=arguments.port,
     ) as fleet:
+        fleet.prefill[0].fail_next = [500] * arguments.prefill_failures
         sys.stdout.write(json.dumps(fleet.table(arguments.metrics)) + "\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
@@ -441,6 +442,7 @@ def main() -> None:
     parser.add_argument("--metrics")
     parser.add_argument("--rooms", type=Path)
     parser.add_argument("--port", type=int, default=0)
+    parser.add_argument("--prefill-failures", type=int, default=0)
     with (
         contextlib.suppress(KeyboardInterrupt),
         asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner,

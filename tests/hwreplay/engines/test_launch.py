@@ -53,6 +53,8 @@ def test_a_gpu_server_by_hand() -> None:
     assert at.environment() == {
         "CUDA_DEVICE_ORDER": "PCI_BUS_ID",
         "CUDA_VISIBLE_DEVICES": "2,5",
+        "SGLANG_FAILED_SESSION_PROBE_INTERVAL_S": "1",
+        "SGLANG_FAILED_SESSION_PROBE_MAX_INTERVAL_S": "10",
         "SGLANG_HOST_IP": "127.0.0.1",
         "VOLTANA_BATCH_SOCKET": "/tmp/v/prefill-1.batch",
     }

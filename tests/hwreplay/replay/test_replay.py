@@ -48,13 +48,13 @@ def stub_time_s(phase: str, clock: int, batch: int, tokens: float) -> float:
 
 
 @contextmanager
-def stub_process(num_decode: int = 1) -> Iterator[dict[str, Any]]:
+def stub_process(num_decode: int = 1, prefill_failures: int = 0) -> Iterator[dict[str, Any]]:
     """A fleet in a process of its own, with metrics; gives its `[fleet]` table."""
     with tempfile.TemporaryDirectory(prefix="v-") as folder:
         arguments = {
             "--prefill-s": PREFILL_BASE_S, "--prefill-token-s": PREFILL_TOKEN_S,
             "--decode-s": DECODE_BASE_S, "--decode-request-s": DECODE_REQUEST_S,
-            "--decode": num_decode,
+            "--decode": num_decode, "--prefill-failures": prefill_failures,
             "--metrics": f"ipc://{folder}/{{phase}}-{{index}}",
         }  # fmt: skip
         flat = [str(part) for pair in arguments.items() for part in pair]
@@ -153,13 +153,15 @@ def test_a_replay_leaves_what_a_simulation_leaves(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_random_router_rolls_the_simulations_dice(tmp_path: Path) -> None:
-    """Also after the warm-up, whose requests went by other dice."""
-    with stub_process(num_decode=3) as fleet:
+    """Also after the warm-up, whose requests went by other dice and had to be tried again."""
+    with stub_process(num_decode=3, prefill_failures=36) as fleet:
         path = write_config(tmp_path, fleet, seconds=3, outputs=4)
         told = tomllib.loads(path.read_text())
         told["simulate"] |= {"router": "random", "num_decode": 3}
         path.write_text(tomli_w.dumps(told))
         config, _ = run_replay(path, tmp_path / "real")
+    said = (tmp_path / "real/warm-up.jsonl").read_text()
+    assert said.count("planned") == 12  # each was tried three times
     simulated, observed = run(config.sim).requests, read_run(tmp_path / "real").requests
     assert observed.decode_id.tolist() == simulated.decode_id.tolist()
     assert len(set(observed.decode_id.tolist())) == 3
