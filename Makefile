@@ -71,7 +71,7 @@ contracts: $(STAMP)
 TIMED := $(addprefix tests/hwreplay/,actuator agent engines replay router serve test_emulated_engine.py test_emulated_colocated.py) tests/deploy/test_dashboard.py
 
 unit: $(STAMP)
-	$(BIN)/pytest -n auto $(addprefix --ignore=,$(TIMED))
+	$(BIN)/pytest -n auto --dist worksteal $(addprefix --ignore=,$(TIMED))
 	$(BIN)/pytest $(TIMED)
 
 bench: $(STAMP)
@@ -91,7 +91,7 @@ $(FAST_STAMP): pyproject.toml $(SOURCES)
 	@touch $@
 
 fast-test: $(FAST_STAMP)
-	cd $(FAST)/check && ../bin/pytest -n auto -p no:cacheprovider tests/sim/engine tests/sim/test_golden.py tests/sim/test_metrics.py
+	cd $(FAST)/check && ../bin/pytest -n auto --dist worksteal -p no:cacheprovider tests/sim/engine tests/sim/test_golden.py tests/sim/test_metrics.py
 
 fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
