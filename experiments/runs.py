@@ -47,7 +47,8 @@ def workload_of(config: SimConfig) -> Workload:
             config.rate_rps * (config.duration_s or DEFAULT_DURATION_S),
             "lower rate_rps or duration_s, or set metrics=sketch, which keeps no request",
         )
-        made = make_workload(
+        make = _kept_workload if is_session_workload(config.workload) else make_workload
+        made = make(
             config.workload,
             rate_rps=config.rate_rps,
             duration_s=config.duration_s or DEFAULT_DURATION_S,
@@ -124,6 +125,10 @@ def run(
         for name in names
     }
     return simulate(config, profile, requests, spill=spill, others=others)
+
+
+_kept_workload = lru_cache(maxsize=1)(make_workload)
+"""Of sessions, which take longer to draw than a short run takes: a sweep's policies share them."""
 
 
 @lru_cache(maxsize=4)
