@@ -16,8 +16,7 @@ _SIMULATED = (
 )  # fmt: skip
 _NOT_SCALED = (
     "prefill_profiles", "decode_profiles", "temperature",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
-    "decode_cache",
+    "active_prefill", "active_decode", "active_colocated", "num_colocated",
 )  # fmt: skip
 _OF_PHASES = (
     "power_cap_w",

@@ -74,6 +74,8 @@ class CachingDecodeInstance(DecodeInstance):
         """Of their contexts, each on its own."""
         self._ready: deque[SimRequest] = deque()
         """Of them, those that only need a place in the batch; `waiting` has arrived since."""
+        self._unrun: list[SimRequest] = []
+        """Those that are over without having run, until the iteration has ended."""
         self._longest_tokens = 0
         """Of all requests that have ever had memory here, at their ends."""
         self._has_changed = False
@@ -82,6 +84,9 @@ class CachingDecodeInstance(DecodeInstance):
         """Iterations of the run whose memory is taken; that of the running one is."""
         self._unsent_tokens = 0
         state.count_cached = self._count_cached
+
+    def forget(self) -> None:
+        self.cache.clear()
 
     def record(self) -> InstanceRecord:
         self._take_running()
@@ -96,7 +101,12 @@ class CachingDecodeInstance(DecodeInstance):
 
     def leave_out(self, request: SimRequest, now_s: float) -> None:
         """Its KV cache has come, and prefill has made the only token that was wanted."""
-        self.at_boundary(partial(self._end_unrun, request), now_s)
+        if self._is_parked:
+            self._end_unrun(request)
+            self._look(now_s)
+        else:
+            self._unrun.append(request)
+            self.at_boundary(_nothing, now_s)
 
     def park(self, now_s: float) -> None:
         super().park(now_s)
@@ -207,15 +217,13 @@ class CachingDecodeInstance(DecodeInstance):
         self._due_tokens += sign * (request.input_tokens + request.generated_tokens)
         self._has_changed = True
 
-    def _end_unrun(self, request: SimRequest, now_s: float) -> None:
+    def _end_unrun(self, request: SimRequest) -> None:
         self._set_aside(request, -1)
         tokens = request.input_tokens
         self.cache.held_tokens -= tokens - self.held.nodes[request.request_id].end
         self._keep(request, tokens)
         self.held.let_go(request)
         self._settle()
-        if self._is_parked:
-            self._look(now_s)
 
     def _admit(self, now_s: float) -> None:
         state, ready = self.state, self._ready
@@ -252,6 +260,9 @@ class CachingDecodeInstance(DecodeInstance):
         self._take(self.run.count)
         super()._end(now_s)
         self._settle()
+        for request in self._unrun:
+            self._end_unrun(request)
+        self._unrun.clear()
 
     def _leave(self, finished: list[SimRequest], now_s: float) -> None:
         for request in finished:
@@ -284,3 +295,7 @@ class CachingDecodeInstance(DecodeInstance):
 
     def _list_waiting(self) -> list[WaitingRequest]:
         return [*(r.as_waiting() for r in self._ready), *super()._list_waiting()]
+
+
+def _nothing(now_s: float) -> None:
+    """Ends a run with the iteration that is running."""
