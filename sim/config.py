@@ -197,6 +197,11 @@ class SimConfig:
         "KV tokens of a prefill instance, which its batch and a cache of prefixes share; none or 0"
         " = no cache, and no limit in prefill",
     )
+    decode_cache: bool | None = _key(
+        None,
+        "true: what KV memory decode instances have free keeps prompts and answers, which are not"
+        " sent again; only with prefill_starts=decode_boundary",
+    )
     kv_reserve_tokens: int = _key(
         512, "KV tokens kept free per running request at admission (SGLang's default)"
     )

@@ -17,12 +17,13 @@ _SIMULATED = (
 )  # fmt: skip
 _NOT_SCALED = (
     "prefill_profiles", "decode_profiles", "temperature",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated", "prefix_cache_tokens",
+    "active_prefill", "active_decode", "active_colocated", "num_colocated",
 )  # fmt: skip
 _OF_PHASES = (
     "power_cap_w",
     "prefill_profiles", "decode_profiles",
     "num_prefill", "num_decode", "prefill_controller", "decode_controller", "prefix_cache_tokens",
+    "decode_cache",
 )  # fmt: skip
 _POSITIVE = (
     "profile_draw",
@@ -82,6 +83,11 @@ def require_one_fleet(config: SimConfig) -> None:
                     f"{key} is of colocated instances, got {key}={getattr(config, key)} without "
                     "any: set num_colocated"
                 )
+        if config.decode_cache and config.prefill_starts != "decode_boundary":
+            raise VoltanaError(
+                "decode_cache needs decode to take memory before prefill begins, got "
+                f"prefill_starts={config.prefill_starts}: set prefill_starts=decode_boundary"
+            )
         return
     if config.colocated_cache and config.colocated_order == "vllm":
         raise VoltanaError(

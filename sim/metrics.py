@@ -252,15 +252,18 @@ _ENERGIES = (
 
 def _reuse(record: RunRecord) -> dict[str, float]:
     """What a cache of prefixes saved and lost; nothing for a run without one."""
+    found: dict[str, float] = {}
     caches = [i for i in record.instances if i.cached_tokens is not None]
-    if not caches:
-        return {}
-    cached = sum(i.cached_tokens or 0 for i in caches)
-    return {
-        "cached_tokens": cached,
-        "cached_share": _ratio(cached, cached + sum(i.computed_tokens or 0 for i in caches)),
-        "evicted_tokens": sum(i.evicted_tokens or 0 for i in caches),
-    }
+    if caches:
+        cached = sum(i.cached_tokens or 0 for i in caches)
+        computed = sum(i.computed_tokens or 0 for i in caches)
+        found = {"cached_tokens": cached, "cached_share": _ratio(cached, cached + computed)}
+    at_decode = [i.unsent_tokens for i in record.instances if i.unsent_tokens is not None]
+    if at_decode:
+        found["unsent_tokens"] = sum(at_decode)
+    if found:
+        found["evicted_tokens"] = sum(i.evicted_tokens or 0 for i in record.instances)
+    return found
 
 
 def _scaling(record: RunRecord) -> dict[str, float]:

@@ -74,6 +74,8 @@ class InstanceRecord:
     computed_tokens: int | None = None
     """Of the same prompts, computed; both count a prompt from when it begins."""
     evicted_tokens: int | None = None
+    unsent_tokens: int | None = None
+    """Of prompts, found in this decode instance's cache and so not sent; None if it has none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

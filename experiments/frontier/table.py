@@ -165,7 +165,8 @@ def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -
 def _bound_j(task: tuple[SimConfig, float]) -> float:
     config, attainment = task
     workload = workload_of(config)
-    if config.num_colocated or config.prefix_cache_tokens or workload.turns is not None:
+    has_cache = config.prefix_cache_tokens or config.decode_cache
+    if config.num_colocated or has_cache or workload.turns is not None:
         return math.nan  # the bound does not know them
     prefill, decode = phase_profiles(config)
     bound = lower_bound(config, prefill, workload, attainment=attainment, decode=decode)

@@ -251,8 +251,4 @@ class ColocatedInstance(DecodeInstance):
         partial = self._partial
         if partial is None:
             return listed
-        tokens = partial.input_tokens + partial.generated_tokens - partial.prefilled_tokens
-        first = WaitingRequest(
-            request_id=partial.request_id, arrival_s=partial.arrival_s, input_tokens=tokens
-        )
-        return [first, *listed]
+        return [partial.as_waiting(partial.prefilled_tokens), *listed]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from heapq import heappop, heappush
 from typing import Final
 
@@ -22,6 +23,7 @@ from voltana.sim.engine.request import SimRequest
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import Controller, InstanceState, RunningRequest, WaitingRequest
 
+Start = Callable[[float], None]
 _MANY: Final = 1 << 60
 
 
@@ -91,8 +93,9 @@ class DecodeInstance(Instance):
         than run since: who joins has waited."""
         # at least what the next iteration writes
         self._reserve_tokens = max(config.kv_reserve_tokens, 1)
-        # where prefill is here too: prompts under way; memory beside running requests' contexts
-        self._num_begun = self._held_tokens = 0
+        # where prefill is here too: prompts under way; memory beside running requests' contexts;
+        # requests that want memory before they are prefilled
+        self._num_begun = self._held_tokens = self._num_asking = 0
         self._freed_tokens = config.kv_retract_tokens
         self._first_token_here = config.first_token == "decode"
         self._length_oracle = config.length_oracle
@@ -135,6 +138,13 @@ class DecodeInstance(Instance):
             if self.run.count > 1 and self.state.is_busy:
                 self._cut(now_s)
 
+    def before_prefill(self, request: SimRequest, start: Start) -> Start:
+        """What is called when a request comes that prefill may `start` at a boundary."""
+        return partial(self.at_boundary, start)
+
+    def leave_out(self, request: SimRequest, now_s: float) -> None:
+        """Its KV cache has come, and prefill has made the only token that was wanted."""
+
     def park(self, now_s: float) -> None:
         super().park(now_s)
         if self._visitors:
@@ -171,9 +181,9 @@ class DecodeInstance(Instance):
         state = self.state
         if self._visitors:
             self._let_in(now_s)
-        if state.num_waiting:
+        if state.num_waiting or self._num_asking:
             self._admit(now_s)
-        if state.kv_tokens + state.num_running > state.kv_capacity_tokens:
+        if state.kv_tokens + self._held_tokens + state.num_running > state.kv_capacity_tokens:
             self._make_room(now_s)
         if self._sees_next_batch:
             state.last_batch_size = state.num_running
@@ -372,14 +382,7 @@ class DecodeInstance(Instance):
             self.log.first_token(request, now_s)
 
     def _list_waiting(self) -> list[WaitingRequest]:
-        return [
-            WaitingRequest(
-                request_id=r.request_id,
-                arrival_s=r.arrival_s,
-                input_tokens=r.input_tokens + r.generated_tokens,
-            )
-            for r in (*self._retracted, *self.waiting)
-        ]
+        return [r.as_waiting() for r in (*self._retracted, *self.waiting)]
 
     def _list_running(self) -> list[RunningRequest]:
         iteration = self._iteration + self._shown

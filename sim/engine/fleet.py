@@ -33,6 +33,7 @@ from voltana.sim.engine.physics.warmth import Warmth
 from voltana.sim.engine.prefill import PrefillInstance
 from voltana.sim.engine.request import SimRequest
 from voltana.sim.engine.reuse.colocated import colocated_kind
+from voltana.sim.engine.reuse.decode import decode_kind
 from voltana.sim.engine.reuse.prefill import SPARE_TOKENS, CachingPrefillInstance
 from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.answers import ControllerAnswers, route
@@ -258,7 +259,7 @@ class Fleet:
         start: Callable[[float], None] = partial(prefill.admit, request)
         if config.prefill_starts == "decode_boundary":
             start = partial(self._later_by, config.handshake_latency_s, start)
-            start = partial(self.decode[request.decode_id].at_boundary, start)
+            start = self.decode[request.decode_id].before_prefill(request, start)
         self._later_by(config.serving_latency_s, start, now_s)
 
     def can_hold(self, request: SimRequest) -> bool:
@@ -285,6 +286,7 @@ class Fleet:
             self._log.first_token(request, now_s)
             self._decode_states[request.decode_id].open_requests -= 1
             self._log.finish(request, now_s)
+            self.decode[request.decode_id].leave_out(request, now_s)
         else:
             self.decode[request.decode_id].submit(request, now_s)
 
@@ -313,7 +315,7 @@ class Fleet:
     def _make_decode(self, index: int, phase: Phase) -> DecodeInstance:
         controller = self._make_decode_controller(self._context(phase, index, phase))
         answers = self._answers(controller, phase, index)
-        make: Callable[..., DecodeInstance] = DecodeInstance
+        make: Callable[..., DecodeInstance] = decode_kind(self._config)
         if phase == COLOCATED:
             most = self._machine(phase, index).max_prefill_tokens
             make = partial(colocated_kind(self._config), max_tokens=most)

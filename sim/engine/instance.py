@@ -120,6 +120,9 @@ class Instance(ABC):
         self._begin(now_s)
         return now_s + self.run.duration_s
 
+    def forget(self) -> None:  # noqa: B027 (most keep nothing)
+        """Its memory is lost: nobody is here, so what it may have kept of them goes."""
+
     def look(self, now_s: float) -> None:
         """Let the state show what has happened by `now_s`."""
         if not self.state.is_busy:

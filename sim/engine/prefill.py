@@ -163,11 +163,4 @@ class PrefillInstance(Instance):
         self._batch = []
 
     def _list_waiting(self) -> list[WaitingRequest]:
-        return [
-            WaitingRequest(
-                request_id=r.request_id,
-                arrival_s=r.arrival_s,
-                input_tokens=r.input_tokens - r.prefilled_tokens,
-            )
-            for r in (*self._queue, *self._expected.values())
-        ]
+        return [r.as_waiting(r.prefilled_tokens) for r in (*self._queue, *self._expected.values())]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from voltana.sim.policies.base import WaitingRequest
 from voltana.sim.policies.requests import Prompt
 
 NEVER = float("nan")
@@ -14,6 +15,7 @@ class SimRequest:
         "answer", "arrival_s", "decode_id", "end_context_tokens", "finish_iteration",
         "first_token_s", "generated_tokens", "input_tokens", "is_running", "last_token_s",
         "output_tokens", "prefill_id", "prefilled_tokens", "prompt", "request_id", "retractions",
+        "unsent_tokens",
     )  # fmt: skip
 
     def __init__(
@@ -35,6 +37,8 @@ class SimRequest:
         self.decode_id = -1
         self.prefilled_tokens = 0
         """Of the prompt: computed, or found in a cache of prefixes."""
+        self.unsent_tokens = 0
+        """Of the prompt: found in decode's cache, and so not sent to it."""
         self.prompt: Prompt | None = None
         """What it consists of; None where the workload does not say."""
         self.answer = -1 - request_id
@@ -49,6 +53,14 @@ class SimRequest:
         self.last_token_s = NEVER
         """Instant of its newest token while it is out of the batch; NaN before the first."""
         self.retractions = 0
+
+    def as_waiting(self, done_tokens: int = 0) -> WaitingRequest:
+        """What policies see of it in a queue: its context, less what of that is done."""
+        return WaitingRequest(
+            request_id=self.request_id,
+            arrival_s=self.arrival_s,
+            input_tokens=self.input_tokens + self.generated_tokens - done_tokens,
+        )
 
     def began(self) -> int:
         """The iteration after which it would have begun, had it never been retracted."""

@@ -183,7 +183,7 @@ class InstanceState:
     """Takes time in proportion to the queue: call it only if the rule needs it."""
     list_running: Callable[[], Sequence[RunningRequest]] = field(default=_none_running, repr=False)
     count_cached: Callable[[Prompt], int] = field(default=_nothing_cached, repr=False)
-    """Not of decode: tokens of a prompt that need not be computed if it begins here and now."""
+    """Tokens of a prompt that need not be computed here (decode: sent), if it begins now."""
 
     def clock_or_top_mhz(self, top_mhz: int) -> int:
         """The clock in force; without a lock the top one, which a busy card boosts to."""

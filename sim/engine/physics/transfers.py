@@ -117,7 +117,8 @@ class Transfers:
     def send(self, request: SimRequest, now_s: float) -> None:
         """A request's KV cache begins to move: first the latency passes, then its bytes."""
         delay_s = self._latency_s
-        num_bytes = float(request.input_tokens * self._bytes_per_token)
+        sent_tokens = request.input_tokens - request.unsent_tokens
+        num_bytes = float(sent_tokens * self._bytes_per_token)
         if self._links:
             begin = partial(self._link_of(request).begin, request, num_bytes)
             self._do(begin, now_s + delay_s, now_s)

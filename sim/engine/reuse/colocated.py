@@ -13,9 +13,10 @@ from voltana.sim.engine.colocated import ColocatedInstance
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.physics.mixed import MixedTrack
 from voltana.sim.engine.request import SimRequest
+from voltana.sim.engine.reuse.held import HeldPrefixes
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import InstanceState
-from voltana.sim.policies.parts.radix import Node, RadixCache
+from voltana.sim.policies.parts.radix import RadixCache
 from voltana.sim.policies.requests import Prompt
 from voltana.sim.records import InstanceRecord
 
@@ -62,10 +63,7 @@ class CachingColocatedInstance(ColocatedInstance):
             config, log, state, answers, track, max_running=max_running, max_tokens=max_tokens
         )
         self.cache = RadixCache(state.kv_capacity_tokens)
-        self._nodes: dict[int, Node] = {}
-        """Where the tokens that a request has locked end, by its number."""
-        self._said: dict[int, Prompt] = {}
-        """Prompt and answer of each request that has been looked at and is not done."""
+        self.held = HeldPrefixes(self.cache)
         self._to_compute = 0
         """Tokens of prompts under way that no iteration has taken yet."""
         self._num_taken = 0
@@ -82,7 +80,7 @@ class CachingColocatedInstance(ColocatedInstance):
         )
 
     def retract(self, request: SimRequest, now_s: float) -> None:
-        cache, node = self.cache, self._nodes.pop(request.request_id)
+        cache, node = self.cache, self.held.nodes.pop(request.request_id)
         super().retract(request, now_s)
         written = request.input_tokens + request.generated_tokens - 1
         cache.held_tokens -= written - node.end
@@ -92,7 +90,7 @@ class CachingColocatedInstance(ColocatedInstance):
 
     def _new_tokens(self, request: SimRequest) -> int:
         context = super()._new_tokens(request)
-        return context - self.cache.count(self._whole(request), context - 1, locked=True)
+        return context - self.cache.count(self.held.whole(request), context - 1, locked=True)
 
     def _begin(self, now_s: float) -> None:
         super()._begin(now_s)
@@ -116,12 +114,11 @@ class CachingColocatedInstance(ColocatedInstance):
         first = line[0]
         context = first.input_tokens + first.generated_tokens
         # who has no room has used what it found all the same; one token makes the next output
-        node = self.cache.match(self._whole(first), context - 1)
+        node = self.cache.match(self.held.whole(first), context - 1)
         request = super()._take_next(admits)
         if request is None:
             return None
-        self.cache.lock(node)
-        self._nodes[request.request_id] = node
+        self.held.lock(request, node)
         request.prefilled_tokens = node.end
         self._to_compute += context - node.end
         state.waiting_tokens -= node.end
@@ -138,7 +135,7 @@ class CachingColocatedInstance(ColocatedInstance):
         for request in self._ending:
             self._keep(request, request.prefilled_tokens)
             if request.prefilled_tokens + 1 == request.input_tokens + request.output_tokens:
-                self._let_go(request)
+                self.held.let_go(request)
         super()._end(now_s)
         if self._partial is not None and tokens:
             self._keep(self._partial, self._partial.prefilled_tokens)
@@ -147,23 +144,13 @@ class CachingColocatedInstance(ColocatedInstance):
     def _leave(self, finished: list[SimRequest], now_s: float) -> None:
         for request in finished:
             end = request.end_context_tokens
-            self.cache.held_tokens -= end - self._nodes[request.request_id].end
+            self.cache.held_tokens -= end - self.held.nodes[request.request_id].end
             self._keep(request, end)
-            self._let_go(request)
+            self.held.let_go(request)
         super()._leave(finished, now_s)
 
     def _keep(self, request: SimRequest, end: int) -> None:
-        """What it has computed so far is in the cache, and locked."""
-        node = self.cache.insert(self._whole(request), end)
-        if node.start < request.input_tokens < end:
-            self.cache.match(self._whole(request), request.input_tokens)  # the answer may go alone
-        self.cache.lock(node)
-        self.cache.unlock(self._nodes[request.request_id])
-        self._nodes[request.request_id] = node
-
-    def _let_go(self, request: SimRequest) -> None:
-        self.cache.unlock(self._nodes.pop(request.request_id))
-        del self._said[request.request_id]
+        self.held.keep(request, end)
 
     def _take(self, iterations: int) -> None:
         """Memory for what the first iterations of the run write, from prefixes where it must be."""
@@ -184,12 +171,3 @@ class CachingColocatedInstance(ColocatedInstance):
         self.state.refresh()
         self._take_running()
         return self.cache.count(prompt, prompt.ends[-1] - 1)
-
-    def _whole(self, request: SimRequest) -> Prompt:
-        found = self._said.get(request.request_id)
-        if found is None:
-            prompt = request.prompt
-            assert prompt is not None  # `simulate` refuses a cache without
-            found = prompt.followed_by(request.answer, request.output_tokens)
-            self._said[request.request_id] = found
-        return found

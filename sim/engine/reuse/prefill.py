@@ -78,6 +78,9 @@ class CachingPrefillInstance(PrefillInstance):
         if self._is_parked and self._queue and not self._holds(now_s):
             self._wake(now_s)
 
+    def forget(self) -> None:
+        self.cache.clear()
+
     def record(self) -> InstanceRecord:
         return dataclasses.replace(
             super().record(),

@@ -140,6 +140,7 @@ class ScaledFleet(Fleet):
         member = self._of_prefill[request.prefill_id]
         member.num_sending -= 1
         member.rest(now_s)
+        self._of_decode[request.decode_id].rest(now_s)  # it may have been over without decode
 
     def _finished(self) -> tuple[int, int]:
         states = self._decode_states

@@ -97,6 +97,8 @@ class Member:
     def _fall(self, now_s: float) -> None:
         assert self.wanted != AWAKE
         self._low = self.wanted
+        if self._low != "parked":
+            self.instance.forget()
         meta = self._meta()
         self._change("falling", meta.change_w, meta.enter_s, now_s, self._land)
 

@@ -148,6 +148,14 @@ class RadixCache:
         """Drop prefixes until so many tokens of memory are free, or none is left to drop."""
         self._evict(tokens + self.held_tokens + self.size_tokens - self.capacity_tokens)
 
+    def clear(self) -> None:
+        """Lose everything, which is no eviction; nobody may hold anything."""
+        assert not self.locked_tokens
+        assert not self.held_tokens
+        self.root = Node(None, [], 0, 0, 0, 0)
+        self.size_tokens = 0
+        self._leaves.clear()
+
     def _split(self, lower: Node, prompt: Prompt, end: int) -> Node:
         """Cut a node in two; returns the upper one, which is new."""
         parent, first, ends = lower.parent, lower.first, prompt.ends

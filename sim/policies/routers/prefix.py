@@ -1,7 +1,8 @@
 """Routers that know what prompts share: to where it is cached, unless that costs more.
 
-All three choose the prefill instance by it. Decode instances hold no prefixes: the one with the
-fewest open requests takes the request. A colocated instance is both.
+All three choose the prefill instance by it. Of decode instances the one with the fewest open
+requests takes the request; `prefix-affinity` looks into their caches too, where they have some. A
+colocated instance is both.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ class PrefixAffinityParameters:
 
 
 class PrefixAffinity(Router):
-    """The prefill instance that has most of the prompt, of those that are not much fuller.
+    """The instance that has most of the prompt, of those that are not much fuller.
 
-    It looks into the caches themselves, as an engine's cache events would show them. Where two have
-    as much, the one with fewer open requests.
+    So in prefill, and by itself in decode, where open requests alone count if nothing is kept
+    there. It looks into the caches themselves, as an engine's cache events would show them. Where
+    two have as much, the one with fewer open requests.
 
     Source: common practice (Ray Serve's and Dynamo's routers weigh both); the bound on the
     difference in open requests is ours.
@@ -62,12 +64,15 @@ class PrefixAffinity(Router):
         self._slack = parameters.slack_requests
 
     def route(self, request: RequestView, prefill: States, decode: States) -> tuple[int, int]:
-        most = min(s.open_requests for s in prefill) + self._slack
-        chosen = least(
-            prefill,
+        chosen = self._choose(request, prefill)
+        return chosen, chosen if decode[0].phase == COLOCATED else self._choose(request, decode)
+
+    def _choose(self, request: RequestView, states: States) -> int:
+        most = min(s.open_requests for s in states) + self._slack
+        return least(
+            states,
             lambda s: (s.open_requests > most, -_cached_tokens(request, s), s.open_requests),
         )
-        return _with_decode(chosen, decode)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -1,4 +1,4 @@
-"""Run by the engine's own Python: what SGLang's radix cache makes of a colocated run's events.
+"""Run by the engine's own Python: what SGLang's radix cache makes of a run's events.
 
 Cache, allocator, row pool and `release_kv_cache` are the real ones, on the CPU. What comes in as
 JSON is who was looked at and let in, what each iteration computed, and who ended or was retracted;
@@ -60,6 +60,11 @@ class Server(real.Server):
         self.rows.write((request.kv.req_pool_idx, slice(0, len(found))), found.to(torch.int32))
         request.extend_end = request.prefix_len
 
+    def resume(self, request: Request) -> None:
+        """As a decode server does (`_bind_root_prefix`): its whole row is its own."""
+        request.prefix_len, request.last_node = 0, self.cache.root_node
+        self.admit(request)
+
     def compute(self, parts: list[tuple[Request, int]]) -> None:
         """As `alloc_for_extend` and `alloc_for_decode`: eviction for all at once, then the rows."""
         needed = sum(count for _, count in parts)
@@ -103,6 +108,8 @@ def main() -> None:
             found.append(server.look(requests[told[0]], told[1]))
         elif kind == "admit":
             server.admit(requests[told[0]])
+        elif kind == "resume":
+            server.resume(requests[told[0]])
         elif kind == "compute":
             server.compute([(requests[number], count) for number, count in told[0]])
         elif kind == "keep":

@@ -63,7 +63,7 @@ class Told(CachingColocatedInstance):
         here = [*self._ending, *([self._partial] if self._partial else [])]
         parts = []
         for request in here:
-            start = before.get(request, self._nodes[request.request_id].end)
+            start = before.get(request, self.held.nodes[request.request_id].end)
             parts.append([request.request_id, request.prefilled_tokens - start])
         if self.state.chunk_tokens:
             self.events.append(["compute", [part for part in parts if part[1]]])

@@ -22,6 +22,7 @@ from voltana.sim.config import make_config
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import ExactLog
 from voltana.sim.engine.reuse.colocated import CachingColocatedInstance
+from voltana.sim.engine.reuse.decode import CachingDecodeInstance
 from voltana.sim.engine.reuse.prefill import CachingPrefillInstance
 from voltana.sim.engine.reuse.sessions import Sessions
 from voltana.sim.policies.parts.radix import Node, RadixCache
@@ -164,7 +165,7 @@ class Watched:
         self.fleet = Fleet(config, profile, (workload,), log)
 
     def caches(self) -> list[RadixCache]:
-        kinds = CachingPrefillInstance, CachingColocatedInstance
+        kinds = CachingPrefillInstance, CachingDecodeInstance, CachingColocatedInstance
         return [i.cache for i in self.fleet.instances if isinstance(i, kinds)]
 
     def play(self) -> RunRecord:

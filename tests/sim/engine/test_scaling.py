@@ -246,7 +246,7 @@ def test_a_profile_without_states_cannot_scale(halves: Profile) -> None:
 
 
 def test_what_does_not_scale_is_refused(halves: Profile) -> None:
-    for key in ("active_prefill", "prefix_cache_tokens"):
+    for key in ("active_prefill", "active_decode"):
         with pytest.raises(VoltanaError, match=f"{key} is not for a fleet that scales"):
             run(halves, make_requests((0.0, 4, 4)), scaler="scale-to-load", **{key: 1})
 
