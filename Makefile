@@ -17,7 +17,7 @@ help:
 	@echo "make bench  print simulated requests per CPU second, flatness and memory (SCALE=--day: 10 million)"
 	@echo "make fast   install a compiled simulator into $(FAST) (needs a C compiler; same results)"
 	@echo "make fast-bench  the same of the compiled simulator; make fast-test  its tests"
-	@echo "make wheel-test  the wheel in an empty folder (PYTHONS=\"python3.11 /path/to/python3.13\")"
+	@echo "make wheel-test  the wheel in an empty folder by each Python of VERSIONS=\"3.11 3.12 3.13 3.14\" that is here"
 	@echo "make mutants  plant small faults at random, print which ones the tests miss (MUTATE=, KILLERS=, MUTANTS=, SEED=)"
 	@echo "make engine install the real SGLang for the CPU into .engine (about 3 GB), and the emulated card's NVML"
 	@echo "make faults  kill actuator, agents, router, servers on emulated cards (TRIES=100 each; needs gcc)"
@@ -71,7 +71,7 @@ contracts: $(STAMP)
 TIMED := $(addprefix tests/hwreplay/,actuator agent engines replay router serve test_emulated_engine.py test_emulated_colocated.py) tests/deploy/test_dashboard.py
 
 unit: $(STAMP)
-	$(BIN)/pytest -n auto $(addprefix --ignore=,$(TIMED))
+	$(BIN)/pytest -n auto --dist worksteal $(addprefix --ignore=,$(TIMED))
 	$(BIN)/pytest $(TIMED)
 
 bench: $(STAMP)
@@ -91,22 +91,23 @@ $(FAST_STAMP): pyproject.toml $(SOURCES)
 	@touch $@
 
 fast-test: $(FAST_STAMP)
-	cd $(FAST)/check && ../bin/pytest -n auto -p no:cacheprovider tests/sim/engine tests/sim/test_golden.py tests/sim/test_metrics.py
+	cd $(FAST)/check && ../bin/pytest -n auto --dist worksteal -p no:cacheprovider tests/sim/engine tests/sim/test_golden.py tests/sim/test_metrics.py
 
 fast-bench: $(FAST_STAMP)
 	$(FAST)/bin/python benchmarks/requests_per_second.py
 	$(FAST)/bin/python benchmarks/trace_scale.py $(SCALE)
 
 # The wheel as a user has it: built, installed with what it needs, and run in an empty folder, by each
-# of PYTHONS (paths of 3.11 to 3.14).
-PYTHONS ?= $(PYTHON)
+# of PYTHONS: those of VERSIONS that are here, on the PATH or behind pyenv's shims.
+VERSIONS ?= 3.11 3.12 3.13 3.14
+PYTHONS ?= $(shell for v in $(VERSIONS); do PYENV_VERSION=$$v python$$v -c "import sys; print(sys.executable)" 2>/dev/null; done; true)
 WHEEL_DEMO ?= ../env/bin/voltana demo --out results
 
 wheel-test: $(STAMP)
 	rm -rf .wheel && mkdir .wheel && $(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir .wheel .
 	@set -e; for python in $(PYTHONS); do \
 	  $$python -m venv .wheel/env && mkdir .wheel/empty; \
-	  .wheel/env/bin/python -m pip install --quiet --disable-pip-version-check "$$(ls .wheel/*.whl)[report]"; \
+	  .wheel/env/bin/python -m pip install --quiet --no-compile --disable-pip-version-check "$$(ls .wheel/*.whl)[report]"; \
 	  ( cd .wheel/empty && ../env/bin/voltana simulate --rate 20 --duration 20 --out results \
 	    && ../env/bin/voltana report results && rm -r results && $(WHEEL_DEMO) ); \
 	  rm -rf .wheel/env .wheel/empty; echo "$$python: the wheel runs"; done

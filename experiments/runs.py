@@ -8,10 +8,12 @@ from functools import lru_cache
 from pathlib import Path
 
 from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.uncertainty import draw_profile
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.memory import require_room
+from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.records import RunRecord
 from voltana.sim.workload.generate import make_workload, stream_arrivals
 from voltana.sim.workload.sessions.generate import is_session_workload
@@ -45,7 +47,8 @@ def workload_of(config: SimConfig) -> Workload:
             config.rate_rps * (config.duration_s or DEFAULT_DURATION_S),
             "lower rate_rps or duration_s, or set metrics=sketch, which keeps no request",
         )
-        made = make_workload(
+        make = _kept_workload if is_session_workload(config.workload) else make_workload
+        made = make(
             config.workload,
             rate_rps=config.rate_rps,
             duration_s=config.duration_s or DEFAULT_DURATION_S,
@@ -61,6 +64,24 @@ def workload_of(config: SimConfig) -> Workload:
             end_s = math.inf if config.duration_s is None else start_s + config.duration_s
             made = made.sliced(start_s, end_s)
     return made if config.time_scale == 1.0 else made.scaled(config.time_scale)
+
+
+def phase_profiles(config: SimConfig) -> tuple[Profile, Profile]:
+    """Of prefill's instances and of decode's; of colocated ones twice the same.
+
+    Raises:
+        VoltanaError: The instances of a phase run on unlike cards.
+    """
+    usual, found = profile_of(config), []
+    for phase in (PREFILL, DECODE):
+        names = set(config.mixed_profiles.get(phase, ()))
+        if len(names) > 1:
+            raise VoltanaError(
+                f"{phase}_profiles must be of one kind here, got {' and '.join(sorted(names))}: "
+                "one clock for all instances of a phase is not the best fixed one of unlike cards"
+            )
+        found += [_cached(name, config.profile_draw) for name in names] or [usual]
+    return found[0], found[1]
 
 
 def stream_of(config: SimConfig) -> Iterator[Workload] | None:
@@ -104,6 +125,10 @@ def run(
         for name in names
     }
     return simulate(config, profile, requests, spill=spill, others=others)
+
+
+_kept_workload = lru_cache(maxsize=1)(make_workload)
+"""Of sessions, which take longer to draw than a short run takes: a sweep's policies share them."""
 
 
 @lru_cache(maxsize=4)

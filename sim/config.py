@@ -11,7 +11,7 @@ import hashlib
 import json
 import tomllib
 import typing
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -234,13 +234,17 @@ class SimConfig:
             if value is not None and value not in allowed:
                 raise VoltanaError(f"{name} must be one of {', '.join(allowed)}, got {value!r}")
 
-    def require_plain(self, what: str, *, colocates: bool = False) -> None:
+    def require_plain(self, what: str, *, knows: Collection[str] = ()) -> None:
         """Refuse what only a simulation knows, where `what` has no rule for it.
+
+        Args:
+            what: Who refuses.
+            knows: Keys that it has a rule for.
 
         Raises:
             VoltanaError: There is some.
         """
-        require_plain(self, what, colocates=colocates)
+        require_plain(self, what, knows)
 
     @property
     def counts(self) -> dict[Phase, int]:

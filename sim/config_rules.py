@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from typing import TYPE_CHECKING
 
 from voltana.profiles.common.errors import VoltanaError
@@ -101,11 +102,11 @@ def require_one_fleet(config: SimConfig) -> None:
             )
 
 
-def require_plain(config: SimConfig, what: str, *, colocates: bool) -> None:
+def require_plain(config: SimConfig, what: str, knows: Collection[str]) -> None:
     """As of `SimConfig.require_plain`."""
-    for key in _SIMULATED[int(colocates) :]:
-        if (got := getattr(config, key)) is not None:
-            apart = "" if colocates else "with their phases apart, "
+    for key in _SIMULATED:
+        if key not in knows and (got := getattr(config, key)) is not None:
+            apart = "" if "num_colocated" in knows else "with their phases apart, "
             raise VoltanaError(
                 f"{what} is of fleets {apart}all serving, on like cards: leave out {key}, got {got}"
             )

@@ -9,9 +9,10 @@ iteration. Every instance draws at least w at every instant, so that with N inst
 
     energy = N·w·makespan + Σ idle (P - w)·dt + Σ iterations (P - w)·T,
 
-and the idle sum is >= 0. A clock change splits an iteration into parts of its work at several
-clocks; its time and energy are then weighted means of those at each clock, and all that is said
-of iterations below is linear in (energy, time), so that it need be shown for whole ones only.
+and the idle sum is >= 0. Where the phases run on unlike cards, each has its own w, times and
+powers. A clock change splits an iteration into parts of its work at several clocks; its time and
+energy are then weighted means of those at each clock, and all that is said of iterations below is
+linear in (energy, time), so that it need be shown for whole ones only.
 
 *Makespan.* The last request of all that arrives still needs one prefill iteration and all of its
 decode iterations, none shorter than the shortest of the profile.
@@ -104,7 +105,12 @@ class EnergyBound:
 
 
 def lower_bound(
-    config: SimConfig, profile: Profile, workload: Workload, *, attainment: float = 0.0
+    config: SimConfig,
+    profile: Profile,
+    workload: Workload,
+    *,
+    attainment: float = 0.0,
+    decode: Profile | None = None,
 ) -> EnergyBound:
     """Energy that no run of this workload on this fleet can go below; see the module's proof.
 
@@ -114,6 +120,7 @@ def lower_bound(
         workload: The requests.
         attainment: Share of requests in [0, 1] that are known to keep both promises. A bound for
             a positive share says nothing of runs that attain less.
+        decode: The truth of decode's instances, if they run on other cards than prefill's.
 
     Raises:
         VoltanaError: `attainment` is out of range, the configuration cuts runs short or is
@@ -121,7 +128,8 @@ def lower_bound(
     """
     if not 0.0 <= attainment <= 1.0:
         raise VoltanaError(f"attainment of a bound must be in [0, 1], got {attainment}")
-    config.require_plain("the bound")
+    decode = decode or profile
+    config.require_plain("the bound", knows=("prefill_profiles", "decode_profiles"))
     if config.run_limit_s is not None:
         raise VoltanaError("a bound is for runs played to their end: leave out run_limit_s")
     if config.prefix_cache_tokens or config.decode_cache or workload.turns is not None:
@@ -130,35 +138,36 @@ def lower_bound(
             "leave out prefix_cache_tokens and decode_cache, and let no turn wait "
             "(chat:waits=false)"
         )
-    engine = profile.meta.engine
+    engine = decode.meta.engine
     capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
     admitted = workload.input_tokens + workload.output_tokens <= capacity
     work = _Work.of(config, workload, admitted, attainment)
-    floor_w = _floor_w(profile)
-    instances = config.num_prefill + config.num_decode
+    prefill_w, decode_w = _floor_w(profile), _floor_w(decode)
+    floor_w = config.num_prefill * prefill_w + config.num_decode * decode_w
+    hosts_w = (config.num_prefill + config.num_decode) * (config.host_power_w or 0.0)
     if work is None:
         return EnergyBound(
             idle_floor_j=0.0, prefill_j=0.0, decode_j=0.0, makespan_s=0.0, attainment=attainment
         )
     most = config.max_running_requests or engine.max_running_requests
-    surface = decode_surface(profile, most, config.extrapolate, capacity)
+    surface = decode_surface(decode, most, config.extrapolate, capacity)
     surface = surface.up_to(work.most_together)
-    budget = config.max_prefill_tokens or engine.max_prefill_tokens
+    budget = config.max_prefill_tokens or profile.meta.engine.max_prefill_tokens
     prefill = _prefill_costs(
-        profile, floor_w, budget, config.max_prefill_requests, config.extrapolate
+        profile, prefill_w, budget, config.max_prefill_requests, config.extrapolate
     )
     noise = {
-        phase: _SIGMAS * config.noise_scale * profile.spread().largest(phase)
-        for phase in ("prefill", "decode")
+        phase: _SIGMAS * config.noise_scale * own.spread().largest(phase)
+        for phase, own in (("prefill", profile), ("decode", decode))
     }
     steps = np.maximum(work.steps - noise["decode"] * np.sqrt(work.steps), 0.0)
     first_s = prefill.shortest_s * max(1.0 - noise["prefill"], 0.0)
     makespan_s = float((work.arrival_s + first_s + steps * surface.shortest_s).max())
     prefill_j = prefill.per_token_j * float(work.input_tokens.sum())
     return EnergyBound(
-        idle_floor_j=instances * (floor_w + (config.host_power_w or 0.0)) * makespan_s,
+        idle_floor_j=(floor_w + hosts_w) * makespan_s,
         prefill_j=prefill_j - noise["prefill"] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
-        decode_j=_decode_j(surface, work, floor_w, config.slo_itl_s, noise["decode"]),
+        decode_j=_decode_j(surface, work, decode_w, config.slo_itl_s, noise["decode"]),
         makespan_s=makespan_s,
         attainment=attainment,
     )

@@ -77,7 +77,7 @@ def plan(config: SimConfig, profile: Profile, workload: Workload) -> Yardstick:
         raise VoltanaError("a yardstick needs a request at least: raise the rate or the duration")
     truth = profile.truth(extrapolate=config.extrapolate)
     idle_w = min(truth.rest_power_w(clock) for clock in (0, *profile.clocks_mhz))
-    clocks = profile_knots(config.profile, profile.clocks_mhz)
+    clocks = profile_knots(profile, profile.clocks_mhz)
     wait_s = config.slo_ttft_s - (2 if config.first_token == "decode" else 1) * config.slo_itl_s
     alone_s = truth.time_and_power(DECODE, clocks[-1], 1, float(workload.input_tokens.min()))[0]
     makespan_s = float((workload.arrival_s + workload.output_tokens * alone_s).max())

@@ -1,6 +1,7 @@
 """The best static fleet: n of N prefill and m of M decode instances in use, one clock a phase.
 
-There are thousands of them (48 clocks a phase, 25 numbers of instances), and what one costs is
+A phase's instances run on like cards; the two phases may have cards of two kinds. There are
+thousands of static fleets (48 clocks a phase, 25 numbers of instances), and what one costs is
 nearly a sum: of what its prefill side (n and a clock) costs and what its decode side costs, as
 they share nothing but the requests that pass from one to the other. So each side is searched alone
 first, the other side at the anchor (all instances, the top clock), on the first repeat:
@@ -65,6 +66,8 @@ class Side:
 
 Fleet = tuple[Side, Side]
 """Prefill and decode."""
+Clocks = tuple[tuple[int, ...], tuple[int, ...]]
+"""Those of prefill's cards and those of decode's, in MHz, ascending."""
 TryFleet = Callable[[Fleet, bool], Trial]
 """Runs a fleet, on all repeats or on the first one alone."""
 
@@ -75,7 +78,7 @@ class FleetSearch:
     Args:
         attempt: Runs a fleet; with False on the first repeat alone. It remembers: asked for the
             same twice, it runs once.
-        clocks_mhz: Clocks allowed, ascending.
+        clocks_mhz: Clocks allowed.
         knots_mhz: Those that each side tries first.
         counts: For prefill and decode the numbers of active instances allowed.
         target: Attainment that every repeat has to reach.
@@ -90,8 +93,8 @@ class FleetSearch:
         self,
         attempt: TryFleet,
         *,
-        clocks_mhz: tuple[int, ...],
-        knots_mhz: Iterable[int],
+        clocks_mhz: Clocks,
+        knots_mhz: Clocks,
         counts: tuple[Sequence[int], Sequence[int]],
         target: float,
         is_quick: bool = False,
@@ -104,12 +107,14 @@ class FleetSearch:
         self._most_rise = _RISE if is_quick else float("inf")
         self._attempt = attempt
         self._clocks = clocks_mhz
-        knots = {*knots_mhz, clocks_mhz[0], clocks_mhz[-1]} & set(clocks_mhz)
-        self._knots = sorted(knots)
+        self._knots = [
+            sorted({*knots, allowed[0], allowed[-1]} & set(allowed))
+            for knots, allowed in zip(knots_mhz, clocks_mhz, strict=True)
+        ]
         self._counts = counts
         self._target = target
-        top_mhz = clocks_mhz[-1]
-        self._anchor: Fleet = (Side(counts[0][-1], top_mhz), Side(counts[1][-1], top_mhz))
+        self._tops = clocks_mhz[0][-1], clocks_mhz[1][-1]
+        self._anchor: Fleet = self._at_top(counts[0][-1], counts[1][-1])
         self._origin_j = 0.0
         self._sides: tuple[dict[Side, Trial], dict[Side, Trial]] = ({}, {})
         self._best: Trial | None = None
@@ -143,6 +148,9 @@ class FleetSearch:
         """What each side has tried beside the anchor, on the first repeat."""
         return self._sides
 
+    def _at_top(self, prefill: int, decode: int) -> Fleet:
+        return Side(prefill, self._tops[0]), Side(decode, self._tops[1])
+
     def _side_trial(self, phase: int, side: Side) -> Trial:
         fleet = (side, self._anchor[1]) if phase == 0 else (self._anchor[0], side)
         trial = self._attempt(fleet, False)
@@ -152,7 +160,7 @@ class FleetSearch:
     def _search_side(self, phase: int) -> None:
         least_j = float("inf")
         for active in self._counts[phase]:
-            top = self._side_trial(phase, Side(active, self._clocks[-1]))
+            top = self._side_trial(phase, Side(active, self._tops[phase]))
             if not top.keeps(self._target - _HOPELESS):
                 continue
             best = self._search_clocks(phase, active, self._most_rise * least_j)
@@ -167,25 +175,26 @@ class FleetSearch:
 
         If the best of the knots costs more than `most_j`, it is left at them.
         """
-        middle = len(self._knots) // 2 - 1 if len(self._knots) > 2 else 0
+        knots, clocks = self._knots[phase], self._clocks[phase]
+        middle = len(knots) // 2 - 1 if len(knots) > 2 else 0
         found: dict[int, Trial] = {}
 
         def best() -> tuple[int, Trial] | None:
             kept = [(t.energy_j, c) for c, t in found.items() if t.keeps(self._target)]
             return (min(kept)[1], found[min(kept)[1]]) if kept else None
 
-        for clock in reversed(self._knots[: middle + 1]):
+        for clock in reversed(knots[: middle + 1]):
             found[clock] = self._side_trial(phase, Side(active, clock))
             if not found[clock].keeps(self._target - _HOPELESS):
                 break
-        for clock in self._knots[middle + 1 :]:
+        for clock in knots[middle + 1 :]:
             found[clock] = self._side_trial(phase, Side(active, clock))
             known = best()
             if known is not None and found[clock].energy_j > _RISE * known[1].energy_j:
                 break
         while self._is_quick:
             known = best()
-            middles = () if known is None else self._middles(known[0], found)
+            middles = () if known is None else self._middles(phase, known[0], found)
             if known is None or known[1].energy_j > most_j or not middles:
                 return None if known is None else known[1]
             for clock in middles:
@@ -194,22 +203,22 @@ class FleetSearch:
             known = best()
             if known is None:
                 break
-            at = self._clocks.index(known[0])
+            at = clocks.index(known[0])
             for near in (at - step, at + step):
-                if 0 <= near < len(self._clocks) and self._clocks[near] not in found:
-                    clock = self._clocks[near]
-                    found[clock] = self._side_trial(phase, Side(active, clock))
+                if 0 <= near < len(clocks) and clocks[near] not in found:
+                    found[clocks[near]] = self._side_trial(phase, Side(active, clocks[near]))
         known = best()
         return None if known is None else known[1]
 
-    def _middles(self, best_mhz: int, tried: Iterable[int]) -> list[int]:
+    def _middles(self, phase: int, best_mhz: int, tried: Iterable[int]) -> list[int]:
         """Between the best clock and the tried ones next to it, if they are not as near already."""
-        at = self._clocks.index(best_mhz)
-        grain = 2 if len(self._clocks) >= _FINE else 1
-        others = [self._clocks.index(clock) - at for clock in tried]
+        clocks = self._clocks[phase]
+        at = clocks.index(best_mhz)
+        grain = 2 if len(clocks) >= _FINE else 1
+        others = [clocks.index(clock) - at for clock in tried]
         below = max((o for o in others if o < 0), default=0)
         above = min((o for o in others if o > 0), default=0)
-        return [self._clocks[at + int(o / 2)] for o in (below, above) if abs(o) > grain]
+        return [clocks[at + int(o / 2)] for o in (below, above) if abs(o) > grain]
 
     def _search_joint(self) -> None:
         options = [
@@ -247,17 +256,16 @@ class FleetSearch:
         """
         cell = (a.active, b.active)
         if cell not in self._too_low:
-            top = self._clocks[-1]
-            fleet = (Side(a.active, top), Side(b.active, top))
+            fleet = self._at_top(*cell)
             is_hopeless = not self._attempt(fleet, not self._is_quick).keeps(self._target)
-            self._too_low[cell] = [top, top] if is_hopeless else [0, 0]
+            self._too_low[cell] = [*self._tops] if is_hopeless else [0, 0]
         low = self._too_low[cell]
         return a.clock_mhz <= low[0] or b.clock_mhz <= low[1]
 
     def _blame(self, a: Side, b: Side) -> None:
         """Learn from a pair that failed which side fails whatever the other one does."""
-        top, low = self._clocks[-1], self._too_low[a.active, b.active]
-        beside = ((a, Side(b.active, top)), (Side(a.active, top), b))
+        top, low = self._at_top(a.active, b.active), self._too_low[a.active, b.active]
+        beside = ((a, top[1]), (top[0], b))
         if self._ahead is not None:
             self._ahead(beside)
         for phase, fleet in enumerate(beside):
@@ -296,7 +304,7 @@ class FleetSearch:
         here_j = self._guess_j(self._best_fleet)
         found = []
         for moves in product(reach, repeat=2):
-            a, b = map(self._moved, self._best_fleet, moves)
+            a, b = map(self._moved, (0, 1), self._best_fleet, moves)
             if a is not None and b is not None and (a, b) not in self._tried:
                 guess_j = self._guess_j((a, b))
                 if guess_j < here_j and not self._is_ruled_out(a, b):
@@ -313,9 +321,10 @@ class FleetSearch:
             self._blame(a, b)
         return is_better
 
-    def _moved(self, side: Side, by: int) -> Side | None:
-        at = self._clocks.index(side.clock_mhz) + by
-        return Side(side.active, self._clocks[at]) if 0 <= at < len(self._clocks) else None
+    def _moved(self, phase: int, side: Side, by: int) -> Side | None:
+        clocks = self._clocks[phase]
+        at = clocks.index(side.clock_mhz) + by
+        return Side(side.active, clocks[at]) if 0 <= at < len(clocks) else None
 
     def _guess_j(self, fleet: Fleet) -> float:
         """The sum of both sides, each between the clocks that were tried."""

@@ -21,12 +21,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from voltana.experiments.frontier.contenders import Contender
-from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side, counts_name
+from voltana.experiments.frontier.fixed import Clocks, Fleet, FleetSearch, Side, counts_name
 from voltana.experiments.frontier.knob import search_knob
 from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
 from voltana.experiments.progress import progress_bar
-from voltana.experiments.runs import cached_profile
 from voltana.experiments.sweep.executors import make_pool
+from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config
 
@@ -53,9 +53,9 @@ class Study:
     """Configuration keys of each repeat on which is chosen: a seed, or a part of a trace."""
     judging: Sequence[Mapping[str, Any]]
     """Of each repeat whose numbers are reported."""
-    clocks_mhz: tuple[int, ...]
-    """All that static pairs may use, ascending."""
-    knots_mhz: tuple[int, ...]
+    clocks_mhz: Clocks
+    """All that static pairs may use."""
+    knots_mhz: Clocks
     """Those of them that the search tries first."""
     routers: tuple[str, ...]
     """Routers under which static pairs are searched."""
@@ -259,7 +259,7 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
     config = make_config({**desk.study.base, **desk.load.settings})
     fleets = _Fleets.of(config, router)
     most = fleets.most
-    top = desk.study.clocks_mhz[-1]
+    tops = [clocks[-1] for clocks in desk.study.clocks_mhz]
 
     def attempt(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
         return desk.attempt(fleets.settings(fleet, cap), fleets.label(fleet, cap), on_all=on_all)
@@ -269,7 +269,7 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
         return desk.attempt_judging(settings, label, on_all=on_all)
 
     target = desk.study.choice_target
-    highest = desk.whole(attempt(None, (Side(most[0], top), Side(most[1], top)), True))
+    highest = desk.whole(attempt(None, (Side(most[0], tops[0]), Side(most[1], tops[1])), True))
     pair, fleet = (desk.whole(t) for t in _search_fleets(desk.study, attempt, most, target))
     chosen = [(STATIC_MAX, highest), (STATIC_PAIR, pair), (STATIC_FLEET, fleet)]
     if desk.study.one_clock and not fleets.is_colocated:
@@ -370,7 +370,7 @@ def _require_runs(found: Sequence[Found]) -> None:
         raise VoltanaError(f"load {found[0].load!r}: not one run ended: {found[0].judged.error}")
 
 
-def profile_knots(profile: str, clocks_mhz: Sequence[int]) -> tuple[int, ...]:
+def profile_knots(profile: Profile, clocks_mhz: Sequence[int]) -> tuple[int, ...]:
     """Of those clocks the ones at which the profile has decode tables."""
-    tables = {int(c) for c in cached_profile(profile).decode["frequency_mhz"].unique()}
+    tables = {int(c) for c in profile.decode["frequency_mhz"].unique()}
     return tuple(c for c in clocks_mhz if c in tables)

@@ -41,7 +41,7 @@ from typing import Any, Final
 from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.search import Study, profile_knots
 from voltana.experiments.frontier.trial import Load
-from voltana.experiments.runs import cached_profile
+from voltana.experiments.runs import phase_profiles
 from voltana.profiles.common.binding import check_names, table, tables, value, values
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config, read_toml
@@ -269,15 +269,24 @@ def make_study(
     configs = [make_config({**base, **load.settings}) for load in loads]
     if not configs:
         raise VoltanaError("a frontier needs a load at least")
-    profiles = {c.profile for c in configs}
-    if len(profiles) != 1:
-        raise VoltanaError(f"the loads of a frontier share one profile, got {sorted(profiles)}")
-    profile = profiles.pop()
-    clocks = cached_profile(profile).clocks_mhz
-    allowed = clock_list(clocks, static_clocks_mhz, clocks, "static_clocks_mhz")
+    kinds = {(c.profile, c.prefill_profiles, c.decode_profiles) for c in configs}
+    if len(kinds) != 1:
+        names = sorted({str(name) for kind in kinds for name in kind if name is not None})
+        raise VoltanaError(f"the loads of a frontier share their profiles, got {names}")
+    profiles = phase_profiles(configs[0])
+    if one_clock and profiles[0].clocks_mhz != profiles[1].clocks_mhz:
+        raise VoltanaError(
+            "static_one_clock needs cards with the same clocks in both phases, got "
+            f"{profiles[0].name} and {profiles[1].name}: leave it out"
+        )
+    prefill, decode = (
+        tuple(clock_list(p.clocks_mhz, static_clocks_mhz, p.clocks_mhz, "static_clocks_mhz"))
+        for p in profiles
+    )
     return Study(
         base=base, loads=loads, contenders=contenders, tuning=tuning, judging=judging,
-        clocks_mhz=tuple(allowed), knots_mhz=profile_knots(profile, allowed),
+        clocks_mhz=(prefill, decode),
+        knots_mhz=(profile_knots(profiles[0], prefill), profile_knots(profiles[1], decode)),
         routers=every_router, static_caps=tuple(static_caps), target=target, attainment=attainment,
         one_clock=one_clock,
     )  # fmt: skip

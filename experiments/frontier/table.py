@@ -15,7 +15,7 @@ from voltana.experiments.compare.intervals import Interval, saving_pct, t_interv
 from voltana.experiments.frontier.fixed import counts_name
 from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
 from voltana.experiments.frontier.trial import pooled
-from voltana.experiments.runs import profile_of, workload_of
+from voltana.experiments.runs import phase_profiles, workload_of
 from voltana.experiments.sweep.executors import make_pool
 from voltana.experiments.sweep.identity import bound_key
 from voltana.sim.config import KEYS, SimConfig, make_config
@@ -168,4 +168,6 @@ def _bound_j(task: tuple[SimConfig, float]) -> float:
     has_cache = config.prefix_cache_tokens or config.decode_cache
     if config.num_colocated or has_cache or workload.turns is not None:
         return math.nan  # the bound does not know them
-    return lower_bound(config, profile_of(config), workload, attainment=attainment).energy_j
+    prefill, decode = phase_profiles(config)
+    bound = lower_bound(config, prefill, workload, attainment=attainment, decode=decode)
+    return bound.energy_j

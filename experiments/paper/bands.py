@@ -26,9 +26,10 @@ from voltana.experiments.paper.panel import (
     main_figure_points,
     with_saving_pct,
 )
+from voltana.experiments.runs import cached_profile
 from voltana.experiments.sweep.grid import Point
 from voltana.experiments.sweep.run import run_sweep
-from voltana.profiles.catalog import Profile, load_profile
+from voltana.profiles.catalog import Profile
 from voltana.profiles.draw.style import STYLE, WIDTH_IN, line_style
 from voltana.sim.config import make_config
 
@@ -69,11 +70,11 @@ _ROWS: Final = {
 def band_points() -> list[Point]:
     """The main figure's runs under every rule; those of the fitted model under one, its own."""
     points = main_figure_points()
-    of_fit = load_profile(points[0].config.profile)
+    of_fit = cached_profile(points[0].config.profile)
     fitted = read_fitted(FITTED)
     made = []
     for point in points:
-        profile = load_profile(point.config.profile)
+        profile = cached_profile(point.config.profile)
         known = profile.meta.model.name == of_fit.meta.model.name
         for name, rule in RULES.items():
             slo_ttft_s, slo_itl_s = rule(fitted, of_fit if known else profile, of_fit)

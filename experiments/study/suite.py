@@ -242,17 +242,28 @@ def _shrink(data: Mapping[str, Any], x: str) -> dict[str, Any]:
     """A smoke size: short runs, few points of the horizontal axis, then the file's own wishes."""
     wishes = data.get("quick", {})
     base = {**data.get("base", {}), "duration_s": QUICK_DURATION_S}
-    grid = {k: _thin(v) if k == x else v for k, v in data.get("grid", {}).items()}
+    axes = {k: _without_length(v) for k, v in data.get("grid", {}).items()}
+    grid = {k: _thin(v) if k == x else v for k, v in axes.items()}
     if "seed" in grid:
         grid["seed"] = grid["seed"][:1]
     for key, wish in wishes.items():
         (grid if isinstance(wish, list) else base)[key] = wish
-    panels = [{k: _thin(v) if k == x else v for k, v in panel.items()} for panel in _panels(data)]
+    own = _without_length(_panels(data))
+    panels = [{k: _thin(v) if k == x else v for k, v in panel.items()} for panel in own]
     small = {**data, "base": base, "grid": grid, "panel": panels}
     if "static_pairs" in data:
         clocks = data["static_pairs"]["clocks_mhz"]
         small["static_pairs"] = {**data["static_pairs"], "clocks_mhz": [clocks[0], clocks[-1]]}
     return small
+
+
+def _without_length(entry: Any) -> Any:  # noqa: ANN401 (what stands in a file)
+    """Panels, or the entries of an axis, without a length of run of their own."""
+    if isinstance(entry, list):
+        return [_without_length(item) for item in entry]
+    if not isinstance(entry, Mapping):
+        return entry
+    return {k: v for k, v in entry.items() if k != "duration_s" or isinstance(v, list)}
 
 
 def _thin(values: list[Any]) -> list[Any]:

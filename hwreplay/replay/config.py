@@ -201,7 +201,7 @@ def make_fleet_config(
     sockets = table(fleet, "batch_sockets", where)
     sim = make_config(simulate, where=where)
     is_replay = section == "replay"
-    sim.require_plain("a replay" if is_replay else "a service", colocates=is_replay)
+    sim.require_plain("a replay" if is_replay else "a service", knows=("num_colocated",))
     if sim.colocated_order == "vllm":
         raise VoltanaError(
             f"colocated_order must be one that SGLang has, got vllm ({where}): name sglang or "

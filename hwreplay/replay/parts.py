@@ -135,10 +135,14 @@ async def end_process(process: asyncio.subprocess.Process, limit_s: float = END_
 def observes_fleet(config: ReplayConfig) -> bool:
     """Whether a controller of the configuration looks at other instances than its own.
 
+    Every policy is made once for it, the router too: before any server is started.
+
     Raises:
-        VoltanaError: No such policy or profile.
+        VoltanaError: A policy cannot be made, or there is no such profile.
     """
-    source = PolicySource(config=config.sim, profile=load_profile(config.sim.profile))
+    profile = load_profile(config.sim.profile)
+    PolicySource(config=config.sim, profile=profile).make_router()  # it may look at all
+    source = PolicySource(config=config.sim, profile=profile)
     for phase in config.sim.counts:
         source.make_controller(phase, 0)
     return source.cluster.is_observed

@@ -138,16 +138,21 @@ class RouterConfig:
             ids = [w.instance_id for w in self.of(phase)]
             if ids != list(range(len(ids))) or not ids:
                 raise VoltanaError(f"{phase} workers must be numbered from 0, got {ids}")
-        if COLOCATED in self.phases and (self.access_log or self.energy_header):
+        if COLOCATED in self.phases and self.energy_header:
             raise VoltanaError(
-                "a request's energy is not told of colocated servers, got access_log or "
-                "energy_header beside some: leave both out"
+                "a request's energy is not told of colocated servers, got energy_header beside "
+                "some: leave it out"
             )
 
     @property
     def phases(self) -> tuple[Phase, ...]:
         """Kinds of servers that a request needs one of each."""
         return phases_of(self.workers)
+
+    @property
+    def bills(self) -> bool:
+        """Whether it is worked out what each request took; of colocated servers nobody can."""
+        return COLOCATED not in self.phases and (self.access_log or self.energy_header)
 
     @property
     def ends(self) -> tuple[Phase, Phase]:

@@ -141,7 +141,7 @@ class RouterService:
         return answer
 
     def _close(self, request: web.Request, entry: Entry, outcome: str, status: int) -> None:
-        """The request's line in the access log, once its energy is known."""
+        """The request's line in the access log, once its energy is known if somebody counts it."""
         fields: dict[str, object] = {
             "path": request.path,
             "outcome": outcome,
@@ -149,11 +149,12 @@ class RouterService:
             "duration_s": round(self.clock.now_s() - entry.arrival_s, 6),
         }
         call, bills, is_logged = entry.call, self.fleet.bills, self._config.access_log
+        if call is not None:
+            fields |= call.as_dict()
         if call is None or bills is None:
             if is_logged:
                 say(LOG, logging.INFO, "request", **fields)
             return
-        fields |= call.as_dict()
 
         def tell(energy_j: float | None) -> None:
             bills.forget(call.request_id)

@@ -23,7 +23,6 @@ from typing import Final
 import uvloop
 
 from voltana.hwreplay.messages.log_lines import ENVIRONMENT, say, start_log
-from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.parts import Run, observes_fleet, write_router_file
 from voltana.hwreplay.replay.replay import fleet
 from voltana.hwreplay.router.config import LOOPBACK, open_listener
@@ -32,8 +31,6 @@ from voltana.hwreplay.serve.config import ServeConfig, check_reload, read_serve_
 from voltana.hwreplay.serve.part import Deaths, Part
 from voltana.hwreplay.serve.servers import keep_server
 from voltana.hwreplay.serve.systemd import notify
-from voltana.hwreplay.view.context import PolicySource
-from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.folders import claim
 from voltana.profiles.common.signals import stops_as_interrupts
@@ -212,7 +209,7 @@ class Service:
             new = read_serve_config(self._path)
             check_reload(self._config, new, str(self._path))
             config = dataclasses.replace(self._run.config, sim=new.fleet.sim)
-            has_fleet_view = _rehearse(config)
+            has_fleet_view = observes_fleet(config)
         except VoltanaError as error:
             say(LOG, logging.ERROR, "reload refused, all stays as it was", error=str(error))
             return
@@ -229,9 +226,3 @@ class Service:
         policy = {"prefill": sim.prefill_controller_spec, "decode": sim.decode_controller_spec}
         promises = {"slo_ttft_s": sim.slo_ttft_s, "slo_itl_s": sim.slo_itl_s}
         say(LOG, logging.INFO, "reloaded", router=sim.router, **policy, **promises)
-
-
-def _rehearse(config: ReplayConfig) -> bool:
-    """Make every policy once; returns whether a controller looks at the whole fleet."""
-    PolicySource(config=config.sim, profile=load_profile(config.sim.profile)).make_router()
-    return observes_fleet(config)

@@ -107,6 +107,7 @@ class StubWorker:
         for path in (GENERATE, COMPLETIONS, CHAT):
             app.router.add_post(path, self._serve)
         app.router.add_get("/v1/loads", self._loads)
+        app.router.add_get("/health", self._loads)
         app.router.add_get("/model_info", self._model_info)
         app.router.add_get("/v1/models", self._models)
         self._runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)

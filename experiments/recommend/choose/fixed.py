@@ -24,6 +24,7 @@ from voltana.experiments.recommend.choose.desk import (
     fleet_at,
 )
 from voltana.experiments.recommend.question import Question, Repeats
+from voltana.experiments.runs import cached_profile
 from voltana.profiles.common.errors import VoltanaError
 
 MOST_KNOTS: Final = 4
@@ -272,11 +273,13 @@ class FixedSearch:
         """A search whose anchor is its own largest fleet at its top clock."""
         anchor = fleet_at((counts[0][-1], counts[1][-1]), clocks[-1])
         attempt = partial(try_fixed, self._desk, means, self._repeats, anchor)
-        known = profile_knots(str(self._desk.question.base["profile"]), clocks)
+        profile = cached_profile(str(self._desk.question.base["profile"]))
+        known = profile_knots(profile, clocks)
         step = max(1, -(-len(known) // MOST_KNOTS))
         return FleetSearch(
-            attempt, clocks_mhz=clocks, knots_mhz=known[::step], counts=(counts[0], counts[1]),
-            target=self._target, is_quick=True, ahead=partial(self._ahead, means),
+            attempt, clocks_mhz=(clocks, clocks), knots_mhz=(known[::step], known[::step]),
+            counts=(counts[0], counts[1]), target=self._target, is_quick=True,
+            ahead=partial(self._ahead, means),
         )  # fmt: skip
 
 

@@ -59,7 +59,7 @@ class RouterFleet:
         self._config = config
         self._clock = clock
         self._metrics = metrics
-        self.bills = Bills(source, clock) if config.access_log or config.energy_header else None
+        self.bills = Bills(source, clock) if config.bills else None
         make = (self.bills or source).make_tracker
         self.workers: dict[Phase, list[Worker]] = {
             phase: [

@@ -15,7 +15,6 @@ from voltana.sim.policies.base import (
     Cluster,
     Controller,
     InstanceState,
-    Phase,
     PolicyContext,
 )
 from voltana.sim.policies.parts.clocks import fleet_power_w, nearest_clock_mhz
@@ -65,24 +64,17 @@ class PolcaPlan:
     """
 
     def __init__(self, parameters: PolcaParameters, context: PolicyContext, fleet: Cluster) -> None:
-        p, clocks = parameters, context.clocks_mhz
+        p = parameters
         self._parameters = p
         self._fleet = fleet
         self.budget_w = p.share_frac * fleet_power_w(context) if p.budget_w is None else p.budget_w
-        mild, hard, prefill = (
-            nearest_clock_mhz(clocks, f) for f in (p.mild_mhz, p.hard_mhz, p.prefill_mhz)
-        )
-        self._caps_mhz: dict[str, tuple[int, ...]] = {
-            PREFILL: (UNLOCKED_MHZ, UNLOCKED_MHZ, UNLOCKED_MHZ, prefill, clocks[0]),
-            DECODE: (UNLOCKED_MHZ, mild, hard, hard, clocks[0]),
-        }
         self.level = FREE
-        """The level in force, an index into the caps of a phase."""
+        """The level in force."""
         self._commands: list[tuple[float, int]] = []
         self._measured_s = self._energy_j = 0.0
 
-    def clock_mhz(self, phase: Phase, now_s: float) -> int:
-        """The phase's cap as a clock lock; 0 if there is no cap."""
+    def level_at(self, now_s: float) -> int:
+        """The level in force now."""
         while self._commands and self._commands[0][0] <= now_s:
             self.level = self._commands.pop(0)[1]
         elapsed_s = now_s - self._measured_s
@@ -94,7 +86,7 @@ class PolcaPlan:
             use = (energy_j - self._energy_j) / elapsed_s / self.budget_w
             self._measured_s, self._energy_j = now_s, energy_j
             self._command(self.next_level(use), now_s)
-        return self._caps_mhz[phase][self.level]
+        return self.level
 
     def next_level(self, use: float) -> int:
         """The level to ask for at this power over budget, from the one in force."""
@@ -135,14 +127,22 @@ class Polca(Controller):
     brake's clock is the profile's lowest, where the source brakes to 288 MHz, and its release.
     """
 
-    __slots__ = ("_phase", "plan")
+    __slots__ = ("caps_mhz", "plan")
 
     def __init__(self, parameters: PolcaParameters, context: PolicyContext) -> None:
         fleet = context.observe_cluster("polca")
-        self._phase = context.phase
+        p, clocks = parameters, context.clocks_mhz
+        mild, hard, prefill = (
+            nearest_clock_mhz(clocks, f) for f in (p.mild_mhz, p.hard_mhz, p.prefill_mhz)
+        )
+        self.caps_mhz: tuple[int, ...] = {
+            PREFILL: (UNLOCKED_MHZ, UNLOCKED_MHZ, UNLOCKED_MHZ, prefill, clocks[0]),
+            DECODE: (UNLOCKED_MHZ, mild, hard, hard, clocks[0]),
+        }[context.phase]
+        """By level, as clock locks of this instance's own card; 0: no cap."""
         self.plan = fleet.share(
             f"polca {parameters}", lambda: PolcaPlan(parameters, context, fleet)
         )
 
     def decide(self, state: InstanceState) -> int:
-        return self.plan.clock_mhz(self._phase, state.now_s)
+        return self.caps_mhz[self.plan.level_at(state.now_s)]

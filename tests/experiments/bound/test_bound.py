@@ -111,6 +111,36 @@ def test_no_run_goes_below_the_bound(
         assert part_j <= above_j * (1 + 1e-9) + 1e-9
 
 
+@pytest.mark.slow
+@settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    rows=st.lists(REQUEST, min_size=1, max_size=30), values=SETTINGS,
+    prefill=st.integers(0, 5), decode=st.integers(0, 5),
+)  # fmt: skip
+def test_no_run_of_unlike_phases_goes_below_the_bound(
+    profiles: list[Profile],
+    rows: list[tuple[float, int, int]],
+    values: dict[str, Any],
+    prefill: int,
+    decode: int,
+) -> None:
+    """Each phase on cards of its own; the bound of swapped cards is another one."""
+    gaps, inputs, outputs = zip(*rows, strict=True)
+    workload = Workload(
+        arrival_s=np.cumsum(gaps), input_tokens=np.array(inputs), output_tokens=np.array(outputs)
+    )
+    own = {"decode_profiles": f"other*{values['num_decode']}"}
+    config = make_config({"profile": "rough", **values, **own})
+    summary = summarise(
+        simulate(config, profiles[prefill], workload, others={"other": profiles[decode]})
+    )
+    for attainment in (0.0, summary["attainment"]):
+        bound = lower_bound(
+            config, profiles[prefill], workload, attainment=attainment, decode=profiles[decode]
+        )
+        assert bound.energy_j <= summary["energy_j"]
+
+
 def test_noise_takes_little_off_a_long_run_and_nothing_without_it() -> None:
     """One percent of the bound of 2,160 requests; with the noise off, the table's own bound."""
     profile = cached_profile("a100-80g-sxm/llama-3.1-8b")

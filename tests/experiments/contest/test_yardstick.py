@@ -36,7 +36,7 @@ def test_prefill_is_the_cheapest_of_all_partitions() -> None:
     prompts = [200, 900, 50, 400, 120, 3000, 64]
     truth = profile.truth()
     idle_w = min(truth.idle_power_w(clock) for clock in (0, *profile.clocks_mhz))
-    clocks = profile_knots(config.profile, profile.clocks_mhz)
+    clocks = profile_knots(profile, profile.clocks_mhz)
 
     def batch_j(first: int, end: int) -> float:
         tokens = prompts[first:end]
@@ -63,7 +63,7 @@ def test_decode_at_a_steady_rate_costs_the_cheapest_steady_state() -> None:
     truth, context = profile.truth(), 200 + 0.5 * (tokens - 1)
     idle_w = min(truth.idle_power_w(clock) for clock in (0, *profile.clocks_mhz))
     least_w = float("inf")
-    for clock, k in product(profile_knots(config.profile, profile.clocks_mhz), (1, 2)):
+    for clock, k in product(profile_knots(profile, profile.clocks_mhz), (1, 2)):
         for batch in range(1, 260):
             time_s, power_w = truth.time_and_power("decode", clock, batch, batch * context)
             if time_s <= 0.045 and k * batch >= rate * tokens * time_s:

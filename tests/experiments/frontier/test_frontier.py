@@ -227,8 +227,20 @@ def test_another_profile_brings_its_own_clocks(tmp_path: Path) -> None:
     write_synthetic_profile(other)
     path.write_text(STUDY)
     chosen, _ = read_study(path, settings={"profile": str(other)})
-    assert chosen.clocks_mhz == (700, 1000, 1400)
-    assert set(chosen.knots_mhz) <= {700, 1000, 1400}
+    assert chosen.clocks_mhz == ((700, 1000, 1400),) * 2
+    assert all(set(knots) <= {700, 1000, 1400} for knots in chosen.knots_mhz)
+
+
+def test_each_phase_has_the_clocks_of_its_own_cards(tmp_path: Path) -> None:
+    path, other = tmp_path / "f.toml", tmp_path / "profile"
+    write_synthetic_profile(other)
+    path.write_text(STUDY)
+    chosen, _ = read_study(path, settings={"num_prefill": 2, "prefill_profiles": f"{other}*2"})
+    assert chosen.clocks_mhz[0] == (700, 1000, 1400)
+    assert 1410 in chosen.clocks_mhz[1]
+    both = {"num_prefill": 2, "prefill_profiles": f"{other}+a100-80g-sxm/llama-3.1-8b"}
+    with pytest.raises(VoltanaError, match="prefill_profiles must be of one kind here"):
+        read_study(path, settings=both)
 
 
 def test_options_that_a_file_replaces_are_refused(tmp_path: Path) -> None:

@@ -37,6 +37,7 @@ seed = [1, 2]
 [[grid.policy]]
 name = "a"
 controller = "static"
+duration_s = 900
 [static_pairs]
 clocks_mhz = [1005, 1200, 1410]
 [[panel]]
@@ -44,6 +45,7 @@ name = "left"
 rate_rps = [1, 2, 3, 4, 5]
 [[panel]]
 name = "right"
+duration_s = 300
 rate_rps = [7]
 slo_itl_s = 0.1
 """

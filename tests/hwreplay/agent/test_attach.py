@@ -51,12 +51,12 @@ class Attached:
 
 @contextmanager
 def attached(
-    card: Standin, directory: Path, engine: EngineVoice, *options: str, phase: Phase = DECODE
+    card: Standin, directory: Path, address: str, *options: str, phase: Phase = DECODE
 ) -> Iterator[Attached]:
     file, log = directory / "fleet.toml", directory / "log"
     whole = {
         "simulate": {"controller": "ecofreq"},
-        "fleet": {phase: [{"metrics": engine.address}]},
+        "fleet": {phase: [{"metrics": address}]},
         "serve": {"actuator": str(directory / "actuator"), "gpus": {phase: [[0]]}},
     }
     file.write_text(tomli_w.dumps(whole))
@@ -79,7 +79,7 @@ def test_a_shadow_decides_and_touches_nothing_an_actor_sets_and_its_guard_gives_
     say = partial(voice.say, num_decode_requests=batch, sum_decode_kv_tokens=tokens)
     with actuator_process(standin, tmp_path / "actuator"):
         with (
-            attached(standin, tmp_path, voice, "--out", str(tmp_path / "kept")) as shadow,
+            attached(standin, tmp_path, voice.address, "--out", str(tmp_path / "kept")) as shadow,
             repeating(say, PERIOD_S),
         ):
             assert eventually(lambda: len(shadow.lines()) > 0)
@@ -94,7 +94,7 @@ def test_a_shadow_decides_and_touches_nothing_an_actor_sets_and_its_guard_gives_
         (wish, end) = kept.read_text().splitlines()
         assert (json.loads(wish)["clock_mhz"], json.loads(end)["clock_mhz"]) == (1005, 0)
 
-        with attached(standin, tmp_path, voice, "--act") as actor:
+        with attached(standin, tmp_path, voice.address, "--act") as actor:
             with repeating(say, PERIOD_S):
                 assert eventually(lambda: standin["locked_mhz"] == 1005)
             # a fifth of a second an iteration, where a gap may take 60 ms
@@ -140,7 +140,7 @@ def test_a_server_of_both_phases_keeps_the_driver_s_clock(
 ) -> None:
     with (
         actuator_process(standin, tmp_path / "actuator"),
-        attached(standin, tmp_path, voice, "--act") as agent,
+        attached(standin, tmp_path, voice.address, "--act") as agent,
     ):
         batch, tokens = SMALL
         load = {"num_decode_requests": batch, "sum_decode_kv_tokens": tokens}
@@ -166,7 +166,7 @@ def test_a_colocated_server_obeys_and_speeds_up_for_a_queue_that_does_not_empty(
     chunk = {"num_prefill_requests": 1, "sum_prefill_tokens": 100}
     with (
         actuator_process(standin, tmp_path / "actuator"),
-        attached(standin, tmp_path, voice, "--act", phase=COLOCATED) as agent,
+        attached(standin, tmp_path, voice.address, "--act", phase=COLOCATED) as agent,
     ):
         with repeating(lambda: voice.say(**load, **chunk), TOKEN_S):
             assert eventually(lambda: standin["locked_mhz"] == 1005)

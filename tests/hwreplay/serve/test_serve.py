@@ -22,9 +22,11 @@ from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures
 from tests.profiles.device.standin import ROOT, Standin
 from voltana.hwreplay.agent.attach import read_attached
 from voltana.hwreplay.serve.config import read_serve_config
+from voltana.hwreplay.serve.service import serve
 from voltana.hwreplay.view.context import PolicySource
 from voltana.hwreplay.view.engine_only import engine_only
 from voltana.profiles.catalog import load_profile
+from voltana.profiles.common.errors import VoltanaError
 
 SLOW = StubTimes(decode_base_s=0.05)
 TOKENS = 60
@@ -179,3 +181,12 @@ def test_a_wrong_file_is_one_line_and_2(tmp_path: Path) -> None:
     assert done.returncode == 2
     assert done.stderr.startswith("voltana: unknown key 'gpu' of [serve]")
     assert done.stderr.count("\n") == 1
+
+
+def test_a_router_that_does_not_exist_is_a_wrong_file_too(tmp_path: Path) -> None:
+    """Before a process is started, and so 2 and not the 1 of a service that failed."""
+    file = tmp_path / "fleet.toml"
+    text = (ROOT / "hwreplay/serve.toml").read_text()
+    file.write_text(text.replace('router = "ecoroute"', 'router = "ecorute"'))
+    with pytest.raises(VoltanaError, match="unknown router 'ecorute': did you mean"):
+        serve(file)

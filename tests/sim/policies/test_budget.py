@@ -12,13 +12,14 @@ from voltana.experiments.runs import run
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
-from voltana.sim.policies.base import Cluster, Phase, PolicyContext
+from voltana.sim.policies.base import DECODE, PREFILL, Cluster, Phase, PolicyContext
 from voltana.sim.policies.controllers.polca import (
     BRAKE,
     FREE,
     HARD,
     HARD_ALL,
     MILD,
+    Polca,
     PolcaParameters,
     PolcaPlan,
 )
@@ -49,6 +50,15 @@ def context(cluster: Cluster, phase: Phase = "decode") -> PolicyContext:
 
 def polca(cluster: Cluster, **parameters: float) -> PolcaPlan:
     return PolcaPlan(PolcaParameters(**parameters), context(cluster), cluster)  # type: ignore[arg-type]
+
+
+def told(made: PolicyContext, plan: PolcaPlan, now_s: float) -> tuple[int, int]:
+    """Clocks of decode and of prefill, on the cards of `made`."""
+    level = plan.level_at(now_s)
+    decode, prefill = (
+        Polca(PolcaParameters(), replace(made, phase=phase)) for phase in (DECODE, PREFILL)
+    )
+    return decode.caps_mhz[level], prefill.caps_mhz[level]
 
 
 @pytest.mark.parametrize(
@@ -84,7 +94,7 @@ def test_polca_escalates_in_its_own_time() -> None:
     for second in range(200):
         for state, share in zip((*cluster.prefill, *cluster.decode), (0.5, 0.3, 0.2), strict=True):
             state.energy_j = share * energy_j
-        seen.append((plan.clock_mhz("decode", float(second)), plan.clock_mhz("prefill", second)))
+        seen.append(told(context(cluster), plan, float(second)))
         energy_j += 950.0 if second < 82 else 1050.0 if second < 88 else 500.0
     changes = [(t + 1, b) for t, (a, b) in enumerate(pairwise(seen)) if a != b]
     assert seen[0] == (0, 0)
@@ -97,11 +107,22 @@ def test_polca_caps_each_phase_by_its_level() -> None:
     """Caps of 1275, 1110 and 1305 MHz among 1000, 1200 and 1400: 1200, 1200 and 1400. The brake is
     the lowest clock. Before two seconds have passed nothing is measured."""
     cluster = make_cluster()
-    plan = PolcaPlan(PolcaParameters(), make_context(), cluster)
+    made = replace(make_context(), cluster=cluster)
+    plan = PolcaPlan(PolcaParameters(), made, cluster)
     caps = []
     for plan.level in (FREE, MILD, HARD, HARD_ALL, BRAKE):
-        caps.append((plan.clock_mhz("decode", 1.9), plan.clock_mhz("prefill", 1.9)))
+        caps.append(told(made, plan, 1.9))
     assert caps == [(0, 0), (1200, 0), (1200, 0), (1200, 1400), (1000, 1000)]
+
+
+def test_polca_caps_unlike_cards_by_their_own_clocks() -> None:
+    """One plan; a card of 500, 1,000 and 2,000 MHz has 1,000 for each cap, and brakes to 500."""
+    cluster = make_cluster(1, 2)
+    first = Polca(PolcaParameters(), context(cluster))
+    other = Polca(PolcaParameters(), replace(context(cluster), clocks_mhz=(500, 1000, 2000)))
+    assert first.plan is other.plan
+    assert first.caps_mhz == (0, 1275, 1100, 1100, 700)
+    assert other.caps_mhz == (0, 1000, 1000, 1000, 500)
 
 
 def test_polca_counts_energy_since_it_last_looked() -> None:
@@ -112,7 +133,7 @@ def test_polca_counts_energy_since_it_last_looked() -> None:
     seen = []
     for now_s, energy_j in ((2.0, 160.0), (4.0, 350.0), (6.9, 350.0), (7.0, 350.0)):
         cluster.prefill[0].energy_j = energy_j
-        seen.append(plan.clock_mhz("decode", now_s))
+        seen.append(told(context(cluster), plan, now_s)[0])
     assert seen == [0, 0, 0, 1100]
 
 
