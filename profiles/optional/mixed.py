@@ -14,8 +14,8 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Callable, Mapping, Sequence
-from typing import Final
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
 
 import numpy as np
 import pandas as pd
@@ -28,6 +28,8 @@ Shares = tuple[float, float, float]
 """Overlap, what time is beyond that, and power over the mean of both parts."""
 Line = tuple[list[float], list[Shares]]
 """Of one clock, chunk and batch: logarithms of contexts, ascending, and the shares there."""
+Axis = tuple[list[float], list[Any]]
+"""Keys, ascending, and at each of them the axis behind it, on the last the shares."""
 Surface = Mapping[float, Mapping[float, Line]]
 """Of one clock: log chunk -> log batch -> line; ascending."""
 
@@ -37,8 +39,13 @@ class MixedGrid:
 
     def __init__(self, surfaces: Mapping[int, Surface]) -> None:
         """See `of_table`."""
-        self._surfaces = surfaces
-        self._clocks = list(surfaces)
+        self._clocks: Axis = (
+            [float(clock) for clock in surfaces],
+            [
+                (list(rows), [(list(lines), list(lines.values())) for lines in rows.values()])
+                for rows in surfaces.values()
+            ],
+        )
 
     @classmethod
     def of_table(cls, table: pd.DataFrame, model: StepModel) -> MixedGrid:
@@ -76,18 +83,8 @@ class MixedGrid:
         chunk, batch = math.log(chunk_tokens), math.log(batch_size)
         context = math.log(tokens / batch_size)
 
-        def at_clock(clock: float) -> Shares:
-            rows = self._surfaces[int(clock)]
-            return _between(list(rows), chunk, lambda c: at_chunk(rows[c]))
-
-        def at_chunk(lines: Mapping[float, Line]) -> Shares:
-            return _between(list(lines), batch, lambda b: at_batch(*lines[b]))
-
-        def at_batch(contexts: list[float], shares: list[Shares]) -> Shares:
-            return _between(contexts, context, lambda c: shares[contexts.index(c)])
-
-        clocks = [float(clock) for clock in self._clocks]
-        return _between(clocks, float(clock_mhz or self._clocks[-1]), at_clock)
+        clock = float(clock_mhz or self._clocks[0][-1])
+        return _between(self._clocks, (clock, chunk, batch, context), 0)
 
 
 class MixedStep:
@@ -199,12 +196,26 @@ def error_text(table: pd.DataFrame, model: StepModel) -> tuple[str, str]:
     return told[0], told[1]
 
 
-def _between(keys: Sequence[float], at: float, value: Callable[[float], Shares]) -> Shares:
-    """Linear between the keys next to `at`, held beyond their ends."""
+def _between(axis: Axis, point: Sequence[float], depth: int) -> Shares:
+    """Linear between the keys next to the point, axis by axis, held beyond their ends.
+
+    Args:
+        axis: Keys and what is there: shares on the last axis, else the next axis.
+        point: A number an axis.
+        depth: Which of them is this axis's.
+    """
+    keys, values = axis
+    at = point[depth]
     i = bisect_right(keys, at) - 1
     if i < 0 or i + 1 >= len(keys) or keys[i] == at:
-        return value(keys[max(i, 0)])
+        return _there(values[max(i, 0)], point, depth)
     low, high = keys[i], keys[i + 1]
     weight = (at - low) / (high - low)
-    (o0, t0, p0), (o1, t1, p1) = value(low), value(high)
+    o0, t0, p0 = _there(values[i], point, depth)
+    o1, t1, p1 = _there(values[i + 1], point, depth)
     return o0 + weight * (o1 - o0), t0 + weight * (t1 - t0), p0 + weight * (p1 - p0)
+
+
+def _there(value: Any, point: Sequence[float], depth: int) -> Shares:  # noqa: ANN401 (see Axis)
+    found: Shares = value if depth + 1 == len(point) else _between(value, point, depth + 1)
+    return found
