@@ -46,6 +46,7 @@ from voltana.sim.policies.base import Phase
 ROOT = Path(__file__).parents[1]
 GOAL_MS = 2.0
 QUANTILES = (0.5, 0.9, 0.99)
+PARTS = ("router", "servers", "client", "service and agents")
 TICK_S = 0.05
 """How often an agent reports."""
 STAMPS = re.compile(rb'"asked_ns":(\d+),"written_ns":(\d+)')
@@ -65,10 +66,13 @@ class Deployment(NamedTuple):
     url: str
     router_pid: int
     stub_pid: int
+    other_pids: tuple[int, ...] = ()
+    """The service itself and its agents; without --service the client plays the agents."""
 
-    def used_s(self) -> tuple[float, float, float]:
-        """Processor time of router, servers and client."""
-        return cpu_s(self.router_pid), cpu_s(self.stub_pid), time.process_time()
+    def used_s(self) -> tuple[float, float, float, float]:
+        """Processor time of router, servers, client, and service and agents together."""
+        others_s = sum(map(cpu_s, self.other_pids))
+        return cpu_s(self.router_pid), cpu_s(self.stub_pid), time.process_time(), others_s
 
 
 def cpu_s(pid: int) -> float:
@@ -189,8 +193,8 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
         async with process(*stub, stream="stdout") as (line, stub_pid):
             fleet = json.loads(line)
             if arguments.service:
-                async with service(Path(folder), fleet, arguments.router) as (url, pid):
-                    yield Deployment(fleet, url, pid, stub_pid)
+                async with service(Path(folder), fleet, arguments.router) as (url, pid, others):
+                    yield Deployment(fleet, url, pid, stub_pid, others)
                 return
             config = {
                 "fleet": fleet,
@@ -212,8 +216,8 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
 @asynccontextmanager
 async def service(
     folder: Path, fleet: dict[str, Any], policy: str
-) -> AsyncIterator[tuple[str, int]]:
-    """`voltana serve`; gives its address and its router's process."""
+) -> AsyncIterator[tuple[str, int, tuple[int, ...]]]:
+    """`voltana serve`; gives its address, its router's process, and its own and its agents'."""
     whole = {
         "simulate": {"router": policy, "controller": "ecofreq", "prefill_metrics": "after"},
         "fleet": fleet,
@@ -237,11 +241,10 @@ async def service(
             assert child.returncode is None, log.read_text()
             await asyncio.sleep(0.1)
         parts = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
-        router = [
-            int(pid) for pid in parts
-            if b"voltana.hwreplay.router" in Path(f"/proc/{pid}/cmdline").read_bytes()
-        ]  # fmt: skip
-        yield up[1], router[0]
+        commands = {int(pid): Path(f"/proc/{pid}/cmdline").read_bytes() for pid in parts}
+        router = next(p for p, words in commands.items() if b"voltana.hwreplay.router" in words)
+        agents = [p for p, words in commands.items() if b"voltana.hwreplay.agent" in words]
+        yield up[1], router, (child.pid, *agents)
     finally:
         child.terminate()
         await child.wait()
@@ -270,8 +273,7 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
                     found[name] += answers
                     used[name].append([s / len(answers) * 1e3 for s in cpu_s])
     cpu_ms = {
-        way: dict(zip(("router", "servers", "client"), np.mean(rows, axis=0), strict=True))
-        for way, rows in used.items()
+        way: dict(zip(PARTS, np.mean(rows, axis=0), strict=True)) for way, rows in used.items()
     }
     return report(found, arguments) | {"cpu_ms_per_request": cpu_ms}
 
