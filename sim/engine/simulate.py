@@ -98,7 +98,7 @@ def _fleet(
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()
     if config.is_scaled:
-        return ScaledFleet(config, profile, parts, log, agenda=agenda)
+        return ScaledFleet(config, profile, parts, log, agenda=agenda, others=others)
     return Fleet(config, profile, parts, log, agenda=agenda, others=others)
 
 

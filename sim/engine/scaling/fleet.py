@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
-from voltana.profiles.states import StateMeta
+from voltana.profiles.states import PowerStates, StateMeta
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.agenda import Agenda
 from voltana.sim.engine.decode import DecodeInstance
@@ -26,7 +26,7 @@ from voltana.sim.policies.base import (
 )
 from voltana.sim.policies.registry import make_scaler
 from voltana.sim.policies.scalers.answers import ask
-from voltana.sim.policies.scalers.base import Demand, FleetView, Plan, ScalerContext
+from voltana.sim.policies.scalers.base import Demand, FleetView, Kind, Plan, ScalerContext
 from voltana.sim.workload.workload import Workload
 
 
@@ -46,6 +46,7 @@ class ScaledFleet(Fleet):
         log: RunLog,
         *,
         agenda: Agenda | None = None,
+        others: Mapping[str, Profile] | None = None,
     ) -> None:
         """As a `Fleet`.
 
@@ -55,12 +56,8 @@ class ScaledFleet(Fleet):
             requests: Parts of the workload, in order of arrival.
             log: Takes what becomes of requests.
             agenda: Keeps the time; a heap unless told.
+            others: Profiles of a mixed fleet, by the names that the configuration has for them.
         """
-        if profile.states is None:
-            raise VoltanaError(
-                f"profile {profile.name!r} does not say what an instance out of service draws, "
-                "which a fleet that scales needs: write its states.toml (docs/profiles.md)"
-            )
         self._budget: PowerBudget | None = None
         self._ceiling_mhz = UNLOCKED_MHZ
         if config.budget_w is not None:
@@ -69,21 +66,60 @@ class ScaledFleet(Fleet):
             phases: list[Phase] = [PREFILL] * config.num_prefill
             phases += [DECODE] * config.num_decode
             self._ceiling_mhz = self._budget.ceiling_mhz(phases, 0.0)
-        super().__init__(config, profile, requests, log, agenda=agenda)
+        super().__init__(config, profile, requests, log, agenda=agenda, others=others)
+        states = [self._states_of(i.state.phase, i.state.instance_id) for i in self.instances]
         context = ScalerContext(
-            policy=self._context("decode", 1, "router"),
-            states=profile.states,
+            policy=self._context(DECODE, 0, "router"),
+            states=states[-1],
+            kinds={phase: self._kinds(phase) for phase in config.mixed_profiles},
             budget_w=config.budget_w,
         )
         self._scaler = make_scaler(config.scaler or "all-awake", context)
-        states, call_at = profile.states, self.agenda.call_at
-        self._members = [Member(i, states, call_at, self._changed) for i in self.instances]
+        if context.kinds and not self._scaler.knows_kinds:
+            raise VoltanaError(
+                f"scaler {config.scaler} plans with one kind of instances, got "
+                f"{' and '.join(f'{phase}_profiles' for phase in context.kinds)}: take dualscale"
+            )
+        self._members = [
+            Member(instance, of_one, self.agenda.call_at, self._changed)
+            for instance, of_one in zip(self.instances, states, strict=True)
+        ]
         self._pair_roles(self._scaler.num_switching, profile)
         self._of_prefill = self._members[: len(self.prefill)]
         self._of_decode = self._members[len(self.prefill) :]
         for member in self._members:
             member.state.ceiling_mhz = self._ceiling_mhz
+        self._clocks_mhz = sorted(
+            {
+                f
+                for i in self.instances
+                for f in self._machine(i.state.phase, i.state.instance_id).models.clocks_mhz
+            }
+        )
         self._begin_window(0.0)
+
+    def _states_of(self, phase: Phase, index: int) -> PowerStates:
+        profile = self._machine(phase, index).profile
+        if profile.states is None:
+            raise VoltanaError(
+                f"profile {profile.name!r} does not say what an instance out of service draws, "
+                "which a fleet that scales needs: write its states.toml (docs/profiles.md)"
+            )
+        return profile.states
+
+    def _kinds(self, phase: Phase) -> list[Kind]:
+        """The instances of a phase by their machine, in the order of the first of each."""
+        members: dict[int, list[int]] = {}
+        for index in range(len(self.prefill if phase == PREFILL else self.decode)):
+            members.setdefault(id(self._machine(phase, index)), []).append(index)
+        return [
+            Kind(
+                instances=tuple(of_one),
+                policy=self._context(phase, of_one[0], "router"),
+                states=self._states_of(phase, of_one[0]),
+            )
+            for of_one in members.values()
+        ]
 
     def start(self) -> Iterator[SimRequest]:
         arrivals = super().start()
@@ -167,7 +203,7 @@ class ScaledFleet(Fleet):
         view = FleetView(
             now_s=now_s, prefill=self._prefill_states, decode=self._decode_states, demand=demand
         )
-        plan = ask(self._scaler, view, self._profile.clocks_mhz)
+        plan = ask(self._scaler, view, self._clocks_mhz)
         self._begin_window(now_s)
         for members, wanted in ((self._of_prefill, plan.prefill), (self._of_decode, plan.decode)):
             for member, state in zip(members, wanted, strict=True):
@@ -177,12 +213,17 @@ class ScaledFleet(Fleet):
         self.agenda.call_at(now_s + self._scaler.period_s, self._scale)
 
     def _set_base_clocks(self, plan: Plan, now_s: float) -> None:
-        for instance in self.prefill:
-            instance.state.base_mhz = plan.prefill_mhz
-        for decode in self.decode:
-            if decode.state.base_mhz != plan.decode_mhz:
-                decode.state.base_mhz = plan.decode_mhz
+        for index, instance in enumerate(self.prefill):
+            instance.state.base_mhz = self._own_clock_mhz(PREFILL, index, plan.prefill_mhz)
+        for index, decode in enumerate(self.decode):
+            base_mhz = self._own_clock_mhz(DECODE, index, plan.decode_mhz)
+            if decode.state.base_mhz != base_mhz:
+                decode.state.base_mhz = base_mhz
                 _end_run(decode, now_s)
+
+    def _own_clock_mhz(self, phase: Phase, index: int, base_mhz: int) -> int:
+        """The base clock, if the card has it; 0 if not."""
+        return base_mhz if base_mhz in self._machine(phase, index).models.clocks_mhz else 0
 
     def _changed(self, now_s: float) -> None:
         """Somebody's state or wish has changed: route accordingly, and let others follow."""

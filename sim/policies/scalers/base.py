@@ -8,18 +8,30 @@ the states cost and how long waking takes is the profile's (`voltana.profiles.st
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Final, Literal
 
 from voltana.profiles.states import LOW_STATES, LowState, PowerStates
-from voltana.sim.policies.base import AWAKE, PolicyContext, States
+from voltana.sim.policies.base import AWAKE, Phase, PolicyContext, States
 
 Wanted = Literal["awake", "parked", "asleep", "stopped", "lent"]
 WANTED: Final[tuple[Wanted, ...]] = (AWAKE, *LOW_STATES)
 """Of an instance that has one role."""
 LENT: Final = "lent"
 """Of a role: its card is in the other one."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Kind:
+    """Instances of one phase that run on like cards."""
+
+    instances: tuple[int, ...]
+    """By `instance_id`."""
+    policy: PolicyContext
+    """Their models."""
+    states: PowerStates
+    """Their power and times out of service."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +42,8 @@ class ScalerContext:
     """The models, the promises, the size of the fleet: as controllers and routers know them."""
     states: PowerStates
     """Power and times of instances out of service."""
+    kinds: Mapping[Phase, Sequence[Kind]] = field(default_factory=dict)
+    """By phase, of a fleet of unlike instances; empty where all are alike."""
     budget_w: float | None = None
     """What the whole fleet may draw; None if that is not limited. The driver keeps it by limiting
     clocks; a scaler may leave more of it to fewer instances."""
@@ -69,7 +83,8 @@ class Plan:
     """By `instance_id`; at least one awake."""
     decode: Sequence[Wanted]
     prefill_mhz: int = 0
-    """Base clock of prefill instances, which the controller `base` runs at; 0: none chosen."""
+    """Base clock of prefill instances, which the controller `base` runs at; 0: none chosen. Those
+    whose card has no such clock run at their top one."""
     decode_mhz: int = 0
 
 
@@ -82,6 +97,8 @@ class Scaler(ABC):
     """The last so many prefill and as many decode instances are one card each, the first with the
     first and so on, in one of its two roles at a time: of each pair one is wanted awake, the other
     lent. All decode at first."""
+    knows_kinds: bool = False
+    """Whether it plans by the models of each kind, where instances of a phase are unlike."""
     switch_s: float = 0.0
     """From the end of one role, all work done, to the first request of the other."""
 

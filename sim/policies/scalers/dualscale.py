@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from voltana.profiles.states import LOW_STATES, LowState
-from voltana.sim.policies.base import AWAKE, DECODE, PREFILL, Phase
+from voltana.sim.policies.base import AWAKE, DECODE, PREFILL, Phase, States
 from voltana.sim.policies.parts.clocks import levels_of
-from voltana.sim.policies.scalers.base import FleetView, Plan, Scaler, ScalerContext, keep
+from voltana.sim.policies.scalers.base import (
+    FleetView,
+    Kind,
+    Plan,
+    Scaler,
+    ScalerContext,
+    Wanted,
+    keep,
+)
 from voltana.sim.policies.scalers.capacity import Capacity, Load, LoadMeter, Served
 from voltana.sim.policies.scalers.load import LOW
 from voltana.sim.policies.spec import parameter
@@ -39,102 +48,144 @@ class DualScale(Scaler):
     at the top clock. The base clock is what the controller `base` runs at; with another controller
     the number of instances alone is followed.
 
-    R is `voltana.sim.policies.scalers.capacity`; tensor parallelism is not a choice here, as all
-    instances of a fleet are there already.
+    Where a phase has instances of several kinds (one GPU each beside two, A100 beside H100), the
+    kind is chosen with the clock: a phase serves with instances of one kind, the others leave
+    service. R is `voltana.sim.policies.scalers.capacity`, by the kind's models.
 
-    Source: DualScale, arXiv 2602.18755 (tier 1, every five minutes).
+    Source: DualScale, arXiv 2602.18755 (tier 1, every five minutes). There a pool of GPUs is cut
+    anew into instances of another tensor parallelism; here those of each are there already, on
+    GPUs of their own, and what is not chosen draws what its state does.
     """
+
+    knows_kinds = True
 
     def __init__(self, parameters: DualScaleParameters, context: ScalerContext) -> None:
         self.period_s = parameters.period_s
-        self._context = context
+        self._budget_w = context.budget_w
         self._low: LowState = LOW_STATES[LOW.index(parameters.low)]
         self._reserve = 1.0 + parameters.reserve_frac
-        self._levels_mhz = levels_of(
-            context.policy, parameters.frequencies_mhz, parameters.num_levels, "dualscale"
-        )
-        self._capacity = Capacity(context.policy, parameters.headroom_frac)
+        num_all: dict[Phase, int] = {
+            PREFILL: context.policy.num_prefill,
+            DECODE: context.policy.num_decode,
+        }
+        self._groups: dict[Phase, list[_Group]] = {}
+        for phase, num in num_all.items():
+            alike = Kind(instances=tuple(range(num)), policy=context.policy, states=context.states)
+            kinds = context.kinds.get(phase, [alike])
+            self._groups[phase] = [_Group(kind, parameters) for kind in kinds]
         self._meter = LoadMeter(0.0)
 
     def plan(self, view: FleetView) -> Plan:
         load = self._meter.take(view.demand)
-        top_mhz = self._levels_mhz[-1]
-        found = None
-        if load is not None:
-            found = self._solve(load, {PREFILL: len(view.prefill), DECODE: len(view.decode)})
+        found = None if load is None else self._solve(load)
         if found is None:
+            tops = [max(g.levels_mhz[-1] for g in of) for of in self._groups.values()]
             return Plan(
                 prefill=[AWAKE] * len(view.prefill), decode=[AWAKE] * len(view.decode),
-                prefill_mhz=top_mhz, decode_mhz=top_mhz,
+                prefill_mhz=tops[0], decode_mhz=tops[1],
             )  # fmt: skip
-        (num_prefill, prefill_mhz), (num_decode, decode_mhz) = found
+        prefill, decode = found
         return Plan(
-            prefill=keep(view.prefill, num_prefill, self._low),
-            decode=keep(view.decode, num_decode, self._low),
-            prefill_mhz=prefill_mhz,
-            decode_mhz=decode_mhz,
+            prefill=self._kept(view.prefill, prefill),
+            decode=self._kept(view.decode, decode),
+            prefill_mhz=prefill.clock_mhz,
+            decode_mhz=decode.clock_mhz,
         )
 
-    def _solve(
-        self, load: Load, there: dict[Phase, int]
-    ) -> tuple[tuple[int, int], tuple[int, int]] | None:
-        """Number and clock of each phase; None if no placement serves the load."""
-        phases: tuple[Phase, Phase] = (PREFILL, DECODE)
-        served = {
-            phase: [self._capacity.served(phase, f, load) for f in self._levels_mhz]
-            for phase in phases
-        }
+    def _kept(self, states: States, chosen: _Choice) -> list[Wanted]:
+        """The chosen number of the kind awake, all others low."""
+        wanted: list[Wanted] = [self._low] * len(states)
+        own = chosen.group.kind.instances
+        kept = keep([states[i] for i in own], chosen.num_awake, self._low)
+        for index, state in zip(own, kept, strict=True):
+            wanted[index] = state
+        return wanted
+
+    def _solve(self, load: Load) -> list[_Choice] | None:
+        """What each phase serves with; None if no placement serves the load."""
+        options = [
+            [(group, f) for group in groups for f in group.levels_mhz]
+            for groups in self._groups.values()
+        ]
         counts = place(
-            [served[phase] for phase in phases],
-            [there[phase] for phase in phases],
+            [
+                [group.capacity.served(phase, f, load) for group, f in row]
+                for phase, row in zip(self._groups, options, strict=True)
+            ],
+            [[len(group.kind.instances) for group, _ in row] for row in options],
             load.rate_rps * self._reserve,
-            low_w=self._context.states.of(self._low).power_w,
-            budget_w=self._context.budget_w,
+            low_w=[[group.low_w for group, _ in row] for row in options],
+            left_w=self._left_w(),
         )
         if counts is None:
             return None
-        chosen = [
-            next((n, f) for n, f in zip(row, self._levels_mhz, strict=True) if n) for row in counts
+        return [
+            next(_Choice(*option, n) for n, option in zip(row, of, strict=True) if n)
+            for row, of in zip(counts, options, strict=True)
         ]
-        return chosen[0], chosen[1]
+
+    def _left_w(self) -> float | None:
+        """Of the budget, when all are out of service."""
+        if self._budget_w is None:
+            return None
+        groups = (group for of in self._groups.values() for group in of)
+        return self._budget_w - sum(g.low_w * len(g.kind.instances) for g in groups)
+
+
+class _Group:
+    """A kind, and what one of it serves."""
+
+    def __init__(self, kind: Kind, parameters: DualScaleParameters) -> None:
+        self.kind = kind
+        self.levels_mhz = levels_of(
+            kind.policy, parameters.frequencies_mhz, parameters.num_levels, "dualscale"
+        )
+        self.capacity = Capacity(kind.policy, parameters.headroom_frac)
+        self.low_w = kind.states.of(LOW_STATES[LOW.index(parameters.low)]).power_w
+
+
+class _Choice(NamedTuple):
+    group: _Group
+    clock_mhz: int
+    num_awake: int
 
 
 def place(
     served: Sequence[Sequence[Served]],
-    there: Sequence[int],
+    there: Sequence[Sequence[int]],
     rate_rps: float,
     *,
-    low_w: float,
-    budget_w: float | None = None,
+    low_w: Sequence[Sequence[float]],
+    left_w: float | None = None,
 ) -> list[list[int]] | None:
-    """The integer program: instances by phase and clock.
+    """The integer program: instances by phase and option, which is a kind at a clock.
 
     Args:
-        served: By phase and clock, what one instance serves and draws.
-        there: Instances of each phase.
+        served: By phase and option, what one instance serves and draws.
+        there: Instances of that option's kind.
         rate_rps: That each phase must serve.
-        low_w: What one draws that does not serve.
-        budget_w: What all may draw together.
+        low_w: What one of that kind draws that does not serve.
+        left_w: What all may draw together beyond what they draw out of service.
 
     Returns:
-        Instances by phase and clock, at one clock a phase and one instance at least; None if
+        Instances by phase and option, of one option a phase and one instance at least; None if
         no placement serves the rate within the budget.
     """
-    num_phases, num_clocks = len(served), len(served[0])
-    size = num_phases * num_clocks
-    above_w = np.array([s.power_w - low_w for row in served for s in row])
+    num_phases = len(served)
+    above_w = np.array([s.power_w for row in served for s in row]) - np.concatenate(low_w)
     rates = np.array([s.rate_rps for row in served for s in row])
-    most = np.repeat(np.array(there, dtype=np.float64), num_clocks) * (rates > 0)
-    phase = np.kron(np.eye(num_phases), np.ones(num_clocks))
+    size = len(rates)
+    most = np.concatenate(there) * (rates > 0)
+    of_phase = np.repeat(np.arange(num_phases), [len(row) for row in served])
+    phase = (of_phase == np.arange(num_phases)[:, None]).astype(np.float64)
     zeros, counts = np.zeros((num_phases, size)), np.eye(size)
-    rows = [  # variables: instances by (phase, clock), then whether that clock is taken
+    rows = [  # variables: instances by (phase, option), then whether that option is taken
         LinearConstraint(np.hstack([phase * rates, zeros]), lb=rate_rps),
         LinearConstraint(np.hstack([zeros, phase]), lb=1, ub=1),
         LinearConstraint(np.hstack([counts, -np.diag(most)]), ub=0),
         LinearConstraint(np.hstack([counts, -np.eye(size)]), lb=0),
     ]
-    if budget_w is not None:
-        left_w = budget_w - low_w * sum(there)
+    if left_w is not None:
         rows.append(LinearConstraint(np.hstack([above_w, np.zeros(size)])[None, :], ub=left_w))
     solved = milp(
         np.hstack([above_w, np.zeros(size)]),
@@ -144,5 +195,5 @@ def place(
     )
     if solved.x is None:
         return None
-    found: list[list[int]] = np.rint(solved.x[:size]).astype(int).reshape(num_phases, -1).tolist()
-    return found
+    found = np.rint(solved.x[:size]).astype(int)
+    return [found[of_phase == i].tolist() for i in range(num_phases)]

@@ -32,6 +32,8 @@ LETTERS: dict[str, Wanted] = {
 class Table(Scaler):
     """Plans that are written down: "aasa" is one of 2P2D; the last one holds."""
 
+    knows_kinds = True
+
     def __init__(self, parameters: TableParameters, context: ScalerContext) -> None:
         self.period_s = parameters.period_s
         self.num_switching, self.switch_s = parameters.switching, parameters.switch_s

@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from tests.sim.engine.test_scaling import STATES
-from tests.sim.policies.doubles import Formula, make_context
+from tests.sim.policies.doubles import FlatPower, Formula, make_context
 from voltana.sim.policies.base import InstanceState, Phase, PowerState
 from voltana.sim.policies.registry import make_scaler
-from voltana.sim.policies.scalers.base import Demand, FleetView, Plan, Scaler, ScalerContext, keep
+from voltana.sim.policies.scalers.base import (
+    Demand,
+    FleetView,
+    Kind,
+    Plan,
+    Scaler,
+    ScalerContext,
+    keep,
+)
 from voltana.sim.policies.scalers.capacity import Capacity, Load, Served
 from voltana.sim.policies.scalers.dualscale import place
 
@@ -25,7 +35,18 @@ def flat_context() -> ScalerContext:
     proportion to 1/f); TTFT leaves 0.43 s for prefill, ITL is 0.1 s."""
     times = Formula(lambda p, f, b, t: (0.01 if p == "prefill" else 0.001) * b * 1000 / f)
     policy = make_context(times, slo_ttft_s=0.63, slo_itl_s=0.1)
+    policy = replace(policy, num_prefill=1, num_decode=4)
     return ScalerContext(policy=policy, states=STATES)
+
+
+class Watts(FlatPower):
+    """So much at work."""
+
+    def __init__(self, busy_w: float) -> None:
+        self._busy_w = busy_w
+
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return self._busy_w
 
 
 def states_of(phase: Phase, *power_states: PowerState) -> list[InstanceState]:
@@ -157,56 +178,102 @@ def test_dualscale_takes_the_lowest_clock_that_serves() -> None:
     assert list(plan.decode) == ["awake", "awake", "stopped", "stopped"]
 
 
+def test_dualscale_serves_with_the_kind_that_takes_less() -> None:
+    """Decode has two instances of 28 requests/s at the top clock, and two of a kind whose
+    iterations take half the time at one and a half times the power. Up to 23 requests/s, and a
+    fifth more, one of the first is cheapest; above, one of the second, not two of the first."""
+    context = flat_context()
+    times = Formula(lambda p, f, b, t: (0.005 if p == "prefill" else 0.0005) * b * 1000 / f)
+    quick = replace(context.policy, predictor=times, power=Watts(300.0))
+    slow = replace(context.policy, power=Watts(200.0))
+    kinds = [
+        Kind(instances=(0, 2), policy=slow, states=STATES),
+        Kind(instances=(1, 3), policy=quick, states=STATES),
+    ]
+    chosen = {}
+    for rate_rps in (20.0, 30.0):
+        scaler = make_scaler(
+            "dualscale:headroom=0,frequencies=1400", replace(context, kinds={"decode": kinds})
+        )
+        plan = scaler.plan(view_of(300.0, rate_rps, states_of("decode", *AWAKE_4)))
+        chosen[rate_rps] = list(plan.decode)
+    assert chosen[20.0] == ["awake", "stopped", "stopped", "stopped"]
+    assert chosen[30.0] == ["stopped", "awake", "stopped", "stopped"]
+
+
+Option = tuple[int, int]
+"""A kind and a clock."""
+
+
 def test_placement_is_the_best_there_is() -> None:
-    """Against trying every number at every clock, with and without a budget."""
+    """Against trying every number of every kind at every clock, with and without a budget."""
     rng = np.random.default_rng(7)
-    for trial in range(40):
-        clocks, there = 4, [int(n) for n in rng.integers(1, 5, 2)]
-        served = [
-            [
-                Served(rate_rps=float(r), power_w=float(w))
-                for r, w in zip(
-                    np.sort(rng.uniform(0, 20, clocks)), rng.uniform(80, 400, clocks), strict=True
+    for trial in range(60):
+        clocks, num_kinds = 4, 1 + trial % 2
+        there = rng.integers(1, 5, (2, num_kinds)).tolist()
+        low_w = rng.uniform(20, 90, num_kinds).tolist()
+        served: list[dict[Option, Served]] = [
+            {
+                (kind, clock): Served(rate_rps=float(r), power_w=float(w))
+                for kind in range(num_kinds)
+                for clock, (r, w) in enumerate(
+                    zip(
+                        np.sort(rng.uniform(0, 20, clocks)),
+                        rng.uniform(80, 400, clocks),
+                        strict=True,
+                    )
                 )
-            ]
+            }
             for _ in there
         ]
-        rate, low_w = float(rng.uniform(1, 50)), 40.0
-        budget_w = None if trial % 2 else float(rng.uniform(200, 1600))
-        found = place(served, there, rate, low_w=low_w, budget_w=budget_w)
+        rate = float(rng.uniform(1, 50))
+        away_w = sum(n * w for row in there for n, w in zip(row, low_w, strict=True))
+        budget_w = None if trial % 3 else float(rng.uniform(200, 1600))
+        found = place(
+            [list(of.values()) for of in served],
+            [[row[k] for k, _ in of] for row, of in zip(there, served, strict=True)],
+            rate,
+            low_w=[[low_w[k] for k, _ in of] for of in served],
+            left_w=None if budget_w is None else budget_w - away_w,
+        )
         best = tried(served, there, rate, low_w, budget_w)
         if best is None:
             assert found is None
             continue
         assert found is not None
-        assert cost_w(served, there, found, low_w) == pytest.approx(best)
         assert all(sum(n > 0 for n in row) == 1 for row in found)
+        taken = [
+            next((option, n) for option, n in zip(of, row, strict=True) if n)
+            for of, row in zip(served, found, strict=True)
+        ]
+        assert cost_w(served, there, taken, low_w) == pytest.approx(best)
 
 
 def cost_w(
-    served: list[list[Served]], there: list[int], counts: list[list[int]], low_w: float
+    served: list[dict[Option, Served]],
+    there: list[list[int]],
+    taken: Sequence[tuple[Option, int]],
+    low_w: list[float],
 ) -> float:
-    busy_w = sum(
-        n * s.power_w
-        for row, of_clock in zip(counts, served, strict=True)
-        for n, s in zip(row, of_clock, strict=True)
-    )
-    return busy_w + low_w * (sum(there) - sum(map(sum, counts)))
+    total_w = 0.0
+    for of, row, (option, count) in zip(served, there, taken, strict=True):
+        away = [n - count * (kind == option[0]) for kind, n in enumerate(row)]
+        total_w += count * of[option].power_w
+        total_w += sum(n * w for n, w in zip(away, low_w, strict=True))
+    return total_w
 
 
 def tried(
-    served: list[list[Served]], there: list[int], rate: float, low_w: float, budget_w: float | None
+    served: list[dict[Option, Served]],
+    there: list[list[int]],
+    rate: float,
+    low_w: list[float],
+    budget_w: float | None,
 ) -> float | None:
     options = [
-        [(n, c) for n in range(1, most + 1) for c in range(len(of)) if n * of[c].rate_rps >= rate]
-        for most, of in zip(there, served, strict=True)
+        [(o, n) for o, s in of.items() for n in range(1, row[o[0]] + 1) if n * s.rate_rps >= rate]
+        for of, row in zip(served, there, strict=True)
     ]
-    costs = []
-    for choice in itertools.product(*options):
-        counts = [
-            [n if c == k else 0 for k in range(len(of))]
-            for (n, c), of in zip(choice, served, strict=True)
-        ]
-        costs.append(cost_w(served, there, counts, low_w))
+    costs = [cost_w(served, there, taken, low_w) for taken in itertools.product(*options)]
     kept = [c for c in costs if budget_w is None or c <= budget_w]
     return min(kept) if kept else None

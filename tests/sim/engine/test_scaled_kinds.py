@@ -1,0 +1,100 @@
+"""Unlike instances that leave service: each by the states of its own profile, chosen by kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from tests.profiles.synthetic import write_synthetic_profile
+from tests.sim.engine.fixtures import make_requests
+from tests.sim.engine.test_coalescing import (
+    busy_rows,
+    crooked,
+    same_instances,
+    same_iterations,
+    same_requests,
+)
+from tests.sim.engine.test_mixed_fleet import kinds, run_mixed  # noqa: F401 (a fixture)
+from tests.sim.engine.test_properties import workload_of as rows_of
+from tests.sim.engine.test_scaling import DRIVERS, STATES, TABLE, state
+from voltana.profiles.catalog import Profile
+from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.config import make_config
+from voltana.sim.engine.simulate import simulate
+from voltana.sim.metrics import summarise
+
+OTHERS = dataclasses.replace(STATES, asleep=state(40.0, 1.0, 2.0, 96.0))
+
+
+@pytest.fixture
+def scaled(kinds: dict[str, Profile]) -> dict[str, Profile]:  # noqa: F811
+    return {
+        name: dataclasses.replace(profile, states=STATES if name == "slow" else OTHERS)
+        for name, profile in kinds.items()
+    }
+
+
+@pytest.mark.parametrize("engine", DRIVERS)
+def test_each_sleeps_as_its_own_profile_says(scaled: dict[str, Profile], engine: str) -> None:
+    """The fast one of each phase sleeps from 1 s on: 1 s idle at 128 W, 1 s at 96, 8 s at 40. The
+    slow ones work 1.5 s at 256 W and idle for 18.5 s at 64; the last token comes at 10 s."""
+    record = run_mixed(
+        scaled, make_requests((8.5, 4, 2)), scaler=f"{TABLE}:plans=asas", engine=engine,
+        prefill_profiles="slow+fast", decode_profiles="slow+fast",
+    )  # fmt: skip
+    assert record.makespan_s == 10.0
+    summary = summarise(record)
+    assert summary["away_energy_j"] == 2 * (96.0 + 8 * 40.0)
+    assert summary["idle_energy_j"] == 64.0 * 18.5 + 2 * 128.0
+    assert summary["energy_j"] == 256.0 * 1.5 + 64.0 * 18.5 + 256.0 + 832.0
+
+
+def test_dualscale_under_both_drivers(tmp_path: Path) -> None:
+    """Kinds with clocks of their own; who serves changes with the load, and base clocks are kept
+    by cards that have them."""
+    made = {
+        name: dataclasses.replace(
+            write_synthetic_profile(
+                tmp_path / name,
+                time_s=crooked(share),
+                power_w=lambda p, f, b, t: 80.0 + 1.3e-4 * f * f + 0.017 * t + 0.9 * b,
+                clocks_mhz=clocks,
+            ),
+            states=STATES,
+        )
+        for name, share, clocks in (("slow", 9.0, (700, 1000, 1400)), ("fast", 0.0, (900, 1800)))
+    }
+    rows = [*busy_rows(), (20.0, 8, 8), *busy_rows()]
+    records = [
+        run_mixed(
+            made, rows_of(rows), scaler="dualscale:period=0.4131", controller="base",
+            router="least-requests", engine=engine, record_iterations=True,
+            actuation_latency_s=0.003,
+        )
+        for engine in DRIVERS
+    ]  # fmt: skip
+    same_requests(*records)
+    same_instances(*records)
+    same_iterations(*records)
+    assert summarise(records[0])["in_service_share"] < 1.0
+    table = records[0].iterations
+    assert table is not None
+    for phase, own in (("prefill", ("slow", "fast")), ("decode", ("fast", "slow"))):
+        for index, name in enumerate(own):
+            ran = (table.phase == phase) & (table.instance_id == index)
+            assert set(table.clock_mhz[ran]) <= set(made[name].clocks_mhz)
+
+
+def test_who_knows_one_kind_only_is_refused(scaled: dict[str, Profile]) -> None:
+    with pytest.raises(VoltanaError, match="scale-to-load plans with one kind of instances"):
+        run_mixed(scaled, make_requests((0.0, 4, 4)), scaler="scale-to-load")
+    with pytest.raises(VoltanaError, match="budget_w finds one ceiling for like cards"):
+        run_mixed(scaled, make_requests((0.0, 4, 4)), budget_w=5000.0)
+    bare = scaled | {"fast": dataclasses.replace(scaled["fast"], states=None)}
+    config = make_config(
+        {"scaler": "dualscale", "num_decode": 2, "decode_profiles": "slow+fast", "profile": "slow"}
+    )
+    with pytest.raises(VoltanaError, match="does not say what an instance out of service draws"):
+        simulate(config, scaled["slow"], make_requests((0.0, 4, 4)), others=bare)
