@@ -34,8 +34,8 @@ class ScaledFleet(Fleet):
     """A `Fleet` with a scaler.
 
     An instance leaves service only while as many as are wanted stay in it: whoever replaces it
-    wakes first. Nobody is asked anew when a base clock changes: decode's runs end with the
-    iteration that is running, and the next decision sees it.
+    wakes first; of unlike instances all that are wanted. Nobody is asked anew when a base clock
+    changes: decode's runs end with the iteration that is running, and the next decision sees it.
     """
 
     def __init__(
@@ -74,6 +74,7 @@ class ScaledFleet(Fleet):
             kinds={phase: self._kinds(phase) for phase in config.mixed_profiles},
             budget_w=config.budget_w,
         )
+        self._has_kinds = bool(context.kinds)
         self._scaler = make_scaler(config.scaler or "all-awake", context)
         if context.kinds and not self._scaler.knows_kinds:
             raise VoltanaError(
@@ -234,7 +235,10 @@ class ScaledFleet(Fleet):
             routed[:] = [m.state for m in members if m.state.power_state == AWAKE]
             num_wanted = sum(m.wanted == AWAKE for m in members)
             for member in members:
-                member.move(now_s, may_leave=len(routed) > num_wanted)
+                may_leave = len(routed) > num_wanted
+                if self._has_kinds:  # of unlike ones so many are not as good as as many others
+                    may_leave = all(_is_awake(m) for m in members if m.wanted == AWAKE)
+                member.move(now_s, may_leave=may_leave)
         if self._budget is not None:
             self._limit_clocks(self._budget, now_s)
 
@@ -252,6 +256,10 @@ class ScaledFleet(Fleet):
                 instance.track.request_clock(now_s, ceiling_mhz)
         for decode in self.decode:
             _end_run(decode, now_s)
+
+
+def _is_awake(member: Member) -> bool:
+    return member.state.power_state == AWAKE
 
 
 def _end_run(decode: DecodeInstance, now_s: float) -> None:

@@ -51,6 +51,25 @@ def test_each_sleeps_as_its_own_profile_says(scaled: dict[str, Profile], engine:
     assert summary["energy_j"] == 256.0 * 1.5 + 64.0 * 18.5 + 256.0 + 832.0
 
 
+@pytest.mark.parametrize("engine", DRIVERS)
+def test_unlike_ones_leave_when_who_replaces_them_has_woken(
+    scaled: dict[str, Profile], engine: str
+) -> None:
+    """The fast one of three falls asleep from 1 to 2 s. From 4 s on it alone is wanted, and wakes
+    until 6 s: then the two slow ones begin to fall, though more than one was awake before. The last
+    token comes at 9.75 + 0.5 + 2 * 0.25 s."""
+    record = run_mixed(
+        scaled, make_requests((9.75, 4, 2)), engine=engine, num_prefill=1, num_decode=3,
+        prefill_profiles="slow", decode_profiles="slow+slow+fast",
+        scaler=f"{TABLE}:plans=aaas+aaas+aaas+assa",
+    )  # fmt: skip
+    assert record.makespan_s == 10.75
+    slow = {"changing": 1.0, "asleep": 3.75}
+    assert [dict(i.away_s) for i in record.instances] == [
+        {}, slow, slow, {"changing": 3.0, "asleep": 2.0},
+    ]  # fmt: skip
+
+
 def test_dualscale_under_both_drivers(tmp_path: Path) -> None:
     """Kinds with clocks of their own; who serves changes with the load, and base clocks are kept
     by cards that have them."""
