@@ -426,7 +426,8 @@ async def _serve(arguments: argparse.Namespace) -> None:
         rooms=rooms,
         port=arguments.port,
     ) as fleet:
-        fleet.prefill[0].fail_next = [500] * arguments.prefill_failures
+        for worker in fleet.prefill:
+            worker.fail_next = [500] * arguments.prefill_failures
         sys.stdout.write(json.dumps(fleet.table(arguments.metrics)) + "\n")
         sys.stdout.flush()
         await asyncio.Event().wait()
