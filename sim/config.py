@@ -267,6 +267,12 @@ class SimConfig:
         }
 
     @property
+    def caches(self) -> list[str]:
+        """Keys of the caches of prefixes that are on."""
+        keys = "prefix_cache_tokens", "colocated_cache", "decode_cache"
+        return [key for key in keys if getattr(self, key)]
+
+    @property
     def is_scaled(self) -> bool:
         """Whether instances may leave service, or share a power budget."""
         return self.scaler is not None or self.budget_w is not None

@@ -132,7 +132,7 @@ def lower_bound(
     config.require_plain("the bound", knows=("prefill_profiles", "decode_profiles"))
     if config.run_limit_s is not None:
         raise VoltanaError("a bound is for runs played to their end: leave out run_limit_s")
-    if config.prefix_cache_tokens or config.decode_cache or workload.turns is not None:
+    if config.caches or workload.turns is not None:
         raise VoltanaError(
             "the bound computes prompts whole, at the workload's arrivals, and shares no memory: "
             "leave out prefix_cache_tokens and decode_cache, and let no turn wait "

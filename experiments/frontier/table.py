@@ -165,8 +165,7 @@ def _bounds(frames: Sequence[pd.DataFrame], directory: Path, jobs: int | None) -
 def _bound_j(task: tuple[SimConfig, float]) -> float:
     config, attainment = task
     workload = workload_of(config)
-    has_cache = config.prefix_cache_tokens or config.decode_cache
-    if config.num_colocated or has_cache or workload.turns is not None:
+    if config.num_colocated or config.caches or workload.turns is not None:
         return math.nan  # the bound does not know them
     prefill, decode = phase_profiles(config)
     bound = lower_bound(config, prefill, workload, attainment=attainment, decode=decode)

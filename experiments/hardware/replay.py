@@ -70,9 +70,7 @@ def run_replay(
     refuse_existing(out)
     claim(out, "run")
     workload = workload_of(config.sim)
-    sim = config.sim
-    has_cache = sim.prefix_cache_tokens or sim.colocated_cache or sim.decode_cache
-    if workload.turns is not None or has_cache:
+    if workload.turns is not None or config.sim.caches:
         raise VoltanaError(
             "a replay sends each request when the workload says, with random text: let no turn wait"
             " (chat:waits=false), and leave out prefix_cache_tokens, colocated_cache, decode_cache"

@@ -85,8 +85,7 @@ def _fleet(
     others = {name: (others or {}).get(name) or load_profile(name) for name in names}
     for each in (profile, *others.values()):
         _require_clocks(config, each)
-    keys = "prefix_cache_tokens", "colocated_cache", "decode_cache"
-    cache = next((k for k in keys if getattr(config, k)), None)
+    cache = next(iter(config.caches), None)
     whole = workload if isinstance(workload, Workload) else None
     if cache and (whole is None or whole.prompts is None):
         raise VoltanaError(

@@ -66,8 +66,6 @@ class CachingColocatedInstance(ColocatedInstance):
         self.held = HeldPrefixes(self.cache)
         self._to_compute = 0
         """Tokens of prompts under way that no iteration has taken yet."""
-        self._num_taken = 0
-        """Iterations of the run whose memory is taken; that of the running one is."""
         self._cached_tokens = 0
         state.count_cached = self._count_cached
 
@@ -80,12 +78,9 @@ class CachingColocatedInstance(ColocatedInstance):
         )
 
     def retract(self, request: SimRequest, now_s: float) -> None:
-        cache, node = self.cache, self.held.nodes.pop(request.request_id)
         super().retract(request, now_s)
-        written = request.input_tokens + request.generated_tokens - 1
-        cache.held_tokens -= written - node.end
-        cache.unlock(node)
-        cache.free(self._freed_tokens * self.state.num_running)
+        self.held.give_up(request, request.input_tokens + request.generated_tokens - 1)
+        self.cache.free(self._freed_tokens * self.state.num_running)
         self._settle()
 
     def _new_tokens(self, request: SimRequest) -> int:
@@ -94,8 +89,7 @@ class CachingColocatedInstance(ColocatedInstance):
 
     def _begin(self, now_s: float) -> None:
         super()._begin(now_s)
-        self._num_taken = 0
-        self._take(1)
+        self.held.begin_run(self._num_decoding)
 
     def _make_room(self, now_s: float) -> None:
         self.cache.free(self.state.num_running)  # retraction comes after all that nobody uses
@@ -129,37 +123,27 @@ class CachingColocatedInstance(ColocatedInstance):
         return request
 
     def _end(self, now_s: float) -> None:
-        self._take(self.run.count)
+        self.held.take(self.run.count, self._num_decoding)
         tokens = self.state.chunk_tokens
         self.cache.held_tokens -= tokens
         for request in self._ending:
-            self._keep(request, request.prefilled_tokens)
+            self.held.keep(request, request.prefilled_tokens)
             if request.prefilled_tokens + 1 == request.input_tokens + request.output_tokens:
                 self.held.let_go(request)
         super()._end(now_s)
         if self._partial is not None and tokens:
-            self._keep(self._partial, self._partial.prefilled_tokens)
+            self.held.keep(self._partial, self._partial.prefilled_tokens)
         self._settle()
 
     def _leave(self, finished: list[SimRequest], now_s: float) -> None:
         for request in finished:
-            end = request.end_context_tokens
-            self.cache.held_tokens -= end - self.held.nodes[request.request_id].end
-            self._keep(request, end)
+            self.held.keep_own(request, request.end_context_tokens)
             self.held.let_go(request)
         super()._leave(finished, now_s)
 
-    def _keep(self, request: SimRequest, end: int) -> None:
-        self.held.keep(request, end)
-
-    def _take(self, iterations: int) -> None:
-        """Memory for what the first iterations of the run write, from prefixes where it must be."""
-        self.cache.hold((iterations - self._num_taken) * self._num_decoding)
-        self._num_taken = iterations
-
     def _take_running(self) -> None:
         if self.state.is_busy:
-            self._take(self._shown + 1)
+            self.held.take(self._shown + 1, self._num_decoding)
 
     def _settle(self) -> None:
         """Work out `_held_tokens`, which a step of decode leaves as it is."""

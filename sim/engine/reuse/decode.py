@@ -80,8 +80,6 @@ class CachingDecodeInstance(DecodeInstance):
         """Of all requests that have ever had memory here, at their ends."""
         self._has_changed = False
         """Whether somebody came or went since the line was looked at."""
-        self._num_taken = 0
-        """Iterations of the run whose memory is taken; that of the running one is."""
         self._unsent_tokens = 0
         state.count_cached = self._count_cached
 
@@ -113,11 +111,9 @@ class CachingDecodeInstance(DecodeInstance):
         self._look(now_s)  # who waited for room finds nobody here now
 
     def retract(self, request: SimRequest, now_s: float) -> None:
-        cache, node = self.cache, self.held.nodes.pop(request.request_id)
         super().retract(request, now_s)
-        cache.held_tokens -= request.input_tokens + request.generated_tokens - node.end
-        cache.unlock(node)
-        cache.free(self._freed_tokens * self.state.num_running)
+        self.held.give_up(request, request.input_tokens + request.generated_tokens)
+        self.cache.free(self._freed_tokens * self.state.num_running)
         self._settle()
 
     def has_room(self, kv_tokens: int) -> bool:
@@ -129,8 +125,7 @@ class CachingDecodeInstance(DecodeInstance):
     def join(self, request: SimRequest, context: int, now_s: float) -> None:
         self._set_aside(request, -1)
         super().join(request, context, now_s)
-        self.cache.held_tokens -= context - self.held.nodes[request.request_id].end
-        self._keep(request, context)
+        self.held.keep_own(request, context)
         self._settle()
 
     def _ask(self, request: SimRequest, start: Start, now_s: float) -> None:
@@ -219,9 +214,7 @@ class CachingDecodeInstance(DecodeInstance):
 
     def _end_unrun(self, request: SimRequest) -> None:
         self._set_aside(request, -1)
-        tokens = request.input_tokens
-        self.cache.held_tokens -= tokens - self.held.nodes[request.request_id].end
-        self._keep(request, tokens)
+        self.held.keep_own(request, request.input_tokens)
         self.held.let_go(request)
         self._settle()
 
@@ -248,8 +241,7 @@ class CachingDecodeInstance(DecodeInstance):
 
     def _begin(self, now_s: float) -> None:
         super()._begin(now_s)
-        self._num_taken = 0
-        self._take(1)
+        self.held.begin_run(self._batch_size)
 
     def _make_room(self, now_s: float) -> None:
         self.cache.free(self.state.num_running)  # retraction comes after all that nobody uses
@@ -257,7 +249,7 @@ class CachingDecodeInstance(DecodeInstance):
         self._has_changed = True
 
     def _end(self, now_s: float) -> None:
-        self._take(self.run.count)
+        self.held.take(self.run.count, self._batch_size)
         super()._end(now_s)
         self._settle()
         for request in self._unrun:
@@ -266,23 +258,13 @@ class CachingDecodeInstance(DecodeInstance):
 
     def _leave(self, finished: list[SimRequest], now_s: float) -> None:
         for request in finished:
-            end = request.end_context_tokens
-            self.cache.held_tokens -= end - self.held.nodes[request.request_id].end
-            self._keep(request, end)
+            self.held.keep_own(request, request.end_context_tokens)
             self.held.let_go(request)
         super()._leave(finished, now_s)
 
-    def _keep(self, request: SimRequest, end: int) -> None:
-        self.held.keep(request, end)
-
-    def _take(self, iterations: int) -> None:
-        """Memory for what the first iterations of the run write, from prefixes where it must be."""
-        self.cache.hold((iterations - self._num_taken) * self._batch_size)
-        self._num_taken = iterations
-
     def _take_running(self) -> None:
         if self.state.is_busy:
-            self._take(self._shown + 1)
+            self.held.take(self._shown + 1, self._batch_size)
 
     def _settle(self) -> None:
         """Work out `_held_tokens`, which a step of decode leaves as it is."""

@@ -17,6 +17,8 @@ class HeldPrefixes:
         """Where the tokens that a request has locked end, by its number."""
         self._said: dict[int, Prompt] = {}
         """Prompt and answer of each request that has been looked at and is not done."""
+        self._num_taken = 0
+        """Iterations of the run whose memory is taken; that of the running one is."""
 
     def whole(self, request: SimRequest) -> Prompt:
         """Prompt and answer of a request, its answer as long as it will be."""
@@ -41,6 +43,27 @@ class HeldPrefixes:
         self._cache.lock(node)
         self._cache.unlock(self.nodes[request.request_id])
         self.nodes[request.request_id] = node
+
+    def keep_own(self, request: SimRequest, end: int) -> None:
+        """As `keep`; what of them it did not hold was its own, in memory that was taken for it."""
+        self._cache.held_tokens -= end - self.nodes[request.request_id].end
+        self.keep(request, end)
+
+    def give_up(self, request: SimRequest, end: int) -> None:
+        """It is retracted: of its first tokens, what was its own is gone, and the rest unlocked."""
+        node = self.nodes.pop(request.request_id)
+        self._cache.held_tokens -= end - node.end
+        self._cache.unlock(node)
+
+    def begin_run(self, batch_size: int) -> None:
+        """A run of iterations begins; memory for what the first one writes."""
+        self._num_taken = 0
+        self.take(1, batch_size)
+
+    def take(self, iterations: int, batch_size: int) -> None:
+        """Memory for what the first iterations of the run write, from prefixes where it must be."""
+        self._cache.hold((iterations - self._num_taken) * batch_size)
+        self._num_taken = iterations
 
     def let_go(self, request: SimRequest) -> None:
         """It is over; what it held stays for as long as there is room."""

@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.conftest import ROOT
 from tests.hwreplay.conftest import ENGINE
+from tests.hwreplay.engines.told_cache import CAPACITY_TOKENS, Event, note_cache, theirs_of
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.sessions import random_sessions
 from tests.sim.engine.test_prefix_cache import Watched
 from voltana.sim.engine.request import SimRequest
 from voltana.sim.engine.reuse.colocated import CachingColocatedInstance
-
-Event = list[Any]
 
 
 class Told(CachingColocatedInstance):
@@ -28,8 +23,8 @@ class Told(CachingColocatedInstance):
         super().__init__(*args, **named)
         self.events: list[Event] = []
         self.found: list[int] = []
+        note_cache(self.cache, self.held, self.events, 1)
         match = self.cache.match
-        free = self.cache.free
         self._looks = False
 
         def told_match(prompt: Any, limit: int) -> Any:  # noqa: ANN401
@@ -41,13 +36,7 @@ class Told(CachingColocatedInstance):
                 self.found.append(node.end)
             return node
 
-        def told_free(tokens: int) -> None:
-            if tokens:
-                self.events.append(["free", tokens])
-            free(tokens)
-
         self.cache.match = told_match  # type: ignore[method-assign]
-        self.cache.free = told_free  # type: ignore[method-assign]
 
     def _take_next(self, admits: bool) -> SimRequest | None:
         self._looks = True
@@ -74,11 +63,6 @@ class Told(CachingColocatedInstance):
             running = [r.request_id for r in self._join_order if r.is_running]
             self.events.append(["compute", [[number, 1] for number in running]])
 
-    def _keep(self, request: SimRequest, end: int) -> None:
-        is_over = end + 1 == request.input_tokens + request.output_tokens
-        self.events.append(["finish" if is_over else "keep", request.request_id])
-        super()._keep(request, end)
-
     def retract(self, request: SimRequest, now_s: float) -> None:
         self.events.append(["retract", request.request_id])
         super().retract(request, now_s)
@@ -91,39 +75,18 @@ def test_the_same_tokens_are_found_look_by_look(
     if not (ENGINE / ".installed").is_file():
         pytest.skip("SGLang is not installed: run `make engine`")
     workload = random_sessions(4, count=600, mean_gap_s=0.03, longest=60, has_answers=True)
-    prompts = workload.prompts
-    assert prompts is not None
-    assert prompts.answers is not None
     monkeypatch.setattr("voltana.sim.engine.fleet.colocated_kind", lambda config: Told)
     settings = {
         "num_prefill": 0, "num_decode": 0, "num_colocated": 1, "colocated_cache": True,
-        "colocated_order": "sglang-mixed", "kv_capacity_tokens": 700, "kv_reserve_tokens": 0,
-        "kv_retract_tokens": 3, "max_prefill_tokens": 70, "extrapolate": True,
-        "engine": "reference",
+        "colocated_order": "sglang-mixed", "kv_capacity_tokens": CAPACITY_TOKENS,
+        "kv_reserve_tokens": 0, "kv_retract_tokens": 3, "max_prefill_tokens": 70,
+        "extrapolate": True, "engine": "reference",
     }  # fmt: skip
     watched = Watched(write_synthetic_profile(tmp_path), workload, **settings)
     record = watched.fleet.run()
     ours = watched.fleet.decode[0]
     assert isinstance(ours, Told)
-    rows = [(prompts.prompt(row), row) for row in range(len(workload))]
-    case = {
-        "prompts": [
-            [
-                [[n, int(t)] for n, t in zip(p.names, np.diff([0, *p.ends]), strict=True)],
-                [int(prompts.answers[row]), int(workload.output_tokens[row])],
-            ]
-            for p, row in rows
-        ],
-        "events": ours.events,
-        "capacity_tokens": 700,
-    }
-    done = subprocess.run(
-        [ENGINE / "venv" / "bin" / "python", "-W", "ignore",
-         "-m", "tests.hwreplay.engines.engine_colocated_cache"],
-        input=json.dumps(case), capture_output=True, text=True, check=False, timeout=600, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = theirs_of(workload, ours.events)
     assert theirs["found"] == ours.found
     assert theirs["cached_tokens"] == ours.cache.size_tokens
     assert record.requests.retractions.sum() > 20

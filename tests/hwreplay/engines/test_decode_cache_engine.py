@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
-from tests.conftest import ROOT
 from tests.hwreplay.conftest import ENGINE
+from tests.hwreplay.engines.told_cache import CAPACITY_TOKENS, Event, note_cache, theirs_of
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.sessions import random_sessions
 from tests.sim.engine.test_prefix_cache import Watched
 from voltana.sim.engine.request import SimRequest
 from voltana.sim.engine.reuse.decode import CachingDecodeInstance
-
-Event = list[Any]
 
 
 class Told(CachingDecodeInstance):
@@ -28,14 +23,7 @@ class Told(CachingDecodeInstance):
         super().__init__(*args, **named)
         self.events: list[Event] = []
         self.found: list[int] = []
-        free = self.cache.free
-
-        def told_free(tokens: int) -> None:
-            if tokens:
-                self.events.append(["free", tokens])
-            free(tokens)
-
-        self.cache.free = told_free  # type: ignore[method-assign]
+        note_cache(self.cache, self.held, self.events, 0)
 
     def _fits(self, request: SimRequest) -> bool:
         tokens = request.input_tokens
@@ -61,11 +49,6 @@ class Told(CachingDecodeInstance):
         super()._begin(now_s)
         self._compute([[r.request_id, 1] for r in self._join_order if r.is_running])
 
-    def _keep(self, request: SimRequest, end: int) -> None:
-        is_over = end == request.input_tokens + request.output_tokens
-        self.events.append(["finish" if is_over else "keep", request.request_id])
-        super()._keep(request, end)
-
     def retract(self, request: SimRequest, now_s: float) -> None:
         self.events.append(["retract", request.request_id])
         super().retract(request, now_s)
@@ -78,38 +61,17 @@ def test_the_same_tokens_are_found_look_by_look(
     if not (ENGINE / ".installed").is_file():
         pytest.skip("SGLang is not installed: run `make engine`")
     workload = random_sessions(4, count=600, mean_gap_s=0.004, longest=60, has_answers=True)
-    prompts = workload.prompts
-    assert prompts is not None
-    assert prompts.answers is not None
     monkeypatch.setattr("voltana.sim.engine.fleet.decode_kind", lambda config: Told)
     settings = {
         "num_prefill": 1, "num_decode": 1, "decode_cache": True, "kv_reserve_tokens": 0,
         "prefill_starts": "decode_boundary", "kv_transfer_latency_s": 0.01, "extrapolate": True,
-        "kv_capacity_tokens": 700, "kv_retract_tokens": 3, "engine": "reference",
+        "kv_capacity_tokens": CAPACITY_TOKENS, "kv_retract_tokens": 3, "engine": "reference",
     }  # fmt: skip
     watched = Watched(write_synthetic_profile(tmp_path), workload, **settings)
     record = watched.fleet.run()
     ours = watched.fleet.decode[0]
     assert isinstance(ours, Told)
-    case = {
-        "prompts": [
-            [
-                [[n, int(t)] for n, t in zip(p.names, np.diff([0, *p.ends]), strict=True)],
-                [int(prompts.answers[row]), int(workload.output_tokens[row])],
-            ]
-            for row in range(len(workload))
-            for p in (prompts.prompt(row),)
-        ],
-        "events": ours.events,
-        "capacity_tokens": 700,
-    }
-    done = subprocess.run(
-        [ENGINE / "venv" / "bin" / "python", "-W", "ignore",
-         "-m", "tests.hwreplay.engines.engine_colocated_cache"],
-        input=json.dumps(case), capture_output=True, text=True, check=False, timeout=600, cwd=ROOT,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    theirs = json.loads(done.stdout.splitlines()[-1])
+    theirs = theirs_of(workload, ours.events)
     assert theirs["found"] == ours.found
     assert theirs["cached_tokens"] == ours.cache.size_tokens
     assert record.requests.retractions.sum() > 15

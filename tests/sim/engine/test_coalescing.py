@@ -15,6 +15,7 @@ from tests.sim.engine.test_properties import POLICY, REQUEST, workload_of
 from voltana.profiles.catalog import Profile
 from voltana.sim.policies.registry import CONTROLLERS, ROUTERS
 from voltana.sim.records import FloatArray, IntArray, RunRecord
+from voltana.sim.workload.workload import Workload
 
 REL = 1e-9
 """The two add up the same times in another order; doubles keep far more than nine digits."""
@@ -104,14 +105,27 @@ def assert_same(
 ) -> None:
     values = {"num_prefill": 2, "num_decode": 2, "actuation_latency_s": 0.003} | policy
     workload = workload_of(rows)
-    plain, _ = run(profile, workload, record_iterations=True, engine="reference", **values)
-    quick, _ = run(profile, workload, record_iterations=True, engine="coalesced", **values)
-    same_requests(plain, quick)
-    same_instances(plain, quick)
-    same_iterations(plain, quick)
+    (plain, _), (quick, _) = run_both(profile, workload, **values)
     assert quick.makespan_s == pytest.approx(plain.makespan_s, rel=REL)
     for a, b in zip(sorted_gaps(plain), sorted_gaps(quick), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-7, atol=ABS_S)
+
+
+def run_both(
+    profile: Profile,
+    workload: Workload,
+    **settings: Any,  # noqa: ANN401
+) -> list[tuple[RunRecord, dict[str, Any]]]:
+    """Record and summary of both drivers, which agree on requests, instances and iterations."""
+    both = [
+        run(profile, workload, record_iterations=True, engine=engine, **settings)
+        for engine in ("reference", "coalesced")
+    ]
+    plain, quick = (record for record, _ in both)
+    same_requests(plain, quick)
+    same_instances(plain, quick)
+    same_iterations(plain, quick)
+    return both
 
 
 def same_requests(plain: RunRecord, quick: RunRecord) -> None:

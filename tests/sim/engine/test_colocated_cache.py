@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import run
 from tests.sim.engine.sessions import random_sessions, sharing
-from tests.sim.engine.test_coalescing import crooked, same_instances, same_iterations, same_requests
+from tests.sim.engine.test_coalescing import crooked, run_both, same_iterations, same_requests
 from tests.sim.engine.test_prefix_cache import Watched, check
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
@@ -169,14 +169,8 @@ def test_both_drivers_give_one_run(
     workload = random_sessions(
         seed, count=60, mean_gap_s=gap_s, is_closed=is_closed, has_answers=True
     )
-    told = CACHE | policy | {"record_iterations": True, "extrapolate": True}
-    if limit_s is not None:
-        told["run_limit_s"] = limit_s
-    plain, before = run(rough, workload, engine="reference", **told)
-    quick, after = run(rough, workload, engine="coalesced", **told)
-    same_requests(plain, quick)
-    same_instances(plain, quick)
-    same_iterations(plain, quick)
+    told = CACHE | policy | {"extrapolate": True, "run_limit_s": limit_s}
+    (plain, before), (quick, after) = run_both(rough, workload, **told)
     for key in ("cached_tokens", "evicted_tokens", "retractions"):
         assert before[key] == after[key]
     np.testing.assert_array_equal(plain.requests.cached_tokens, quick.requests.cached_tokens)

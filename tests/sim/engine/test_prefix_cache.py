@@ -15,7 +15,7 @@ from tests.independent.cache import Token, TokenCache
 from tests.profiles.synthetic import write_synthetic_profile
 from tests.sim.engine.fixtures import make_requests, run
 from tests.sim.engine.sessions import random_sessions, sharing
-from tests.sim.engine.test_coalescing import crooked, same_instances, same_iterations, same_requests
+from tests.sim.engine.test_coalescing import crooked, run_both
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
@@ -295,14 +295,10 @@ def test_both_drivers_give_one_run(rough: Profile, seed: int, is_closed: bool) -
     workload = random_sessions(seed, count=120, mean_gap_s=0.03, is_closed=is_closed)
     settings = {
         "prefix_cache_tokens": 500, "kv_transfer_latency_s": 0.02, "max_prefill_tokens": 100,
-        "num_prefill": 2, "num_decode": 2, "controller": "ecofreq", "record_iterations": True,
+        "num_prefill": 2, "num_decode": 2, "controller": "ecofreq",
         "actuation_latency_s": 0.003, "kv_capacity_tokens": 900,
     }  # fmt: skip
-    plain, _ = run(rough, workload, engine="reference", **settings)
-    quick, summary = run(rough, workload, engine="coalesced", **settings)
-    same_requests(plain, quick)
-    same_instances(plain, quick)
-    same_iterations(plain, quick)
+    (plain, _), (quick, summary) = run_both(rough, workload, **settings)
     for name in ("cached_tokens", "workload_row"):
         np.testing.assert_array_equal(
             getattr(plain.requests, name), getattr(quick.requests, name), err_msg=name
