@@ -202,6 +202,12 @@ def make_fleet_config(
     sim = make_config(simulate, where=where)
     is_replay = section == "replay"
     sim.require_plain("a replay" if is_replay else "a service", knows=("num_colocated",))
+    if is_replay and sim.caches and ("emulate" not in own or engine is None):
+        raise VoltanaError(
+            f"{sim.caches[0]} is replayed on emulated cards alone, whose answers are known before, "
+            f"by servers that are started with such a cache ({where}): set [replay] emulate and "
+            "[fleet] engine, or leave it out"
+        )
     if sim.colocated_order == "vllm":
         raise VoltanaError(
             f"colocated_order must be one that SGLang has, got vllm ({where}): name sglang or "

@@ -8,6 +8,7 @@ from typing import Final, TypeVar
 import numpy as np
 
 from voltana.hwreplay.view.colocated import ColocatedTracker
+from voltana.hwreplay.view.mirror import PrefixMirror, cache_tokens
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
@@ -90,6 +91,10 @@ class PolicySource:
         """One instance's live state."""
         kind = ColocatedTracker if phase == COLOCATED else InstanceTracker
         return self.track_by(kind, phase, instance_id)
+
+    def make_mirror(self, phase: Phase) -> PrefixMirror:
+        """What a router knows of an instance's cache."""
+        return PrefixMirror(cache_tokens(self.config, phase, self.kv_capacity_tokens))
 
     def track_by(self, kind: type[T], phase: Phase, instance_id: int) -> T:
         """The same by a class of one's own.
