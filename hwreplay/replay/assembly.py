@@ -15,7 +15,7 @@ from voltana.hwreplay.replay.load import Row, read_rows
 from voltana.hwreplay.replay.recording import ENERGY, ITERATIONS, EnergyRow, IterationRow
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
-from voltana.sim.policies.base import COLOCATED, DECODE, UNLOCKED_MHZ, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, UNLOCKED_MHZ, Phase
 from voltana.sim.records import (
     COMPLETED,
     IN_FLIGHT,
@@ -67,13 +67,12 @@ def assemble(
         _view(key, iterations, counters.get(key), _read_clocks(directory, key, window))
         for key in keys
     ]
-    has_cache = bool(config.prefix_cache_tokens or config.colocated_cache)
-    requests = _requests(workload, rows, has_cache=has_cache)
+    requests = _requests(workload, rows, has_cache=bool(config.caches))
     return RunRecord(
-        requests=requests,
+        requests=replace(requests, cached_tokens=None) if config.decode_cache else requests,
         itl_s=np.array([gap for row in rows for gap in row.gaps_s]),
         itl_weight=np.ones(sum(len(row.gaps_s) for row in rows), dtype=np.int64),
-        instances=[_with_reuse(view.record(makespan_s), view, requests) for view in views],
+        instances=[_with_reuse(view.record(makespan_s), view, requests, config) for view in views],
         makespan_s=makespan_s,
         slo_ttft_s=config.slo_ttft_s,
         slo_itl_s=config.slo_itl_s,
@@ -230,17 +229,27 @@ def _requests(workload: Workload, rows: Sequence[Row], *, has_cache: bool) -> Re
     )
 
 
-def _with_reuse(record: InstanceRecord, view: _View, requests: RequestTable) -> InstanceRecord:
-    """What was found of its prompts by the answers' word, and computed by the engine's records."""
-    if requests.cached_tokens is None or view.phase == DECODE:
+def _with_reuse(
+    record: InstanceRecord, view: _View, requests: RequestTable, config: SimConfig
+) -> InstanceRecord:
+    """What was found of its prompts by the answers' word, and computed by the engine's records.
+
+    A decode server with a cache answers the larger of what it found itself and what prefill did:
+    where both have one, prefill's is told by its engine's records, and decode's by nobody.
+    """
+    if requests.cached_tokens is None:
+        return record
+    if view.phase == DECODE:
+        if not config.decode_cache or config.prefix_cache_tokens:
+            return record
+        mine = requests.decode_id == view.instance_id
+        return replace(record, unsent_tokens=int(requests.cached_tokens[mine].sum()))
+    if view.phase == PREFILL and not config.prefix_cache_tokens:
         return record
     mine = requests.prefill_id == view.instance_id
+    found = view.prefix_tokens if config.decode_cache else requests.cached_tokens[mine]
     computed = view.chunk_tokens if view.phase == COLOCATED else view.tokens
-    return replace(
-        record,
-        cached_tokens=int(requests.cached_tokens[mine].sum()),
-        computed_tokens=int(computed.sum()),
-    )
+    return replace(record, cached_tokens=int(found.sum()), computed_tokens=int(computed.sum()))
 
 
 def _makespan_s(

@@ -35,6 +35,7 @@ _ENERGY: Final = (
     ("idle_energy_j", "J"),
     ("energy_per_output_token_j", "J/token"),
     ("cached_tokens", "tokens"),
+    ("unsent_tokens", "tokens"),
 )
 """And what was found in caches, which is energy that was not spent."""
 CHUNK: Final = ("chunk_requests", "chunk_tokens")
