@@ -78,21 +78,25 @@ def emulated(config: ReplayConfig, directory: Path) -> Iterator[ReplayConfig]:
     """
     assert config.engine is not None
     assert config.emulate is not None
+    sim = config.sim
+    most = sim.max_running_requests
     machine = Machine(
         profile=config.emulate,
-        counts=config.sim.counts,
+        counts=sim.counts,
         directory=directory,
         library=library_of(config.engine),
-        seed=config.sim.seed,
-        noise_scale=config.sim.noise_scale,
-        overlap_frac=config.sim.mixed_overlap_frac,
-        max_requests=config.sim.max_running_requests
-        or load_profile(config.emulate).meta.engine.max_running_requests,
+        seed=sim.seed,
+        noise_scale=sim.noise_scale,
+        overlap_frac=sim.mixed_overlap_frac,
+        own=sim.mixed_profiles,
     )
-    sim, profile = config.sim, config.emulate
+    limits = (load_profile(n).meta.engine.max_running_requests for n in {*machine.profiles})
+    machine = dataclasses.replace(machine, max_requests=most or max(limits))
     engine = dataclasses.replace(
         config.engine,
-        arguments_of=lambda plan: emulated_arguments(sim, profile, plan.phase),
+        arguments_of=lambda plan: emulated_arguments(
+            sim, machine.profile_of(plan.phase, plan.instance_id), plan.phase
+        ),
         environment_of=machine.environment_of,
     )
     lag_s = max(config.sim.actuation_latency_s - AGENT_S, 0.0)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
@@ -67,6 +68,10 @@ class IterationModel(Protocol):
     """Predicts one iteration; the profile's step model does."""
 
     def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float: ...
+
+
+OwnModels = Mapping[tuple[str, int], tuple[IterationModel, IterationModel]]
+"""By phase and instance: the model of its profile's grid, and the one beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,6 +177,7 @@ def validate(
     thresholds: Thresholds,
     model: IterationModel | None = None,
     beyond: IterationModel | None = None,
+    own: OwnModels = MappingProxyType({}),
 ) -> Validation:
     """Compare two runs.
 
@@ -181,6 +187,7 @@ def validate(
         thresholds: What passes.
         model: The simulated profile, to predict each observed iteration; None leaves that out.
         beyond: The same outside its grid.
+        own: Both of instances that are unlike the others.
     """
     ours, theirs = summarise(simulated), summarise(observed)
     cached = compare_caches(simulated.requests, observed.requests)
@@ -199,7 +206,7 @@ def validate(
         if not is_clients:
             notes.append("the observed run kept no iterations: no error per iteration")
     elif model is not None:
-        points = predict_iterations(observed.iterations, model, beyond)
+        points = predict_iterations(observed.iterations, model, beyond, own)
         outside = int((~points["is_inside"]).sum())
         if outside:
             notes.append(
@@ -234,7 +241,10 @@ def error_frac(simulated: float, observed: float) -> float:
 
 
 def predict_iterations(
-    table: IterationTable, model: IterationModel, beyond: IterationModel | None = None
+    table: IterationTable,
+    model: IterationModel,
+    beyond: IterationModel | None = None,
+    own: OwnModels = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Predict each iteration of a run from its own batch, tokens and clock.
 
@@ -242,6 +252,7 @@ def predict_iterations(
         table: The observed iterations; at most `MAX_ITERATIONS` of them, evenly spaced, are used.
         model: Raises VoltanaError outside its grid.
         beyond: Answers there; without it such a point is NaN.
+        own: Both of instances that are unlike the others.
 
     Returns:
         Columns phase, instance_id, start_s, clock_mhz, batch_size, tokens, observed_s,
@@ -269,10 +280,10 @@ def predict_iterations(
     is_chunk = (frame["chunk_requests"] > 0) & (frame["chunk_tokens"] > 0)
     is_batch = (frame["batch_size"] > 0) & (frame["tokens"] > 0)
     frame = frame[is_batch | is_chunk].reset_index(drop=True)
-    columns = (frame[name] for name in ("phase", "clock_mhz", "batch_size", "tokens", *CHUNK))
+    names = ("phase", "instance_id", "clock_mhz", "batch_size", "tokens", *CHUNK)
     found = [
-        _predict(model, beyond, str(phase), (int(clock), *point))
-        for phase, clock, *point in zip(*columns, strict=True)
+        _predict(*own.get((phase, instance_id), (model, beyond)), phase, (int(clock), *point))
+        for phase, instance_id, clock, *point in zip(*(frame[n] for n in names), strict=True)
     ]
     predicted, inside = [f[0] for f in found], [f[1] for f in found]
     return frame.assign(predicted_s=predicted, is_inside=inside)

@@ -61,8 +61,13 @@ class RouterFleet:
         make = (self.bills or source).make_tracker
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
-                Worker(w, make(phase, w.instance_id), Upstream(w.url, config.connect_s), mirror)
-                for w, mirror in ((w, source.make_mirror(phase)) for w in config.of(phase))
+                Worker(
+                    w,
+                    make(phase, w.instance_id),
+                    Upstream(w.url, config.connect_s),
+                    source.make_mirror(phase, w.instance_id),
+                )
+                for w in config.of(phase)
             ]
             for phase in config.phases
         }

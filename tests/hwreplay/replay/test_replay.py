@@ -288,6 +288,14 @@ ATTACHED = {
             },
             "prefix_cache_tokens is replayed on emulated cards alone, .* set .replay. emulate",
         ),
+        (
+            {
+                "simulate": {"decode_profiles": "h100-sxm/llama-3.1-8b*2"},
+                "fleet": {"engine": "e"},
+                "replay": {"power_w": 1},
+            },
+            "on like cards: leave out decode_profiles",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_line(
