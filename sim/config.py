@@ -63,7 +63,7 @@ class SimConfig:
     arrivals: str = _key(
         "poisson",
         "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5,"
-        " ramp:ratio=2 or curve:NAME or FILE.csv",
+        " ramp:ratio=2, curve:NAME or curve:FILE.csv, with ,from=SECONDS",
     )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")
