@@ -17,7 +17,7 @@ _SIMULATED = (
 )  # fmt: skip
 _NOT_SCALED = (
     "temperature",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated",
+    "active_prefill", "active_decode", "active_colocated",
 )  # fmt: skip
 _OF_PHASES = (
     "power_cap_w",
@@ -118,12 +118,6 @@ def require_scalable(config: SimConfig) -> None:
     Raises:
         VoltanaError: It is not; the message names the key.
     """
-    budget_w, unlike = config.budget_w, [f"{phase}_profiles" for phase in config.mixed_profiles]
-    if budget_w is not None and unlike:
-        raise VoltanaError(
-            f"budget_w finds one ceiling for like cards, got budget_w={budget_w} beside "
-            f"{' and '.join(unlike)}: leave one out"
-        )
     for name in _NOT_SCALED:
         if config.is_scaled and getattr(config, name):
             raise VoltanaError(
