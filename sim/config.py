@@ -59,6 +59,9 @@ class SimConfig:
     trace_drop_failed: bool | None = _key(
         None, "true leaves out a trace's requests without output, as BurstGPT logs failed calls"
     )
+    trace_sample_frac: float | None = _key(
+        None, "keep this part of a trace's requests, drawn by the seed; none = all"
+    )
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",

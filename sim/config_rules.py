@@ -27,7 +27,7 @@ _OF_PHASES = (
 )  # fmt: skip
 _POSITIVE = (
     "profile_draw",
-    "rate_rps", "duration_s", "time_scale", "num_colocated", "active_prefill",
+    "rate_rps", "duration_s", "time_scale", "trace_sample_frac", "num_colocated", "active_prefill",
     "active_decode", "active_colocated", "slo_ttft_s", "slo_itl_s", "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
