@@ -18,7 +18,7 @@ _SIMULATED = (
 )  # fmt: skip
 _NOT_SCALED = (
     "temperature",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated",
+    "active_prefill", "active_decode", "active_colocated",
 )  # fmt: skip
 _OF_PHASES = (
     "power_cap_w",
@@ -28,7 +28,7 @@ _OF_PHASES = (
 )  # fmt: skip
 _POSITIVE = (
     "profile_draw",
-    "rate_rps", "duration_s", "time_scale", "num_colocated", "active_prefill",
+    "rate_rps", "duration_s", "time_scale", "trace_sample_frac", "num_colocated", "active_prefill",
     "active_decode", "active_colocated", "slo_ttft_s", "slo_itl_s", "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
@@ -133,12 +133,6 @@ def require_scalable(config: SimConfig) -> None:
     Raises:
         VoltanaError: It is not; the message names the key.
     """
-    budget_w, unlike = config.budget_w, [f"{phase}_profiles" for phase in config.mixed_profiles]
-    if budget_w is not None and unlike:
-        raise VoltanaError(
-            f"budget_w finds one ceiling for like cards, got budget_w={budget_w} beside "
-            f"{' and '.join(unlike)}: leave one out"
-        )
     for name in _NOT_SCALED:
         if config.is_scaled and getattr(config, name):
             raise VoltanaError(
