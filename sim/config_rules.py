@@ -10,6 +10,7 @@ from voltana.profiles.common.errors import VoltanaError
 
 if TYPE_CHECKING:
     from voltana.sim.config import SimConfig
+    from voltana.sim.workload.workload import Workload
 
 _SIMULATED = (
     "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
@@ -110,6 +111,20 @@ def require_plain(config: SimConfig, what: str, knows: Collection[str]) -> None:
             raise VoltanaError(
                 f"{what} is of fleets {apart}all serving, on like cards: leave out {key}, got {got}"
             )
+
+
+def require_prompts(config: SimConfig, workload: Workload | None) -> None:
+    """A cache needs to know what prompts share; a stream (None) does not say.
+
+    Raises:
+        VoltanaError: There is one, and nobody says.
+    """
+    cache = next(iter(config.caches), None)
+    if cache and (workload is None or workload.prompts is None):
+        raise VoltanaError(
+            f"{cache}={getattr(config, cache)} needs to know what prompts share: take a workload "
+            "of sessions (chat, agent) or a trace with hash_ids, and no stream"
+        )
 
 
 def require_scalable(config: SimConfig) -> None:
