@@ -55,9 +55,11 @@ def workload_of(config: SimConfig) -> Workload:
             arrivals=config.arrivals,
         )
     else:
+        sample_frac = config.trace_sample_frac or 1.0
         made = _cached_trace(
-            str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed)
-        )
+            str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed),
+            sample_frac, config.seed if sample_frac < 1 else 0,
+        )  # fmt: skip
         start_s = config.trace_start_s or 0.0
         if config.duration_s is not None or start_s > 0.0:
             end_s = math.inf if config.duration_s is None else start_s + config.duration_s
@@ -129,5 +131,7 @@ _kept_workload = lru_cache(maxsize=1)(make_workload)
 
 
 @lru_cache(maxsize=4)
-def _cached_trace(name: str, unit: str | None, drop_failed: bool) -> Workload:
-    return open_trace(name, unit=unit, drop_failed=drop_failed)
+def _cached_trace(
+    name: str, unit: str | None, drop_failed: bool, sample_frac: float, seed: int
+) -> Workload:
+    return open_trace(name, unit=unit, drop_failed=drop_failed, sample_frac=sample_frac, seed=seed)

@@ -112,7 +112,7 @@ class DecodeInstance(Instance):
         if self._is_parked:
             self._wake(now_s)
         elif self.run.count > 1 and self.state.is_busy:
-            self._cut(now_s)
+            self.cut(now_s)
 
     def look(self, now_s: float) -> None:
         if not self.state.is_busy:
@@ -136,7 +136,7 @@ class DecodeInstance(Instance):
         else:
             self._visitors.append(action)
             if self.run.count > 1 and self.state.is_busy:
-                self._cut(now_s)
+                self.cut(now_s)
 
     def before_prefill(self, request: SimRequest, start: Start) -> Start:
         """What is called when a request comes that prefill may `start` at a boundary."""
@@ -221,7 +221,7 @@ class DecodeInstance(Instance):
             further = min(further, room // batch_size - 1)
         return further
 
-    def _cut(self, now_s: float) -> None:
+    def cut(self, now_s: float) -> None:
         """End the run with the iteration that is running now."""
         run = self.run
         count = run.ended_before(now_s) + 1

@@ -73,6 +73,7 @@ class Base(Controller):
     """
 
     __slots__ = ("_top_mhz",)
+    colocates = True
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._top_mhz = context.clocks_mhz[-1]
