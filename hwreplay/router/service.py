@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -261,15 +262,27 @@ class RouterService:
         is_serving = all(
             any(w.is_healthy for w in workers) for workers in self.fleet.workers.values()
         )
+        reasons = self._reasons()
+        if not is_serving:
+            reasons.append("no pair of servers answers")
+        if self._is_draining:
+            reasons.append("it ends: open requests may finish")
         return web.json_response(
             {
                 "serving": is_serving,
                 "draining": self._is_draining,
+                "reasons": reasons,
                 "out": out,
                 "died": self.fleet.died,
             },
-            status=200 if is_serving and not self._is_draining else 503,
+            status=503 if reasons else 200,
         )
+
+    def _reasons(self) -> list[str]:
+        """What the parent says is not well."""
+        if self._config.state_file is None:
+            return []
+        return Path(self._config.state_file).read_text(encoding="utf-8").splitlines()
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         self.fleet.refresh_gauges()
