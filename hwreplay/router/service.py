@@ -57,6 +57,8 @@ LAST_BILLS_S: Final = 2.5
 POLL_S: Final = 0.05
 LEFT: Final = 499
 """Status of a request whose client has gone, as nginx counts it."""
+COLLECTION: Final = (20_000, 20, 100)
+"""Python's own (700, 10, 10) collects several times for each request, and finds next to nothing."""
 Reread = Callable[[], RouterConfig]
 """Reads the configuration again."""
 
@@ -329,6 +331,7 @@ def run_router(
         LOG.warning("open to the network without a token: anybody who reaches it may use it")
     profile = load_profile(config.sim.profile)
     gc.collect()
+    gc.set_threshold(*COLLECTION)
     gc.freeze()  # a collection that walks every library's objects stops all streams for 0.1 s
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_router(config, profile, ready, reread))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
@@ -19,6 +20,8 @@ from voltana.profiles.common.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.serve")
 START_S: Final = 60.0
+NICE: Final = 5
+"""Where cores are short, requests come first: each event wakes an agent, and the router waited."""
 DOWN: Final = 3
 """An agent that has died so often within a minute is not expected back."""
 UNLOCKED: Final = "an agent died, its clock is unlocked"
@@ -136,6 +139,8 @@ class AgentParts:
         directory, name = self._run.directory, group[0].name
         command = write_agents(group, directory)
         part = await Part.start(name, command, agents_environment(), self._log_level)
+        with suppress(ProcessLookupError):  # gone already, which is noticed below
+            os.setpriority(os.PRIO_PROCESS, part.process.pid, NICE)
         try:
             await part.await_file(ready_file(group[-1], directory), START_S)
         except BaseException:
