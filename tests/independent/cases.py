@@ -188,6 +188,12 @@ CASES: dict[str, Settings] = {
         "rate_rps": 8, "plans": "asaa+saas+aasa+aaaa", "period_s": 4.71, "duration_s": 30,
         "kv_transfer_latency_s": 0.4, "prefill_starts": "decode_boundary", "host_power_w": 99.0,
     },
+    "3C, sleep, chunks beside decoding, EcoFreq, noise": {
+        **VARYING, "controller": "ecofreq", "noise_scale": 1.0, "idle_s": 0.4, "rate_rps": 10,
+        "plans": "aps+aaa+saa+asa+axa+aas", "period_s": 3.93, "num_colocated": 3, "duration_s": 25,
+        "profile": "a100-80g-sxm-awake/llama-3.1-8b", "colocated_order": "sglang-mixed",
+        "max_prefill_tokens": 512,
+    },
     "cards that switch": {
         "rate_rps": 10, "num_prefill": 3, "num_decode": 3, "duration_s": 45,
         "plans": "allaaa+aalala+aaaall+aalala+allaaa", "period_s": 9.37, "switching": 2,

@@ -127,5 +127,6 @@ class RoundRobinOfServing:
     def route(self, job: Job, fleet: Fleet, now_s: float) -> tuple[int, int]:
         assert fleet.staff is not None
         self._turn += 1
-        prefill, decode = fleet.staff.serving(0), fleet.staff.serving(1)
+        decode = fleet.staff.serving(1)
+        prefill = fleet.staff.serving(0) or decode  # which do both, where there is none
         return prefill[self._turn % len(prefill)], decode[self._turn % len(decode)]
