@@ -361,7 +361,7 @@ def _compare(
 
 def _faults(simulated: RunRecord, observed: RunRecord) -> list[str]:
     faults = _workload_faults(simulated.requests, observed.requests)
-    if observed.settings.get("arrivals") == "unknown":
+    if observed.settings.get("send_times") == "unknown":
         faults.insert(0, "the observed run does not say when its requests were sent")
     for name, run in (("simulated", simulated), ("observed", observed)):
         counts = np.bincount(run.requests.status, minlength=len(STATUS_NAMES))
