@@ -8,7 +8,6 @@ from functools import lru_cache
 from pathlib import Path
 
 from voltana.profiles.catalog import Profile, load_profile
-from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.uncertainty import draw_profile
 from voltana.sim.config import SimConfig
 from voltana.sim.engine.simulate import simulate
@@ -56,9 +55,11 @@ def workload_of(config: SimConfig) -> Workload:
             arrivals=config.arrivals,
         )
     else:
+        sample_frac = config.trace_sample_frac or 1.0
         made = _cached_trace(
-            str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed)
-        )
+            str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed),
+            sample_frac, config.seed if sample_frac < 1 else 0,
+        )  # fmt: skip
         start_s = config.trace_start_s or 0.0
         if config.duration_s is not None or start_s > 0.0:
             end_s = math.inf if config.duration_s is None else start_s + config.duration_s
@@ -66,22 +67,25 @@ def workload_of(config: SimConfig) -> Workload:
     return made if config.time_scale == 1.0 else made.scaled(config.time_scale)
 
 
-def phase_profiles(config: SimConfig) -> tuple[Profile, Profile]:
-    """Of prefill's instances and of decode's; of colocated ones twice the same.
+def phase_profiles(config: SimConfig) -> tuple[dict[str, Profile], dict[str, Profile]]:
+    """Of prefill's instances and of decode's, the profiles by name; of colocated ones twice theirs.
 
-    Raises:
-        VoltanaError: The instances of a phase run on unlike cards.
+    In the order of the first instance of each kind.
     """
-    usual, found = profile_of(config), []
-    for phase in (PREFILL, DECODE):
-        names = set(config.mixed_profiles.get(phase, ()))
-        if len(names) > 1:
-            raise VoltanaError(
-                f"{phase}_profiles must be of one kind here, got {' and '.join(sorted(names))}: "
-                "one clock for all instances of a phase is not the best fixed one of unlike cards"
-            )
-        found += [_cached(name, config.profile_draw) for name in names] or [usual]
-    return found[0], found[1]
+    prefill, decode = (
+        dict.fromkeys(config.mixed_profiles.get(phase, [config.profile]))
+        for phase in (PREFILL, DECODE)
+    )
+    return (
+        {name: _cached(name, config.profile_draw) for name in prefill},
+        {name: _cached(name, config.profile_draw) for name in decode},
+    )
+
+
+def other_profiles(config: SimConfig) -> dict[str, Profile]:
+    """Those of a mixed fleet by name, as `voltana.sim.engine.simulate` takes them."""
+    names = {name for of_phase in config.mixed_profiles.values() for name in of_phase}
+    return {name: _cached(name, config.profile_draw) for name in names}
 
 
 def stream_of(config: SimConfig) -> Iterator[Workload] | None:
@@ -119,12 +123,7 @@ def run(
     profile = profile_of(config)
     parts = stream_of(config)
     requests = workload_of(config) if parts is None else watch(parts)
-    others = {
-        name: _cached(name, config.profile_draw)
-        for names in config.mixed_profiles.values()
-        for name in names
-    }
-    return simulate(config, profile, requests, spill=spill, others=others)
+    return simulate(config, profile, requests, spill=spill, others=other_profiles(config))
 
 
 _kept_workload = lru_cache(maxsize=1)(make_workload)
@@ -132,5 +131,7 @@ _kept_workload = lru_cache(maxsize=1)(make_workload)
 
 
 @lru_cache(maxsize=4)
-def _cached_trace(name: str, unit: str | None, drop_failed: bool) -> Workload:
-    return open_trace(name, unit=unit, drop_failed=drop_failed)
+def _cached_trace(
+    name: str, unit: str | None, drop_failed: bool, sample_frac: float, seed: int
+) -> Workload:
+    return open_trace(name, unit=unit, drop_failed=drop_failed, sample_frac=sample_frac, seed=seed)

@@ -59,11 +59,14 @@ class SimConfig:
     trace_drop_failed: bool | None = _key(
         None, "true leaves out a trace's requests without output, as BurstGPT logs failed calls"
     )
+    trace_sample_frac: float | None = _key(
+        None, "keep this part of a trace's requests, drawn by the seed; none = all"
+    )
     seed: int = _key(13, "seed of arrivals, lengths and policies")
     arrivals: str = _key(
         "poisson",
         "arrival process: poisson, gamma:cv=2, diurnal:swing=0.6, step:ratio=2,at=0.5,"
-        " ramp:ratio=2 or curve:NAME or FILE.csv",
+        " ramp:ratio=2, curve:NAME or curve:FILE.csv, with ,from=SECONDS",
     )
     time_scale: float = _key(1.0, "divides arrival times: 2 plays a workload twice as fast")
     num_prefill: int = _key(2, "prefill instances")

@@ -10,6 +10,7 @@ from voltana.profiles.common.errors import VoltanaError
 
 if TYPE_CHECKING:
     from voltana.sim.config import SimConfig
+    from voltana.sim.workload.workload import Workload
 
 _SIMULATED = (
     "num_colocated", "scaler", "budget_w", "prefill_profiles", "decode_profiles", "power_cap_w",
@@ -17,7 +18,7 @@ _SIMULATED = (
 )  # fmt: skip
 _NOT_SCALED = (
     "temperature",
-    "active_prefill", "active_decode", "active_colocated", "num_colocated",
+    "active_prefill", "active_decode", "active_colocated",
 )  # fmt: skip
 _OF_PHASES = (
     "power_cap_w",
@@ -27,7 +28,7 @@ _OF_PHASES = (
 )  # fmt: skip
 _POSITIVE = (
     "profile_draw",
-    "rate_rps", "duration_s", "time_scale", "num_colocated", "active_prefill",
+    "rate_rps", "duration_s", "time_scale", "trace_sample_frac", "num_colocated", "active_prefill",
     "active_decode", "active_colocated", "slo_ttft_s", "slo_itl_s", "aim_ratio",
     "predictor_scale", "predictor_power_scale", "sag_duration_s", "sag_interval_s",
     "kv_transfer_bytes_per_s", "max_prefill_tokens", "max_prefill_requests",
@@ -112,18 +113,26 @@ def require_plain(config: SimConfig, what: str, knows: Collection[str]) -> None:
             )
 
 
+def require_prompts(config: SimConfig, workload: Workload | None) -> None:
+    """A cache needs to know what prompts share; a stream (None) does not say.
+
+    Raises:
+        VoltanaError: There is one, and nobody says.
+    """
+    cache = next(iter(config.caches), None)
+    if cache and (workload is None or workload.prompts is None):
+        raise VoltanaError(
+            f"{cache}={getattr(config, cache)} needs to know what prompts share: take a workload "
+            "of sessions (chat, agent) or a trace with hash_ids, and no stream"
+        )
+
+
 def require_scalable(config: SimConfig) -> None:
     """What comes and goes is plain.
 
     Raises:
         VoltanaError: It is not; the message names the key.
     """
-    budget_w, unlike = config.budget_w, [f"{phase}_profiles" for phase in config.mixed_profiles]
-    if budget_w is not None and unlike:
-        raise VoltanaError(
-            f"budget_w finds one ceiling for like cards, got budget_w={budget_w} beside "
-            f"{' and '.join(unlike)}: leave one out"
-        )
     for name in _NOT_SCALED:
         if config.is_scaled and getattr(config, name):
             raise VoltanaError(

@@ -261,8 +261,9 @@ def _reuse(record: RunRecord) -> dict[str, float]:
     at_decode = [i.unsent_tokens for i in record.instances if i.unsent_tokens is not None]
     if at_decode:
         found["unsent_tokens"] = sum(at_decode)
-    if found:
-        found["evicted_tokens"] = sum(i.evicted_tokens or 0 for i in record.instances)
+    evicted = [i.evicted_tokens for i in record.instances if i.evicted_tokens is not None]
+    if evicted:
+        found["evicted_tokens"] = sum(evicted)
     return found
 
 

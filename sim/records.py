@@ -94,6 +94,8 @@ class IterationTable:
     chunk_requests: IntArray | None = None
     """Of a replay with colocated servers: prompts beside what is decoded; None of any other run."""
     chunk_tokens: IntArray | None = None
+    prefix_tokens: IntArray | None = None
+    """Of a replay: of the prompts, in front of their new tokens; None of any other run."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -9,10 +9,12 @@ iteration. Every instance draws at least w at every instant, so that with N inst
 
     energy = N·w·makespan + Σ idle (P - w)·dt + Σ iterations (P - w)·T,
 
-and the idle sum is >= 0. Where the phases run on unlike cards, each has its own w, times and
-powers. A clock change splits an iteration into parts of its work at several clocks; its time and
-energy are then weighted means of those at each clock, and all that is said of iterations below is
-linear in (energy, time), so that it need be shown for whole ones only.
+and the idle sum is >= 0. Of unlike cards each has its own w, times and powers: N·w is then the
+sum over all instances, and what is said below of every iteration has to hold of those of every
+kind of card that its phase has, so that each minimum is over the kinds, too; nothing is assumed
+of which of them a request meets. A clock change splits an iteration into parts of its work at
+several clocks; its time and energy are then weighted means of those at each clock, and all that is
+said of iterations below is linear in (energy, time), so that it need be shown for whole ones only.
 
 *Makespan.* The last request of all that arrives still needs one prefill iteration and all of its
 decode iterations, none shorter than the shortest of the profile.
@@ -61,6 +63,7 @@ batch, clocks change at no cost, and the future is known.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final
@@ -68,10 +71,11 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from voltana.experiments.bound.surface import DecodeSurface, decode_surface, prefill_knots
+from voltana.experiments.bound.surface import DecodeSurface, decode_surface, joined, prefill_knots
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.workload.workload import Workload
 
 FloatArray = npt.NDArray[np.float64]
@@ -88,7 +92,7 @@ class EnergyBound:
     """A lower bound on `energy_j` and the parts it is made of."""
 
     idle_floor_j: float
-    """Least power of the profile × all instances × least makespan."""
+    """Least powers of all instances × least makespan."""
     prefill_j: float
     """Above that floor."""
     decode_j: float
@@ -110,17 +114,17 @@ def lower_bound(
     workload: Workload,
     *,
     attainment: float = 0.0,
-    decode: Profile | None = None,
+    others: Mapping[str, Profile] | None = None,
 ) -> EnergyBound:
     """Energy that no run of this workload on this fleet can go below; see the module's proof.
 
     Args:
         config: Fleet, limits and promises; its policies do not count.
-        profile: The truth about times and power.
+        profile: The truth about times and power, of every instance that has none of its own.
         workload: The requests.
         attainment: Share of requests in [0, 1] that are known to keep both promises. A bound for
             a positive share says nothing of runs that attain less.
-        decode: The truth of decode's instances, if they run on other cards than prefill's.
+        others: Profiles of a mixed fleet, by the names that the configuration has for them.
 
     Raises:
         VoltanaError: `attainment` is out of range, the configuration cuts runs short or is
@@ -128,7 +132,6 @@ def lower_bound(
     """
     if not 0.0 <= attainment <= 1.0:
         raise VoltanaError(f"attainment of a bound must be in [0, 1], got {attainment}")
-    decode = decode or profile
     config.require_plain("the bound", knows=("prefill_profiles", "decode_profiles"))
     if config.run_limit_s is not None:
         raise VoltanaError("a bound is for runs played to their end: leave out run_limit_s")
@@ -138,36 +141,34 @@ def lower_bound(
             "leave out prefix_cache_tokens and decode_cache, and let no turn wait "
             "(chat:waits=false)"
         )
-    engine = decode.meta.engine
-    capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
-    admitted = workload.input_tokens + workload.output_tokens <= capacity
+    of_prefill, of_decode = (
+        [(others or {})[name] for name in config.mixed_profiles[phase]]
+        if phase in config.mixed_profiles
+        else [profile] * config.counts[phase]
+        for phase in (PREFILL, DECODE)
+    )
+    longest = min(config.kv_capacity_tokens or p.meta.engine.kv_capacity_tokens for p in of_decode)
+    admitted = workload.input_tokens + workload.output_tokens <= longest
     work = _Work.of(config, workload, admitted, attainment)
-    prefill_w, decode_w = _floor_w(profile), _floor_w(decode)
-    floor_w = config.num_prefill * prefill_w + config.num_decode * decode_w
-    hosts_w = (config.num_prefill + config.num_decode) * (config.host_power_w or 0.0)
     if work is None:
         return EnergyBound(
             idle_floor_j=0.0, prefill_j=0.0, decode_j=0.0, makespan_s=0.0, attainment=attainment
         )
-    most = config.max_running_requests or engine.max_running_requests
-    surface = decode_surface(decode, most, config.extrapolate, capacity)
-    surface = surface.up_to(work.most_together)
-    budget = config.max_prefill_tokens or profile.meta.engine.max_prefill_tokens
-    prefill = _prefill_costs(
-        profile, prefill_w, budget, config.max_prefill_requests, config.extrapolate
-    )
+    floor_w = sum(_floor_w(p) + (config.host_power_w or 0.0) for p in (*of_prefill, *of_decode))
+    surface = joined([_surface(p, config, work) for p in dict.fromkeys(of_decode)])
+    prefill = _PrefillCosts.least([_prefill_costs_of(p, config) for p in dict.fromkeys(of_prefill)])
     noise = {
-        phase: _SIGMAS * config.noise_scale * own.spread().largest(phase)
-        for phase, own in (("prefill", profile), ("decode", decode))
+        phase: _SIGMAS * config.noise_scale * max(p.spread().largest(phase) for p in profiles)
+        for phase, profiles in ((PREFILL, of_prefill), (DECODE, of_decode))
     }
-    steps = np.maximum(work.steps - noise["decode"] * np.sqrt(work.steps), 0.0)
-    first_s = prefill.shortest_s * max(1.0 - noise["prefill"], 0.0)
+    steps = np.maximum(work.steps - noise[DECODE] * np.sqrt(work.steps), 0.0)
+    first_s = prefill.shortest_s * max(1.0 - noise[PREFILL], 0.0)
     makespan_s = float((work.arrival_s + first_s + steps * surface.shortest_s).max())
     prefill_j = prefill.per_token_j * float(work.input_tokens.sum())
     return EnergyBound(
-        idle_floor_j=(floor_w + hosts_w) * makespan_s,
-        prefill_j=prefill_j - noise["prefill"] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
-        decode_j=_decode_j(surface, work, decode_w, config.slo_itl_s, noise["decode"]),
+        idle_floor_j=floor_w * makespan_s,
+        prefill_j=prefill_j - noise[PREFILL] * math.sqrt(prefill.most_j * max(prefill_j, 0.0)),
+        decode_j=_decode_j(surface, work, config.slo_itl_s, noise[DECODE]),
         makespan_s=makespan_s,
         attainment=attainment,
     )
@@ -241,6 +242,22 @@ class _PrefillCosts:
     """Largest (P - w)·T."""
     shortest_s: float
 
+    @classmethod
+    def least(cls, kinds: Sequence[_PrefillCosts]) -> _PrefillCosts:
+        """Of an iteration on any kind of card."""
+        return cls(
+            per_token_j=min(k.per_token_j for k in kinds),
+            most_j=max(k.most_j for k in kinds),
+            shortest_s=min(k.shortest_s for k in kinds),
+        )
+
+
+def _prefill_costs_of(profile: Profile, config: SimConfig) -> _PrefillCosts:
+    budget = config.max_prefill_tokens or profile.meta.engine.max_prefill_tokens
+    return _prefill_costs(
+        profile, _floor_w(profile), budget, config.max_prefill_requests, config.extrapolate
+    )
+
 
 @lru_cache(maxsize=64)
 def _prefill_costs(
@@ -265,9 +282,16 @@ def _prefill_costs(
     return _PrefillCosts(per_token_j=best_j, most_j=most_j, shortest_s=shortest_s)
 
 
-def _decode_j(
-    surface: DecodeSurface, work: _Work, floor_w: float, slo_s: float, noise: float
-) -> float:
+def _surface(profile: Profile, config: SimConfig, work: _Work) -> DecodeSurface:
+    """Decode's iterations of one kind of card, their powers above its floor."""
+    engine = profile.meta.engine
+    capacity = config.kv_capacity_tokens or engine.kv_capacity_tokens
+    most = config.max_running_requests or engine.max_running_requests
+    surface = decode_surface(profile, most, config.extrapolate, capacity)
+    return surface.up_to(work.most_together).above(_floor_w(profile))
+
+
+def _decode_j(surface: DecodeSurface, work: _Work, slo_s: float, noise: float) -> float:
     """The largest bound that a coordinate search over (β, λ) finds; every trial is a bound.
 
     `noise` is the relative deviation of one iteration that is allowed for.
@@ -275,10 +299,10 @@ def _decode_j(
     total, kept, contexts = float(work.steps.sum()), work.kept_steps, work.contexts
 
     def table_j(beta: float, lam: float) -> float:
-        free_j = surface.least_per_request(floor_w, beta, 0.0)
+        free_j = surface.least_per_request(beta, 0.0)
         if lam == 0.0 or kept == 0.0:
             return free_j * total + beta * contexts
-        kept_j = surface.least_per_request(floor_w, beta, lam) - lam * slo_s
+        kept_j = surface.least_per_request(beta, lam) - lam * slo_s
         # a promise that is not kept costs nothing less: then λ·(T - S) helps nobody
         return free_j * (total - kept) + max(kept_j, free_j) * kept + beta * contexts
 
@@ -287,15 +311,15 @@ def _decode_j(
         if noise == 0.0:
             return mean_j
         sum_j = max(mean_j + lam * slo_s * kept, 0.0)
-        return mean_j - noise * math.sqrt(surface.most_j(floor_w, lam) * sum_j)
+        return mean_j - noise * math.sqrt(surface.most_j(lam) * sum_j)
 
     if total == 0.0:
         return 0.0
-    scale = surface.mean_slope_j(floor_w)
+    scale = surface.mean_slope_j()
     best, at = bound_j(0.0, 0.0), (0.0, 0.0)
     for factor in (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0):
         best, at = max((best, at), (bound_j(factor * scale, 0.0), (factor * scale, 0.0)))
-    watts = surface.mean_power_w(floor_w) / max(work.most_together, 1)
+    watts = surface.mean_power_w() / max(work.most_together, 1)
     for lam in watts * np.geomspace(0.01, 100.0, 13) if kept > 0.0 else ():
         best, at = max((best, at), (bound_j(at[0], float(lam)), (at[0], float(lam))))
     steps = [0.5 * scale, 0.5 * at[1]]

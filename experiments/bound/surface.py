@@ -8,8 +8,8 @@ them give all the others.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
 
@@ -47,24 +47,27 @@ class DecodeSurface:
         """The shortest iteration there is."""
         return float(min(self.start_s.min(), self.end_s.min()))
 
-    def most_j(self, floor_w: float, lam: float) -> float:
-        """The largest (P - floor)·T + λ·b·T that any piece may come to."""
-        above_w = np.maximum(self.start_w, self.end_w) - floor_w + lam * self.batch_size
+    def above(self, floor_w: float) -> DecodeSurface:
+        """The same with powers counted from a floor."""
+        return replace(self, start_w=self.start_w - floor_w, end_w=self.end_w - floor_w)
+
+    def most_j(self, lam: float) -> float:
+        """The largest P·T + λ·b·T that any piece may come to."""
+        above_w = np.maximum(self.start_w, self.end_w) + lam * self.batch_size
         return float((above_w * np.maximum(self.start_s, self.end_s)).max())
 
-    def least_per_request(self, floor_w: float, beta: float, lam: float) -> float:
-        """Least of all pieces of ((P - floor)·T + λ·b·T - β·t)/b, in J. Exact.
+    def least_per_request(self, beta: float, lam: float) -> float:
+        """Least of all pieces of (P·T + λ·b·T - β·t)/b, in J. Exact.
 
         On a piece P and T are linear in t, so that this is a quadratic: least at an end, or at
         its vertex if it is convex and that lies inside.
 
         Args:
-            floor_w: Power that is not counted, in W.
             beta: Price of a context token, in J.
             lam: Price of a second of each request, in W.
         """
         b = self.batch_size
-        first_w, last_w = self.start_w - floor_w + lam * b, self.end_w - floor_w + lam * b
+        first_w, last_w = self.start_w + lam * b, self.end_w + lam * b
         start = first_w * self.start_s - beta * self.start_tokens
         end = last_w * self.end_s - beta * self.end_tokens
         least = np.minimum(start, end)
@@ -78,15 +81,21 @@ class DecodeSurface:
         least[inside] = np.minimum(least[inside], vertex)
         return float((least / b).min())
 
-    def mean_slope_j(self, floor_w: float) -> float:
+    def mean_slope_j(self) -> float:
         """A typical growth of energy with context, J/token: where a search starts."""
         width = np.maximum(self.end_tokens - self.start_tokens, 1.0)
-        slope = (self.end_w - floor_w) * self.end_s - (self.start_w - floor_w) * self.start_s
+        slope = self.end_w * self.end_s - self.start_w * self.start_s
         return float(max(np.median(slope / width), 0.0))
 
-    def mean_power_w(self, floor_w: float) -> float:
-        """A typical power above the floor: where a search starts."""
-        return float(np.median(self.start_w - floor_w))
+    def mean_power_w(self) -> float:
+        """A typical power: where a search starts."""
+        return float(np.median(self.start_w))
+
+
+def joined(surfaces: Sequence[DecodeSurface]) -> DecodeSurface:
+    """The pieces of all of them."""
+    columns = {f.name: [getattr(s, f.name) for s in surfaces] for f in fields(DecodeSurface)}
+    return DecodeSurface(**{name: np.concatenate(parts) for name, parts in columns.items()})
 
 
 @lru_cache(maxsize=8)

@@ -25,7 +25,7 @@ from typing import Final
 import numpy as np
 import numpy.typing as npt
 
-from voltana.experiments.frontier.search import profile_knots
+from voltana.experiments.frontier.static.fleets import profile_knots
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig

@@ -5,9 +5,10 @@ all: the least mean energy among what, on each tuning repeat, misses no more tha
 target allows; where nothing does, what misses least on its worst repeat. Where no static fleet
 could be chosen by that rule, or the chosen one falls below the target when it is judged, the best
 one of the judging repeats stands beside it, chosen in hindsight. A policy's knob is searched by
-`voltana.experiments.frontier.knob`, fixed clocks by `voltana.experiments.frontier.fixed`, and that
-under every router that takes part, so that a controller can be held against the best static fleet
-under its own router. Every policy is judged at its default knob as well.
+`voltana.experiments.frontier.knob`, fixed clocks by the searches of
+`voltana.experiments.frontier.static`, and that under every router that takes part, so that a
+controller can be held against the best static fleet under its own router. Every policy is judged at
+its default knob as well.
 """
 
 from __future__ import annotations
@@ -21,14 +22,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from voltana.experiments.frontier.contenders import Contender
-from voltana.experiments.frontier.fixed import Clocks, Fleet, FleetSearch, Side, counts_name
 from voltana.experiments.frontier.knob import search_knob
+from voltana.experiments.frontier.static.fleets import F, Kinds, StaticFleets, static_fleets
 from voltana.experiments.frontier.trial import ATTAINMENTS, Bench, Load, Trial, pooled
 from voltana.experiments.progress import progress_bar
 from voltana.experiments.sweep.executors import make_pool
-from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.config import SimConfig, make_config
+from voltana.sim.config import make_config
 
 STATIC_MAX: Final = "static-max"
 STATIC_CLOCK: Final = "static clock"
@@ -53,10 +53,8 @@ class Study:
     """Configuration keys of each repeat on which is chosen: a seed, or a part of a trace."""
     judging: Sequence[Mapping[str, Any]]
     """Of each repeat whose numbers are reported."""
-    clocks_mhz: Clocks
-    """All that static pairs may use."""
-    knots_mhz: Clocks
-    """Those of them that the search tries first."""
+    kinds: Kinds
+    """Cards of both phases, with the clocks that static fleets may use."""
     routers: tuple[str, ...]
     """Routers under which static pairs are searched."""
     static_caps: tuple[int, ...] = ()
@@ -208,72 +206,20 @@ def run_task(task: Task) -> list[Found]:
     return _fixed(desk, who) if isinstance(who, str) else _contender(desk, who)
 
 
-@dataclass(frozen=True, slots=True)
-class _Fleets:
-    """How static fleets of one load are written.
-
-    Where there is one clock, of colocated instances or by will, it is the first side's. That of the
-    second changes nothing, so that a search finds its runs known; nor does a colocated fleet's
-    second number of instances.
-    """
-
-    most: tuple[int, int]
-    router: str
-    is_colocated: bool
-    has_one_clock: bool
-
-    @classmethod
-    def of(cls, config: SimConfig, router: str, *, has_one_clock: bool = False) -> _Fleets:
-        if config.num_colocated:
-            return cls((config.num_colocated, 1), router, True, True)
-        return cls((config.num_prefill, config.num_decode), router, False, has_one_clock)
-
-    def settings(self, fleet: Fleet, cap: int | None) -> dict[str, Any]:
-        prefill, decode = fleet
-        settings: dict[str, Any] = {"router": self.router}
-        if self.has_one_clock:
-            settings["controller"] = f"static:f={prefill.clock_mhz}"
-        else:
-            settings["prefill_controller"] = f"static:f={prefill.clock_mhz}"
-            settings["decode_controller"] = f"static:f={decode.clock_mhz}"
-        if self.is_colocated:
-            settings["active_colocated"] = prefill.active
-        else:
-            settings |= {"active_prefill": prefill.active, "active_decode": decode.active}
-        return settings if cap is None else settings | {"max_running_requests": cap}
-
-    def label(self, fleet: Fleet, cap: int | None) -> str:
-        prefill, decode = fleet
-        clocks = [prefill.clock_mhz] if self.has_one_clock else [s.clock_mhz for s in fleet]
-        parts = [f"{'/'.join(map(str, clocks))} MHz"]
-        if (prefill.active, decode.active) != self.most:
-            split = counts_name(prefill.active, decode.active)
-            parts.append(f"{prefill.active}C" if self.is_colocated else split)
-        if cap is not None:
-            parts.append(f"at most {cap} together")
-        return ", ".join(parts)
-
-
 def _fixed(desk: _Desk, router: str) -> list[Found]:
     """The top clocks, the best pair with all instances and the best with any number."""
-    config = make_config({**desk.study.base, **desk.load.settings})
-    fleets = _Fleets.of(config, router)
-    most = fleets.most
-    tops = [clocks[-1] for clocks in desk.study.clocks_mhz]
-
-    def attempt(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
-        return desk.attempt(fleets.settings(fleet, cap), fleets.label(fleet, cap), on_all=on_all)
-
-    def attempt_judging(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
-        settings, label = fleets.settings(fleet, cap), fleets.label(fleet, cap)
-        return desk.attempt_judging(settings, label, on_all=on_all)
-
-    target = desk.study.choice_target
-    highest = desk.whole(attempt(None, (Side(most[0], tops[0]), Side(most[1], tops[1])), True))
-    pair, fleet = (desk.whole(t) for t in _search_fleets(desk.study, attempt, most, target))
+    study, target = desk.study, desk.study.choice_target
+    config = make_config({**study.base, **desk.load.settings})
+    fleets = static_fleets(config, router, study.kinds)
+    attempt = partial(_attempt, desk.attempt, fleets)
+    highest = desk.whole(attempt(None, fleets.top, True))
+    pair, fleet = (desk.whole(t) for t in _search_fleets(study, fleets, attempt, target))
     chosen = [(STATIC_MAX, highest), (STATIC_PAIR, pair), (STATIC_FLEET, fleet)]
-    if desk.study.one_clock and not fleets.is_colocated:
-        chosen.insert(1, (STATIC_CLOCK, _one_clock(desk, config, router)))
+    if study.one_clock and not config.num_colocated:
+        single = static_fleets(config, router, study.kinds, has_one_clock=True)
+        of_one = partial(_attempt, desk.attempt, single)
+        clock = _search_fleets(study, single, of_one, target)[1]
+        chosen.insert(1, (STATIC_CLOCK, desk.whole(clock)))
     found = []
     for name, tuned in chosen:
         judged = desk.judge(tuned.settings, tuned.label)
@@ -281,12 +227,13 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
             Found(load=desk.load.name, router=router, controller=name, knob=tuned.label,
                   tuned=tuned, judged=judged)
         )  # fmt: skip
-    kept = pooled(found[-1].judged.rows, desk.study.attainment) >= desk.study.target
+    kept = pooled(found[-1].judged.rows, study.attainment) >= study.target
     if not (kept and fleet.keeps(target)):
-        _, known = _search_fleets(desk.study, attempt_judging, most, desk.study.target)
+        on_judging = partial(_attempt, desk.attempt_judging, fleets)
+        _, known = _search_fleets(study, fleets, on_judging, study.target)
         judged = desk.judge(known.settings, known.label)
         is_better = not kept or judged.energy_j < found[-1].judged.energy_j
-        if is_better and pooled(judged.rows, desk.study.attainment) >= desk.study.target:
+        if is_better and pooled(judged.rows, study.attainment) >= study.target:
             found.append(
                 Found(load=desk.load.name, router=router, controller=STATIC_FLEET,
                       knob=f"{known.label}, {HINDSIGHT}", tuned=None, judged=judged)
@@ -294,40 +241,32 @@ def _fixed(desk: _Desk, router: str) -> list[Found]:
     return found
 
 
-def _one_clock(desk: _Desk, config: SimConfig, router: str) -> Trial:
-    """The best single clock of both phases, on any number of instances."""
-    fleets = _Fleets.of(config, router, has_one_clock=True)
-
-    def attempt(cap: int | None, fleet: Fleet, on_all: bool) -> Trial:
-        return desk.attempt(fleets.settings(fleet, cap), fleets.label(fleet, cap), on_all=on_all)
-
-    found = _search_fleets(desk.study, attempt, fleets.most, desk.study.choice_target)
-    return desk.whole(found[1])
+def _attempt(
+    bench: Callable[..., Trial],
+    fleets: StaticFleets[F],
+    cap: int | None,
+    fleet: F,
+    on_all: bool,
+) -> Trial:
+    return bench(fleets.settings(fleet, cap), fleets.label(fleet, cap), on_all=on_all)
 
 
 def _search_fleets(
     study: Study,
-    attempt: Callable[[int | None, Fleet, bool], Trial],
-    most: tuple[int, int],
+    fleets: StaticFleets[Any],
+    attempt: Callable[[int | None, Any, bool], Trial],
     target: float,
 ) -> tuple[Trial, Trial]:
     """The best static pair, of all instances and without a cap, and the best static fleet of all.
 
     A fleet is of any number of instances, and all of them may have a cap.
     """
-
-    def search(counts: tuple[Sequence[int], Sequence[int]], cap: int | None) -> Trial:
-        return FleetSearch(
-            partial(attempt, cap),
-            clocks_mhz=study.clocks_mhz,
-            knots_mhz=study.knots_mhz,
-            counts=counts,
-            target=target,
-        ).find()
-
-    every = range(1, most[0] + 1), range(1, most[1] + 1)
-    pairs = [search(((most[0],), (most[1],)), cap) for cap in (None, *study.static_caps)]
-    return pairs[0], _best([search(every, None), *pairs], target)
+    pairs = [
+        fleets.find(partial(attempt, cap), target, any_number=False)
+        for cap in (None, *study.static_caps)
+    ]
+    any_number = fleets.find(partial(attempt, None), target, any_number=True)
+    return pairs[0], _best([any_number, *pairs], target)
 
 
 def _best(tried: Sequence[Trial], target: float) -> Trial:
@@ -368,9 +307,3 @@ def _contender(desk: _Desk, contender: Contender) -> list[Found]:
 def _require_runs(found: Sequence[Found]) -> None:
     if all(f.judged.rows.empty for f in found):
         raise VoltanaError(f"load {found[0].load!r}: not one run ended: {found[0].judged.error}")
-
-
-def profile_knots(profile: Profile, clocks_mhz: Sequence[int]) -> tuple[int, ...]:
-    """Of those clocks the ones at which the profile has decode tables."""
-    tables = {int(c) for c in profile.decode["frequency_mhz"].unique()}
-    return tuple(c for c in clocks_mhz if c in tables)

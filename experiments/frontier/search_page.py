@@ -19,6 +19,7 @@ from rich.table import Table
 
 from voltana.experiments.draw.plots import add_legend, hollow, save, stretch_attainment
 from voltana.experiments.frontier.search import DEFAULT, STATIC_MAX, Found, Study
+from voltana.experiments.frontier.static.unlike import EXHAUSTIVE
 from voltana.experiments.frontier.table import carries, keeps
 from voltana.experiments.show import render
 from voltana.experiments.sweep.run import RESULTS
@@ -35,6 +36,11 @@ LEGEND: Final = (
     "savings are of; vs max: energy saved against static-max under the first router; vs pair: "
     "against the best static fleet under the same router, paired by repeat, with 95 % intervals; "
     "x bound: energy over the lower bound. A saving is left out where the target is not kept."
+)
+OF_UNLIKE: Final = (
+    " Cards within a phase are unlike: fixed clocks and numbers are of each kind, joined by + in "
+    "the order of its first instance. The best static fleets are those of all if there are at most "
+    f"{EXHAUSTIVE}, else the best that coordinate descent ended at from several starts."
 )
 
 
@@ -151,7 +157,8 @@ def report_rows(found: Mapping[str, Sequence[Found]]) -> pd.DataFrame:
 
 _OF_POLICIES: Final = (
     "trace_start_s", "duration_s", "prefill_controller", "decode_controller", "active_prefill",
-    "active_decode", "active_colocated", "aim_ratio", "max_running_requests",
+    "active_decode", "active_colocated", "aim_ratio", "max_running_requests", "prefill_profiles",
+    "decode_profiles",
 )  # fmt: skip
 """Configuration keys that would make load points out of policies, or of parts of a trace."""
 
@@ -186,7 +193,8 @@ def write_frontier(
             said.append(f"{load}: overload, the top clock itself misses the target")
         errors = {f.judged.error for f in row} - {""}
         said += [f"{load}: some settings could not run: {error}" for error in sorted(errors)]
-    write_text("\n\n".join([*parts, LEGEND]) + "\n", out / "frontier.md")
+    legend = LEGEND + (OF_UNLIKE if any(len(kinds) > 1 for kinds in study.kinds) else "")
+    write_text("\n\n".join([*parts, legend]) + "\n", out / "frontier.md")
     paths = save(pareto_figure(study, found), out, "frontier")
     files = [*paths, out / "frontier.csv", out / "frontier.md"]
-    return [*said, LEGEND, " ".join(map(str, files))]
+    return [*said, legend, " ".join(map(str, files))]

@@ -39,12 +39,13 @@ from types import MappingProxyType
 from typing import Any, Final
 
 from voltana.experiments.frontier.contenders import Contender, parse_contender
-from voltana.experiments.frontier.search import Study, profile_knots
+from voltana.experiments.frontier.search import Study
+from voltana.experiments.frontier.static.fleets import CardKind, Kinds
 from voltana.experiments.frontier.trial import Load
 from voltana.experiments.runs import phase_profiles
 from voltana.profiles.common.binding import check_names, table, tables, value, values
 from voltana.profiles.common.errors import VoltanaError
-from voltana.sim.config import make_config, read_toml
+from voltana.sim.config import SimConfig, make_config, read_toml
 from voltana.sim.policies.parts.clocks import clock_list
 from voltana.sim.policies.registry import check_policies
 from voltana.sim.workload.fetch import in_data_folder
@@ -269,27 +270,38 @@ def make_study(
     configs = [make_config({**base, **load.settings}) for load in loads]
     if not configs:
         raise VoltanaError("a frontier needs a load at least")
-    kinds = {(c.profile, c.prefill_profiles, c.decode_profiles) for c in configs}
-    if len(kinds) != 1:
-        names = sorted({str(name) for kind in kinds for name in kind if name is not None})
+    profiles = {(c.profile, c.prefill_profiles, c.decode_profiles) for c in configs}
+    if len(profiles) != 1:
+        names = sorted({str(name) for of in profiles for name in of if name is not None})
         raise VoltanaError(f"the loads of a frontier share their profiles, got {names}")
-    profiles = phase_profiles(configs[0])
-    if one_clock and profiles[0].clocks_mhz != profiles[1].clocks_mhz:
+    kinds = _kinds(configs[0], static_clocks_mhz)
+    clocks = {kind.clocks_mhz for of_phase in kinds for kind in of_phase}
+    if one_clock and (len(clocks) > 1 or any(len(of_phase) > 1 for of_phase in kinds)):
+        cards = dict.fromkeys(kind.name for of_phase in kinds for kind in of_phase)
         raise VoltanaError(
-            "static_one_clock needs cards with the same clocks in both phases, got "
-            f"{profiles[0].name} and {profiles[1].name}: leave it out"
+            "static_one_clock needs like cards within a phase, with the same clocks in both, got "
+            f"{' and '.join(cards)}: leave it out"
         )
-    prefill, decode = (
-        tuple(clock_list(p.clocks_mhz, static_clocks_mhz, p.clocks_mhz, "static_clocks_mhz"))
-        for p in profiles
-    )
     return Study(
         base=base, loads=loads, contenders=contenders, tuning=tuning, judging=judging,
-        clocks_mhz=(prefill, decode),
-        knots_mhz=(profile_knots(profiles[0], prefill), profile_knots(profiles[1], decode)),
-        routers=every_router, static_caps=tuple(static_caps), target=target, attainment=attainment,
-        one_clock=one_clock,
+        kinds=kinds, routers=every_router, static_caps=tuple(static_caps), target=target,
+        attainment=attainment, one_clock=one_clock,
     )  # fmt: skip
+
+
+def _kinds(config: SimConfig, static_clocks_mhz: Sequence[int]) -> Kinds:
+    prefill, decode = (
+        tuple(
+            CardKind.of(
+                name,
+                p,
+                clock_list(p.clocks_mhz, static_clocks_mhz, p.clocks_mhz, "static_clocks_mhz"),
+            )
+            for name, p in of_phase.items()
+        )
+        for of_phase in phase_profiles(config)
+    )
+    return prefill, decode
 
 
 _Repeats = list[dict[str, Any]]

@@ -12,10 +12,10 @@ import pandas as pd
 
 from voltana.experiments.bound.lower import lower_bound
 from voltana.experiments.compare.intervals import Interval, saving_pct, t_interval
-from voltana.experiments.frontier.fixed import counts_name
 from voltana.experiments.frontier.search import STATIC_FLEET, STATIC_MAX, STATIC_PAIR, Found, Study
+from voltana.experiments.frontier.static.like import counts_name
 from voltana.experiments.frontier.trial import pooled
-from voltana.experiments.runs import phase_profiles, workload_of
+from voltana.experiments.runs import other_profiles, profile_of, workload_of
 from voltana.experiments.sweep.executors import make_pool
 from voltana.experiments.sweep.identity import bound_key
 from voltana.sim.config import KEYS, SimConfig, make_config
@@ -167,6 +167,6 @@ def _bound_j(task: tuple[SimConfig, float]) -> float:
     workload = workload_of(config)
     if config.num_colocated or config.caches or workload.turns is not None:
         return math.nan  # the bound does not know them
-    prefill, decode = phase_profiles(config)
-    bound = lower_bound(config, prefill, workload, attainment=attainment, decode=decode)
+    others = other_profiles(config)
+    bound = lower_bound(config, profile_of(config), workload, attainment=attainment, others=others)
     return bound.energy_j

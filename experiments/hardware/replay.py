@@ -23,6 +23,7 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_text
 from voltana.profiles.common.folders import claim
 from voltana.sim.config import SimConfig, read_toml
+from voltana.sim.config_rules import require_prompts
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.policies.base import DECODE, PREFILL, Phase
 from voltana.sim.results import refuse_existing, write_json, write_run
@@ -63,18 +64,13 @@ def run_replay(
         only_finish: Send nothing: write the results of what an earlier replay left there.
 
     Raises:
-        VoltanaError: A wrong configuration, turns that wait, or a part of the fleet that does not
-            start.
+        VoltanaError: A wrong configuration, or a part of the fleet that does not start.
     """
     config = read_replay_config(path)
     refuse_existing(out)
     claim(out, "run")
     workload = workload_of(config.sim)
-    if workload.turns is not None or config.sim.caches:
-        raise VoltanaError(
-            "a replay sends each request when the workload says, with random text: let no turn wait"
-            " (chat:waits=false), and leave out prefix_cache_tokens, colocated_cache, decode_cache"
-        )
+    require_prompts(config.sim, workload)
     if only_finish:
         return config, write_run(finish(config, workload, out), out)
     with progress_bar("replay", len(workload)) as bar:

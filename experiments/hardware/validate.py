@@ -7,11 +7,20 @@ from pathlib import Path
 
 from voltana.experiments.draw.validation import validation_figure
 from voltana.experiments.runs import cached_profile
-from voltana.hwreplay.validate.validate import IterationModel, ProfileModel, Thresholds, validate
+from voltana.hwreplay.validate.validate import (
+    IterationModel,
+    OwnModels,
+    ProfileModel,
+    Thresholds,
+    validate,
+)
 from voltana.hwreplay.validate.verdict_page import markdown
+from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_figure, write_text
 from voltana.profiles.common.folders import claim
+from voltana.profiles.places import listed_profiles
+from voltana.sim.policies.base import DECODE, PREFILL
 from voltana.sim.records import RunRecord
 from voltana.sim.results import finite, read_run, write_json
 from voltana.sim.workload.benchmarks import benchmark_file, read_one
@@ -45,7 +54,10 @@ def run_validation(
     simulated = read_run(simulated_dir)
     observed = _observed(observed_dir, simulated)
     model, beyond = _models(simulated, profile)
-    found = validate(simulated, observed, thresholds=thresholds, model=model, beyond=beyond)
+    own = _own_models(simulated) if profile is None else {}
+    found = validate(
+        simulated, observed, thresholds=thresholds, model=model, beyond=beyond, own=own
+    )
     claim(out, "validation")
     figure = validation_figure(simulated, observed, found)
     write_figure(figure, out / f"{NAME}.png", dpi=150)
@@ -80,12 +92,27 @@ def _models(
         if profile is not None:
             raise
         return None, None
-    overlap = simulated.settings.get("mixed_overlap_frac")
+    return _both(loaded, simulated.settings.get("mixed_overlap_frac"))
+
+
+def _both(profile: Profile, overlap_frac: float | None = None) -> tuple[ProfileModel, ProfileModel]:
     strict, beyond = (
         ProfileModel(
-            loaded.truth(extrapolate=goes_on),
-            loaded.mixed_step(extrapolate=goes_on, overlap_frac=overlap),
+            profile.truth(extrapolate=goes_on),
+            profile.mixed_step(extrapolate=goes_on, overlap_frac=overlap_frac),
         )
         for goes_on in (False, True)
     )
     return strict, beyond
+
+
+def _own_models(simulated: RunRecord) -> OwnModels:
+    """Of the instances of a fleet of unlike cards."""
+    found: dict[tuple[str, int], tuple[IterationModel, IterationModel]] = {}
+    for phase in (PREFILL, DECODE):
+        text = simulated.settings.get(f"{phase}_profiles")
+        if text is not None:
+            count = simulated.settings[f"num_{phase}"]
+            for index, name in enumerate(listed_profiles(text, f"{phase}_profiles", count)):
+                found[phase, index] = _both(cached_profile(name))
+    return found

@@ -31,7 +31,7 @@ BOOTSTRAP_PORT: Final = 8_998
 _CAP_STEP_W: Final = 5
 _NOT_REPLAYED: Final = (
     "seed", "duration_s", "rate_rps", "workload", "trace", "trace_start_s", "trace_unit",
-    "trace_drop_failed", "arrivals", "time_scale", "num_prefill", "num_decode",
+    "trace_drop_failed", "trace_sample_frac", "arrivals", "time_scale", "num_prefill", "num_decode",
 )  # fmt: skip
 """Configuration keys of requests, not of the fleet and its policy."""
 _OF_REQUESTS: Final = ("workload", "trace", "rate_rps", "arrivals", "duration_s")

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from voltana.experiments.compare.draws import Drawn, Run, compare_drawn
-from voltana.experiments.frontier.fixed import Side, counts_name
+from voltana.experiments.frontier.static.like import Side, counts_name
 from voltana.experiments.recommend.advice import (
     CAPS,
     DYNAMIC,

@@ -251,8 +251,9 @@ def _windows(
     """Windows of a trace: the busiest and two others to choose on, the rest to judge on."""
     config = make_config(settings)
     trace = open_trace(
-        str(config.trace), unit=config.trace_unit, drop_failed=bool(config.trace_drop_failed)
-    )
+        str(config.trace), unit=config.trace_unit, drop_failed=bool(config.trace_drop_failed),
+        sample_frac=config.trace_sample_frac or 1.0, seed=config.seed,
+    )  # fmt: skip
     whole_s = min(trace.duration_s, config.duration_s or trace.duration_s)
     rate = len(trace) / max(trace.duration_s, 1e-9)
     window_s = min(whole_s / WINDOWS, max(WINDOW_REQUESTS / max(rate, 1e-9), LEAST_WINDOW_S))

@@ -18,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any, Final
 
-from voltana.experiments.frontier.fixed import Fleet, Side
+from voltana.experiments.frontier.static.like import Fleet, Side
 from voltana.experiments.frontier.trial import Trial, pooled
 from voltana.experiments.recommend.advice import Advice
 from voltana.experiments.recommend.choose.desk import Desk, Means

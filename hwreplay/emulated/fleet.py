@@ -16,6 +16,7 @@ from voltana.hwreplay.emulated.overruns import count_overruns
 from voltana.hwreplay.emulated.state import Behaviour
 from voltana.profiles.catalog import load_profile
 from voltana.sim.config import SimConfig
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase
 
 if TYPE_CHECKING:
     from voltana.hwreplay.engines.plan import Installation
@@ -35,22 +36,37 @@ def library_of(engine: Installation) -> Path:
     return engine.python.absolute().parent.parent.parent / LIBRARY
 
 
-def emulated_arguments(sim: SimConfig, profile: str) -> tuple[str, ...]:
+def emulated_arguments(sim: SimConfig, profile: str, phase: Phase | None = None) -> tuple[str, ...]:
     """What a server over an emulated card is started with: the simulated limits.
 
     Overlapping the scheduler with a pass needs a device that computes by itself; over a CPU it
     would hand each token out an iteration late.
+
+    Args:
+        sim: Has the limits, and says which caches are on.
+        profile: Has those that it leaves out.
+        phase: Of the server, for its cache; None: it has none.
     """
     engine = load_profile(profile).meta.engine
     budget = sim.max_prefill_tokens or engine.max_prefill_tokens
+    memory = sim.kv_capacity_tokens or engine.kv_capacity_tokens
+    if phase == PREFILL and sim.prefix_cache_tokens:
+        memory = sim.prefix_cache_tokens
     limits = {
         "--max-running-requests": sim.max_running_requests or engine.max_running_requests,
-        "--max-total-tokens": sim.kv_capacity_tokens or engine.kv_capacity_tokens,
+        "--max-total-tokens": memory,
         "--chunked-prefill-size": budget,
         "--max-prefill-tokens": budget,
     }
     words = [word for pair in limits.items() for word in map(str, pair)]
-    return (*words, *CONTEXT, "--disable-overlap-schedule", "--disable-radix-cache")
+    return (*words, *CONTEXT, "--disable-overlap-schedule", *_cache_arguments(sim, phase))
+
+
+def _cache_arguments(sim: SimConfig, phase: Phase | None) -> tuple[str, ...]:
+    if phase == DECODE and sim.decode_cache:
+        return ("--disaggregation-decode-enable-radix-cache",)
+    has_cache = {PREFILL: sim.prefix_cache_tokens, COLOCATED: sim.colocated_cache}
+    return () if phase is not None and has_cache.get(phase) else ("--disable-radix-cache",)
 
 
 @contextmanager
@@ -62,20 +78,26 @@ def emulated(config: ReplayConfig, directory: Path) -> Iterator[ReplayConfig]:
     """
     assert config.engine is not None
     assert config.emulate is not None
+    sim = config.sim
+    most = sim.max_running_requests
     machine = Machine(
         profile=config.emulate,
-        counts=config.sim.counts,
+        counts=sim.counts,
         directory=directory,
         library=library_of(config.engine),
-        seed=config.sim.seed,
-        noise_scale=config.sim.noise_scale,
-        overlap_frac=config.sim.mixed_overlap_frac,
-        max_requests=config.sim.max_running_requests
-        or load_profile(config.emulate).meta.engine.max_running_requests,
+        seed=sim.seed,
+        noise_scale=sim.noise_scale,
+        overlap_frac=sim.mixed_overlap_frac,
+        own=sim.mixed_profiles,
     )
-    arguments = (*emulated_arguments(config.sim, config.emulate), *config.engine.arguments)
+    limits = (load_profile(n).meta.engine.max_running_requests for n in {*machine.profiles})
+    machine = dataclasses.replace(machine, max_requests=most or max(limits))
     engine = dataclasses.replace(
-        config.engine, arguments=arguments, environment_of=machine.environment_of
+        config.engine,
+        arguments_of=lambda plan: emulated_arguments(
+            sim, machine.profile_of(plan.phase, plan.instance_id), plan.phase
+        ),
+        environment_of=machine.environment_of,
     )
     lag_s = max(config.sim.actuation_latency_s - AGENT_S, 0.0)
     with run_machine(machine, Behaviour(lock_lag_s=lag_s)) as socket:

@@ -6,10 +6,11 @@ import itertools
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Final
 
 from voltana.hwreplay.emulated.build import build_library, show_here
@@ -24,23 +25,28 @@ HELPER_S: Final = 20.0
 POLL_S: Final = 0.02
 
 
+Own = Mapping[Phase, Sequence[str]]
+"""By phase the profile of each instance, as `SimConfig.mixed_profiles` has them."""
+
+
 def emulated_gpus(
-    profile: str, counts: Mapping[Phase, int]
+    profile: str, counts: Mapping[Phase, int], own: Own = MappingProxyType({})
 ) -> dict[Phase, tuple[tuple[int, ...], ...]]:
-    """The emulated cards of each instance: in a row, kind by kind, as many as the profile's.
+    """The emulated cards of each instance: in a row, kind by kind, as many as its profile's.
 
     Args:
         profile: Whose tensor parallelism says how many cards an instance has.
         counts: Instances of each kind.
+        own: The same of phases whose instances have their own.
 
     Raises:
         VoltanaError: No such profile.
     """
-    width = load_profile(profile).meta.model.tensor_parallel
-    places = iter(range(sum(counts.values())))
+    free = itertools.count()
     return {
         phase: tuple(
-            tuple(range(i * width, (i + 1) * width)) for i in itertools.islice(places, count)
+            tuple(itertools.islice(free, load_profile(name).meta.model.tensor_parallel))
+            for name in own.get(phase, [profile] * count)
         )
         for phase, count in counts.items()
     }
@@ -48,7 +54,7 @@ def emulated_gpus(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Machine:
-    """Cards for so many instances, each as wide as the profile says."""
+    """Cards for so many instances, each as wide as its profile says."""
 
     profile: str
     counts: Mapping[Phase, int]
@@ -62,6 +68,23 @@ class Machine:
     noise_scale: float = 0.0
     overlap_frac: float | None = None
     """As `mixed_overlap_frac` of a simulation."""
+    own: Own = field(default_factory=dict)
+    """Profiles of unlike instances."""
+
+    def profile_of(self, phase: Phase, instance_id: int) -> str:
+        """Whose cards an instance has."""
+        own = self.own.get(phase)
+        return self.profile if own is None else own[instance_id]
+
+    @property
+    def profiles(self) -> list[str]:
+        """Of each card."""
+        return [
+            self.profile_of(phase, i)
+            for phase, instances in self.gpus().items()
+            for i, cards in enumerate(instances)
+            for _ in cards
+        ]
 
     @property
     def state(self) -> Path:
@@ -74,7 +97,7 @@ class Machine:
 
     def gpus(self) -> dict[Phase, tuple[tuple[int, ...], ...]]:
         """Cards of each instance, as `[replay] gpus` has them."""
-        return emulated_gpus(self.profile, self.counts)
+        return emulated_gpus(self.profile, self.counts, self.own)
 
     def passes_of(self, phase: Phase, instance_id: int) -> Path:
         """Where an instance's passes are written down."""
@@ -83,7 +106,7 @@ class Machine:
     def environment_of(self, at: ServerPlan) -> Mapping[str, str]:
         """What a server that is started here has in its environment."""
         plan = Plan(
-            profile=self.profile,
+            profile=self.profile_of(at.phase, at.instance_id),
             phase=at.phase,
             instance_id=at.instance_id,
             cards=self.gpus()[at.phase][at.instance_id],
@@ -108,7 +131,7 @@ def run_machine(machine: Machine, behaviour: Behaviour | None = None) -> Iterato
         VoltanaError: The library does not compile, or the actuator does not come up.
     """
     build_library(machine.library)
-    create_cards(machine.state, machine.profile, machine.num_cards, machine.library, behaviour)
+    create_cards(machine.state, machine.profiles, machine.num_cards, machine.library, behaviour)
     show_here(machine.library, machine.state)
     socket, log = machine.directory / "actuator.sock", machine.directory / "actuator.log"
     gpus = [word for index in range(machine.num_cards) for word in ("--gpu", str(index))]

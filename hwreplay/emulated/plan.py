@@ -19,6 +19,8 @@ from voltana.profiles.catalog import load_profile
 
 ENVIRONMENT: Final = "VOLTANA_EMULATE"
 """Names the plan to the engine; set it before the server starts."""
+ANSWER_ID: Final = 3
+"""The token that the plug-in always answers (its `TOKEN`)."""
 PASS: Final = np.dtype(
     [
         ("begin_s", "f8"), ("due_s", "f8"), ("end_s", "f8"),

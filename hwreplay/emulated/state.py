@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -85,7 +86,7 @@ def uuid_of(index: int) -> str:
 
 def create_cards(
     path: Path,
-    profile: Profile | str,
+    profile: Profile | str | Sequence[str],
     num_cards: int,
     library_directory: Path,
     behaviour: Behaviour | None = None,
@@ -94,7 +95,7 @@ def create_cards(
 
     Args:
         path: Replaced if it is there. A folder in memory (/dev/shm) spares the disk.
-        profile: Whose card it is, or its name.
+        profile: Whose card it is, or its name; a list has the name of each card's.
         num_cards: As many as the instances have in all; one instance's ranks are cards in a row.
         library_directory: Where `build_library` has put the library.
         behaviour: What the profile does not say.
@@ -105,13 +106,17 @@ def create_cards(
     Raises:
         VoltanaError: A number is out of its range, or the library is missing or does not fit.
     """
-    profile = load_profile(profile) if isinstance(profile, str) else profile
+    if isinstance(profile, str | Profile):
+        profiles = [load_profile(profile) if isinstance(profile, str) else profile] * num_cards
+    else:
+        known = {name: load_profile(name) for name in profile}
+        profiles = [known[name] for name in profile]
     behaviour = behaviour or Behaviour()
     if not 1 <= num_cards <= MAX_CARDS:
         raise VoltanaError(f"emulated cards must be 1..{MAX_CARDS}, got {num_cards}")
     header = bytearray(PAGE_BYTES)
     header[12:16] = num_cards.to_bytes(4, "little")
-    records = [_record(profile, index, behaviour) for index in range(num_cards)]
+    records = [_record(each, index, behaviour) for index, each in enumerate(profiles)]
     fresh = path.with_name(path.name + ".new")
     fresh.write_bytes(bytes(header) + b"".join(r.ljust(CARD_BYTES, b"\0") for r in records))
     try:

@@ -55,6 +55,10 @@ class Installation:
     """Folder with the model, or with its config.json alone for `--load-format dummy`."""
     arguments: tuple[str, ...] = ()
     """Further arguments of every server; the last word where one is given twice."""
+    arguments_of: Callable[[ServerPlan], Sequence[str]] | None = field(
+        default=None, compare=False, repr=False
+    )
+    """What a server is given before those, by its role."""
     environment_of: Callable[[ServerPlan], Mapping[str, str]] | None = field(
         default=None, compare=False, repr=False
     )
@@ -184,6 +188,8 @@ class ServerPlan:
             found += ["--enable-forward-pass-metrics"]
             found += ["--forward-pass-metrics-worker-id", self.name]
             found += ["--forward-pass-metrics-ipc-name", f"ipc://{self.sockets / self.name}"]
+        if installation.arguments_of is not None:
+            found += installation.arguments_of(self)
         return (
             *(str(installation.python), "-m", "sglang.launch_server"),
             *(*found, *installation.arguments),

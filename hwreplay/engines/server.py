@@ -26,6 +26,8 @@ from voltana.profiles.common.signals import stops_put_off
 
 POLL_S: Final = 0.5
 END_S: Final = 10.0
+FLUSH_S: Final = 10.0
+"""So long a server is given to become idle before it forgets its cache."""
 HOLD: Final = ("/bin/sh", "-c", 'read -r go && exec "$@" </dev/null', "voltana-server")
 """Runs its arguments once it reads a line, and never if its owner dies before."""
 
@@ -61,6 +63,22 @@ class Server:
         try:
             connection.request("POST", "/freeze_gc")
             connection.getresponse().read()
+        finally:
+            connection.close()
+
+    def empty_cache(self) -> None:
+        """Forget every prefix.
+
+        Raises:
+            VoltanaError: It has something to compute, and so does not.
+        """
+        connection = http.client.HTTPConnection(HOST, self.plan.port, timeout=2 * FLUSH_S)
+        try:
+            connection.request("POST", f"/flush_cache?timeout={FLUSH_S:g}")
+            if connection.getresponse().status != http.client.OK:
+                raise VoltanaError(
+                    f"{self.plan.name} must be idle to forget its cache, it is not: see {self.log}"
+                )
         finally:
             connection.close()
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final, TypeVar
 
@@ -15,7 +15,7 @@ from voltana.hwreplay.replay.load import Row, read_rows
 from voltana.hwreplay.replay.recording import ENERGY, ITERATIONS, EnergyRow, IterationRow
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
-from voltana.sim.policies.base import COLOCATED, UNLOCKED_MHZ, Phase
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, UNLOCKED_MHZ, Phase
 from voltana.sim.records import (
     COMPLETED,
     IN_FLIGHT,
@@ -67,11 +67,12 @@ def assemble(
         _view(key, iterations, counters.get(key), _read_clocks(directory, key, window))
         for key in keys
     ]
+    requests = _requests(workload, rows, has_cache=bool(config.caches))
     return RunRecord(
-        requests=_requests(workload, rows),
+        requests=replace(requests, cached_tokens=None) if config.decode_cache else requests,
         itl_s=np.array([gap for row in rows for gap in row.gaps_s]),
         itl_weight=np.ones(sum(len(row.gaps_s) for row in rows), dtype=np.int64),
-        instances=[view.record(makespan_s) for view in views],
+        instances=[_with_reuse(view.record(makespan_s), view, requests, config) for view in views],
         makespan_s=makespan_s,
         slo_ttft_s=config.slo_ttft_s,
         slo_itl_s=config.slo_itl_s,
@@ -93,6 +94,7 @@ class _View:
     tokens: IntArray
     chunk_requests: IntArray
     chunk_tokens: IntArray
+    prefix_tokens: IntArray
     counted_s: FloatArray
     counted_j: FloatArray
     changed_s: FloatArray
@@ -184,6 +186,7 @@ def _view(
         tokens=np.array([row.tokens for row in mine], dtype=np.int64),
         chunk_requests=np.array([row.chunk_requests for row in mine], dtype=np.int64),
         chunk_tokens=np.array([row.chunk_tokens for row in mine], dtype=np.int64),
+        prefix_tokens=np.array([row.prefix_tokens for row in mine], dtype=np.int64),
         counted_s=np.array([row.at_s for row in counter]),
         counted_j=np.array([row.energy_j for row in counter]),
         changed_s=np.array([-np.inf, *(at_s for at_s, _ in clocks)]),
@@ -191,10 +194,13 @@ def _view(
     )
 
 
-def _requests(workload: Workload, rows: Sequence[Row]) -> RequestTable:
+def _requests(workload: Workload, rows: Sequence[Row], *, has_cache: bool) -> RequestTable:
+    """In order of arrival; a turn that was never sent, as its session had ended, is left out."""
     count = len(workload)
     status, prefill_id, decode_id = (np.full(count, value) for value in (IN_FLIGHT, -1, -1))
     first_s, finish_s = np.full(count, NEVER), np.full(count, NEVER)
+    cached, arrival_s = np.zeros(count, dtype=np.int64), workload.arrival_s.copy()
+    came = np.ones(count, dtype=bool) if workload.turns is None else workload.turns.previous < 0
     for row in rows:
         index = row.request_id
         if not 0 <= index < count:
@@ -204,17 +210,46 @@ def _requests(workload: Workload, rows: Sequence[Row]) -> RequestTable:
         first_s[index] = NEVER if row.first_token_s is None else row.first_token_s
         if row.status == COMPLETED and row.finish_s is not None:
             finish_s[index] = row.finish_s
+        cached[index], came[index] = row.cached_tokens, True
+        arrival_s[index] = arrival_s[index] if row.arrival_s is None else row.arrival_s
+    order = np.flatnonzero(came)
+    order = order[np.argsort(arrival_s[order], kind="stable")]
     return RequestTable(
-        arrival_s=workload.arrival_s,
-        input_tokens=workload.input_tokens,
-        output_tokens=workload.output_tokens,
-        prefill_id=prefill_id,
-        decode_id=decode_id,
-        first_token_s=first_s,
-        finish_s=finish_s,
-        status=status,
-        retractions=np.zeros(count, dtype=np.int64),
+        arrival_s=arrival_s[order],
+        input_tokens=workload.input_tokens[order],
+        output_tokens=workload.output_tokens[order],
+        prefill_id=prefill_id[order],
+        decode_id=decode_id[order],
+        first_token_s=first_s[order],
+        finish_s=finish_s[order],
+        status=status[order],
+        retractions=np.zeros(len(order), dtype=np.int64),
+        cached_tokens=cached[order] if has_cache else None,
+        workload_row=order if has_cache or workload.turns is not None else None,
     )
+
+
+def _with_reuse(
+    record: InstanceRecord, view: _View, requests: RequestTable, config: SimConfig
+) -> InstanceRecord:
+    """What was found of its prompts by the answers' word, and computed by the engine's records.
+
+    A decode server with a cache answers the larger of what it found itself and what prefill did:
+    where both have one, prefill's is told by its engine's records, and decode's by nobody.
+    """
+    if requests.cached_tokens is None:
+        return record
+    if view.phase == DECODE:
+        if not config.decode_cache or config.prefix_cache_tokens:
+            return record
+        mine = requests.decode_id == view.instance_id
+        return replace(record, unsent_tokens=int(requests.cached_tokens[mine].sum()))
+    if view.phase == PREFILL and not config.prefix_cache_tokens:
+        return record
+    mine = requests.prefill_id == view.instance_id
+    found = view.prefix_tokens if config.decode_cache else requests.cached_tokens[mine]
+    computed = view.chunk_tokens if view.phase == COLOCATED else view.tokens
+    return replace(record, cached_tokens=int(found.sum()), computed_tokens=int(computed.sum()))
 
 
 def _makespan_s(
@@ -242,6 +277,7 @@ def _table(views: Sequence[_View]) -> IterationTable:
         tokens=column(v.tokens for v in views),
         clock_mhz=column(v.clock_mhz for v in views),
         energy_j=column(v.energy_j for v in views),
+        prefix_tokens=column(v.prefix_tokens for v in views),
         **(
             {
                 "chunk_requests": column(v.chunk_requests for v in views),

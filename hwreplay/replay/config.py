@@ -201,7 +201,16 @@ def make_fleet_config(
     sockets = table(fleet, "batch_sockets", where)
     sim = make_config(simulate, where=where)
     is_replay = section == "replay"
-    sim.require_plain("a replay" if is_replay else "a service", knows=("num_colocated",))
+    is_emulated = is_replay and "emulate" in own and engine is not None
+    unlike = ("prefill_profiles", "decode_profiles") if is_emulated else ()
+    what = "a replay" if is_replay else "a service"
+    sim.require_plain(what, knows=("num_colocated", *unlike))
+    if is_replay and sim.caches and not is_emulated:
+        raise VoltanaError(
+            f"{sim.caches[0]} is replayed on emulated cards alone, whose answers are known before, "
+            f"by servers that are started with such a cache ({where}): set [replay] emulate and "
+            "[fleet] engine, or leave it out"
+        )
     if sim.colocated_order == "vllm":
         raise VoltanaError(
             f"colocated_order must be one that SGLang has, got vllm ({where}): name sglang or "
@@ -211,7 +220,7 @@ def make_fleet_config(
         engine = replace(engine, arguments=(MIXED_ARGUMENT, *engine.arguments))
     if "emulate" in own and not {"gpus", "power_w"} & own.keys():
         profile = convert(own["emulate"], str, "emulate", where)
-        own = {**own, "gpus": emulated_gpus(profile, sim.counts)}
+        own = {**own, "gpus": emulated_gpus(profile, sim.counts, sim.mixed_profiles)}
     fixed = {
         "sim": sim,
         "section": section,

@@ -1,9 +1,10 @@
 """Open-loop load: each request leaves at its arrival time, whatever the server does.
 
-A request has random token ids of the exact input length and asks for the exact output length
-(`ignore_eos`). Each end is one line of a JSONL file at once, so that an interrupted run keeps what
-it has. Latencies count from the arrival the workload names, so that lateness of this program is
-part of them and never hides a queue; it is reported beside them.
+A request has token ids of the exact input length and asks for the exact output length
+(`ignore_eos`). A turn that waits leaves its think time after the last token of the answer before
+it; where that does not come, the session ends. Each end is one line of a JSONL file at once, so
+that an interrupted run keeps what it has. Latencies count from the arrival the workload names, so
+that lateness of this program is part of them and never hides a queue; it is reported beside them.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from __future__ import annotations
 import asyncio
 import re
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Final
 
@@ -21,6 +23,7 @@ import msgspec
 import numpy as np
 
 from voltana.hwreplay.clock import RunClock
+from voltana.hwreplay.replay.token_ids import TokenIds
 from voltana.hwreplay.router.body import GENERATE
 from voltana.hwreplay.router.errors import engine_error
 from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
@@ -29,10 +32,9 @@ from voltana.sim.records import CANCELLED, COMPLETED, FAILED, REJECTED, STATUS_N
 from voltana.sim.workload.workload import Workload
 
 COUNT: Final = re.compile(rb'"completion_tokens":\s?(\d+)')
-"""A client's own quotes are escaped in JSON, so that no text can look like this."""
+CACHED: Final = re.compile(rb'"cached_tokens":\s?(\d+)')
+"""A client's own quotes are escaped in JSON, so that no text can look like these."""
 EVENT_END: Final = b"\n\n"
-STREAM: Final = 11
-"""Spawn key of the random token ids."""
 KEEP_ALIVE_S: Final = 2.0
 CLIENT_ERROR, SERVER_ERROR = 400, 500
 REASON: Final = 1_000
@@ -47,6 +49,9 @@ class LoadConfig:
     seed: int = 13
     salt: int = 0
     """Other ids for another run: prompts that a server has seen before are in its prefix cache."""
+    answer_id: int | None = None
+    """What the servers always answer, so that answers in later prompts are as they were given; None
+    where nobody knows: then prompts share nothing."""
     vocabulary: tuple[int, int] = (3, 512)
     """Token ids are drawn from the first to below the second; no special token, so from 3."""
     token: str | None = field(default=None, repr=False)
@@ -73,6 +78,10 @@ class Row(msgspec.Struct, frozen=True, omit_defaults=True):
     prefill_id: int = -1
     decode_id: int = -1
     reason: str = ""
+    cached_tokens: int = 0
+    """Of the prompt, found in a cache by the server's word."""
+    arrival_s: float | None = None
+    """When a turn that waits came: the last token before it and its think time."""
 
 
 @dataclass(slots=True, kw_only=True)
@@ -101,10 +110,11 @@ class LoadReport:
 class _Stream:
     """Reads one stream: when each token came, and how it ended."""
 
-    __slots__ = ("_rest", "error", "is_done", "times_s")
+    __slots__ = ("_rest", "cached_tokens", "error", "is_done", "times_s")
 
     def __init__(self) -> None:
         self.times_s: list[float] = []
+        self.cached_tokens = 0
         self.error: str | None = None
         self.is_done = False
         self._rest = b""
@@ -113,11 +123,16 @@ class _Stream:
         *events, self._rest = (self._rest + chunk).split(EVENT_END)
         for event in events:
             if (found := COUNT.search(event)) is not None:
+                if not self.times_s and (cached := CACHED.search(event)) is not None:
+                    self.cached_tokens = int(cached[1])
                 new = int(found[1]) - len(self.times_s)
                 self.times_s.extend([now_s] * new)
             if (failure := engine_error(event)) is not None:
                 self.error = failure[1]
             self.is_done = self.is_done or event.startswith(b"data: [DONE]")
+
+
+_Send = Callable[[int, float, bytes], Awaitable[float | None]]
 
 
 class LoadGenerator:
@@ -139,6 +154,21 @@ class LoadGenerator:
         self._path = path
         self._tasks: set[asyncio.Task[None]] = set()
         self._encode = msgspec.json.Encoder(decimal_format="number").encode
+        self._ids = TokenIds(
+            workload,
+            config.vocabulary,
+            seed=config.seed,
+            salt=config.salt,
+            answer_id=config.answer_id,
+        )
+        self._previous = [-1] * len(workload)
+        self._next: dict[int, int] = {}
+        """Which turn waits for a request's answer."""
+        if workload.turns is not None:
+            self._previous = workload.turns.previous.tolist()
+            self._next = {p: row for row, p in enumerate(self._previous) if p >= 0}
+        self._last_s = workload.duration_s
+        """When the last request that is known of comes."""
 
     async def run(self, on_end: Callable[[], None] | None = None) -> LoadReport:
         """Send everything and wait for the answers; `on_end` is called as each request ends."""
@@ -150,8 +180,9 @@ class LoadGenerator:
             async with aiohttp.ClientSession(
                 connector=connector, headers=headers, timeout=aiohttp.ClientTimeout(total=None)
             ) as session:
+                send = partial(self._one, session, out)
                 try:
-                    await self._send_all(session, out, on_end)
+                    await self._send_all(send, on_end)
                     await self._drain()
                 finally:
                     for task in self._tasks:
@@ -160,50 +191,67 @@ class LoadGenerator:
         self.report.is_complete = True
         return self.report
 
-    async def _send_all(
-        self, session: aiohttp.ClientSession, out: BinaryIO, on_end: Callable[[], None] | None
-    ) -> None:
-        work = self._workload
-        rows = zip(
-            work.arrival_s.tolist(),
-            work.input_tokens.tolist(),
-            work.output_tokens.tolist(),
-            strict=True,
-        )
-        for request_id, (arrival_s, input_tokens, output_tokens) in enumerate(rows):
-            data = self._body(request_id, input_tokens, output_tokens)
+    async def _send_all(self, send: _Send, on_end: Callable[[], None] | None) -> None:
+        """Begin each request that waits for none, at its arrival."""
+        arrivals_s = self._workload.arrival_s.tolist()
+        for request_id, arrival_s in enumerate(arrivals_s):
+            if self._previous[request_id] >= 0:
+                continue
+            data = self._body(request_id)
             await asyncio.sleep(max(arrival_s - self._clock.now_s(), 0.0))
-            task = asyncio.create_task(self._one(session, out, request_id, data, output_tokens))
+            task = asyncio.create_task(self._session(send, request_id, arrival_s, data, on_end))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
+
+    async def _session(
+        self,
+        send: _Send,
+        request_id: int,
+        arrival_s: float,
+        data: bytes,
+        on_end: Callable[[], None] | None,
+    ) -> None:
+        """One request, then the turns that wait for one another's answers."""
+        while True:
+            ended_s = await send(request_id, arrival_s, data)
             if on_end is not None:
-                task.add_done_callback(lambda _: on_end())
+                on_end()
+            following = self._next.get(request_id)
+            if following is None or ended_s is None:
+                return
+            assert self._workload.turns is not None
+            request_id = following
+            arrival_s = ended_s + float(self._workload.turns.think_s[following])
+            self._last_s = max(self._last_s, arrival_s)
+            data = self._body(request_id)
+            await asyncio.sleep(max(arrival_s - self._clock.now_s(), 0.0))
 
     async def _drain(self) -> None:
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=self._config.drain_s)
+        while self._tasks:
+            left_s = self._last_s + self._config.drain_s - self._clock.now_s()
+            if left_s <= 0:
+                break
+            await asyncio.wait(self._tasks, timeout=left_s)
         for task in self._tasks:
             task.cancel("it took longer than the run waits")
 
-    def _body(self, request_id: int, input_tokens: int, output_tokens: int) -> bytes:
-        seeds = np.random.SeedSequence(
-            self._config.seed, spawn_key=(STREAM, self._config.salt, request_id)
-        )
-        ids = np.random.default_rng(seeds).integers(*self._config.vocabulary, size=input_tokens)
+    def _body(self, request_id: int) -> bytes:
+        output_tokens = int(self._workload.output_tokens[request_id])
         params = {"max_new_tokens": output_tokens, "ignore_eos": True, "temperature": 0.0}
-        body = {"input_ids": ids.tolist(), "sampling_params": params, "stream": True}
-        return self._encode(body)
+        ids = self._ids.of(request_id)
+        return self._encode({"input_ids": ids, "sampling_params": params, "stream": True})
 
     async def _one(
         self,
         session: aiohttp.ClientSession,
         out: BinaryIO,
         request_id: int,
+        arrival_s: float,
         data: bytes,
-        output_tokens: int,
-    ) -> None:
+    ) -> float | None:
+        """Send one request; returns when its last token came, None where it did not."""
         sent_s = self._clock.now_s()
-        self.report.lateness_s.append(sent_s - float(self._workload.arrival_s[request_id]))
+        self.report.lateness_s.append(sent_s - arrival_s)
         stream = _Stream()
         ids = (-1, -1)
         try:
@@ -215,12 +263,14 @@ class LoadGenerator:
                 else:
                     while chunk := await answer.content.readany():
                         stream.feed(chunk, self._clock.now_s())
-                    status, reason = _judge(stream, output_tokens)
+                    status, reason = _judge(stream, int(self._workload.output_tokens[request_id]))
         except (aiohttp.ClientError, OSError) as error:
             status, reason = FAILED, f"the connection broke: {type(error).__name__}"
         except asyncio.CancelledError:
             status, reason = CANCELLED, "cancelled by the load generator"
-        self._keep(out, _row(request_id, status, reason, sent_s, stream.times_s, ids))
+        came_s = arrival_s if self._previous[request_id] >= 0 else None
+        self._keep(out, _row(request_id, status, reason, sent_s, stream, ids, came_s))
+        return stream.times_s[-1] if status == COMPLETED else None
 
     def _keep(self, out: BinaryIO, row: Row) -> None:
         out.write(self._encode(row) + b"\n")
@@ -253,10 +303,11 @@ def _row(
     status: int,
     reason: str,
     sent_s: float,
-    times_s: list[float],
+    stream: _Stream,
     ids: tuple[int, int],
+    came_s: float | None,
 ) -> Row:
-    is_done = status == COMPLETED
+    is_done, times_s = status == COMPLETED, stream.times_s
     return Row(
         request_id=request_id,
         status=status,
@@ -268,6 +319,8 @@ def _row(
         prefill_id=ids[0],
         decode_id=ids[1],
         reason=reason,
+        cached_tokens=stream.cached_tokens,
+        arrival_s=None if came_s is None else round(came_s, 6),
     )
 
 

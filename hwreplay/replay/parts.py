@@ -20,7 +20,7 @@ from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.recording import ITERATIONS, record_iterations
 from voltana.hwreplay.router.config import WorkerConfig, phases_of
-from voltana.hwreplay.view.context import PolicySource
+from voltana.hwreplay.view.context import PolicySource, own_config
 from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_bytes, write_text
@@ -142,13 +142,19 @@ def observes_fleet(config: ReplayConfig, profile: Profile | None = None) -> bool
         profile: The configuration's, where it is loaded already: models made of it are kept.
 
     Raises:
-        VoltanaError: A policy cannot be made, or there is no such profile.
+        VoltanaError: A policy cannot be made, there is no such profile, or cards are unlike.
     """
     profile = profile or load_profile(config.sim.profile)
     PolicySource(config=config.sim, profile=profile).make_router()  # it may look at all
     source = PolicySource(config=config.sim, profile=profile)
     for phase in config.sim.counts:
         source.make_controller(phase, 0)
+    if source.cluster.is_observed and config.sim.mixed_profiles:
+        raise VoltanaError(
+            "a controller that sees the whole fleet is replayed on like cards, got "
+            f"{' and '.join(f'{phase}_profiles' for phase in config.sim.mixed_profiles)}: take "
+            "another controller, or leave them out"
+        )
     return source.cluster.is_observed
 
 
@@ -228,7 +234,7 @@ def _agent_config(run: Run, worker: WorkerConfig) -> AgentConfig:
         phase=worker.phase,
         instance_id=worker.instance_id,
         start_ns=run.clock.start_ns,
-        settings=config.sim.as_dict(),
+        settings=own_config(config.sim, worker.phase, worker.instance_id).as_dict(),
         metrics_address=worker.metrics,
         event_address=run.events,
         report_address=run.reports,

@@ -40,6 +40,8 @@ class IterationRow(msgspec.Struct, frozen=True, array_like=True):
     chunk_requests: int = 0
     chunk_tokens: int = 0
     """Colocated: prompts beside that, and their new tokens."""
+    prefix_tokens: int = 0
+    """Of the prompts, in front of their new tokens: done before, or found in a cache."""
 
 
 class EnergyRow(msgspec.Struct, frozen=True, array_like=True):
@@ -91,8 +93,9 @@ def _row(
         *(
             (record.num_prefill_requests, record.sum_prefill_tokens)
             if worker.phase == COLOCATED
-            else ()
+            else (0, 0)
         ),
+        prefix_tokens=record.sum_prefill_kv_tokens,
     )
 
 

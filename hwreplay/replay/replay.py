@@ -27,6 +27,7 @@ import uvloop
 
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.emulated.fleet import emulated, note_overruns
+from voltana.hwreplay.emulated.plan import ANSWER_ID
 from voltana.hwreplay.engines.launch import run_fleet
 from voltana.hwreplay.engines.server import Server
 from voltana.hwreplay.replay.assembly import REQUESTS, Window, assemble
@@ -266,13 +267,14 @@ def _load_config(run: Run, url: str, salt: int) -> LoadConfig:
         url=url,
         seed=config.sim.seed,
         salt=salt,
+        answer_id=ANSWER_ID if config.sim.caches else None,
         vocabulary=config.vocabulary,
         drain_s=config.drain_s,
     )
 
 
 async def _warm_up(run: Run, started: StartedRouter) -> None:
-    """Every pair serves a few requests, so that no measured one is a server's first.
+    """Every pair serves a few requests, so that no measured one is a server's first; caches forget.
 
     The router's policy then begins anew: it would have rolled dice that the simulated one has not.
     """
@@ -291,5 +293,8 @@ async def _warm_up(run: Run, started: StartedRouter) -> None:
             why = ", ".join(report.reasons) or "no reason given"
             raise VoltanaError(f"the warm-up must succeed before a replay, it did not: {why}")
         await asyncio.sleep(AGAIN_S)
+    if run.config.sim.caches:
+        for server in run.servers:
+            await asyncio.to_thread(server.empty_cache)
     started.begin_anew()
     await asyncio.sleep(run.config.rest_s)

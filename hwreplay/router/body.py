@@ -13,6 +13,7 @@ from typing import Any, Final
 import msgspec
 
 from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.policies.requests import Prompt
 
 GENERATE: Final = "/generate"
 COMPLETIONS: Final = "/v1/completions"
@@ -42,6 +43,13 @@ class Body:
     is_exact: bool
     """It will make exactly that many: `ignore_eos`."""
     is_stream: bool
+
+    def prompt(self) -> Prompt | None:
+        """Its token ids, each a segment of one token; None where it is a text."""
+        raw = self.fields.get("input_ids" if self.path == GENERATE else "prompt")
+        tokens = "" if raw is None else _flat(_prompt.decode(raw))
+        ids = [token for token in tokens if isinstance(token, int)]
+        return Prompt(ids, [1] * len(ids)) if ids else None
 
     def as_it_came(self) -> bytes:
         """The body for a server that does both phases."""
@@ -162,14 +170,18 @@ def _openai(path: str, fields: dict[str, msgspec.Raw], top: int | None) -> tuple
 def _count_prompt(fields: dict[str, msgspec.Raw], top: int | None) -> int:
     if "prompt" not in fields:
         raise BadRequestError("a request must have a prompt")
-    prompt = _read(fields, "prompt", _prompt)
-    if isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int):
-        prompt = prompt[0]
+    prompt = _flat(_read(fields, "prompt", _prompt))
     if isinstance(prompt, str):
         return _count_text(prompt)
     if not all(isinstance(token, int) for token in prompt):
         raise BadRequestError("a request must have one prompt: send several as several requests")
     return _count_ids([token for token in prompt if isinstance(token, int)], top)
+
+
+def _flat(prompt: str | list[Any]) -> str | list[Any]:
+    """A list of one prompt is that prompt."""
+    is_nested = isinstance(prompt, list) and len(prompt) == 1 and not isinstance(prompt[0], int)
+    return prompt[0] if is_nested else prompt
 
 
 def _count_messages(fields: dict[str, msgspec.Raw]) -> int:

@@ -9,32 +9,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from types import MappingProxyType
 from typing import Any, Final, Literal, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import pandas as pd
 
+from voltana.hwreplay.validate.pairing import cache_notes, compare_caches, find_faults
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.optional.mixed import MixedStep
 from voltana.profiles.step_model import StepModel
 from voltana.sim.metrics import summarise
 from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL
-from voltana.sim.records import (
-    CANCELLED,
-    FAILED,
-    IN_FLIGHT,
-    STATUS_NAMES,
-    IterationTable,
-    RequestTable,
-    RunRecord,
-)
+from voltana.sim.records import IterationTable, RunRecord
 
 LimitKind = Literal["energy", "p50", "p90", "p99", "other"]
 MAX_ITERATIONS: Final = 20_000
-SAME_ARRIVAL_S: Final = 0.05
-"""Arrivals within this are the same workload's: a real sender is late by milliseconds."""
 _ENERGY: Final = (
     ("energy_j", "J"),
     ("energy_busy_window_j", "J"),
@@ -43,9 +35,12 @@ _ENERGY: Final = (
     ("colocated_energy_j", "J"),
     ("idle_energy_j", "J"),
     ("energy_per_output_token_j", "J/token"),
+    ("cached_tokens", "tokens"),
+    ("unsent_tokens", "tokens"),
 )
+"""And what was found in caches, which is energy that was not spent."""
 CHUNK: Final = ("chunk_requests", "chunk_tokens")
-_JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j"})
+_JUDGED_ENERGY: Final = frozenset({"energy_j", "energy_per_output_token_j", "cached_tokens"})
 _LATENCIES: Final = ("ttft_s", "itl_s", "tpot_s", "e2e_s")
 _LEVELS: Final[Mapping[str, LimitKind]] = {"p50": "p50", "p90": "p90", "p99": "p99"}
 POWER_EMULATED: Final = (
@@ -56,8 +51,6 @@ CLIENTS: Final = (
     "energy, clocks and iterations, as the observed run is a load generator's and saw answers alone"
 )
 POWER_STATED: Final = "energy, as power was stated and not measured"
-_NOT_ENDED: Final = (IN_FLIGHT, FAILED, CANCELLED)
-"""A request that a limit of the model rejects has ended; one that broke off has not."""
 _UNJUDGED: Final[Mapping[str, LimitKind]] = dict.fromkeys(_LEVELS, "other")
 _OTHERS: Final = (
     ("attainment", "fraction"),
@@ -75,6 +68,10 @@ class IterationModel(Protocol):
     """Predicts one iteration; the profile's step model does."""
 
     def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float: ...
+
+
+OwnModels = Mapping[tuple[str, int], tuple[IterationModel, IterationModel]]
+"""By phase and instance: the model of its profile's grid, and the one beyond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,6 +146,8 @@ class Validation:
     faults: Sequence[str] = ()
     """Why the runs are no pair to compare (another workload, one that did not end): each fails the
     verdict, whatever the errors are."""
+    cached: Mapping[str, float] = field(default_factory=dict)
+    """See `compare_caches`."""
     left_out: Sequence[str] = ()
     """What the verdict does not cover, and why."""
 
@@ -166,6 +165,7 @@ class Validation:
             "metrics": [asdict(c) | {"passes": c.passes} for c in self.comparisons],
             "iterations": self.iteration_errors,
             "clock_residency": self.residency,
+            "cached": dict(self.cached),
             "notes": list(self.notes),
         }
 
@@ -177,6 +177,7 @@ def validate(
     thresholds: Thresholds,
     model: IterationModel | None = None,
     beyond: IterationModel | None = None,
+    own: OwnModels = MappingProxyType({}),
 ) -> Validation:
     """Compare two runs.
 
@@ -186,9 +187,11 @@ def validate(
         thresholds: What passes.
         model: The simulated profile, to predict each observed iteration; None leaves that out.
         beyond: The same outside its grid.
+        own: Both of instances that are unlike the others.
     """
     ours, theirs = summarise(simulated), summarise(observed)
-    notes = _notes(simulated, observed)
+    cached = compare_caches(simulated.requests, observed.requests)
+    notes = [*_notes(simulated, observed), *cache_notes(cached)]
     is_emulated = observed.settings.get("power") == "emulated"
     is_power_stated = observed.settings.get("is_power_measured") is False and not is_emulated
     if is_emulated:
@@ -203,7 +206,7 @@ def validate(
         if not is_clients:
             notes.append("the observed run kept no iterations: no error per iteration")
     elif model is not None:
-        points = predict_iterations(observed.iterations, model, beyond)
+        points = predict_iterations(observed.iterations, model, beyond, own)
         outside = int((~points["is_inside"]).sum())
         if outside:
             notes.append(
@@ -221,7 +224,8 @@ def validate(
             "observed": theirs["clock_residency"],
         },
         notes=notes,
-        faults=_faults(simulated, observed),
+        faults=find_faults(simulated, observed),
+        cached=cached,
         left_out=[CLIENTS] if is_clients else [POWER_STATED] if is_power_stated else [],
     )
 
@@ -237,7 +241,10 @@ def error_frac(simulated: float, observed: float) -> float:
 
 
 def predict_iterations(
-    table: IterationTable, model: IterationModel, beyond: IterationModel | None = None
+    table: IterationTable,
+    model: IterationModel,
+    beyond: IterationModel | None = None,
+    own: OwnModels = MappingProxyType({}),
 ) -> pd.DataFrame:
     """Predict each iteration of a run from its own batch, tokens and clock.
 
@@ -245,10 +252,12 @@ def predict_iterations(
         table: The observed iterations; at most `MAX_ITERATIONS` of them, evenly spaced, are used.
         model: Raises VoltanaError outside its grid.
         beyond: Answers there; without it such a point is NaN.
+        own: Both of instances that are unlike the others.
 
     Returns:
         Columns phase, instance_id, start_s, clock_mhz, batch_size, tokens, observed_s,
-        predicted_s, is_inside, chunk_requests, chunk_tokens.
+        predicted_s, is_inside, chunk_requests, chunk_tokens. Where the run says what prompts had in
+        front of them, requests are equal prompts with the same attention, if all had as much.
     """
     count = len(table.duration_s)
     keep = np.unique(np.linspace(0, count - 1, min(count, MAX_ITERATIONS)).astype(np.int64))
@@ -266,13 +275,15 @@ def predict_iterations(
     for name in CHUNK:
         column = getattr(table, name)
         frame[name] = 0 if column is None else column[keep]
+    if table.prefix_tokens is not None:
+        _count_attention(frame, table.prefix_tokens[keep])
     is_chunk = (frame["chunk_requests"] > 0) & (frame["chunk_tokens"] > 0)
     is_batch = (frame["batch_size"] > 0) & (frame["tokens"] > 0)
     frame = frame[is_batch | is_chunk].reset_index(drop=True)
-    columns = (frame[name] for name in ("phase", "clock_mhz", "batch_size", "tokens", *CHUNK))
+    names = ("phase", "instance_id", "clock_mhz", "batch_size", "tokens", *CHUNK)
     found = [
-        _predict(model, beyond, str(phase), tuple(map(int, point)))
-        for phase, *point in zip(*columns, strict=True)
+        _predict(*own.get((phase, instance_id), (model, beyond)), phase, (int(clock), *point))
+        for phase, instance_id, clock, *point in zip(*(frame[n] for n in names), strict=True)
     ]
     predicted, inside = [f[0] for f in found], [f[1] for f in found]
     return frame.assign(predicted_s=predicted, is_inside=inside)
@@ -311,8 +322,18 @@ def cdf(
     return values[order], np.cumsum(weights[order]) / total
 
 
+def _count_attention(frame: pd.DataFrame, prefix_tokens: npt.NDArray[np.int64]) -> None:
+    """Make prompts with tokens in front of them fewer: T² / Σ c·(c + 2p) = n·T / (T + 2·P)."""
+    for phase, count, tokens in ((PREFILL, "batch_size", "tokens"), (COLOCATED, *CHUNK)):
+        rows = ((frame["phase"] == phase) & (frame[tokens] > 0)).to_numpy()
+        done = frame[tokens].to_numpy()[rows]
+        share = np.ones(len(frame))
+        share[rows] = done / (done + 2 * prefix_tokens[rows])
+        frame[count] = frame[count] * share
+
+
 def _predict(
-    model: IterationModel, beyond: IterationModel | None, phase: str, point: tuple[int, ...]
+    model: IterationModel, beyond: IterationModel | None, phase: str, point: tuple[Any, ...]
 ) -> tuple[float, bool]:
     try:
         return _duration_s(model, phase, point), True
@@ -320,7 +341,7 @@ def _predict(
         return float("nan") if beyond is None else _duration_s(beyond, phase, point), False
 
 
-def _duration_s(model: IterationModel, phase: str, point: tuple[int, ...]) -> float:
+def _duration_s(model: IterationModel, phase: str, point: tuple[Any, ...]) -> float:
     clock_mhz, batch_size, tokens, *chunk = point
     if phase != COLOCATED:
         return model.predict_s(phase, clock_mhz, batch_size, tokens)
@@ -357,34 +378,6 @@ def _compare(
         )
         for name, unit, kind, a, b in rows
     ]
-
-
-def _faults(simulated: RunRecord, observed: RunRecord) -> list[str]:
-    faults = _workload_faults(simulated.requests, observed.requests)
-    if observed.settings.get("send_times") == "unknown":
-        faults.insert(0, "the observed run does not say when its requests were sent")
-    for name, run in (("simulated", simulated), ("observed", observed)):
-        counts = np.bincount(run.requests.status, minlength=len(STATUS_NAMES))
-        left = [f"{counts[s]} {STATUS_NAMES[s]}" for s in _NOT_ENDED if counts[s]]
-        if run.settings.get("is_complete") is False:
-            left.append(str(run.settings.get("incomplete_reason", "it was cut off")))
-        if left:
-            faults.append(f"the {name} run is incomplete ({', '.join(left)})")
-    return faults
-
-
-def _workload_faults(ours: RequestTable, theirs: RequestTable) -> list[str]:
-    if len(ours) != len(theirs):
-        return [f"different workloads: {len(ours)} requests simulated, {len(theirs)} observed"]
-    if not (
-        np.array_equal(ours.input_tokens, theirs.input_tokens)
-        and np.array_equal(ours.output_tokens, theirs.output_tokens)
-    ):
-        return ["different workloads: request lengths differ"]
-    worst_s = float(np.abs(ours.arrival_s - theirs.arrival_s).max(initial=0.0))
-    if worst_s > SAME_ARRIVAL_S:
-        return [f"different workloads: arrival times differ by up to {worst_s:.3f} s"]
-    return []
 
 
 def _notes(simulated: RunRecord, observed: RunRecord) -> list[str]:

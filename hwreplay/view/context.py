@@ -8,8 +8,9 @@ from typing import Final, TypeVar
 import numpy as np
 
 from voltana.hwreplay.view.colocated import ColocatedTracker
+from voltana.hwreplay.view.mirror import PrefixMirror, cache_tokens
 from voltana.hwreplay.view.tracker import InstanceTracker
-from voltana.profiles.catalog import Profile
+from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig
 from voltana.sim.policies.base import (
@@ -20,10 +21,16 @@ from voltana.sim.policies.base import (
     Controller,
     Phase,
     PolicyContext,
+    PowerModel,
     Predictor,
     Router,
 )
-from voltana.sim.policies.parts.prediction import ScaledPredictor, SkewedPower
+from voltana.sim.policies.parts.prediction import (
+    OF_INSTANCES,
+    Models,
+    ScaledPredictor,
+    SkewedPower,
+)
 from voltana.sim.policies.registry import make_controller, make_router
 
 T = TypeVar("T", bound=InstanceTracker)
@@ -71,6 +78,13 @@ class PolicySource:
     profile: Profile
     cluster: Cluster = field(default_factory=Cluster)
 
+    def of(self, phase: Phase, instance_id: int) -> PolicySource:
+        """What one instance of a fleet of unlike cards is known by: its own profile."""
+        if not self.config.mixed_profiles:
+            return self
+        own = own_config(self.config, phase, instance_id)
+        return replace(self, config=own, profile=load_profile(own.profile))
+
     @property
     def kv_capacity_tokens(self) -> int:
         """KV cache of one instance."""
@@ -78,18 +92,26 @@ class PolicySource:
 
     def make_router(self, spec: str | None = None) -> Router:
         """The fleet's router, or another one for the same fleet."""
-        return make_router(spec or self.config.router, self._context(DECODE, 0, "router"))
+        self.cluster.share(OF_INSTANCES, self._models_of_instances)
+        context = self.of(DECODE, 0)._context(DECODE, 0, "router")
+        return make_router(spec or self.config.router, context)
 
     def make_controller(self, phase: Phase, instance_id: int) -> Controller:
         """One instance's controller."""
         config = self.config
         spec = config.prefill_controller_spec if phase == PREFILL else config.decode_controller_spec
-        return make_controller(spec, self._context(phase, instance_id, phase))
+        own = self.of(phase, instance_id)
+        return make_controller(spec, own._context(phase, instance_id, phase))
 
     def make_tracker(self, phase: Phase, instance_id: int) -> InstanceTracker:
         """One instance's live state."""
         kind = ColocatedTracker if phase == COLOCATED else InstanceTracker
-        return self.track_by(kind, phase, instance_id)
+        return self.of(phase, instance_id).track_by(kind, phase, instance_id)
+
+    def make_mirror(self, phase: Phase, instance_id: int) -> PrefixMirror:
+        """What a router knows of an instance's cache."""
+        capacity_tokens = self.of(phase, instance_id).kv_capacity_tokens
+        return PrefixMirror(cache_tokens(self.config, phase, capacity_tokens))
 
     def track_by(self, kind: type[T], phase: Phase, instance_id: int) -> T:
         """The same by a class of one's own.
@@ -116,12 +138,7 @@ class PolicySource:
         seeds = np.random.SeedSequence(config.seed, spawn_key=(STREAMS[stream], instance_id))
         return PolicyContext(
             predictor=self.predictor(),
-            power=SkewedPower.wrap(
-                self.profile.truth(extrapolate=True),
-                scale=config.predictor_power_scale,
-                clock_error=config.predictor_power_clock_error,
-                top_mhz=clocks.supported_mhz[-1],
-            ),
+            power=self.power(),
             clocks_mhz=clocks.supported_mhz,
             default_levels_mhz=clocks.default_levels_mhz,
             slo_ttft_s=config.aimed_ttft_s,
@@ -157,3 +174,36 @@ class PolicySource:
             else profile.truth(extrapolate=True)
         )
         return ScaledPredictor.wrap(base, config.predictor_scale)
+
+    def power(self) -> PowerModel:
+        """What they believe of power."""
+        config = self.config
+        return SkewedPower.wrap(
+            self.profile.truth(extrapolate=True),
+            scale=config.predictor_power_scale,
+            clock_error=config.predictor_power_clock_error,
+            top_mhz=self.profile.clocks_mhz[-1],
+        )
+
+    def _models_of_instances(self) -> dict[tuple[Phase, int], Models]:
+        found: dict[tuple[Phase, int], Models] = {}
+        for phase, names in self.config.mixed_profiles.items():
+            for index in range(len(names)):
+                own = self.of(phase, index)
+                found[phase, index] = Models(
+                    predictor=own.predictor(), power=own.power(), clocks_mhz=own.profile.clocks_mhz
+                )
+        return found
+
+
+def own_config(config: SimConfig, phase: Phase, instance_id: int) -> SimConfig:
+    """The configuration as one instance's agent knows it: all are of its own profile.
+
+    Args:
+        config: Of the fleet, whose cards may differ.
+        phase: Of the instance.
+        instance_id: Of the instance.
+    """
+    own = config.mixed_profiles.get(phase)
+    name = config.profile if own is None else own[instance_id]
+    return replace(config, profile=name, prefill_profiles=None, decode_profiles=None)

@@ -69,6 +69,13 @@ class MixedGrid:
             line[1].append(parts.shares(float(time_s), float(power_w)))
         return cls(found)
 
+    @property
+    def most_power_ratio(self) -> float:
+        """The largest power over the mean of both parts that was measured."""
+        chunks = (axis for _, rows in self._clocks[1] for axis in rows)
+        ratios: list[float] = [at[2] for _, lines in chunks for _, line in lines for at in line]
+        return max(ratios)
+
     def shares(
         self, clock_mhz: int, chunk_tokens: float, batch_size: float, tokens: float
     ) -> Shares:
@@ -105,6 +112,11 @@ class MixedStep:
         self._model = model
         self._grid = grid
         self._overlap_frac = overlap_frac
+
+    @property
+    def most_power_ratio(self) -> float:
+        """No iteration of both parts draws more than so many times the larger of the two."""
+        return 1.0 if self._grid is None else max(self._grid.most_power_ratio, 1.0)
 
     def time_and_power(
         self, clock_mhz: int, chunk: tuple[float, int], decode: tuple[float, int]

@@ -235,6 +235,8 @@ class ColocatedInstance(DecodeInstance):
         request.last_token_s = now_s
         if not request.is_running:
             self.state.open_requests -= 1
+            self.state.finished_requests += 1
+            self.state.finished_tokens += request.output_tokens
             self.log.finish(request, now_s)
 
     def _report_gaps(self, ended: int) -> None:

@@ -112,7 +112,7 @@ class DecodeInstance(Instance):
         if self._is_parked:
             self._wake(now_s)
         elif self.run.count > 1 and self.state.is_busy:
-            self._cut(now_s)
+            self.cut(now_s)
 
     def look(self, now_s: float) -> None:
         if not self.state.is_busy:
@@ -136,7 +136,7 @@ class DecodeInstance(Instance):
         else:
             self._visitors.append(action)
             if self.run.count > 1 and self.state.is_busy:
-                self._cut(now_s)
+                self.cut(now_s)
 
     def before_prefill(self, request: SimRequest, start: Start) -> Start:
         """What is called when a request comes that prefill may `start` at a boundary."""
@@ -221,7 +221,7 @@ class DecodeInstance(Instance):
             further = min(further, room // batch_size - 1)
         return further
 
-    def _cut(self, now_s: float) -> None:
+    def cut(self, now_s: float) -> None:
         """End the run with the iteration that is running now."""
         run = self.run
         count = run.ended_before(now_s) + 1
@@ -314,7 +314,10 @@ class DecodeInstance(Instance):
         steps_left = request.finish_iteration - self._iteration
         request.is_running = False
         request.generated_tokens = request.end_context_tokens - request.input_tokens - steps_left
-        request.last_token_s = now_s
+        if request in self._joiners:  # with the cache of prefixes: room is looked for after joining
+            self._joiners.remove(request)  # no token since
+        else:
+            request.last_token_s = now_s
         context = request.input_tokens + request.generated_tokens
         filed = self._finishing[request.finish_iteration]
         filed.remove(request)
@@ -387,14 +390,7 @@ class DecodeInstance(Instance):
     def _list_running(self) -> list[RunningRequest]:
         iteration = self._iteration + self._shown
         return [
-            RunningRequest(
-                request_id=r.request_id,
-                arrival_s=r.arrival_s,
-                input_tokens=r.input_tokens,
-                generated_tokens=r.output_tokens - max(r.finish_iteration - iteration, 0),
-                output_tokens=r.output_tokens if self._length_oracle else None,
-                first_token_s=r.first_token_s if r.first_token_s == r.first_token_s else None,
-            )
+            r.as_running(iteration, knows_length=self._length_oracle)
             for r in self._join_order
             if r.is_running
-        ]  # fmt: skip
+        ]

@@ -284,7 +284,10 @@ class Fleet:
             prefill.release(request, now_s)
         if self._finishes_in_prefill and request.output_tokens == 1:
             self._log.first_token(request, now_s)
-            self._decode_states[request.decode_id].open_requests -= 1
+            state = self._decode_states[request.decode_id]
+            state.open_requests -= 1
+            state.finished_requests += 1
+            state.finished_tokens += request.output_tokens
             self._log.finish(request, now_s)
             self.decode[request.decode_id].leave_out(request, now_s)
         else:

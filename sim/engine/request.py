@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from voltana.sim.policies.base import WaitingRequest
+from voltana.sim.policies.base import RunningRequest, WaitingRequest
 from voltana.sim.policies.requests import Prompt
 
 NEVER = float("nan")
@@ -60,6 +60,17 @@ class SimRequest:
             request_id=self.request_id,
             arrival_s=self.arrival_s,
             input_tokens=self.input_tokens + self.generated_tokens - done_tokens,
+        )
+
+    def as_running(self, iteration: int, *, knows_length: bool) -> RunningRequest:
+        """What policies see of it in the batch, after that iteration."""
+        return RunningRequest(
+            request_id=self.request_id,
+            arrival_s=self.arrival_s,
+            input_tokens=self.input_tokens,
+            generated_tokens=self.output_tokens - max(self.finish_iteration - iteration, 0),
+            output_tokens=self.output_tokens if knows_length else None,
+            first_token_s=self.first_token_s if self.first_token_s == self.first_token_s else None,
         )
 
     def began(self) -> int:

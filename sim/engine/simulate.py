@@ -10,6 +10,7 @@ from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import replacing
 from voltana.sim.config import SimConfig
+from voltana.sim.config_rules import require_prompts
 from voltana.sim.engine.agenda import Agenda, HeapAgenda
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import ExactLog, RunLog
@@ -85,14 +86,9 @@ def _fleet(
     others = {name: (others or {}).get(name) or load_profile(name) for name in names}
     for each in (profile, *others.values()):
         _require_clocks(config, each)
-    cache = next(iter(config.caches), None)
     whole = workload if isinstance(workload, Workload) else None
-    if cache and (whole is None or whole.prompts is None):
-        raise VoltanaError(
-            f"{cache}={getattr(config, cache)} needs to know what prompts share: take a workload "
-            "of sessions (chat, agent) or a trace with hash_ids, and no stream"
-        )
-    if whole is not None and (cache or whole.turns is not None):
+    require_prompts(config, whole)
+    if whole is not None and (config.caches or whole.turns is not None):
         log = Sessions(whole, log)
     parts = (workload,) if isinstance(workload, Workload) else workload
     agenda: Agenda = SimpyAgenda() if config.engine == "reference" else HeapAgenda()

@@ -3,8 +3,7 @@
 A driver (the simulator's fleet, or the replay harness) owns one `InstanceState` per serving
 instance, keeps its fields true, and hands it to the policies. A policy reads, decides and returns;
 it never reads a clock, sleeps, does I/O or touches the driver. Randomness comes in as a seeded
-generator. A controller may remember what it saw (an integrator, a window): one object serves one
-instance for one run.
+generator. A controller may remember what it saw: one object serves one instance for one run.
 """
 
 from __future__ import annotations
@@ -271,10 +270,11 @@ class Controller(ABC):
 class Router(ABC):
     """Picks a prefill and a decode instance for each request, once, at its arrival."""
 
+    reads_prompts: ClassVar[bool] = False
+    """Whether the rule asks what prompts share: on hardware, token by token."""
     looks_at: ClassVar[Literal["counts", "clocks", "load"]] = "load"
-    """Which fields the rule reads: `open_requests` ("counts"), the clocks too ("clocks"), or any
-    ("load"). The driver keeps only these up to date. A rule that needs more at times calls
-    `InstanceState.refresh`."""
+    """Which fields the rule reads, and the driver keeps up to date: `open_requests` ("counts"), the
+    clocks too ("clocks"), or any ("load"). `InstanceState.refresh` is for more at times."""
 
     @abstractmethod
     def route(

@@ -6,8 +6,6 @@ line, column, rule and value.
 
 from __future__ import annotations
 
-import warnings
-import zlib
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +18,7 @@ import pandas as pd
 from voltana.profiles.common.errors import VoltanaError, nearest
 from voltana.sim.workload.benchmarks import bench_lengths, find_one
 from voltana.sim.workload.fetch import MissingTraceError, named_trace, named_traces
+from voltana.sim.workload.frames import Thinning, read_frame, thinning
 from voltana.sim.workload.logs import (
     Rows,
     by_arrival,
@@ -48,30 +47,42 @@ _FIRST_LINE: Final = 2
 
 
 def open_trace(
-    name_or_path: str, *, unit: str | None = None, drop_failed: bool = False
+    name_or_path: str,
+    *,
+    unit: str | None = None,
+    drop_failed: bool = False,
+    sample_frac: float = 1.0,
+    seed: int = 0,
 ) -> Workload:
     """A trace file, or a published trace by name (see `voltana.sim.workload.fetch`).
 
     Args:
         name_or_path: One of `voltana.sim.workload.fetch.named_traces`, or a file.
         unit: As of `read_trace`.
-        drop_failed: As of `read_trace`.
+        drop_failed: As of `read_trace`, and so are the next two.
+        sample_frac: Part of the requests that is kept.
+        seed: Of the sample.
 
     Raises:
         MissingTraceError: It is not there.
         VoltanaError: It cannot be read.
     """
-    if name_or_path in named_traces():
-        return read_trace(named_trace(name_or_path), unit=unit, drop_failed=drop_failed)
-    path = Path(name_or_path)
+    is_named = name_or_path in named_traces()
+    path = named_trace(name_or_path) if is_named else Path(name_or_path)
     if not path.is_file():
         hint = "" if path.suffix else nearest(name_or_path, named_traces())
         raise MissingTraceError(f"no such trace file: {name_or_path}{hint}")
-    return read_trace(path, unit=unit, drop_failed=drop_failed)
+    return read_trace(path, unit=unit, drop_failed=drop_failed, sample_frac=sample_frac, seed=seed)
 
 
 def read_trace(
-    path: Path, fmt: str | None = None, *, unit: str | None = None, drop_failed: bool = False
+    path: Path,
+    fmt: str | None = None,
+    *,
+    unit: str | None = None,
+    drop_failed: bool = False,
+    sample_frac: float = 1.0,
+    seed: int = 0,
 ) -> Workload:
     """Read a trace, telling its format by its columns unless it is named.
 
@@ -83,14 +94,18 @@ def read_trace(
             By default as the format says. Columns that hold dates or durations know their own.
         drop_failed: Leave out requests without output, which BurstGPT logs for failed calls;
             the workload's name says how many.
+        sample_frac: Part of the requests that is kept, each by a throw of its own. Of a CSV only
+            those are ever in memory, and only those are checked.
+        seed: Of the sample.
 
     Raises:
         VoltanaError: The file can't be read, its columns match no format, or a row breaks a rule.
     """
+    thin = thinning(sample_frac, seed)
     rows = None if fmt is not None or path.suffix == ".gz" else _timed_rows(path)
     if rows is not None:
-        return _of_log(rows, path, unit, drop_failed=drop_failed)
-    frame = _read_frame(path)
+        return _of_log(rows, path, unit, drop_failed=drop_failed, thin=thin)
+    frame = read_frame(path, thin)
     format_name = fmt or _detect(frame, path)
     if format_name not in _FORMATS:
         raise VoltanaError(f"unknown trace format {format_name!r}{nearest(format_name, _FORMATS)}")
@@ -190,11 +205,14 @@ def _log_lengths(path: Path) -> pd.DataFrame | None:
     return read_log(path, drop_failed=False)[0] if is_log(path) else bench_lengths(path)
 
 
-def _of_log(rows: Rows, path: Path, unit: str | None, *, drop_failed: bool) -> Workload:
+def _of_log(
+    rows: Rows, path: Path, unit: str | None, *, drop_failed: bool, thin: Thinning | None
+) -> Workload:
     """A log's requests; their line numbers name them in errors."""
     if unit is not None:
         raise VoltanaError(f"{path} is a log, whose times know their unit: leave trace_unit out")
     frame, dropped = by_arrival(rows, path, drop_failed=drop_failed)
+    frame = frame if thin is None else thin(frame)
     lines = frame.index.to_numpy() + 1
     tokens = [_tokens(frame[column], path, lines) for column in ("input_tokens", "output_tokens")]
     name = f"{path.name} ({dropped} failed left out)" if dropped else path.name
@@ -204,33 +222,6 @@ def _of_log(rows: Rows, path: Path, unit: str | None, *, drop_failed: bool) -> W
         output_tokens=tokens[1],
         name=name,
     )
-
-
-def _read_frame(path: Path) -> pd.DataFrame:
-    if path.suffix == ".json":
-        raise VoltanaError(
-            f"{path}: must be guidellm's benchmarks.json, or JSON lines: write one object a line "
-            "to a .jsonl"
-        )
-    try:
-        if path.suffix == ".parquet":
-            frame = pd.read_parquet(path)
-        elif is_json_lines(path):
-            frame = pd.read_json(path, lines=True, dtype=False)
-        else:
-            with warnings.catch_warnings():
-                warnings.simplefilter("error", pd.errors.ParserWarning)
-                frame = pd.read_csv(path, skip_blank_lines=False, index_col=False)
-    except pd.errors.ParserWarning:
-        raise VoltanaError(f"{path}: rows have more fields than the header names") from None
-    except FileNotFoundError:
-        raise VoltanaError(f"no such trace file: {path}") from None
-    except (OSError, EOFError, zlib.error, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise VoltanaError(f"cannot read {path}: {reason}") from None
-    if frame.empty:
-        raise VoltanaError(f"{path}: holds no requests")
-    return frame.reset_index(drop=True)
 
 
 def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
@@ -247,7 +238,7 @@ def read_lengths(path: Path) -> tuple[IntArray, IntArray]:
         VoltanaError: As `read_trace`.
     """
     frame = _log_lengths(path)
-    frame = _read_frame(path) if frame is None else frame
+    frame = read_frame(path) if frame is None else frame
     for columns, _ in _FORMATS.values():
         if set(columns[1:]) <= set(frame.columns):
             lines = frame.index.to_numpy() + (1 if is_json_lines(path) else _FIRST_LINE)

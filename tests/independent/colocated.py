@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from tests.independent.card import Card
-from tests.independent.fleet import DECODE, Decode, Fleet, Job, Noise
+from tests.independent.fleet import Fleet
 from tests.independent.hardware import Hardware
+from tests.independent.job import DECODE, Job
 from tests.independent.policies import Controller
+from tests.independent.server import Decode, Noise
 
 
 class Both:

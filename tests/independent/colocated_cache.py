@@ -6,8 +6,10 @@ from collections.abc import Sequence
 
 from tests.independent.cache import Token, TokenCache
 from tests.independent.colocated import Colocated
-from tests.independent.fleet import Fleet, Job, Noise
+from tests.independent.fleet import Fleet
+from tests.independent.job import Job
 from tests.independent.policies import Controller
+from tests.independent.server import Noise
 
 
 class Keeping(Colocated):

@@ -9,7 +9,9 @@ import numpy as np
 from tests.independent.hardware import Hardware
 
 if TYPE_CHECKING:
-    from tests.independent.fleet import Decode, Fleet, Job, Server
+    from tests.independent.fleet import Fleet
+    from tests.independent.job import Job
+    from tests.independent.server import Decode, Server
 
 REFERENCE_LEVELS_MHZ = (1005, 1095, 1200, 1305, 1410)
 TILE = 128

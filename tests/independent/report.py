@@ -7,13 +7,16 @@ from collections.abc import Sequence
 import numpy as np
 
 from tests.independent.colocated_cache import Keeping
-from tests.independent.fleet import Fleet, Job
+from tests.independent.decode_cache import Remembering
+from tests.independent.fleet import Fleet
+from tests.independent.job import Job
 
 Numbers = dict[str, float]
 
 
 def report(fleet: Fleet, jobs: Sequence[Job]) -> Numbers:
     """The same keys as `voltana`'s summary, samples flattened ("ttft_s p99")."""
+    jobs = [j for j in jobs if j.is_rejected or j.decode >= 0]  # a session may end before its end
     promise_ttft_s, promise_itl_s = fleet.settings["slo_ttft_s"], fleet.settings["slo_itl_s"]
     done = [j for j in jobs if len(j.token_s) == j.wanted]
     ttft_s = np.array([j.token_s[0] - j.arrival_s for j in done])
@@ -47,6 +50,10 @@ def report(fleet: Fleet, jobs: Sequence[Job]) -> Numbers:
         numbers["cached_tokens"] = found
         numbers["cached_share"] = found / sum(j.prompt for j in jobs if not j.is_rejected)
         numbers["evicted_tokens"] = sum(c.evicted for c in caches)
+    remembering = [s.cache for s in fleet.decode if isinstance(s, Remembering)]
+    if remembering:
+        numbers["unsent_tokens"] = sum(j.unsent for j in jobs)
+        numbers["evicted_tokens"] = sum(c.evicted for c in (*caches, *remembering))
     keeping = [s for s in fleet.decode if isinstance(s, Keeping)]
     if keeping:
         found = sum(s.found for s in keeping)

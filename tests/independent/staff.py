@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from tests.independent.fleet import Fleet, Job, Server
+    from tests.independent.fleet import Fleet
+    from tests.independent.job import Job
+    from tests.independent.server import Server
 
 WORDS = {"a": "awake", "p": "parked", "s": "asleep", "x": "stopped", "l": "lent"}
 DEPTH = ["parked", "asleep", "stopped", "lent"]

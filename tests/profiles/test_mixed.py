@@ -77,6 +77,22 @@ def test_every_measured_point_is_met(measured: Profile) -> None:
         assert power_w == pytest.approx(row["power_w"], rel=1e-5)
 
 
+def test_no_iteration_draws_more_than_the_largest_ratio_says(measured: Profile) -> None:
+    """Each row's power over the mean power of its parts; the largest is reached, and above 1."""
+    step, model = measured.mixed_step(), measured.truth()
+    most = 0.0
+    for row in rows().to_dict("records"):
+        f, chunk, batch = row["frequency_mhz"], row["chunk_tokens"], row["batch_size"]
+        alone = [
+            model.time_and_power("prefill", f, 1.0, chunk),
+            model.time_and_power("decode", f, batch, row["tokens"]),
+        ]
+        mean_w = sum(s * w for s, w in alone) / sum(s for s, _ in alone)
+        most = max(most, row["power_w"] / mean_w)
+    assert step.most_power_ratio == pytest.approx(max(most, 1.0), rel=1e-5)
+    assert replace(measured, mixed=None).mixed_step().most_power_ratio == 1.0
+
+
 def test_a_lookup_is_nearer_to_the_card_than_either_end(measured: Profile) -> None:
     """At points that were not measured, against the card itself. No constant share would do: beside
     a small chunk a step is nearly free, beside a large one it costs what its tokens do."""

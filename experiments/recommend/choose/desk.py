@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
-from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side, counts_name
+from voltana.experiments.frontier.static.like import Fleet, FleetSearch, Side, counts_name
 from voltana.experiments.frontier.trial import POINTS, Bench, Load, Trial, pooled
 from voltana.experiments.recommend.question import Question, Repeats
 from voltana.experiments.sweep.executors import make_pool

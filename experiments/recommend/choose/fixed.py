@@ -13,8 +13,8 @@ from functools import partial
 from itertools import product
 from typing import Final
 
-from voltana.experiments.frontier.fixed import Fleet, FleetSearch, Side
-from voltana.experiments.frontier.search import profile_knots
+from voltana.experiments.frontier.static.fleets import profile_knots
+from voltana.experiments.frontier.static.like import Fleet, FleetSearch, Side
 from voltana.experiments.frontier.trial import Trial
 from voltana.experiments.recommend.choose.desk import (
     PHASES,

@@ -7,6 +7,7 @@ from types import TracebackType
 
 from voltana.hwreplay.router.config import WorkerConfig
 from voltana.hwreplay.router.servers.upstream import Upstream
+from voltana.hwreplay.view.mirror import PrefixMirror
 from voltana.hwreplay.view.tracker import InstanceTracker
 from voltana.profiles.common.errors import VoltanaError
 
@@ -76,10 +77,26 @@ class Attempt:
 class Worker:
     """One server and what runs on it."""
 
-    def __init__(self, config: WorkerConfig, tracker: InstanceTracker, upstream: Upstream) -> None:
+    def __init__(
+        self,
+        config: WorkerConfig,
+        tracker: InstanceTracker,
+        upstream: Upstream,
+        mirror: PrefixMirror,
+    ) -> None:
+        """Nothing runs there yet.
+
+        Args:
+            config: Where it is.
+            tracker: Of its state, whose `count_cached` is the mirror's from now on.
+            upstream: Connections to it.
+            mirror: Of its cache.
+        """
         self.config = config
         self.tracker = tracker
         self.upstream = upstream
+        self.mirror = mirror
+        tracker.state.count_cached = mirror.count
         self.attempts: set[Attempt] = set()
         self.is_healthy = True
         self.is_suspect = False

@@ -20,6 +20,7 @@ from voltana.hwreplay.router.body import Body
 from voltana.hwreplay.router.config import RouterConfig
 from voltana.hwreplay.router.prometheus import RouterMetrics
 from voltana.hwreplay.router.servers.attempt import AttemptError, NoWorkerError, Worker
+from voltana.hwreplay.router.servers.health import LATE, REFUSED, ask_health
 from voltana.hwreplay.router.servers.upstream import Upstream
 from voltana.hwreplay.router.servers.vocabulary import ask_vocab_size
 from voltana.hwreplay.view.context import PolicySource
@@ -35,9 +36,6 @@ SUCCESSES_TO_RETURN: Final = 2
 RESTART_S: Final = 1.0
 FALLBACK: Final = "round-robin"
 """Who routes where the policy fails."""
-REFUSED: Final = "it takes no connections"
-LATE: Final = "its health check takes"
-
 
 Pair = tuple[Worker, Worker]
 
@@ -63,7 +61,12 @@ class RouterFleet:
         make = (self.bills or source).make_tracker
         self.workers: dict[Phase, list[Worker]] = {
             phase: [
-                Worker(w, make(phase, w.instance_id), Upstream(w.url, config.connect_s))
+                Worker(
+                    w,
+                    make(phase, w.instance_id),
+                    Upstream(w.url, config.connect_s),
+                    source.make_mirror(phase, w.instance_id),
+                )
                 for w in config.of(phase)
             ]
             for phase in config.phases
@@ -154,7 +157,8 @@ class RouterFleet:
         prefill, decode = (self._candidates(phase, excluded) for phase in self._config.ends)
         now_s = self._clock.now_s()
         oracle = body.max_new_tokens if self._config.sim.length_oracle and body.is_exact else None
-        view = RequestView(request_id, arrival_s, body.input_tokens, oracle)
+        prompt = body.prompt() if self.policy.reads_prompts else None
+        view = RequestView(request_id, arrival_s, body.input_tokens, oracle, prompt)
         first, second = self._route(
             view,
             [w.tracker.observe(now_s) for w in prefill],
@@ -164,6 +168,7 @@ class RouterFleet:
         pair = decode[second] if has_both else prefill[first], decode[second]
         for worker in set(pair):
             worker.tracker.on_assigned(request_id, arrival_s, body.input_tokens, oracle)
+            worker.mirror.expect(request_id, prompt)
             self._publish("assigned", worker, request_id, arrival_s, body.input_tokens, oracle)
         return pair
 
@@ -188,6 +193,7 @@ class RouterFleet:
         now_s = self._clock.now_s()
         for worker in set(pair):
             worker.tracker.on_prefilled(request_id)
+            worker.mirror.keep(request_id)
             self._publish("prefilled", worker, request_id, now_s)
 
     def first_token(self, worker: Worker, request_id: int, at_s: float) -> None:
@@ -205,6 +211,7 @@ class RouterFleet:
         """The request has left its pair, however it ended."""
         now_s = self._clock.now_s()
         for worker in pair:
+            worker.mirror.forget(request_id)
             if request_id in worker.tracker:
                 worker.tracker.on_finished(request_id)
                 self._publish("finished", worker, request_id, now_s)
@@ -310,16 +317,7 @@ class RouterFleet:
         """What is wrong with a server; None if it answers."""
         url = worker.config.url.rstrip("/") + self._config.health_path
         timeout = aiohttp.ClientTimeout(total=self._config.health_timeout_s)
-        try:
-            async with self._session.get(url, timeout=timeout) as answer:
-                await answer.read()
-                return None if answer.status < 500 else f"its health check answers {answer.status}"
-        except TimeoutError:
-            return f"{LATE} more than {timeout.total:g} s"
-        except aiohttp.ClientConnectorError as error:
-            return f"{REFUSED} ({error})"
-        except aiohttp.ClientError as error:
-            return f"{type(error).__name__}: {error}"
+        return await ask_health(self._session, url, timeout)
 
     async def _watch_silence(self) -> None:
         """End streams that stand still; offer silent servers last."""

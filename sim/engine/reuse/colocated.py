@@ -69,6 +69,9 @@ class CachingColocatedInstance(ColocatedInstance):
         self._cached_tokens = 0
         state.count_cached = self._count_cached
 
+    def forget(self) -> None:
+        self.cache.clear()
+
     def record(self) -> InstanceRecord:
         self._take_running()
         return dataclasses.replace(

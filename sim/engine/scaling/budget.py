@@ -1,14 +1,16 @@
-"""A fleet's power budget: the highest clock at which nothing it may do exceeds it."""
+"""A fleet's power budget: the highest clocks at which nothing it may do exceeds it."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
 
-from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
-from voltana.profiles.step_model import StepModel
+from voltana.sim.engine.machine import Machine
 from voltana.sim.policies.base import (
+    COLOCATED,
     DECODE,
+    PREFILL,
     UNLOCKED_MHZ,
     Controller,
     IdlePlan,
@@ -17,63 +19,101 @@ from voltana.sim.policies.base import (
 )
 
 
-class PowerBudget:
-    """What the fleet may draw, kept by a ceiling on clocks.
+class Card(NamedTuple):
+    """What an instance may draw depends on."""
 
-    An instance in service counts with the most that the profile's table has at a clock, in its
-    phase; one out of service, or on its way out, with what it draws. The ceiling is the highest
-    clock, the same for all, at which these sums stay within the budget. It is lowered when an
-    instance begins to wake, and raised when one has gone. A lower one is commanded at once and
-    holds from the next iteration that begins after the actuation latency: an instance that is back
-    sooner, from a parked clock, may overdraw the budget until then.
+    phase: Phase
+    machine: Machine
+
+
+class PowerBudget:
+    """What the fleet may draw, kept by ceilings on clocks.
+
+    An instance in service counts with the most that its profile's table has at a clock, in its
+    phase; one out of service, or on its way out, with what it draws. The ceilings are the same
+    share of every card's own range, from its lowest clock to its top one, each rounded down to a
+    clock that the card has: of like cards one clock. The share is the largest at which these sums
+    stay within the budget. It is lowered when an instance begins to wake, and raised when one has
+    gone. A lower one is commanded at once and holds from the next iteration that begins after the
+    actuation latency: an instance that is back sooner, from a parked clock, may overdraw the budget
+    until then.
     """
 
-    def __init__(self, budget_w: float, profile: Profile, truth: StepModel) -> None:
+    def __init__(self, budget_w: float, cards: Iterable[Card]) -> None:
         """See the class.
 
         Args:
             budget_w: Of the whole fleet, hosts aside.
-            profile: Whose tables say what a phase draws at most.
-            truth: The same tables as a function.
+            cards: All kinds of them that the fleet has.
         """
         self._budget_w = budget_w
-        self._clocks_mhz = profile.clocks_mhz
-        self._truth = truth
-        self._batches = sorted({int(b) for b in profile.decode["batch_size"]})
-        self._most_w: dict[tuple[Phase, int], float] = {}
+        kinds = list(dict.fromkeys(cards))
+        shares = {card: _shares(card.machine.models.clocks_mhz) for card in kinds}
+        self._ladder = sorted({s for of_card in shares.values() for s in of_card}, reverse=True)
+        self._clocks_mhz: list[dict[Card, int]] = [
+            {
+                card: max(
+                    f
+                    for f, own in zip(card.machine.models.clocks_mhz, of_card, strict=True)
+                    if own <= share
+                )
+                for card, of_card in shares.items()
+            }
+            for share in self._ladder
+        ]
+        """By step down the ladder."""
+        self._most_w: dict[tuple[Card, int], float] = {}
 
-    def most_w(self, phase: Phase, clock_mhz: int) -> float:
+    def most_w(self, card: Card, clock_mhz: int) -> float:
         """The most that an instance in service draws at a clock, working or waiting."""
-        key = phase, clock_mhz
+        key = card, clock_mhz
         if key not in self._most_w:
-            truth = self._truth
-            if phase == DECODE:
-                rows = [truth.decode_row(clock_mhz, batch) for batch in self._batches]
-            else:
-                rows = list(truth.prefill_rows(clock_mhz).values())
-            busy_w = max(max(row[3]) for row in rows)
+            truth = card.machine.truth
+            busy_w = max(_busy_w(card.machine, phase, clock_mhz) for phase in _phases(card.phase))
+            if card.phase == COLOCATED:
+                busy_w *= card.machine.mixed.most_power_ratio
             self._most_w[key] = max(busy_w, truth.idle_power_w(clock_mhz))
         return self._most_w[key]
 
-    def ceiling_mhz(self, phases: Sequence[Phase], away_w: float) -> int:
-        """The highest clock for all.
+    def ceilings_mhz(self, in_service: Sequence[Card], away_w: float) -> Mapping[Card, int]:
+        """The highest clock of each kind of card.
 
         Args:
-            phases: Of each instance in service, or on its way back.
+            in_service: The card of each instance in service, or on its way back.
             away_w: What the others draw together.
 
         Raises:
-            VoltanaError: Even the lowest clock draws more than the budget.
+            VoltanaError: Even the lowest clocks draw more than the budget.
         """
         most_w = 0.0
-        for clock in reversed(self._clocks_mhz):
-            most_w = away_w + sum(self.most_w(phase, clock) for phase in phases)
+        for clocks_mhz in self._clocks_mhz:
+            most_w = away_w + sum(self.most_w(card, clocks_mhz[card]) for card in in_service)
             if most_w <= self._budget_w:
-                return clock
+                return clocks_mhz
         raise VoltanaError(
-            f"budget_w={self._budget_w:g} is less than {len(phases)} instances in service may draw "
-            f"at their lowest clock, {most_w:.0f} W: raise it, or take fewer instances"
+            f"budget_w={self._budget_w:g} is less than {len(in_service)} instances in service may "
+            f"draw at their lowest clock, {most_w:.0f} W: raise it, or take fewer instances"
         )
+
+
+def _shares(clocks_mhz: Sequence[int]) -> list[float]:
+    """Where each clock is between the lowest, 0, and the top, 1."""
+    lowest, top = clocks_mhz[0], clocks_mhz[-1]
+    return [(f - lowest) / max(top - lowest, 1) for f in clocks_mhz]
+
+
+def _phases(phase: Phase) -> Sequence[Phase]:
+    return (PREFILL, DECODE) if phase == COLOCATED else (phase,)
+
+
+def _busy_w(machine: Machine, phase: Phase, clock_mhz: int) -> float:
+    truth = machine.truth
+    if phase == DECODE:
+        batches = {int(b) for b in machine.profile.decode["batch_size"]}
+        rows = [truth.decode_row(clock_mhz, batch) for batch in sorted(batches)]
+    else:
+        rows = list(truth.prefill_rows(clock_mhz).values())
+    return max(max(row[3]) for row in rows)
 
 
 class Capped(Controller):

@@ -13,14 +13,14 @@ from voltana.sim.engine.decode import DecodeInstance
 from voltana.sim.engine.fleet import Fleet
 from voltana.sim.engine.logs.exact import RunLog
 from voltana.sim.engine.request import SimRequest
-from voltana.sim.engine.scaling.budget import PowerBudget, capped
+from voltana.sim.engine.scaling.budget import Card, PowerBudget, capped
 from voltana.sim.engine.scaling.member import Member, Role
 from voltana.sim.policies.answers import ControllerAnswers
 from voltana.sim.policies.base import (
     AWAKE,
+    COLOCATED,
     DECODE,
     PREFILL,
-    UNLOCKED_MHZ,
     Controller,
     Phase,
 )
@@ -59,17 +59,11 @@ class ScaledFleet(Fleet):
             others: Profiles of a mixed fleet, by the names that the configuration has for them.
         """
         self._budget: PowerBudget | None = None
-        self._ceiling_mhz = UNLOCKED_MHZ
-        if config.budget_w is not None:
-            truth = profile.truth(extrapolate=config.extrapolate)
-            self._budget = PowerBudget(config.budget_w, profile, truth)
-            phases: list[Phase] = [PREFILL] * config.num_prefill
-            phases += [DECODE] * config.num_decode
-            self._ceiling_mhz = self._budget.ceiling_mhz(phases, 0.0)
+        self._ceilings_mhz: Mapping[Card, int] = {}
         super().__init__(config, profile, requests, log, agenda=agenda, others=others)
         states = [self._states_of(i.state.phase, i.state.instance_id) for i in self.instances]
         context = ScalerContext(
-            policy=self._context(DECODE, 0, "router"),
+            policy=self._context(COLOCATED if self._is_colocated else DECODE, 0, "router"),
             states=states[-1],
             kinds={phase: self._kinds(phase) for phase in config.mixed_profiles},
             budget_w=config.budget_w,
@@ -88,8 +82,13 @@ class ScaledFleet(Fleet):
         self._pair_roles(self._scaler.num_switching, profile)
         self._of_prefill = self._members[: len(self.prefill)]
         self._of_decode = self._members[len(self.prefill) :]
-        for member in self._members:
-            member.state.ceiling_mhz = self._ceiling_mhz
+        self._pools = [(self._of_decode, self._routed_decode)]
+        if not self._is_colocated:
+            self._pools.insert(0, (self._of_prefill, self._routed_prefill))
+        self._cards = [self._card(i.state.phase, i.state.instance_id) for i in self.instances]
+        if self._ceilings_mhz:
+            for instance, card in zip(self.instances, self._cards, strict=True):
+                instance.state.ceiling_mhz = self._ceilings_mhz[card]
         self._clocks_mhz = sorted(
             {
                 f
@@ -158,9 +157,17 @@ class ScaledFleet(Fleet):
             self._members[at], self._members[at + decode] = pair
 
     def _answers(self, controller: Controller, phase: Phase, index: int) -> ControllerAnswers:
-        if self._budget is not None:
-            controller = capped(controller, self._ceiling_mhz)
+        budget_w = self._config.budget_w
+        if budget_w is not None:
+            if self._budget is None:  # the machines are known by now
+                cards = [self._card(p, i) for p, n in self._config.counts.items() for i in range(n)]
+                self._budget = PowerBudget(budget_w, cards)
+                self._ceilings_mhz = self._budget.ceilings_mhz(cards, 0.0)
+            controller = capped(controller, self._ceilings_mhz[self._card(phase, index)])
         return super()._answers(controller, phase, index)
+
+    def _card(self, phase: Phase, index: int) -> Card:
+        return Card(phase, self._machine(phase, index))
 
     def accept(self, request: SimRequest) -> None:
         self._num_requests += 1
@@ -228,10 +235,7 @@ class ScaledFleet(Fleet):
 
     def _changed(self, now_s: float) -> None:
         """Somebody's state or wish has changed: route accordingly, and let others follow."""
-        for members, routed in (
-            (self._of_prefill, self._routed_prefill),
-            (self._of_decode, self._routed_decode),
-        ):
+        for members, routed in self._pools:
             routed[:] = [m.state for m in members if m.state.power_state == AWAKE]
             num_wanted = sum(m.wanted == AWAKE for m in members)
             for member in members:
@@ -243,15 +247,16 @@ class ScaledFleet(Fleet):
             self._limit_clocks(self._budget, now_s)
 
     def _limit_clocks(self, budget: PowerBudget, now_s: float) -> None:
-        """Bring the ceiling to what the fleet is now."""
-        phases = [m.state.phase for m in self._members if m.draws_fully]
+        """Bring the ceilings to what the fleet is now."""
+        both = list(zip(self._members, self._cards, strict=True))
+        in_service = [card for member, card in both if member.draws_fully]
         away_w = sum(m.instance.track.power_w for m in self._members if not m.draws_fully)
-        ceiling_mhz = budget.ceiling_mhz(phases, away_w)
-        if ceiling_mhz == self._ceiling_mhz:
+        ceilings_mhz = budget.ceilings_mhz(in_service, away_w)
+        if ceilings_mhz is self._ceilings_mhz:
             return
-        self._ceiling_mhz = ceiling_mhz
-        for instance in self.instances:
-            instance.state.ceiling_mhz = ceiling_mhz
+        self._ceilings_mhz = ceilings_mhz
+        for instance, card in zip(self.instances, self._cards, strict=True):
+            ceiling_mhz = instance.state.ceiling_mhz = ceilings_mhz[card]
             if instance.track.target_mhz > ceiling_mhz:
                 instance.track.request_clock(now_s, ceiling_mhz)
         for decode in self.decode:
@@ -264,9 +269,5 @@ def _is_awake(member: Member) -> bool:
 
 def _end_run(decode: DecodeInstance, now_s: float) -> None:
     """Let the iteration that is running be the last of its run: the controller is asked then."""
-    if decode.state.is_busy:
-        decode.at_boundary(_nothing, now_s)
-
-
-def _nothing(now_s: float) -> None:
-    pass
+    if decode.state.is_busy and decode.run.count > 1:
+        decode.cut(now_s)

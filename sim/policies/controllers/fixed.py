@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from voltana.sim.policies.base import UNLOCKED_MHZ, Controller, InstanceState, PolicyContext
+from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.policies.base import (
+    PREFILL,
+    UNLOCKED_MHZ,
+    Controller,
+    InstanceState,
+    PolicyContext,
+)
 from voltana.sim.policies.parts.clocks import require_clock
 from voltana.sim.policies.parts.fitting import FOREVER
 from voltana.sim.policies.spec import parameter
@@ -14,13 +21,16 @@ from voltana.sim.policies.spec import parameter
 class StaticParameters:
     """Parameters of `static`."""
 
-    f_mhz: int | None = parameter(None, "clock to lock; the profile's top clock if not given")
+    f_mhz: tuple[int, ...] = parameter(
+        (), "clock to lock, or one for each instance of the phase; the profile's top if not given"
+    )
 
 
 class Static(Controller):
     """Lock one clock before the run and leave it there, busy or idle.
 
-    `static` alone locks the top clock: the "static-max" every saving is counted against.
+    `static` alone locks the top clock: the "static-max" every saving is counted against. Several
+    clocks, f=1005+1410, are those of the phase's instances in order: one each, for unlike cards.
 
     Source: the baseline of every paper on the subject.
     """
@@ -30,8 +40,16 @@ class Static(Controller):
 
     def __init__(self, parameters: StaticParameters, context: PolicyContext) -> None:
         clocks_mhz = context.clocks_mhz
-        wanted_mhz = clocks_mhz[-1] if parameters.f_mhz is None else parameters.f_mhz
-        self._clock_mhz = require_clock(clocks_mhz, wanted_mhz, "static: f")
+        wanted_mhz = parameters.f_mhz or clocks_mhz[-1:]
+        if len(wanted_mhz) > 1:
+            there = context.num_prefill if context.phase == PREFILL else context.num_decode
+            if len(wanted_mhz) != there:
+                raise VoltanaError(
+                    f"static: f must be one clock, or one for each of the {there} {context.phase} "
+                    f"instances, got {len(wanted_mhz)}: {'+'.join(map(str, wanted_mhz))}"
+                )
+            wanted_mhz = wanted_mhz[context.instance_id :]
+        self._clock_mhz = require_clock(clocks_mhz, wanted_mhz[0], "static: f")
 
     def decide(self, state: InstanceState) -> int:
         return self._clock_mhz
@@ -55,6 +73,7 @@ class Base(Controller):
     """
 
     __slots__ = ("_top_mhz",)
+    colocates = True
 
     def __init__(self, parameters: NoParameters, context: PolicyContext) -> None:
         self._top_mhz = context.clocks_mhz[-1]

@@ -8,6 +8,7 @@ served sooner by waiting for a place than by joining.
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from voltana.sim.policies.base import DECODE, PolicyContext, Predictor
@@ -17,6 +18,8 @@ _EQUAL: Final = 1.0 - 1e-9
 """Rates that differ by less are equal but for rounding."""
 _CONTEXT_STEP: Final = 32
 """Tokens; contexts are rounded up to it, so that few batches have to be searched."""
+_ASIDE_STEP_S: Final = 1e-6
+"""The same of prompts' time."""
 
 
 class FullestBatch:
@@ -32,7 +35,7 @@ class FullestBatch:
     def __init__(self, predictor: Predictor, clock_mhz: int) -> None:
         self._predictor = predictor
         self._clock_mhz = clock_mhz
-        self._known: dict[tuple[int, float], int] = {}
+        self._known: dict[tuple[int, float, int], int] = {}
 
     @classmethod
     def of(cls, context: PolicyContext) -> FullestBatch:
@@ -40,25 +43,29 @@ class FullestBatch:
         top_mhz = context.clocks_mhz[-1]
         return context.share("fullest batch", lambda: cls(context.predictor, top_mhz))
 
-    def requests(self, context_tokens: float, limit_s: float) -> int:
+    def requests(self, context_tokens: float, limit_s: float, aside_s: float = 0.0) -> int:
         """The batch; the largest of equal ones, and at least one request.
 
         Args:
             context_tokens: Mean context of a request, in tokens.
             limit_s: Longest iteration, in predicted seconds.
+            aside_s: What each request adds to it for work on prompts.
         """
-        key = int(context_tokens) // _CONTEXT_STEP + 1, limit_s
+        key = int(context_tokens) // _CONTEXT_STEP + 1, limit_s, math.ceil(aside_s / _ASIDE_STEP_S)
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._search(key[0] * _CONTEXT_STEP, limit_s)
+            found = self._known[key] = self._search(
+                key[0] * _CONTEXT_STEP, limit_s, key[2] * _ASIDE_STEP_S
+            )
         return found
 
-    def _search(self, context_tokens: int, limit_s: float) -> int:
+    def _search(self, context_tokens: int, limit_s: float, aside_s: float) -> int:
         best, best_rate = 1, 0.0
         for batch in range(1, _MOST + 1):
             time_s = self._predictor.predict_s(
                 DECODE, self._clock_mhz, batch, batch * context_tokens
             )
+            time_s += batch * aside_s
             if time_s > limit_s:
                 break
             if batch >= best_rate * time_s * _EQUAL:

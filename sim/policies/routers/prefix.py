@@ -58,6 +58,7 @@ class PrefixAffinity(Router):
     """
 
     __slots__ = ("_slack",)
+    reads_prompts = True
     looks_at = "counts"
 
     def __init__(self, parameters: PrefixAffinityParameters, context: PolicyContext) -> None:
@@ -105,6 +106,7 @@ class CacheAware(Router):
     """
 
     __slots__ = ("_least_match", "_ratio", "_requests", "_tree_tokens", "_trees")
+    reads_prompts = True
     looks_at = "counts"
 
     def __init__(self, parameters: CacheAwareParameters, context: PolicyContext) -> None:
@@ -168,6 +170,7 @@ class PrefixEnergy(Router):
     """
 
     __slots__ = ("_context", "_levels_mhz", "_limit_s")
+    reads_prompts = True
 
     def __init__(self, parameters: PrefixEnergyParameters, context: PolicyContext) -> None:
         self._context = context

@@ -59,5 +59,5 @@ def _check(where: str, wanted: Sequence[object], states: States, num_switching: 
             f"{where} must have one of {', '.join(WANTED)} for each of {len(states)} instances, "
             f"got {words}"
         )
-    if AWAKE not in words:
+    if states and AWAKE not in words:
         raise VoltanaError(f"{where} must leave one instance {AWAKE}, got {words}")

@@ -39,7 +39,8 @@ class ScalerContext:
     """What a scaler may know when it is made."""
 
     policy: PolicyContext
-    """The models, the promises, the size of the fleet: as controllers and routers know them."""
+    """The models, the promises, the size of the fleet: as controllers and routers know them. Its
+    phase is "colocated" where instances are."""
     states: PowerStates
     """Power and times of instances out of service."""
     kinds: Mapping[Phase, Sequence[Kind]] = field(default_factory=dict)
@@ -71,7 +72,9 @@ class FleetView:
 
     now_s: float
     prefill: States
+    """None of a colocated fleet."""
     decode: States
+    """Or the colocated ones, whose `phase` says so."""
     demand: Demand
 
 
@@ -80,7 +83,7 @@ class Plan:
     """What is wanted from now on: a state for every instance, and clocks."""
 
     prefill: Sequence[Wanted]
-    """By `instance_id`; at least one awake."""
+    """By `instance_id`, and as many as in the view; if there are any, at least one awake."""
     decode: Sequence[Wanted]
     prefill_mhz: int = 0
     """Base clock of prefill instances, which the controller `base` runs at; 0: none chosen. Those

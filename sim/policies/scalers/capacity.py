@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
-from voltana.sim.policies.base import DECODE, PREFILL, Phase, PolicyContext
+from voltana.sim.policies.base import COLOCATED, DECODE, PREFILL, Phase, PolicyContext
 from voltana.sim.policies.parts.fullest import FullestBatch
 from voltana.sim.policies.scalers.base import Demand
 
@@ -102,6 +102,12 @@ class Capacity:
     (1 - headroom) and the KV cache, in the same way (Little's law: b requests run if b/T tokens
     come a second).
 
+    A colocated instance at the rate r works on prompts for the share r·p of its time, p being the
+    time of one prompt in such a batch, and decodes in the rest, so that the mean gap of b requests
+    with n gaps each is T + b·p/n: beside it or while decoding stands, the two times add up. Its
+    fullest batch is the one within the promise so; the rate is no more than prompts' queue allows.
+    A single gap with prompts in it is longer than the mean.
+
     Args:
         context: The models, the promises, the KV cache.
         headroom_frac: Part of the ITL promise kept free.
@@ -116,11 +122,21 @@ class Capacity:
 
     def served(self, phase: Phase, clock_mhz: int, load: Load) -> Served:
         """The most, of that phase at that clock; a rate of 0 where the promise can't be kept."""
-        if phase == PREFILL:
-            return self._prefill(clock_mhz, load)
-        return self._decode(clock_mhz, load)
+        if phase == COLOCATED:
+            return self._colocated(clock_mhz, load)
+        return (self._prefill if phase == PREFILL else self._decode)(clock_mhz, load)
 
     def _prefill(self, clock_mhz: int, load: Load) -> Served:
+        prompts = self._prompts(clock_mhz, load)
+        if prompts is None:
+            return _NONE
+        share = min(prompts.rate_rps * prompts.one_s, 1.0)
+        idle_w = self._context.power.idle_power_w(clock_mhz)
+        power_w = idle_w + share * (prompts.power_w - idle_w)
+        return Served(rate_rps=prompts.rate_rps, power_w=power_w)
+
+    def _prompts(self, clock_mhz: int, load: Load) -> _Prompts | None:
+        """The most that may come; None if not even one keeps the promise."""
         c, tokens = self._context, load.input_tokens
         limit_s = 0.5 * c.prefill_budget_s
         low, high = 0, 1
@@ -131,14 +147,14 @@ class Capacity:
             fits = self._prefill_s(clock_mhz, middle, tokens) <= limit_s
             low, high = (middle, high) if fits else (low, middle)
         if low == 0:
-            return Served(rate_rps=0.0, power_w=0.0)
+            return None
         mean = _mean_within(low, load.input_burst)
         batch = max(int(mean), 1)
-        power_w = c.power.power_w(PREFILL, clock_mhz, batch, max(int(batch * tokens), 1))
-        busy_s = self._prefill_s(clock_mhz, batch, tokens) * mean / batch
-        share = min(busy_s / limit_s, 1.0)
-        idle_w = c.power.idle_power_w(clock_mhz)
-        return Served(rate_rps=mean / limit_s, power_w=idle_w + share * (power_w - idle_w))
+        return _Prompts(
+            rate_rps=mean / limit_s,
+            one_s=self._prefill_s(clock_mhz, batch, tokens) / batch,
+            power_w=c.power.power_w(PREFILL, clock_mhz, batch, max(int(batch * tokens), 1)),
+        )
 
     def _prefill_s(self, clock_mhz: int, batch: int, tokens: float) -> float:
         return self._context.predictor.predict_s(
@@ -146,23 +162,81 @@ class Capacity:
         )
 
     def _decode(self, clock_mhz: int, load: Load) -> Served:
-        c = self._context
-        context_tokens = load.input_tokens + 0.5 * load.output_tokens
-        if clock_mhz not in self._fullest:
-            self._fullest[clock_mhz] = FullestBatch(c.predictor, clock_mhz)
-        most = self._fullest[clock_mhz].requests(context_tokens, self._limit_s)
-        most = min(most, int(c.kv_capacity_tokens / context_tokens))
+        batch = self._batch(clock_mhz, load, 0.0)
+        if batch < 1:
+            return _NONE
+        time_s = self._step_s(clock_mhz, load, batch)
+        rate_rps = batch / time_s / load.output_tokens
+        return Served(rate_rps=rate_rps, power_w=self._step_w(clock_mhz, load, batch))
+
+    def _colocated(self, clock_mhz: int, load: Load) -> Served:
+        prompts = self._prompts(clock_mhz, load)
+        if prompts is None:
+            return _NONE
+        one_s, gaps = prompts.one_s, max(load.output_tokens - 1.0, 1.0)
+
+        def rate_rps(batch: int) -> float:
+            return batch / (self._step_s(clock_mhz, load, batch) * gaps + batch * one_s)
+
+        high = self._batch(clock_mhz, load, one_s / gaps)
+        if high < 1:
+            return _NONE
+        batch = 1
+        while batch < high:
+            middle = (batch + high + 1) // 2
+            fits = rate_rps(middle) <= prompts.rate_rps
+            batch, high = (middle, high) if fits else (batch, middle - 1)
+        rate = min(rate_rps(batch), prompts.rate_rps)
+        share, step_w = rate * one_s, self._step_w(clock_mhz, load, batch)
+        return Served(rate_rps=rate, power_w=step_w + share * (prompts.power_w - step_w))
+
+    def _batch(self, clock_mhz: int, load: Load, aside_s: float) -> int:
+        """The mean of requests that decode at most; 0 if the promise can't be kept.
+
+        Args:
+            clock_mhz: Of the instance.
+            load: Lengths of requests.
+            aside_s: What each of them adds to an iteration for prompts.
+        """
+        context_tokens = _context_tokens(load)
+        fullest = self._fullest.get(clock_mhz)
+        if fullest is None:
+            fullest = FullestBatch(self._context.predictor, clock_mhz)
+            self._fullest[clock_mhz] = fullest
+        most = fullest.requests(context_tokens, self._limit_s, aside_s)
+        most = min(most, int(self._context.kv_capacity_tokens / context_tokens))
         batch = int(_mean_within(most, 1.0))
         if batch < 1:
-            return Served(rate_rps=0.0, power_w=0.0)
-        tokens = max(int(batch * context_tokens), 1)
-        time_s = c.predictor.predict_s(DECODE, clock_mhz, batch, tokens)
-        if time_s > self._limit_s:
-            return Served(rate_rps=0.0, power_w=0.0)
-        power_w = c.power.power_w(DECODE, clock_mhz, batch, tokens)
-        return Served(rate_rps=batch / time_s / load.output_tokens, power_w=power_w)
+            return 0
+        return (
+            batch if self._step_s(clock_mhz, load, batch) + batch * aside_s <= self._limit_s else 0
+        )
+
+    def _step_s(self, clock_mhz: int, load: Load, batch: int) -> float:
+        tokens = max(int(batch * _context_tokens(load)), 1)
+        return self._context.predictor.predict_s(DECODE, clock_mhz, batch, tokens)
+
+    def _step_w(self, clock_mhz: int, load: Load, batch: int) -> float:
+        tokens = max(int(batch * _context_tokens(load)), 1)
+        return self._context.power.power_w(DECODE, clock_mhz, batch, tokens)
 
 
+def _context_tokens(load: Load) -> float:
+    """Mean context of a request that decodes."""
+    return load.input_tokens + 0.5 * load.output_tokens
+
+
+class _Prompts(NamedTuple):
+    """What one instance prefills at most."""
+
+    rate_rps: float
+    one_s: float
+    """Time of one prompt in a batch of the mean size."""
+    power_w: float
+    """While such a batch runs."""
+
+
+_NONE: Final = Served(rate_rps=0.0, power_w=0.0)
 _MOST: Final = 4096
 """Prompts in a batch that are looked at."""
 

@@ -10,7 +10,7 @@ import numpy as np
 from scipy.optimize import Bounds, LinearConstraint, milp
 
 from voltana.profiles.states import LOW_STATES, LowState
-from voltana.sim.policies.base import AWAKE, DECODE, PREFILL, Phase, States
+from voltana.sim.policies.base import AWAKE, COLOCATED, DECODE, PREFILL, Phase, States
 from voltana.sim.policies.parts.clocks import levels_of
 from voltana.sim.policies.scalers.base import (
     FleetView,
@@ -68,6 +68,8 @@ class DualScale(Scaler):
             PREFILL: context.policy.num_prefill,
             DECODE: context.policy.num_decode,
         }
+        if context.policy.phase == COLOCATED:
+            num_all = {COLOCATED: context.policy.num_decode}
         self._groups: dict[Phase, list[_Group]] = {}
         for phase, num in num_all.items():
             alike = Kind(instances=tuple(range(num)), policy=context.policy, states=context.states)
@@ -82,11 +84,11 @@ class DualScale(Scaler):
             tops = [max(g.levels_mhz[-1] for g in of) for of in self._groups.values()]
             return Plan(
                 prefill=[AWAKE] * len(view.prefill), decode=[AWAKE] * len(view.decode),
-                prefill_mhz=tops[0], decode_mhz=tops[1],
+                prefill_mhz=tops[0], decode_mhz=tops[-1],
             )  # fmt: skip
-        prefill, decode = found
+        prefill, decode = found[0], found[-1]  # one phase of a colocated fleet
         return Plan(
-            prefill=self._kept(view.prefill, prefill),
+            prefill=self._kept(view.prefill, prefill) if view.prefill else [],
             decode=self._kept(view.decode, decode),
             prefill_mhz=prefill.clock_mhz,
             decode_mhz=decode.clock_mhz,

@@ -26,6 +26,8 @@ class AllAwake(Scaler):
     Source: the baseline.
     """
 
+    knows_kinds = True
+
     def __init__(self, parameters: NoScalerParameters, context: ScalerContext) -> None:
         self.period_s = 3600.0
 
@@ -80,6 +82,8 @@ class ScaleToLoad(Scaler):
         )
 
     def _phase(self, states: States, rate_rps: float, load: Load, now_s: float) -> list[Wanted]:
+        if not states:
+            return []
         phase = states[0].phase
         one_rps = self._capacity.served(phase, self._top_mhz, load).rate_rps
         present = sum(s.power_state in (AWAKE, "waking") for s in states)
@@ -133,6 +137,8 @@ class Dynamo(Scaler):
         return Plan(prefill=self._phase(view.prefill, load), decode=self._phase(view.decode, load))
 
     def _phase(self, states: States, load: Load) -> list[Wanted]:
+        if not states:
+            return []
         one_rps = self._capacity.served(states[0].phase, self._top_mhz, load).rate_rps
         return keep(states, instances_for(load.rate_rps, one_rps, len(states)), self._low)
 
@@ -178,6 +184,8 @@ class Throttllm(Scaler):
         )
 
     def _phase(self, states: States, load: Load, now_s: float) -> list[Wanted]:
+        if not states:
+            return []
         phase = states[0].phase
         one_rps = self._capacity.served(phase, self._top_mhz, load).rate_rps
         count = instances_for(load.rate_rps, one_rps, len(states))

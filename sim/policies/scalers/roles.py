@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from voltana.sim.policies.base import AWAKE, DECODE, InstanceState, Phase, States
+from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.policies.base import AWAKE, COLOCATED, DECODE, InstanceState, Phase, States
 from voltana.sim.policies.scalers.base import LENT, FleetView, Plan, Scaler, ScalerContext, Wanted
 from voltana.sim.policies.spec import parameter
 
@@ -38,6 +39,11 @@ class RapidRoles(Scaler):
     """
 
     def __init__(self, parameters: RapidRolesParameters, context: ScalerContext) -> None:
+        if context.policy.phase == COLOCATED:
+            raise VoltanaError(
+                "rapid-roles moves cards between prefill and decode, and colocated instances do "
+                "both: take another scaler, or num_prefill and num_decode"
+            )
         self.period_s = parameters.period_s
         self.num_switching = parameters.switching
         self.switch_s = parameters.switch_s

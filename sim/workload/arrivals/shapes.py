@@ -25,9 +25,11 @@ RATIO: Final = 2.0
 """Last rate over first rate of a step and a ramp; ours."""
 STEP_AT: Final = 0.5
 CURVE: Final = "curve:"
+_FROM: Final = ",from="
 RULE: Final = (
     "arrivals must be poisson, gamma:cv=NUMBER > 0, diurnal:swing=NUMBER in [0, 1), "
-    "step:ratio=NUMBER > 0,at=NUMBER in (0, 1), ramp:ratio=NUMBER > 0, or curve:NAME or FILE.csv"
+    "step:ratio=NUMBER > 0,at=NUMBER in (0, 1), ramp:ratio=NUMBER > 0, or curve:NAME or FILE.csv, "
+    "with ,from=SECONDS"
 )
 
 
@@ -55,7 +57,13 @@ def rate_shape(text: str, *, mean_rps: float, duration_s: float) -> Cumulative |
         VoltanaError: A parameter is unknown or out of range.
     """
     if text.startswith(CURVE):
-        return recorded_rate(text.removeprefix(CURVE), mean_rps=mean_rps, duration_s=duration_s)
+        name, comma, start = text.removeprefix(CURVE).rpartition(_FROM)
+        return recorded_rate(
+            name if comma else start,
+            mean_rps=mean_rps,
+            duration_s=duration_s,
+            start_s=_number(start, text) if comma else 0.0,
+        )
     name, numbers = _parse(text)
     makers: dict[str, Callable[..., Cumulative]] = {
         "diurnal": lambda swing=SWING: diurnal_rate(mean_rps, swing=swing, period_s=duration_s),
@@ -143,25 +151,37 @@ def ramp_rate(mean_rps: float, *, ratio: float, duration_s: float) -> Cumulative
     return cumulative
 
 
-def recorded_rate(name_or_path: str, *, mean_rps: float, duration_s: float) -> Cumulative:
-    """Cumulative arrivals of a recorded rate from its beginning on, scaled to a mean.
+def recorded_rate(
+    name_or_path: str, *, mean_rps: float, duration_s: float, start_s: float = 0.0
+) -> Cumulative:
+    """Cumulative arrivals of a part of a recorded rate, scaled to a mean.
 
     Args:
         name_or_path: As of `curves.read_curve`.
         mean_rps: Mean over the duration, requests/s.
-        duration_s: Of the run; no longer than the curve.
+        duration_s: Of the run.
+        start_s: Where in the curve the run begins, >= 0; the run ends no later than the curve.
+
+    Raises:
+        VoltanaError: There is no such part, or no request in it.
     """
     require_positive(mean_rps=mean_rps, duration_s=duration_s)
     curve = read_curve(name_or_path)
-    if duration_s > curve.end_s:
+    if not start_s >= 0:
+        raise VoltanaError(f"{name_or_path}: from must be >= 0, got {start_s:g}")
+    if start_s + duration_s > curve.end_s:
         raise VoltanaError(
-            f"{name_or_path}: the curve ends after {curve.end_s:g} s, got duration_s={duration_s:g}"
+            f"{name_or_path}: the curve ends after {curve.end_s:g} s, got "
+            f"duration_s={duration_s:g} from {start_s:g} s on"
         )
-    recorded = float(curve(np.array([duration_s]))[0])
-    if recorded == 0:
-        raise VoltanaError(f"{name_or_path}: no request in the first {duration_s:g} s, raise it")
-    factor = mean_rps * duration_s / recorded
-    return lambda time_s: factor * curve(time_s)
+    before, until = curve(np.array([start_s, start_s + duration_s])).tolist()
+    if until == before:
+        raise VoltanaError(
+            f"{name_or_path}: no request in {duration_s:g} s from {start_s:g} s on, raise "
+            "duration_s"
+        )
+    factor = mean_rps * duration_s / (until - before)
+    return lambda time_s: factor * (curve(start_s + time_s) - before)
 
 
 def require_positive(**values: float) -> None:
@@ -177,8 +197,12 @@ def _parse(text: str) -> tuple[str, dict[str, float]]:
     numbers: dict[str, float] = {}
     for part in rest.split(",") if rest else ():
         key, _, value = part.partition("=")
-        try:
-            numbers[key] = float(value)
-        except ValueError:
-            raise VoltanaError(f"{RULE}, got {text!r}") from None
+        numbers[key] = _number(value, text)
     return name, numbers
+
+
+def _number(value: str, text: str) -> float:
+    try:
+        return float(value)
+    except ValueError:
+        raise VoltanaError(f"{RULE}, got {text!r}") from None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -115,30 +116,62 @@ def test_no_run_goes_below_the_bound(
 @settings(max_examples=80, suppress_health_check=[HealthCheck.too_slow])
 @given(
     rows=st.lists(REQUEST, min_size=1, max_size=30), values=SETTINGS,
-    prefill=st.integers(0, 5), decode=st.integers(0, 5),
+    cards=st.lists(st.integers(0, 5), min_size=5, max_size=5),
 )  # fmt: skip
-def test_no_run_of_unlike_phases_goes_below_the_bound(
+def test_no_run_of_unlike_cards_goes_below_the_bound(
     profiles: list[Profile],
     rows: list[tuple[float, int, int]],
     values: dict[str, Any],
-    prefill: int,
-    decode: int,
+    cards: list[int],
 ) -> None:
-    """Each phase on cards of its own; the bound of swapped cards is another one."""
+    """A card of its own for each instance, in both phases."""
     gaps, inputs, outputs = zip(*rows, strict=True)
     workload = Workload(
         arrival_s=np.cumsum(gaps), input_tokens=np.array(inputs), output_tokens=np.array(outputs)
     )
-    own = {"decode_profiles": f"other*{values['num_decode']}"}
+    others = {f"card {i}": profile for i, profile in enumerate(profiles)}
+    names = [f"card {i}" for i in cards]
+    own = {
+        "prefill_profiles": "+".join(names[: values["num_prefill"]]),
+        "decode_profiles": "+".join(names[2 : 2 + values["num_decode"]]),
+    }
     config = make_config({"profile": "rough", **values, **own})
-    summary = summarise(
-        simulate(config, profiles[prefill], workload, others={"other": profiles[decode]})
-    )
+    record = simulate(config, profiles[0], workload, others=others)
+    summary = summarise(record)
     for attainment in (0.0, summary["attainment"]):
-        bound = lower_bound(
-            config, profiles[prefill], workload, attainment=attainment, decode=profiles[decode]
-        )
+        bound = lower_bound(config, profiles[0], workload, attainment=attainment, others=others)
         assert bound.energy_j <= summary["energy_j"]
+        assert bound.makespan_s <= record.makespan_s * (1 + 1e-9)
+
+
+def always(value: float, *_: object) -> float:
+    """The same, whatever is asked."""
+    return value
+
+
+def test_the_bound_of_unlike_cards_has_each_at_its_own_powers(tmp_path: Path) -> None:
+    """Iterations of 0.5 s: 200 W above 100 W at rest, or 150 W above 60 W.
+
+    One request of 3 tokens at time 1 ends at 3 s at the earliest. Prefill has one of each, decode
+    the first kind twice: 3·(100 + 60 + 100 + 100) J of floor, 1.5 s of decode at 100 W more, and
+    64/1024 of an iteration of prefill at the lesser of 100 and 90 W more.
+    """
+    first, second = (
+        write_synthetic_profile(
+            tmp_path / str(idle_w), time_s=constant_time_s, power_w=partial(always, busy_w),
+            idle_w=partial(always, idle_w),
+        )
+        for busy_w, idle_w in ((200.0, 100.0), (150.0, 60.0))
+    )  # fmt: skip
+    config = make_config(
+        {"num_prefill": 2, "num_decode": 2, "prefill_profiles": "a+b", "decode_profiles": "a*2"}
+    )
+    workload = make_requests((1.0, 64, 3))
+    bound = lower_bound(config, first, workload, others={"a": first, "b": second})
+    assert bound.makespan_s == 3.0
+    assert bound.idle_floor_j == pytest.approx(3 * 360.0, rel=1e-12)
+    assert bound.decode_j == pytest.approx(150.0, rel=1e-12)
+    assert bound.prefill_j == pytest.approx(64 / 1024 * 45.0, rel=1e-12)
 
 
 def test_noise_takes_little_off_a_long_run_and_nothing_without_it() -> None:
@@ -199,7 +232,7 @@ def test_minima_against_brute_force(profiles: list[Profile]) -> None:
     for index in (0, 1, 3):
         profile = profiles[index]
         truth = profile.truth()
-        surface = decode_surface(profile, 30, False, 4096)
+        surface = decode_surface(profile, 30, False, 4096).above(40.0)
         points = [
             (b, t, *truth.time_and_power("decode", f, b, t))
             for f in ROUGH_CLOCKS
@@ -209,7 +242,7 @@ def test_minima_against_brute_force(profiles: list[Profile]) -> None:
         b, t, time, power = np.array(points).T
         for beta, lam in ((0.0, 0.0), (1e-3, 0.0), (1e-4, 5.0), (0.05, 100.0)):
             brute = float((((power - 40.0) * time + lam * b * time - beta * t) / b).min())
-            ours = surface.least_per_request(40.0, beta, lam)
+            ours = surface.least_per_request(beta, lam)
             assert ours <= brute + 1e-12
             assert ours == pytest.approx(brute, abs=0.02 * abs(brute) + 0.02)
 

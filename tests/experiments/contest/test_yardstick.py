@@ -9,7 +9,7 @@ import pytest
 
 from voltana.experiments.contest.room import Room, line
 from voltana.experiments.contest.yardstick import plan
-from voltana.experiments.frontier.search import profile_knots
+from voltana.experiments.frontier.static.fleets import profile_knots
 from voltana.experiments.runs import cached_profile, run, workload_of
 from voltana.experiments.study.capacity import highest
 from voltana.profiles.common.errors import VoltanaError

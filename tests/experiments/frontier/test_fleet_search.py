@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tests.experiments.frontier.fixtures import make_small_study
-from voltana.experiments.frontier.fixed import Clocks, Fleet, FleetSearch, Side
 from voltana.experiments.frontier.search import STATIC_CLOCK, STATIC_FLEET, STATIC_PAIR, run_task
+from voltana.experiments.frontier.static.like import Clocks, Fleet, FleetSearch, Side
 from voltana.experiments.frontier.trial import Bench, Trial
 from voltana.experiments.runs import cached_profile
 
@@ -20,6 +20,7 @@ CLOCKS = tuple(range(705, 1411, 15))
 KNOTS = (705, 810, 900, 1005, 1095, 1200, 1305, 1350, 1380, 1410)
 OTHERS = tuple(range(510, 1981, 30))
 """Of another card: some clocks are the first one's, some are not."""
+CLOCKS_OF_RUNS = (705, 855, 1005, 1110, 1200, 1410)
 REPEATS = 3
 Law = Callable[[Fleet, int], tuple[float, float]]
 """A fleet and a repeat -> attainment and energy (J)."""
@@ -114,11 +115,11 @@ def test_the_best_fleet_of_real_runs(tmp_path: Path, router: str, rate_rps: floa
     study = make_small_study(
         base={"duration_s": 10, "slo_itl_s": 0.045, "slo_ttft_s": 0.4},
         load={"rate_rps": rate_rps}, routers=(router,),
-        static_clocks_mhz=(705, 855, 1005, 1110, 1200, 1410),
+        static_clocks_mhz=CLOCKS_OF_RUNS,
     )  # fmt: skip
     found = {f.controller: f for f in run_task((study, study.loads[0], router, tmp_path))}
     least = {STATIC_PAIR: np.inf, STATIC_FLEET: np.inf}
-    for prefill, decode, n, m in product(*study.clocks_mhz, (1, 2), (1, 2)):
+    for prefill, decode, n, m in product(CLOCKS_OF_RUNS, CLOCKS_OF_RUNS, (1, 2), (1, 2)):
         settings = {
             "prefill_controller": f"static:f={prefill}", "decode_controller": f"static:f={decode}",
             "active_prefill": n, "active_decode": m, "router": router,
@@ -160,7 +161,7 @@ def test_the_best_single_clock_of_real_runs(
         bench(study, tmp_path).run(
             {"controller": f"static:f={clock}", "router": router, **active}, "", study.tuning
         )
-        for clock, active in product(study.clocks_mhz[0], actives)
+        for clock, active in product((705, 1005, 1410), actives)
     ]
     best = min((t for t in trials if t.keeps(study.choice_target)), key=lambda t: t.energy_j)
     tuned = found[controller].tuned
@@ -178,7 +179,7 @@ def bench(study: Any, directory: Path) -> Any:  # noqa: ANN401
 
 def test_the_search_starts_from_the_profiles_own_clocks() -> None:
     study = make_small_study()
-    assert study.clocks_mhz == (cached_profile("a100-80g-sxm/llama-3.1-8b").clocks_mhz,) * 2
-    for knots, clocks in zip(study.knots_mhz, study.clocks_mhz, strict=True):
-        assert set(knots) >= {705, 1005, 1200, 1410}
-        assert len(knots) < len(clocks) / 3
+    for (kind,) in study.kinds:
+        assert kind.clocks_mhz == cached_profile("a100-80g-sxm/llama-3.1-8b").clocks_mhz
+        assert set(kind.knots_mhz) >= {705, 1005, 1200, 1410}
+        assert len(kind.knots_mhz) < len(kind.clocks_mhz) / 3

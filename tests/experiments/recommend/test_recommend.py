@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from voltana.experiments.cli import make_app
 from voltana.experiments.compare.draws import Drawn, Run, compare_drawn
-from voltana.experiments.frontier.fixed import Side
+from voltana.experiments.frontier.static.like import Side
 from voltana.experiments.frontier.trial import Trial, pooled
 from voltana.experiments.recommend.advice import CAPS, DYNAMIC, FIXED, NOW, Advice, Judged
 from voltana.experiments.recommend.choose.desk import Desk, Means

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from tests.hwreplay.emulated.conftest import PROFILE, Bench, MakeBench
-from voltana.hwreplay.emulated.state import Behaviour, create_cards
+from voltana.hwreplay.emulated.machine import Machine
+from voltana.hwreplay.emulated.state import Behaviour, create_cards, open_cards
+from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
 
 UNLOCKED_W, W_1005, W_810 = 63.0, 39.4873, 38.1063
@@ -179,6 +181,25 @@ def test_behaviour_out_of_range_is_one_line(values: dict[str, float], said: str)
     with pytest.raises(VoltanaError, match=said) as done:
         Behaviour(**values)
     assert "\n" not in str(done.value)
+
+
+def test_unlike_instances_stand_on_cards_of_their_own(make_bench: MakeBench) -> None:
+    """One prefill instance of one card, decode of two and one: the third card is another kind's."""
+    wide, other = "a100-80g-sxm/qwen3-32b-tp2", "h100-sxm/llama-3.1-8b"
+    bench = make_bench()
+    machine = Machine(
+        profile=PROFILE, counts={"prefill": 1, "decode": 2}, directory=bench.path.parent,
+        library=bench.library, own={"decode": [wide, other]},
+    )  # fmt: skip
+    assert machine.gpus() == {"prefill": ((0,),), "decode": ((1, 2), (3,))}
+    assert machine.profiles == [PROFILE, wide, wide, other]
+    create_cards(bench.path, machine.profiles, machine.num_cards, bench.library)
+    cards = open_cards(bench.path, bench.library)
+    for index, name in ((0, PROFILE), (2, wide), (3, other)):
+        meta = load_profile(name).meta
+        fixed = cards[index].record.fixed
+        assert cards[index].name == meta.gpu.name
+        assert max(fixed.clocks_mhz[: fixed.num_clocks]) == meta.clocks.supported_mhz[-1]
 
 
 def test_no_cards_are_no_machine(make_bench: MakeBench) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,7 @@ from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.replay.load import LoadConfig, LoadGenerator, LoadReport, Row, read_rows
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.records import CANCELLED, COMPLETED, FAILED, REJECTED
+from voltana.sim.workload.prompts import Turns
 from voltana.sim.workload.workload import Workload
 
 
@@ -124,6 +126,32 @@ def test_what_takes_too_long_is_cancelled_upstream_too(tmp_path: Path) -> None:
         assert rows[1].tokens > 3
 
     asyncio.run(play())
+
+
+def test_a_turn_comes_its_think_time_after_the_answer_before_it(tmp_path: Path) -> None:
+    """Two sessions; the second one's first answer breaks off, and its next turn is never sent."""
+
+    async def play() -> LoadReport:
+        turns = Turns(previous=np.array([-1, -1, 0, 1, 2]), think_s=np.array([0, 0, 0.2, 0, 0.1]))
+        work = dataclasses.replace(
+            workload([0.0, 0.3, 0.3, 0.3, 0.5], [4] * 5, [5, 9, 5, 5, 1]), turns=turns
+        )
+        async with bench(times=StubTimes(decode_base_s=0.02)) as b:
+            b.fleet.decode[0].abort_after = 6
+            return await send(b, work, tmp_path / "rows")
+
+    report = asyncio.run(play())
+    assert report.counts == {"completed": 3, "failed": 1}
+    assert report.is_complete
+    rows = {row.request_id: row for row in read_rows(tmp_path / "rows")}
+    assert sorted(rows) == [0, 1, 2, 4]
+    assert rows[0].arrival_s is rows[1].arrival_s is None
+    for before, row, think_s in ((0, 2, 0.2), (2, 4, 0.1)):
+        finish_s, arrival_s = rows[before].finish_s, rows[row].arrival_s
+        assert finish_s is not None
+        assert arrival_s is not None
+        assert arrival_s == pytest.approx(finish_s + think_s, abs=2e-6)
+        assert rows[row].sent_s >= arrival_s - 2e-6
 
 
 def test_an_interrupted_run_keeps_what_it_has(tmp_path: Path) -> None:

@@ -30,8 +30,9 @@ from voltana.hwreplay.validate.validate import Thresholds
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.metrics import summarise
-from voltana.sim.records import COMPLETED, IN_FLIGHT
+from voltana.sim.records import COMPLETED, FAILED, IN_FLIGHT
 from voltana.sim.results import read_run, write_run
+from voltana.sim.workload.prompts import Turns
 from voltana.sim.workload.workload import Workload
 
 POWER_W = 100.0
@@ -279,6 +280,22 @@ ATTACHED = {
             },
             "colocated_order must be one that SGLang has, got vllm",
         ),
+        (
+            {
+                "simulate": {"prefix_cache_tokens": 9000},
+                "fleet": {"engine": "e"},
+                "replay": {"power_w": 1},
+            },
+            "prefix_cache_tokens is replayed on emulated cards alone, .* set .replay. emulate",
+        ),
+        (
+            {
+                "simulate": {"decode_profiles": "h100-sxm/llama-3.1-8b*2"},
+                "fleet": {"engine": "e"},
+                "replay": {"power_w": 1},
+            },
+            "on like cards: leave out decode_profiles",
+        ),
     ],
 )
 def test_a_wrong_configuration_is_one_clear_line(
@@ -333,6 +350,47 @@ def test_energy_of_windows_by_hand(tmp_path: Path) -> None:
     assert (decode.num_iterations, decode.busy_window_energy_j) == (0, 0.0)
     assert record.requests.status.tolist() == [COMPLETED, IN_FLIGHT]
     assert record.itl_s.tolist() == [0.25]
+
+
+def test_turns_are_in_the_order_in_which_they_came_with_what_each_found(tmp_path: Path) -> None:
+    """Row 2 came after row 3 by its answer's time, row 4 was never sent; 6 tokens were computed."""
+    work = Workload(
+        arrival_s=np.array([0.0, 0.5, 1.0, 2.0, 3.0]),
+        input_tokens=np.array([4, 4, 8, 4, 8]),
+        output_tokens=np.ones(5, dtype=np.int64),
+        turns=Turns(previous=np.array([-1, -1, 0, -1, 1]), think_s=np.zeros(5)),
+    )
+    lines = [
+        {"request_id": 0, "status": COMPLETED, "sent_s": 0, "prefill_id": 0, "finish_s": 1.0},
+        {"request_id": 1, "status": FAILED, "sent_s": 0.5, "prefill_id": 0, "cached_tokens": 2},
+        {"request_id": 3, "status": COMPLETED, "sent_s": 2, "prefill_id": 0, "cached_tokens": 3},
+        {"request_id": 2, "status": COMPLETED, "sent_s": 2.5, "prefill_id": 0, "cached_tokens": 5}
+        | {"arrival_s": 2.5, "finish_s": 3.0},
+    ]
+    (tmp_path / "requests.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    iterations = '["prefill",0,0.1,0.2,0.2,1,2,0,0,6]\n["prefill",0,1.1,0.2,0.2,1,4,0,0,0]\n'
+    (tmp_path / "iterations.jsonl").write_text(iterations)
+    counters = [[p, 0, t, t] for p in ("prefill", "decode") for t in (0.0, 4.0)]
+    (tmp_path / "energy.jsonl").write_text("".join(json.dumps(x) + "\n" for x in counters))
+    told = {"num_prefill": 1, "num_decode": 1, "prefix_cache_tokens": 100}
+    window = Window(start_s=0.0, is_complete=True, wall_s=1.0)
+    record = assemble(tmp_path, work, make_config(told), window, {})
+    requests = record.requests
+    assert requests.workload_row is not None
+    assert requests.cached_tokens is not None
+    assert requests.workload_row.tolist() == [0, 1, 3, 2]
+    assert requests.arrival_s.tolist() == [0.0, 0.5, 2.0, 2.5]
+    assert requests.input_tokens.tolist() == [4, 4, 4, 8]
+    assert requests.cached_tokens.tolist() == [0, 2, 3, 5]
+    prefill, decode = record.instances
+    assert (prefill.cached_tokens, prefill.computed_tokens) == (10, 6)
+    assert (decode.cached_tokens, decode.unsent_tokens) == (None, None)
+    found = summarise(record)
+    assert (found["cached_tokens"], found["cached_share"]) == (10, 0.625)
+    assert "evicted_tokens" not in found  # the engine does not say
+    assert record.iterations is not None
+    assert record.iterations.prefix_tokens is not None
+    assert record.iterations.prefix_tokens.tolist() == [6, 0]
 
 
 def test_gpus_are_given_by_instance() -> None:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from pathlib import Path
+from types import MappingProxyType
 
 import pytest
 
@@ -14,15 +15,19 @@ from tests.hwreplay.stub_worker import StubTimes, stub_fleet
 from voltana.hwreplay.router.config import counts_of, read_workers
 from voltana.hwreplay.router.sink import DECODE_HEADER, PREFILL_HEADER
 from voltana.profiles.common.errors import VoltanaError
+from voltana.sim.policies.requests import Prompt
 
 
 @asynccontextmanager
 async def bench(
-    number: int, times: StubTimes | None = None, metrics: str | None = None
+    number: int,
+    times: StubTimes | None = None,
+    metrics: str | None = None,
+    sim: Mapping[str, object] = MappingProxyType({}),
 ) -> AsyncIterator[Bench]:
     async with (
         stub_fleet(0, 0, times, metrics, num_colocated=number) as fleet,
-        serving(fleet.table(metrics)) as (service, client, url),
+        serving(fleet.table(metrics), sim=sim) as (service, client, url),
     ):
         yield Bench(fleet=fleet, service=service, client=client, url=url)
 
@@ -45,6 +50,39 @@ def test_a_request_goes_to_one_server_as_it_came() -> None:
             assert (await b.counts())["completed"] == 4
             samples = await b.samples()
             assert samples[("voltana_open_requests", "colocated-0")] == 0
+
+    asyncio.run(play())
+
+
+def test_a_router_of_prefixes_sees_what_token_ids_share() -> None:
+    """Memory for 100 tokens: the second server has 60 and 1 that part after 30 when 60 more come.
+
+    What was used longest ago goes, the 30 behind that. Round-robin would alternate.
+    """
+
+    async def play() -> None:
+        told = {"router": "prefix-affinity", "num_colocated": 2, "kv_capacity_tokens": 100}
+        async with bench(2, sim={**told, "colocated_cache": True}) as b:
+            first, second, third = ([start, *range(1, 60)] for start in (400, 401, 402))
+
+            async def where(ids: list[int]) -> int:
+                body = {**request_body(1, 2), "input_ids": ids}
+                async with b.client.post(b.url + "/generate", json=body) as answer:
+                    await answer.read()
+                    return int(answer.headers[DECODE_HEADER])
+
+            states = [w.tracker.state for w in b.service.fleet.workers["colocated"]]
+            assert await where(first) == 0
+            states[0].open_requests = 1  # a tie goes to the server with fewer
+            assert await where(second) == 1
+            states[0].open_requests = 0
+            assert [await where([*second[:30], 7]), await where(first)] == [1, 0]
+            prompt = Prompt(second, [1] * 60)
+            assert [state.count_cached(prompt) for state in states] == [0, 59]
+            states[0].open_requests = 1
+            assert await where(third) == 1
+            states[0].open_requests = 0
+            assert [state.count_cached(prompt) for state in states] == [0, 30]
 
     asyncio.run(play())
 

@@ -6,10 +6,11 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -101,12 +102,13 @@ async def serving(
     table: dict[str, Any],
     *,
     router: str = "round-robin",
+    sim: Mapping[str, object] = MappingProxyType({}),
     **limits: Any,  # noqa: ANN401 (keys of RouterConfig)
 ) -> AsyncIterator[tuple[RouterService, aiohttp.ClientSession, str]]:
     """A router in front of a `[fleet]` table's servers, a client and the router's URL."""
     config = RouterConfig(
         workers=read_workers(table, "test"),
-        sim=make_config({"router": router}),
+        sim=make_config({"router": router, **sim}),
         **({"health_period_s": 0.1, "health_timeout_s": 0.5} | limits),
     )
     service = RouterService(config, load_profile(config.sim.profile))

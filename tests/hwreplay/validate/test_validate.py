@@ -198,6 +198,44 @@ def test_iterations_of_both_phases_are_predicted_by_the_profile_s_rule(tmp_path:
     assert predict_iterations(table, MillisecondAToken())["predicted_s"].isna().all()
 
 
+def test_tokens_in_front_of_a_prompt_are_attended_to() -> None:
+    """T² / (c·(c + 2p)) of one prompt, c = 100 behind 400, is 100 / 900; nothing else changes."""
+    seen: list[float] = []
+
+    class Listens:
+        def predict_s(self, phase: str, clock_mhz: int, batch_size: float, tokens: float) -> float:
+            seen.append(batch_size)
+            return 1.0
+
+    zeros = np.zeros(3, dtype=np.int64)
+    table = IterationTable(
+        phase=np.array(["prefill", "prefill", "decode"]), instance_id=zeros, start_s=np.arange(3.0),
+        duration_s=np.ones(3), clock_mhz=zeros, energy_j=np.ones(3), batch_size=np.array([1, 2, 3]),
+        tokens=np.array([100, 100, 100]), prefix_tokens=np.array([400, 0, 50]),
+    )  # fmt: skip
+    predict_iterations(table, Listens())
+    assert seen == pytest.approx([1 / 9, 2, 3])
+
+
+def test_turns_are_paired_by_their_row_and_so_is_what_they_found() -> None:
+    """Found 0 and 6 tokens in one run, 5 and 0 in the other, whose order is the reverse."""
+    base = run(ttft_s=0.1, gap_s=0.02, energy_j=400)
+    ours = with_requests(base, cached_tokens=np.array([0, 6]), workload_row=np.array([0, 1]))
+    theirs = with_requests(
+        base, input_tokens=np.array([20, 10]), arrival_s=np.array([0.9, 1.4]),
+        cached_tokens=np.array([5, 0]), workload_row=np.array([1, 0]),
+    )  # fmt: skip
+    found = validate(ours, theirs, thresholds=Thresholds(energy_frac=9, p50_frac=9, p99_frac=9))
+    assert not found.faults
+    assert found.cached == {
+        "requests": 2, "same": 1, "simulated": 6, "observed": 5, "apart": 1,
+        "arrivals_apart_s": pytest.approx(1.4),
+    }  # fmt: skip
+    assert any("1 of 2 requests found the same number" in note for note in found.notes)
+    other = with_requests(theirs, workload_row=np.array([0, 1]))
+    assert validate(ours, other, thresholds=Thresholds()).faults
+
+
 def test_differences_between_the_runs_are_said() -> None:
     base = run(ttft_s=0.1, gap_s=0.02, energy_j=400)
     other = dataclasses.replace(base, settings={**base.settings, "seed": 14}, iterations=None)

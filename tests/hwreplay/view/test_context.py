@@ -14,7 +14,8 @@ from voltana.sim.config import SimConfig, make_config
 from voltana.sim.engine import fleet
 from voltana.sim.engine.simulate import simulate
 from voltana.sim.policies import registry
-from voltana.sim.policies.base import PolicyContext
+from voltana.sim.policies.base import InstanceState, PolicyContext
+from voltana.sim.policies.parts.prediction import ModelsOf
 from voltana.sim.workload.workload import Workload
 
 SIMULATION_ONLY = {"truth"}
@@ -26,6 +27,7 @@ SETTINGS: list[dict[str, Any]] = [
     {"aim_ratio": 0.8},
     {"predictor_scale": 1.3, "aim_ratio": 1.2},
     {"predictor": "table", "kv_capacity_tokens": 5000, "actuation_latency_s": 0.02, "seed": 7},
+    {"decode_profiles": "h100-sxm/llama-3.1-8b+a100-80g-sxm/llama-3.1-8b", "controller": "static"},
 ]
 
 
@@ -74,6 +76,11 @@ def test_simulator_and_harness_tell_policies_the_same(
                 assert getattr(ours, key) == getattr(theirs, key), f"{key} of {name}"
         assert ours.rng.bit_generator.state == theirs.rng.bit_generator.state
         assert theirs.cluster is not None
+        card = InstanceState(instance_id=0, phase="decode")  # in the last case one of its own kind
+        models = ModelsOf(ours)(card), ModelsOf(theirs)(card)
+        assert models[0].clocks_mhz == models[1].clocks_mhz
+        watts = [m.power.power_w("decode", 1005, 16, 9000) for m in models]
+        assert watts[0] == watts[1]
         for batch_size, tokens in ((1, 100), (30, 20_000), (2000, 2_000_000)):
             point = (ours.phase, ours.clocks_mhz[0], batch_size, tokens)
             assert ours.predictor.predict_s(*point) == theirs.predictor.predict_s(*point)

@@ -6,10 +6,13 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from tests.profiles.synthetic import write_synthetic_profile
+from tests.sim.engine.fixtures import make_requests, run
 from tests.sim.engine.test_scaling import STATES
 from tests.sim.policies.doubles import FlatPower, Formula, make_context
 from voltana.sim.policies.base import InstanceState, Phase, PowerState
@@ -98,6 +101,74 @@ def test_capacity_by_hand() -> None:
     assert half.served("prefill", 1400, LOAD) == prefill
     slow = capacity.served("prefill", 1000, LOAD)
     assert slow.rate_rps == pytest.approx(mean_within(21) / 0.215)
+
+
+def test_capacity_of_a_colocated_instance_by_hand() -> None:
+    """At 1400 MHz, answers of 50: a prompt takes 7.14 ms, which over its 49 gaps is 0.146 ms beside
+    the 0.714 ms that it takes in each iteration: 116 requests make a mean gap of 0.1 s. However
+    many run, each takes 49 · 0.714 + 7.14 ms in all. Of that time it is prompts for a sixth."""
+    context = replace(flat_context().policy, phase="colocated", first_token="prefill")
+    capacity = Capacity(replace(context, power=TwoWatts()), 0.0)
+    served = capacity.served("colocated", 1400, LOAD)
+    one_s, all_s = 0.01 / 1.4, (49 * 0.001 + 0.01) / 1.4
+    assert served.rate_rps == pytest.approx(1.0 / all_s)
+    assert served.power_w == pytest.approx(100.0 + one_s / all_s * 200.0)
+    # half of 0.1 s less a gap of 0.01 s holds 6 prompts, and no more may come in 99 % of such
+    # times; 11 tokens take 14.3 ms in all, which would be 70 requests/s
+    hasty = replace(context, slo_ttft_s=0.1, slo_itl_s=0.01)
+    short = replace(LOAD, output_tokens=11.0)
+    served = Capacity(hasty, -0.9).served("colocated", 1400, short)
+    assert served.rate_rps == pytest.approx(mean_within(6) / 0.045)
+
+
+def test_a_colocated_instance_serves_what_is_said_of_it(tmp_path: Path) -> None:
+    """Prompts of 100 take 10 ms, b requests 5 + b/2 ms an iteration. Played evenly at the rate that
+    is said: the mean gap is that of the mean batch b, which makes 49 tokens a request in 1/rate."""
+    profile = write_synthetic_profile(
+        tmp_path, time_s=lambda p, f, b, t: 1e-4 * t if p == "prefill" else 0.005 + 5e-4 * b
+    )
+    times = Formula(lambda p, f, b, t: 1e-4 * t if p == "prefill" else 0.005 + 5e-4 * b)
+    context = replace(
+        make_context(times, slo_ttft_s=2.0, slo_itl_s=0.05), phase="colocated",
+        first_token="prefill",
+    )  # fmt: skip
+    rate_rps = Capacity(context, 0.1).served("colocated", 1400, LOAD).rate_rps
+    requests = make_requests(*((k / rate_rps, 100, 50) for k in range(4000)))
+    record, _ = run(
+        profile,
+        requests,
+        num_prefill=0,
+        num_decode=0,
+        num_colocated=1,
+        kv_capacity_tokens=10**6,
+        extrapolate=True,
+    )
+    gap_s = np.average(record.itl_s, weights=record.itl_weight)
+    # gap = 0.005 + b · 0.0005 + b · 0.01 / 49 with b = 49 · rate · gap
+    assert gap_s == pytest.approx(0.005 / (1.0 - rate_rps * (49 * 0.0005 + 0.01)), rel=0.03)
+    assert 0.03 < gap_s <= 0.045
+
+
+def test_scalers_plan_a_colocated_fleet_as_one_phase() -> None:
+    """23.7 requests/s of the hand-worked capacity each: 30 need two, and 36 with the reserve of a
+    fifth of `scale-to-load` and `dualscale`, too. There is no plan for prefill."""
+    context = flat_context()
+    context = replace(context, policy=replace(context.policy, phase="colocated"))
+    four = states_of("colocated", *AWAKE_4)
+    view = replace(view_of(300.0, 30.0, four), prefill=[])
+    counts = {}
+    for spec in ("scale-to-load:memory=0,dwell=0", "dynamo", "throttllm:grace=0", "dualscale"):
+        plan = make_scaler(spec, context).plan(view)
+        assert plan.prefill == []
+        counts[spec.partition(":")[0]] = num_awake(plan)
+    assert counts == {"scale-to-load": 3, "dynamo": 2, "throttllm": 2, "dualscale": 2}
+
+
+class TwoWatts(FlatPower):
+    """100 W in decode, 300 W in prefill."""
+
+    def power_w(self, phase: Phase, clock_mhz: int, batch_size: int, tokens: int) -> float:
+        return 300.0 if phase == "prefill" else 100.0
 
 
 def test_burst_takes_capacity_away() -> None:

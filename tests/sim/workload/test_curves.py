@@ -29,6 +29,29 @@ def test_arrivals_follow_the_curve_window_by_window(tmp_path: Path) -> None:
     assert len(half) == pytest.approx(20_000, abs=4 * np.sqrt(20_000))
 
 
+def test_a_run_may_begin_inside_the_curve(tmp_path: Path) -> None:
+    """From 150 s on: 50 s at 30, 100 s at none, 50 s at 20, scaled to 100 a second over 200 s."""
+    path = tmp_path / "mine.csv"
+    path.write_text("window_start_s,rate_rps\n0,10\n100,30\n200,0\n300,20\n")
+
+    def made(start: str) -> np.ndarray:
+        arrivals = f"curve:{path},from={start}"
+        return make_workload(
+            "lmsys", rate_rps=100, duration_s=200, seed=3, arrivals=arrivals
+        ).arrival_s
+
+    counts = np.histogram(made("150"), bins=4, range=(0, 200))[0]
+    expected = 20_000 * np.array([3, 0, 0, 2]) / 5
+    assert np.all(np.abs(counts - expected) <= 4 * np.sqrt(expected))
+    for start, words in (
+        ("-1", "from must be >= 0, got -1"),
+        ("201", "ends after 400 s, got duration_s=200 from 201 s on"),
+        ("noon", "got 'curve:"),
+    ):
+        with pytest.raises(VoltanaError, match=words):
+            made(start)
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -40,7 +63,7 @@ def test_arrivals_follow_the_curve_window_by_window(tmp_path: Path) -> None:
         ("window_start_s,rate_rps\n0,ten\n1,1\n", "must be a CSV with numbers"),
         ("time,rate_rps\n0,1\n1,1\n", "must be a CSV with numbers in window_start_s and rate_rps"),
         ("window_start_s,rate_rps\n0,10\n1,10\n", "ends after 2 s, got duration_s=3"),
-        ("window_start_s,rate_rps\n0,0\n3,10\n", "no request in the first 3 s"),
+        ("window_start_s,rate_rps\n0,0\n3,10\n", "no request in 3 s from 0 s on"),
     ],
 )
 def test_bad_curves_are_told(tmp_path: Path, text: str, words: str) -> None:
