@@ -33,7 +33,7 @@ class EngineBench(Bench):
         self._servers = servers
 
     def _server(self, name: str) -> Server:
-        return next(s for s in self._servers if f"{s.phase}-{s.instance_id}" == name)
+        return next(s for s in self._servers if s.plan.name == name)
 
     async def _start_server(self, name: str) -> None:
         server = self._server(name)
@@ -43,13 +43,13 @@ class EngineBench(Bench):
 
     def _server_table(self, name: str) -> dict[str, Any]:
         server = self._server(name)
-        table: dict[str, Any] = {"url": server.url, "metrics": server.metrics}
-        if server.bootstrap_port is not None:
-            table["bootstrap_port"] = server.bootstrap_port
+        table: dict[str, Any] = {"url": server.plan.url, "metrics": server.plan.metrics}
+        if server.plan.bootstrap_port is not None:
+            table["bootstrap_port"] = server.plan.bootstrap_port
         return table
 
     def _metrics(self, name: str) -> str:
-        address = self._server(name).metrics
+        address = self._server(name).plan.metrics
         assert address is not None
         return address
 
@@ -66,5 +66,5 @@ def engine_bench(directory: Path, engine: Path, cards: Cards) -> Iterator[Engine
         environment_of=machine.environment_of,
     )
     with run_fleet(started, directory, sockets=directory, start_s=START_S) as servers:
-        names = (f"{server.phase}-{server.instance_id}" for server in servers)
+        names = (server.plan.name for server in servers)
         yield EngineBench(directory, dict(zip(names, cards, strict=False)), servers)

@@ -6,9 +6,10 @@ directly and through the router in turns, so that a drift of the machine hits bo
     python -m benchmarks.router_overhead --rate 200 --seconds 15 --output-tokens 8
 
 Direct means what the router does, done by the client: the same body to a prefill and a decode
-server, the stream read from decode. The servers stamp each piece with when the later of both was
-asked and when they wrote it, so that each request's way there and back is known without what the
-servers took, whose batches differ from run to run. Requests are paired by their arrival.
+server, the stream read from decode. Servers and client cost as little as they can: what they use of
+a small machine's cores is missing elsewhere. The servers stamp each piece with when the later of
+both was asked and when they wrote it, so that each request's way there and back is known without
+what the servers took, whose batches differ from run to run. Requests are paired by their arrival.
 
 The router has the feeds of a replay: it follows each server's metrics, tells an agent an instance
 of every step, and takes their reports. With --service it is `voltana serve`, whose agents are real
@@ -32,7 +33,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import aiohttp
+import msgspec
 import numpy as np
 import tomli_w
 import uvloop
@@ -41,12 +42,14 @@ import zmq
 from tests.hwreplay.stub_worker import VOCAB_SIZE
 from voltana.hwreplay.messages.agent_reports import AgentReport, ReportSender
 from voltana.hwreplay.messages.events import topic_of
+from voltana.hwreplay.router.servers.upstream import Upstream
 from voltana.sim.policies.base import Phase
 
 ROOT = Path(__file__).parents[1]
 GOAL_MS = 2.0
 QUANTILES = (0.5, 0.9, 0.99)
 PARTS = ("router", "servers", "client", "service and agents")
+CONNECT_S = 5.0
 TICK_S = 0.05
 """How often an agent reports."""
 STAMPS = re.compile(rb'"asked_ns":(\d+),"written_ns":(\d+)')
@@ -81,7 +84,7 @@ def cpu_s(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-Send = Callable[[aiohttp.ClientSession, dict[str, Any]], Coroutine[Any, Any, Answer]]
+Send = Callable[[], Coroutine[Any, Any, Answer]]
 
 
 @asynccontextmanager
@@ -99,59 +102,53 @@ async def process(*arguments: str, stream: str) -> AsyncIterator[tuple[str, int]
         await child.wait()
 
 
-async def read(answer: aiohttp.ClientResponse, sent_ns: int) -> Answer:
-    """Take a stream; nothing is parsed meanwhile."""
-    if answer.status != 200:
-        raise RuntimeError(f"{answer.status}: {await answer.text()}")
-    pieces = []
-    while data := await answer.content.readany():
-        pieces.append((time.monotonic_ns(), data))
+async def ask(server: Upstream, data: bytes) -> Answer:
+    """Send a request and take its stream; nothing is parsed meanwhile."""
+    sent_ns, pieces = time.monotonic_ns(), []
+    async with server.post("/generate", data, lambda: None) as answer:
+        while piece := await answer.readany():
+            pieces.append((time.monotonic_ns(), piece))
+        if answer.status != 200:
+            raise RuntimeError(f"{answer.status}: {pieces}")
     return Answer(sent_ns, pieces)
 
 
-def direct_to(fleet: dict[str, list[dict[str, str]]]) -> Send:
+def direct_to(fleet: dict[str, list[dict[str, str]]], body: dict[str, Any]) -> Send:
     """Ask a pair in turn, without a router."""
-    pairs = itertools.cycle(itertools.product(fleet["prefill"], fleet["decode"]))
+    servers = ([Upstream(w["url"], CONNECT_S) for w in fleet[p]] for p in ("prefill", "decode"))
+    pairs = itertools.cycle(itertools.product(*servers))
     rooms = itertools.count(1)
 
-    async def drain(session: aiohttp.ClientSession, url: str, body: dict[str, Any]) -> None:
-        async with session.post(url, json=body) as answer:
-            await answer.read()
-
-    async def send(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
-        prefill, decode = (worker["url"] + "/generate" for worker in next(pairs))
-        body = body | {"bootstrap_room": next(rooms), "bootstrap_host": "x", "bootstrap_port": 1}
-        start_ns = time.monotonic_ns()
-        other = asyncio.create_task(drain(session, prefill, body))
-        async with session.post(decode, json=body) as answer:
-            found = await read(answer, start_ns)
+    async def send() -> Answer:
+        prefill, decode = next(pairs)
+        bootstrap = {"bootstrap_room": next(rooms), "bootstrap_host": "x", "bootstrap_port": 1}
+        data = msgspec.json.encode(body | bootstrap)
+        other = asyncio.create_task(ask(prefill, data))
+        found = await ask(decode, data)
         await other
         return found
 
     return send
 
 
-def through(url: str) -> Send:
+def through(url: str, body: dict[str, Any]) -> Send:
     """Ask the router."""
+    router = Upstream(url, CONNECT_S)
 
-    async def send(session: aiohttp.ClientSession, body: dict[str, Any]) -> Answer:
-        start_ns = time.monotonic_ns()
-        async with session.post(url + "/generate", json=body) as answer:
-            return await read(answer, start_ns)
+    async def send() -> Answer:
+        return await ask(router, msgspec.json.encode(body))
 
     return send
 
 
-async def play(send: Send, arrival_s: np.ndarray[Any, Any], body: dict[str, Any]) -> list[Answer]:
+async def play(send: Send, arrival_s: np.ndarray[Any, Any]) -> list[Answer]:
     """Send open loop."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=2.0)
-    async with aiohttp.ClientSession(connector=connector) as session:
-        start_s = time.monotonic()
-        tasks = []
-        for at_s in arrival_s:
-            await asyncio.sleep(max(start_s + float(at_s) - time.monotonic(), 0.0))
-            tasks.append(asyncio.create_task(send(session, body)))
-        return list(await asyncio.gather(*tasks))
+    start_s = time.monotonic()
+    tasks = []
+    for at_s in arrival_s:
+        await asyncio.sleep(max(start_s + float(at_s) - time.monotonic(), 0.0))
+        tasks.append(asyncio.create_task(send()))
+    return list(await asyncio.gather(*tasks))
 
 
 class Agents:
@@ -187,8 +184,10 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
     """Stub servers, router and agents."""
     with tempfile.TemporaryDirectory() as folder:
         stub = (
-            "tests.hwreplay.stub_worker", "--prefill", "2", "--decode", "2", "--prefill-s", "0.005",
-            "--decode-s", "0.005", "--metrics", f"ipc://{folder}/{{phase}}-{{index}}",
+            "benchmarks.lean_servers", "--input-tokens", str(arguments.input_tokens),
+            "--output-tokens", str(arguments.output_tokens),
+            "--iteration-s", str(arguments.iteration_s),
+            "--metrics", f"ipc://{folder}/{{phase}}-{{index}}",
         )  # fmt: skip
         async with process(*stub, stream="stdout") as (line, stub_pid):
             fleet = json.loads(line)
@@ -199,7 +198,10 @@ async def deployment(arguments: argparse.Namespace) -> AsyncIterator[Deployment]
             config = {
                 "fleet": fleet,
                 "simulate": {"router": arguments.router},
-                "router": {n: f"ipc://{folder}/{n}" for n in ("events", "reports")},
+                "router": {
+                    "vocab_size": VOCAB_SIZE,
+                    **{n: f"ipc://{folder}/{n}" for n in ("events", "reports")},
+                },
             }
             path = Path(folder) / "router.toml"
             path.write_text(tomli_w.dumps(config))
@@ -261,13 +263,13 @@ async def measure(arguments: argparse.Namespace) -> dict[str, Any]:
     found: dict[str, list[Answer]] = {"direct": [], "router": []}
     used: dict[str, list[list[float]]] = {"direct": [], "router": []}
     async with deployment(arguments) as d:
-        ways = {"direct": direct_to(d.fleet), "router": through(d.url)}
+        ways = {"direct": direct_to(d.fleet, body), "router": through(d.url, body)}
         for round_id in range(arguments.rounds + 1):
             size = int(arguments.rate * (arguments.seconds if round_id else 2))
             gaps = rng.exponential(1 / arguments.rate, size)
             for name, send in ways.items():
                 before = d.used_s()
-                answers = await play(send, np.cumsum(gaps), body)
+                answers = await play(send, np.cumsum(gaps))
                 cpu_s = [b - a for a, b in zip(before, d.used_s(), strict=True)]
                 if round_id:  # the first round warms up
                     found[name] += answers
@@ -324,6 +326,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--input-tokens", type=int, default=256)
     parser.add_argument("--output-tokens", type=int, default=2)
+    parser.add_argument("--iteration-s", type=float, default=0.005, help="of each server")
     parser.add_argument("--router", default="ecoroute")
     parser.add_argument("--service", action="store_true", help="measure voltana serve")
     parser.add_argument("--seed", type=int, default=1)

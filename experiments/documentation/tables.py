@@ -88,7 +88,9 @@ def _workloads() -> str:
     return markdown_table(("name", "lengths"), rows)
 
 
-ROUTER: Final = frozenset(("workers", "sim", "token", "events", "reports", "start_ns", "listen_fd"))
+ROUTER: Final = frozenset(
+    ("workers", "sim", "token", "events", "reports", "start_ns", "listen_fd", "state_file")
+)
 """Of the router's configuration: what stands in other tables, or is between processes."""
 TABLES: Final[Mapping[str, Callable[[], str]]] = {
     "controllers": lambda: policy_rows(CONTROLLERS),

@@ -204,6 +204,7 @@ class MetricsPage:
     def send(self, report: AgentReport) -> None:
         """Count it; once a minute each instance has a line in the log."""
         self._instances.take(report)
+        self._instances.show()  # the page is served by a thread of its own
         if report.at_s - self._told_s >= MINUTE_S:
             self._told_s = report.at_s
             self.tell()

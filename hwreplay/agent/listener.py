@@ -27,7 +27,7 @@ from voltana.hwreplay.agent.make import (
 from voltana.hwreplay.clock import RunClock
 from voltana.hwreplay.messages.agent_reports import AgentReport, Reports, ReportSender
 from voltana.hwreplay.messages.batch_feed import BatchFeed, BatchNotice
-from voltana.hwreplay.messages.events import Event, topic_of
+from voltana.hwreplay.messages.events import Event, read_event, topic_of
 from voltana.hwreplay.view.colocated import ColocatedTracker
 from voltana.hwreplay.view.context import PolicySource
 from voltana.profiles.common.errors import VoltanaError
@@ -107,7 +107,6 @@ class Agent:
             if feed is not None:
                 self._poller.register(feed, zmq.POLLIN)
         self._polled_fd: int | None = None
-        self._decode_event = msgspec.msgpack.Decoder(Event).decode
         self._ticked_s = self._clock.now_s()
 
     @property
@@ -153,7 +152,7 @@ class Agent:
             return
         while (frames := _receive(self._events)) is not None:
             try:
-                event = self._decode_event(frames[-1])
+                event = read_event(frames[-1])
                 self._judge_prompt(event)
                 self._tracker.on_event(event)
                 self._loop.hear_router(self._clock.now_s())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
@@ -18,6 +19,8 @@ FRESH_S: Final = 3.0
 """A meter that was not read for so long is gone: nobody waits for it."""
 WAIT_S: Final = 5.0
 """Longest time from a request's end to its bill."""
+TRY_S: Final = 0.05
+"""Between two looks at all bills that wait, where no meter has moved."""
 Told = Callable[[float | None], None]
 """Told the joules; None where no meter counts."""
 
@@ -49,6 +52,7 @@ class Bills:
         self.instances: dict[tuple[Phase, int], InstanceShares] = {}
         self._bills: dict[int, _Bill] = {}
         self._ended: dict[int, _Bill] = {}
+        self._tried_s = -math.inf
 
     def make_tracker(self, phase: Phase, instance_id: int) -> InstanceTracker:
         """An instance's state that tells the bills who comes and goes."""
@@ -79,7 +83,9 @@ class Bills:
         if report.energy_j is not None and report.energy_at_s is not None:
             shares.on_reading(report.energy_at_s, report.energy_j, report.clock_mhz)
         now_s = self._clock.now_s()
-        shares.settle(now_s)
+        if not shares.settle(now_s) and now_s - self._tried_s < TRY_S:
+            return  # an agent reports each change of its clock, far more often than its meter moves
+        self._tried_s = now_s
         for request_id, bill in list(self._ended.items()):
             self._try(request_id, bill, now_s)
 

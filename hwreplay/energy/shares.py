@@ -157,14 +157,16 @@ class InstanceShares:
                 _Stretch(start_s=start_s, end_s=at_s, energy_j=gained_j, clock_mhz=clock_mhz)
             )
 
-    def settle(self, now_s: float) -> None:
-        """Divide every stretch whose passes are all known by now."""
+    def settle(self, now_s: float) -> bool:
+        """Divide every stretch whose passes are all known by now; returns whether one was."""
+        settled_s = self.settled_s
         while self._stretches:
             end_s = self._stretches[0].end_s
             if self._heard_s < end_s and now_s - end_s < LAG_S and not self._is_quiet(now_s):
-                return
+                break
             self._divide(self._stretches.popleft())
             self.settled_s = end_s
+        return self.settled_s > settled_s
 
     def _is_quiet(self, now_s: float) -> bool:
         """Whether no request is here of whose passes more could be heard."""

@@ -49,6 +49,9 @@ def start_log(part: str) -> None:
     if level is None:
         logging.basicConfig(format="%(asctime)s %(message)s", level=logging.WARNING)
         return
+    # who has called is in no line, and is dear to find out: see "Optimization" in Python's HOWTO
+    logging._srcfile = None
+    logging.logThreads = logging.logProcesses = logging.logMultiprocessing = False
     handler = logging.StreamHandler()
     handler.setFormatter(JsonLines(part))
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)

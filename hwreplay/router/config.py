@@ -73,6 +73,8 @@ class RouterConfig:
     """0 takes a free one."""
     listen_fd: int | None = None
     """Listening socket that its parent has opened at that address: it outlives this process."""
+    state_file: str | None = None
+    """Where its parent writes, a line each, why the whole is not well, for the health check."""
     token: str | None = field(default=None, repr=False)
     """Bearer token that every request but /health must carry; none = open."""
     events: str | None = None

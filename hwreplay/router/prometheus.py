@@ -122,6 +122,7 @@ class RouterMetrics:
 
     def text(self) -> bytes:
         """The exposition format."""
+        self.instances.show()
         for name, kept in self._kept.items():
             share = kept.share(time.monotonic())
             self._attainment.labels(name).set(math.nan if share is None else share)

@@ -12,6 +12,7 @@ import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from http import HTTPStatus
+from pathlib import Path
 from typing import Final
 
 import aiohttp
@@ -56,6 +57,8 @@ LAST_BILLS_S: Final = 2.5
 POLL_S: Final = 0.05
 LEFT: Final = 499
 """Status of a request whose client has gone, as nginx counts it."""
+COLLECTION: Final = (20_000, 20, 100)
+"""Python's own (700, 10, 10) collects several times for each request, and finds next to nothing."""
 Reread = Callable[[], RouterConfig]
 """Reads the configuration again."""
 
@@ -261,15 +264,27 @@ class RouterService:
         is_serving = all(
             any(w.is_healthy for w in workers) for workers in self.fleet.workers.values()
         )
+        reasons = self._reasons()
+        if not is_serving:
+            reasons.append("no pair of servers answers")
+        if self._is_draining:
+            reasons.append("it ends: open requests may finish")
         return web.json_response(
             {
                 "serving": is_serving,
                 "draining": self._is_draining,
+                "reasons": reasons,
                 "out": out,
                 "died": self.fleet.died,
             },
-            status=200 if is_serving and not self._is_draining else 503,
+            status=503 if reasons else 200,
         )
+
+    def _reasons(self) -> list[str]:
+        """What the parent says is not well."""
+        if self._config.state_file is None:
+            return []
+        return Path(self._config.state_file).read_text(encoding="utf-8").splitlines()
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         self.fleet.refresh_gauges()
@@ -316,6 +331,7 @@ def run_router(
         LOG.warning("open to the network without a token: anybody who reaches it may use it")
     profile = load_profile(config.sim.profile)
     gc.collect()
+    gc.set_threshold(*COLLECTION)
     gc.freeze()  # a collection that walks every library's objects stops all streams for 0.1 s
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         runner.run(serve_router(config, profile, ready, reread))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+import os
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, Final
 
@@ -18,19 +20,27 @@ from voltana.profiles.common.errors import VoltanaError
 
 LOG: Final = logging.getLogger("voltana.serve")
 START_S: Final = 60.0
+NICE: Final = 5
+"""Where cores are short, requests come first: each event wakes an agent, and the router waited."""
+DOWN: Final = 3
+"""An agent that has died so often within a minute is not expected back."""
 UNLOCKED: Final = "an agent died, its clock is unlocked"
 
 
 class AgentParts:
     """One process an instance, or one for all under a policy that looks at the whole fleet."""
 
-    def __init__(self, run: Run, config: ServeConfig) -> None:
+    def __init__(self, run: Run, config: ServeConfig, changed: Callable[[], None]) -> None:
         """Nothing is started yet.
 
         Args:
             run: Whose agents; its configuration may change before `reload`.
             config: Guard, energy and log of each.
+            changed: Called when `down` has changed.
         """
+        self.down: dict[str, str] = {}
+        """Agents that are not up and have died too often to expect it, and what they said last."""
+        self._changed = changed
         self._run = run
         self._own: dict[str, Any] = {"guard": config.guard, "dcgm": config.dcgm}
         self._log_level = config.log_level
@@ -42,6 +52,8 @@ class AgentParts:
     async def start(self) -> None:
         """Start all and wait until each is ready.
 
+        Cancelled, it ends those that are up or on their way.
+
         Raises:
             VoltanaError: One has ended instead.
         """
@@ -50,13 +62,19 @@ class AgentParts:
         loop = asyncio.get_running_loop()
         first: list[asyncio.Future[None]] = [loop.create_future() for _ in self._groups]
         self._tasks = [asyncio.create_task(self._keep(i, ready)) for i, ready in enumerate(first)]
-        await asyncio.gather(*first)
+        try:
+            await asyncio.gather(*first)
+        except asyncio.CancelledError:
+            await self.end()
+            raise
 
     async def reload(self) -> None:
         """Tell all of the run's new policy; who does not take it is logged."""
         groups = self._make_groups()
         if len(groups) != len(self._groups):  # the whole fleet in one process, or no more so
             await self.end()
+            self.down.clear()
+            self._changed()
             with suppress(VoltanaError):  # logged by its task, which goes on trying
                 await self.start()
             return
@@ -99,13 +117,20 @@ class AgentParts:
                         first.set_result(None)
                     else:
                         say(LOG, logging.WARNING, "part is back", name=name)
+                        if self.down.pop(name, None) is not None:
+                            self._changed()
                     raise await part.ended()
                 except VoltanaError as error:
                     self._parts[index] = None
                     say(LOG, logging.ERROR, UNLOCKED, name=name, error=str(error))
                     if not first.done():
                         first.set_exception(error)
-                await asyncio.sleep(died.add() or BACKOFF_S[-1])
+                    failure = str(error)
+                wait_s = died.add() or BACKOFF_S[-1]
+                if len(died) >= DOWN:
+                    self.down[name] = failure
+                    self._changed()
+                await asyncio.sleep(wait_s)
         finally:
             if (part_now := self._parts[index]) is not None:
                 await part_now.end()
@@ -114,6 +139,8 @@ class AgentParts:
         directory, name = self._run.directory, group[0].name
         command = write_agents(group, directory)
         part = await Part.start(name, command, agents_environment(), self._log_level)
+        with suppress(ProcessLookupError):  # gone already, which is noticed below
+            os.setpriority(os.PRIO_PROCESS, part.process.pid, NICE)
         try:
             await part.await_file(ready_file(group[-1], directory), START_S)
         except BaseException:

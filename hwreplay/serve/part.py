@@ -132,6 +132,9 @@ class Deaths:
     def __init__(self) -> None:
         self._at_s: list[float] = []
 
+    def __len__(self) -> int:
+        return len(self._at_s)
+
     def add(self) -> float | None:
         """One more; how long to wait before the next start, or None: too often."""
         now_s = asyncio.get_running_loop().time()

@@ -69,6 +69,8 @@ class InstanceMetrics:
             "voltana_joules_per_output_token", "Of all instances over the last minute", ()
         )
         self._last: dict[tuple[str, str], AgentReport] = {}
+        self._gained: dict[tuple[str, ...], float] = {}
+        """What counters have gained since they were shown, by field, phase and instance."""
         self._energy_j = self._tokens = 0.0
         self._history: deque[tuple[float, float, float]] = deque()
         """Time in s, joules and tokens so far."""
@@ -83,13 +85,25 @@ class InstanceMetrics:
         key = (report.phase, str(report.instance_id))
         last = self._last.get(key)
         self._last[key] = report
-        for field, counter in self._counters.items():
+        for field in RISING:
             if (value := getattr(report, field)) is None:
                 continue  # no meter: no energy, which is not an energy of 0
             gained = _gained(value, getattr(last, field, None))
-            counter.labels(*key).inc(gained)
+            self._gained[field, *key] = self._gained.get((field, *key), 0.0) + gained
             self._energy_j += gained * (field == "energy_j")
             self._tokens += gained * (field == "output_tokens")
+        self._log_changes(report, last)
+        self._count_joules_per_token(report.at_s)
+
+    def show(self) -> None:
+        """Bring the metrics up to the latest reports; far more of those come than are shown."""
+        for (field, *labels), gained in self._gained.items():
+            self._counters[field].labels(*labels).inc(gained)
+        self._gained.clear()
+        for key, report in self._last.items():
+            self._show(key, report)
+
+    def _show(self, key: tuple[str, str], report: AgentReport) -> None:
         self.clock_mhz.labels(*key).set(report.clock_mhz)
         self._wish_mhz.labels(*key).set(report.wish_mhz)
         self._safe.labels(*key).set(bool(report.safe))
@@ -99,8 +113,6 @@ class InstanceMetrics:
             self._attainment.labels(*key).set(report.attainment)
         mode = ACT if report.acts else SHADOW
         self._saved_j.labels(*key, METHOD, mode).set(report.saved_j)
-        self._log_changes(report, last)
-        self._count_joules_per_token(report.at_s)
 
     def _log_changes(self, report: AgentReport, last: AgentReport | None) -> None:
         name = f"{report.phase}-{report.instance_id}"

@@ -85,7 +85,7 @@ def test_chunks_run_beside_decoding_and_what_was_said_before_is_not_computed_aga
     told = {
         "simulate": simulate,
         "fleet": {"engine": str(ENGINE)},
-        "replay": {"emulate": config.emulate, "dilation": 3.0},
+        "replay": {"emulate": config.emulate, "dilation": 5.0},
     }
     (tmp_path / "replay.toml").write_text(tomli_w.dumps(told))
     command = [sys.executable, "-m", "voltana.experiments.cli", "replay", "--config",

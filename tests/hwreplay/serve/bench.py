@@ -75,6 +75,16 @@ async def served(
     path: Path, environment: Mapping[str, str] = os.environ
 ) -> AsyncIterator[tuple[Served, aiohttp.ClientSession]]:
     """Run `voltana serve` on a file until the block is left, and a client of it."""
+    async with started(path, environment) as found:
+        await found.until(lambda: bool(found.events("serving")))
+        found.url = found.events("serving")[0]["url"]
+        async with aiohttp.ClientSession() as client:
+            yield found, client
+
+
+@asynccontextmanager
+async def started(path: Path, environment: Mapping[str, str] = os.environ) -> AsyncIterator[Served]:
+    """The same from its start, before anything is up."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "voltana.experiments.cli", "serve", str(path)),
         stderr=asyncio.subprocess.PIPE,
@@ -84,10 +94,7 @@ async def served(
     found = Served(process=process, file=path)
     reading = asyncio.create_task(_read(found))
     try:
-        await found.until(lambda: bool(found.events("serving")))
-        found.url = found.events("serving")[0]["url"]
-        async with aiohttp.ClientSession() as client:
-            yield found, client
+        yield found
     finally:
         if process.returncode is None:
             process.terminate()
