@@ -18,7 +18,7 @@ from voltana.hwreplay.agent.agent import AgentConfig, read_agent_config, ready_f
 from voltana.hwreplay.agent.listener import TICK_S, Agent
 from voltana.hwreplay.messages.agent_reports import Reports
 from voltana.hwreplay.view.context import PolicySource
-from voltana.profiles.catalog import load_profile
+from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.policies.base import DECODE, PREFILL
@@ -28,8 +28,11 @@ RELOAD: Final = signal.SIGUSR1
 """Asks agents to read their files again; SIGHUP ends them, as a terminal that is gone does."""
 
 
-def _make_source(configs: Sequence[AgentConfig]) -> PolicySource:
-    """One for all agents of a process: they replay one configuration."""
+def _make_source(configs: Sequence[AgentConfig], profile: Profile | None = None) -> PolicySource:
+    """One for all agents of a process: they replay one configuration.
+
+    A reload keeps the profile: another is refused, and what is made of one stays in memory.
+    """
     settings = make_config(configs[0].settings, where=configs[0].name)
     for config in configs[1:]:
         if config.settings != configs[0].settings:
@@ -37,7 +40,7 @@ def _make_source(configs: Sequence[AgentConfig]) -> PolicySource:
                 f"agents of one process must have the same settings, {config.name} has others than "
                 f"{configs[0].name}: start it in a process of its own"
             )
-    return PolicySource(config=settings, profile=load_profile(settings.profile))
+    return PolicySource(config=settings, profile=profile or load_profile(settings.profile))
 
 
 def _show_fleet(source: PolicySource, agents: Sequence[Agent]) -> None:
@@ -115,7 +118,7 @@ def run_configs(
         while goes_on():
             if asked and reread is not None:
                 asked.clear()
-                _reload(agents, reread, directory)
+                _reload(agents, reread, directory, source.profile)
             for agent in agents:
                 agent.poll_actuator()
             poller.poll(int(TICK_S * 1e3))
@@ -124,12 +127,22 @@ def run_configs(
 
 
 def _reload(
-    agents: Sequence[Agent], reread: Callable[[], Sequence[AgentConfig]], directory: Path
+    agents: Sequence[Agent],
+    reread: Callable[[], Sequence[AgentConfig]],
+    directory: Path,
+    profile: Profile,
 ) -> None:
-    """Take over the policies of the files, or say why not and leave all as it is."""
+    """Take over the policies of the files, or say why not and leave all as it is.
+
+    Args:
+        agents: Who runs.
+        reread: Gives what the files say now.
+        directory: Has a file for each agent that has taken its policy over.
+        profile: Of them all.
+    """
     try:
         configs = reread()
-        source = _make_source(configs)
+        source = _make_source(configs, profile)
         for agent in agents:
             agent.adopt(source)
         _show_fleet(source, agents)

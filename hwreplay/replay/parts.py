@@ -21,7 +21,7 @@ from voltana.hwreplay.replay.config import ReplayConfig
 from voltana.hwreplay.replay.recording import ITERATIONS, record_iterations
 from voltana.hwreplay.router.config import WorkerConfig, phases_of
 from voltana.hwreplay.view.context import PolicySource, own_config
-from voltana.profiles.catalog import load_profile
+from voltana.profiles.catalog import Profile, load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_bytes, write_text
 from voltana.profiles.device.cards import open_gpus
@@ -132,15 +132,19 @@ async def end_process(process: asyncio.subprocess.Process, limit_s: float = END_
         await process.wait()
 
 
-def observes_fleet(config: ReplayConfig) -> bool:
+def observes_fleet(config: ReplayConfig, profile: Profile | None = None) -> bool:
     """Whether a controller of the configuration looks at other instances than its own.
 
     Every policy is made once for it, the router too: before any server is started.
 
+    Args:
+        config: What is to run.
+        profile: The configuration's, where it is loaded already: models made of it are kept.
+
     Raises:
         VoltanaError: A policy cannot be made, there is no such profile, or cards are unlike.
     """
-    profile = load_profile(config.sim.profile)
+    profile = profile or load_profile(config.sim.profile)
     PolicySource(config=config.sim, profile=profile).make_router()  # it may look at all
     source = PolicySource(config=config.sim, profile=profile)
     for phase in config.sim.counts:

@@ -33,6 +33,7 @@ from voltana.hwreplay.serve.config import ServeConfig, check_reload, read_serve_
 from voltana.hwreplay.serve.part import Deaths, Part
 from voltana.hwreplay.serve.servers import keep_server
 from voltana.hwreplay.serve.systemd import notify
+from voltana.profiles.catalog import load_profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.profiles.common.files import write_text
 from voltana.profiles.common.folders import claim
@@ -110,6 +111,7 @@ class Service:
         self._run = run
         self._config = config
         self._path = path
+        self._profile = load_profile(config.fleet.sim.profile)
         self._stop, self._hup = asyncio.Event(), asyncio.Event()
         self._is_whole = False
         """Every part has come up."""
@@ -270,7 +272,7 @@ class Service:
             new = read_serve_config(self._path)
             check_reload(self._config, new, str(self._path))
             config = dataclasses.replace(self._run.config, sim=new.fleet.sim)
-            has_fleet_view = observes_fleet(config)
+            has_fleet_view = observes_fleet(config, self._profile)
         except VoltanaError as error:
             say(LOG, logging.ERROR, "reload refused, all stays as it was", error=str(error))
             return

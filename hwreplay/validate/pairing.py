@@ -45,7 +45,7 @@ def _in_workload_order(table: RequestTable) -> RequestTable:
 def find_faults(simulated: RunRecord, observed: RunRecord) -> list[str]:
     """Why the runs are no pair to compare; empty if they are one."""
     faults = _workload_faults(*pair_requests(simulated.requests, observed.requests))
-    if observed.settings.get("arrivals") == "unknown":
+    if observed.settings.get("send_times") == "unknown":
         faults.insert(0, "the observed run does not say when its requests were sent")
     for name, run in (("simulated", simulated), ("observed", observed)):
         counts = np.bincount(run.requests.status, minlength=len(STATUS_NAMES))

@@ -5,6 +5,7 @@ The server binds a PUB socket at `IPC.0` when it is started with `--enable-forwa
 sequence number and a msgpack map. An idle server repeats an empty record every second.
 
 Source: sglang/srt/observability/forward_pass_metrics.py, version 1 (SGLang 0.5.14 to 0.5.23).
+Dynamo 1.6 sends the same bytes: dynamo/common/forward_pass_metrics.py.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import msgspec
 from voltana.profiles.common.errors import VoltanaError
 
 SCHEMA_VERSION: Final = 1
+KNOWN: Final = "SGLang 0.5.14 to 0.5.23, or Dynamo 1.6"
 MAX_QUEUED_RECORDS: Final = 100_000
 """What a subscriber keeps before it reads."""
 MAX_CACHED: Final = 0.02
@@ -104,12 +106,12 @@ def parse_metrics(payload: bytes, *, received_s: float) -> IterationMetrics:
     except msgspec.DecodeError as error:
         raise MetricsError(
             f"forward-pass metrics must be records of version {SCHEMA_VERSION}, got {error}: "
-            "use SGLang 0.5.14 to 0.5.23"
+            f"use {KNOWN}"
         ) from None
     if message.version != SCHEMA_VERSION:
         raise MetricsError(
             f"forward-pass metrics must have version {SCHEMA_VERSION}, got {message.version}: "
-            "use SGLang 0.5.14 to 0.5.23"
+            f"use {KNOWN}"
         )
     scheduled, queued = message.scheduled_requests, message.queued_requests
     return IterationMetrics(

@@ -99,7 +99,7 @@ class Benchmark:
             wall_s=last_s,
             settings={
                 "benchmark": self.program,
-                "arrivals": "known" if self.has_arrivals else "unknown",
+                "send_times": "known" if self.has_arrivals else "unknown",
                 "token_gaps": "single" if are_single else "mean of each request",
                 "slo_ttft_s": slo_ttft_s,
                 "slo_itl_s": slo_itl_s,

@@ -88,6 +88,7 @@ def test_a_verdict_on_latencies_alone(run: voltana.Run, tmp_path: Path) -> None:
         verdict = json.loads(told)
         assert verdict["left_out"] == [CLIENTS]
         assert verdict["faults"] == []
+        assert "differs" not in text
         errors = {m["metric"]: m for m in verdict["metrics"]}
         assert errors["energy_j"]["observed"] is None
         assert errors["energy_j"]["passes"]

@@ -125,7 +125,7 @@ def test_when_requests_were_sent_may_not_be_known(tmp_path: Path) -> None:
     found = read_one(path)
     assert not found.has_arrivals
     record = found.record(0.6, 0.25)
-    assert record.settings["arrivals"] == "unknown"
+    assert record.settings["send_times"] == "unknown"
     assert record.makespan_s == 4.0
     with pytest.raises(VoltanaError, match="give it as a workload"):
         open_trace(str(path))
