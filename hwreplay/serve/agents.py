@@ -21,7 +21,8 @@ from voltana.profiles.common.errors import VoltanaError
 LOG: Final = logging.getLogger("voltana.serve")
 START_S: Final = 60.0
 NICE: Final = 5
-"""Where cores are short, requests come first: each event wakes an agent, and the router waited."""
+"""Beyond the service's own. Where cores are short, requests come first: each event wakes an agent,
+and the router waited."""
 DOWN: Final = 3
 """An agent that has died so often within a minute is not expected back."""
 UNLOCKED: Final = "an agent died, its clock is unlocked"
@@ -120,12 +121,12 @@ class AgentParts:
                         if self.down.pop(name, None) is not None:
                             self._changed()
                     raise await part.ended()
-                except VoltanaError as error:
+                except (VoltanaError, OSError) as error:  # no room for its file, no process left
                     self._parts[index] = None
-                    say(LOG, logging.ERROR, UNLOCKED, name=name, error=str(error))
-                    if not first.done():
-                        first.set_exception(error)
                     failure = str(error)
+                    say(LOG, logging.ERROR, UNLOCKED, name=name, error=failure)
+                    if not first.done():
+                        first.set_exception(VoltanaError(failure))
                 wait_s = died.add() or BACKOFF_S[-1]
                 if len(died) >= DOWN:
                     self.down[name] = failure
@@ -139,11 +140,16 @@ class AgentParts:
         directory, name = self._run.directory, group[0].name
         command = write_agents(group, directory)
         part = await Part.start(name, command, agents_environment(), self._log_level)
-        with suppress(ProcessLookupError):  # gone already, which is noticed below
-            os.setpriority(os.PRIO_PROCESS, part.process.pid, NICE)
+        give_way(part.process.pid)
         try:
             await part.await_file(ready_file(group[-1], directory), START_S)
         except BaseException:
             await part.end()
             raise
         return part
+
+
+def give_way(pid: int) -> None:
+    """Let all else that has this process's niceness go first."""
+    with suppress(ProcessLookupError):  # gone already, which its owner notices
+        os.setpriority(os.PRIO_PROCESS, pid, os.getpriority(os.PRIO_PROCESS, 0) + NICE)

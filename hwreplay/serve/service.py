@@ -184,7 +184,10 @@ class Service:
         if not self._is_whole:
             reasons.append(STARTING)
         lines = (" ".join(reason.split()) + "\n" for reason in reasons)
-        write_text("".join(lines), self._state_file)
+        try:
+            write_text("".join(lines), self._state_file)
+        except OSError as error:  # who keeps parts up goes on
+            say(LOG, logging.ERROR, "the health check tells what was before", error=str(error))
 
     def _on_hup(self) -> None:
         if not self._is_whole:

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import socket
+import subprocess
+import sys
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ from tests.hwreplay.serve.test_serve import parent
 from tests.hwreplay.stub_worker import stub_fleet
 from tests.profiles.conftest import library_dir, standin  # noqa: F401 (fixtures)
 from tests.profiles.device.standin import Standin
+from voltana.hwreplay.serve.agents import NICE
 
 STARTING = "it starts: not every agent is up"
 
@@ -112,3 +115,16 @@ def test_an_end_while_agents_start_does_not_wait_for_them(
 
     with actuator_process(standin, actuator, "--gpu", "1"):
         asyncio.run(play())
+
+
+@pytest.mark.slow
+def test_agents_are_nicer_than_their_service_however_nice_it_is() -> None:
+    """Niceness that is less than one's own is for nobody but root."""
+    script = (
+        "import os; os.nice(7); pid = os.fork(); pid or os.execlp('sleep', 'sleep', '5');"
+        "from voltana.hwreplay.serve.agents import give_way; give_way(pid);"
+        "print(os.nice(0), os.getpriority(os.PRIO_PROCESS, pid)); os.kill(pid, 9)"
+    )
+    ran = subprocess.run([sys.executable, "-c", script], capture_output=True, check=True, text=True)
+    mine, agents = map(int, ran.stdout.split())
+    assert agents == min(mine + NICE, 19)
