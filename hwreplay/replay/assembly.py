@@ -225,7 +225,7 @@ def _requests(workload: Workload, rows: Sequence[Row], *, has_cache: bool) -> Re
         status=status[order],
         retractions=np.zeros(len(order), dtype=np.int64),
         cached_tokens=cached[order] if has_cache else None,
-        workload_row=order if has_cache or workload.turns is not None else None,
+        workload_row=None if workload.turns is None else order,
     )
 
 
@@ -235,7 +235,8 @@ def _with_reuse(
     """What was found of its prompts by the answers' word, and computed by the engine's records.
 
     A decode server with a cache answers the larger of what it found itself and what prefill did:
-    where both have one, prefill's is told by its engine's records, and decode's by nobody.
+    where both have one, prefill's is what it did not compute of its prompts (what its engine's
+    records have in front of a later chunk is its earlier ones too), and decode's nobody tells.
     """
     if requests.cached_tokens is None:
         return record
@@ -247,9 +248,12 @@ def _with_reuse(
     if view.phase == PREFILL and not config.prefix_cache_tokens:
         return record
     mine = requests.prefill_id == view.instance_id
-    found = view.prefix_tokens if config.decode_cache else requests.cached_tokens[mine]
-    computed = view.chunk_tokens if view.phase == COLOCATED else view.tokens
-    return replace(record, cached_tokens=int(found.sum()), computed_tokens=int(computed.sum()))
+    computed = int((view.chunk_tokens if view.phase == COLOCATED else view.tokens).sum())
+    found = int(requests.cached_tokens[mine].sum())
+    if config.decode_cache:
+        ended = mine & (requests.status == COMPLETED)
+        found = max(int(requests.input_tokens[ended].sum()) - computed, 0)
+    return replace(record, cached_tokens=found, computed_tokens=computed)
 
 
 def _makespan_s(

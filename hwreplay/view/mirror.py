@@ -41,6 +41,10 @@ class PrefixMirror:
         """It has left, computed or not."""
         self._expected.pop(request_id, None)
 
+    def clear(self) -> None:
+        """The server may have ended: one that comes back begins with nothing."""
+        self._cache.clear()
+
 
 def cache_tokens(config: SimConfig, phase: Phase, kv_capacity_tokens: int) -> int:
     """Memory that an instance's cache of prefixes may fill; 0 where it has none.

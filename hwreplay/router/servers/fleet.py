@@ -220,6 +220,7 @@ class RouterFleet:
         """A server does not answer: no more requests for it, and those on it are lost."""
         worker.successes = 0
         worker.vocab_size = None  # it may come back with another model
+        worker.mirror.clear()
         if worker.is_healthy:
             worker.is_healthy = False
             LOG.warning("%s is out: %s", worker.name, reason)

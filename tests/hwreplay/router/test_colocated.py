@@ -83,6 +83,9 @@ def test_a_router_of_prefixes_sees_what_token_ids_share() -> None:
             assert await where(third) == 1
             states[0].open_requests = 0
             assert [state.count_cached(prompt) for state in states] == [0, 30]
+            await b.fleet.colocated[1].die()  # and with it what it had cached
+            assert await where(second) == 0
+            assert [state.count_cached(prompt) for state in states] == [59, 0]
 
     asyncio.run(play())
 
