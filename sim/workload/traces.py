@@ -213,6 +213,8 @@ def _of_log(
         raise VoltanaError(f"{path} is a log, whose times know their unit: leave trace_unit out")
     frame, dropped = by_arrival(rows, path, drop_failed=drop_failed)
     frame = frame if thin is None else thin(frame)
+    if frame.empty:
+        raise VoltanaError(f"{path}: holds no requests in the sample")
     lines = frame.index.to_numpy() + 1
     tokens = [_tokens(frame[column], path, lines) for column in ("input_tokens", "output_tokens")]
     name = f"{path.name} ({dropped} failed left out)" if dropped else path.name

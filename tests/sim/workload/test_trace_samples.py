@@ -84,3 +84,5 @@ def test_a_log_is_sampled_too(tmp_path: Path) -> None:
     read = read_trace(path, sample_frac=0.25, seed=2)
     assert 60 < len(read) < 140
     np.testing.assert_array_equal(read.arrival_s, read.input_tokens - 1.0)
+    with pytest.raises(VoltanaError, match="holds no requests in the sample"):
+        read_trace(path, sample_frac=1e-9)
