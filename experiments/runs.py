@@ -55,16 +55,22 @@ def workload_of(config: SimConfig) -> Workload:
             arrivals=config.arrivals,
         )
     else:
-        sample_frac = config.trace_sample_frac or 1.0
-        made = _cached_trace(
-            str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed),
-            sample_frac, config.seed if sample_frac < 1 else 0,
-        )  # fmt: skip
+        made = trace_of(config)
         start_s = config.trace_start_s or 0.0
         if config.duration_s is not None or start_s > 0.0:
             end_s = math.inf if config.duration_s is None else start_s + config.duration_s
             made = made.sliced(start_s, end_s)
     return made if config.time_scale == 1.0 else made.scaled(config.time_scale)
+
+
+def trace_of(config: SimConfig) -> Workload:
+    """The requests of a configuration's trace, before a part is cut out or played faster."""
+    assert config.trace is not None
+    sample_frac = config.trace_sample_frac or 1.0
+    return _cached_trace(
+        str(Path(config.trace)), config.trace_unit, bool(config.trace_drop_failed),
+        sample_frac, config.seed if sample_frac < 1 else 0,
+    )  # fmt: skip
 
 
 def phase_profiles(config: SimConfig) -> tuple[dict[str, Profile], dict[str, Profile]]:

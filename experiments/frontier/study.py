@@ -42,14 +42,13 @@ from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.search import Study
 from voltana.experiments.frontier.static.fleets import CardKind, Kinds
 from voltana.experiments.frontier.trial import Load
-from voltana.experiments.runs import phase_profiles
+from voltana.experiments.runs import phase_profiles, trace_of
 from voltana.profiles.common.binding import check_names, table, tables, value, values
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import SimConfig, make_config, read_toml
 from voltana.sim.policies.parts.clocks import clock_list
 from voltana.sim.policies.registry import check_policies
 from voltana.sim.workload.fetch import in_data_folder
-from voltana.sim.workload.traces import open_trace
 
 SEEDS: Final = (11, 12, 13, 14, 15)
 TUNING_SEEDS: Final = (1, 2, 3)
@@ -98,8 +97,9 @@ def read_study(
     check_settings(settings, tables(data, "load", where), of_repeats, where)
     base = _in_data({**table(data, "base", where), **settings})
     loads = _loads(tables(data, "load", where), load_names, where)
-    for trace in {str(v["trace"]) for v in (base, *(x.settings for x in loads)) if "trace" in v}:
-        open_trace(trace)  # before anything runs
+    for config in (make_config({**base, **load.settings}) for load in loads):
+        if config.trace is not None:
+            trace_of(config)  # before anything runs
     tuning, judging = _repeats(options, base, loads, where)
     routers = values(options, "routers", str, ROUTERS, where)
     study = make_study(
@@ -320,7 +320,8 @@ def _repeats(
         return [{"seed": s} for s in tuning_seeds], [{"seed": s} for s in seeds]
     count = value(options, "trace_parts", int, 1, where)
     tuning = values(options, "tuning_parts", int, range(0, count, 3), where)
-    traces = {make_config({**base, **load.settings}).trace for load in loads}
+    configs = [make_config({**base, **load.settings}) for load in loads]
+    traces = {config.trace for config in configs}
     if None in traces or len(traces) != 1 or count < 2:
         raise VoltanaError(f"trace_parts needs one trace for all loads and must be >= 2 ({where})")
     rest = [i for i in range(count) if i not in tuning]
@@ -331,7 +332,7 @@ def _repeats(
     ):
         if not chosen or not set(chosen) <= set(known):
             raise VoltanaError(f"{name} must be some of {[*known]}, got {[*chosen]} ({where})")
-    part_s = open_trace(str(traces.pop())).duration_s / count
+    part_s = trace_of(configs[0]).duration_s / count
     parts = [
         {"trace_start_s": i * part_s, "duration_s": part_s, "seed": seeds[0] + i}
         for i in range(count)

@@ -12,13 +12,12 @@ import numpy as np
 
 from voltana.experiments.frontier.contenders import Contender, parse_contender
 from voltana.experiments.frontier.study import check_settings
-from voltana.experiments.runs import DEFAULT_DURATION_S, cached_profile
+from voltana.experiments.runs import DEFAULT_DURATION_S, cached_profile, trace_of
 from voltana.profiles.catalog import Profile
 from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.config import make_config
 from voltana.sim.engine.simulate import CLOCKLESS
 from voltana.sim.policies.registry import check_policies
-from voltana.sim.workload.traces import open_trace
 
 POLICIES: Final = (
     "ecomin + consolidate", "ecomin + ecoroute", "ecofreq + ecoroute", "pid + round-robin",
@@ -250,10 +249,7 @@ def _windows(
 ) -> tuple[Repeats, Repeats, tuple[Repeats, ...]]:
     """Windows of a trace: the busiest and two others to choose on, the rest to judge on."""
     config = make_config(settings)
-    trace = open_trace(
-        str(config.trace), unit=config.trace_unit, drop_failed=bool(config.trace_drop_failed),
-        sample_frac=config.trace_sample_frac or 1.0, seed=config.seed,
-    )  # fmt: skip
+    trace = trace_of(config)
     whole_s = min(trace.duration_s, config.duration_s or trace.duration_s)
     rate = len(trace) / max(trace.duration_s, 1e-9)
     window_s = min(whole_s / WINDOWS, max(WINDOW_REQUESTS / max(rate, 1e-9), LEAST_WINDOW_S))

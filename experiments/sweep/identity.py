@@ -33,6 +33,7 @@ from voltana.sim.policies.registry import (
     registered,
 )
 from voltana.sim.policies.spec import parse_spec
+from voltana.sim.workload.arrivals.shapes import curve_of
 
 _SHARED: Final = (
     "*.py",
@@ -78,14 +79,15 @@ def bound_key(config: SimConfig, attainment: float) -> str:
 
 
 def _world(config: SimConfig) -> tuple[str, str, list[str]]:
-    """What every policy meets: the program, the profile, and the trace if there is one."""
+    """What every policy meets: the program, the profile, and the files that requests are of."""
     names = [config.profile, *(n for of in config.mixed_profiles.values() for n in of)]
     try:
         profile = "\n".join(cached_profile(name).content_hash for name in names)
     except VoltanaError as error:
         profile = str(error)
-    requests = Path(config.workload if config.trace is None else config.trace)
-    return _program(), profile, [_content(requests)] if requests.is_file() else []
+    told = config.workload if config.trace is None else config.trace, curve_of(config.arrivals)
+    files = [Path(name) for name in told if name is not None]
+    return _program(), profile, [_content(path) for path in files if path.is_file()]
 
 
 def _short(text: str) -> str:

@@ -57,12 +57,12 @@ def rate_shape(text: str, *, mean_rps: float, duration_s: float) -> Cumulative |
         VoltanaError: A parameter is unknown or out of range.
     """
     if text.startswith(CURVE):
-        name, comma, start = text.removeprefix(CURVE).rpartition(_FROM)
+        name, start = _curve(text)
         return recorded_rate(
-            name if comma else start,
+            name,
             mean_rps=mean_rps,
             duration_s=duration_s,
-            start_s=_number(start, text) if comma else 0.0,
+            start_s=_number(start, text) if start is not None else 0.0,
         )
     name, numbers = _parse(text)
     makers: dict[str, Callable[..., Cumulative]] = {
@@ -182,6 +182,17 @@ def recorded_rate(
         )
     factor = mean_rps * duration_s / (until - before)
     return lambda time_s: factor * (curve(start_s + time_s) - before)
+
+
+def curve_of(text: str) -> str | None:
+    """The name or file of the recorded rate that arrivals follow; None if they follow none."""
+    return _curve(text)[0] if text.startswith(CURVE) else None
+
+
+def _curve(text: str) -> tuple[str, str | None]:
+    """Name, and where in it the run begins, if that is said."""
+    name, comma, start = text.removeprefix(CURVE).rpartition(_FROM)
+    return (name, start) if comma else (start, None)
 
 
 def require_positive(**values: float) -> None:

@@ -80,6 +80,17 @@ def test_loads_are_chosen_by_name_and_settings_that_do_nothing_refused(tmp_path:
         read_study(path, settings={"duration_s": 60.0})
 
 
+def test_parts_of_a_trace_are_in_its_own_unit(tmp_path: Path) -> None:
+    """Three requests from 0 to 4000 ms: two parts of 2 s."""
+    path, trace = tmp_path / "f.toml", tmp_path / "t.csv"
+    trace.write_text("arrival_s,input_tokens,output_tokens\n0,10,2\n1000,10,2\n4000,10,2\n")
+    base = f'[base]\ntrace = "{trace}"\ntrace_unit = "ms"\n[[load]]\nname = "all"\n'
+    path.write_text(f'[frontier]\npolicies = ["ecofreq + ecoroute"]\ntrace_parts = 2\n{base}')
+    chosen, _ = read_study(path)
+    repeats = [*chosen.tuning, *chosen.judging]
+    assert [(r["trace_start_s"], r["duration_s"]) for r in repeats] == [(0.0, 2.0), (2.0, 2.0)]
+
+
 def test_another_profile_brings_its_own_clocks(tmp_path: Path) -> None:
     path, other = tmp_path / "f.toml", tmp_path / "profile"
     write_synthetic_profile(other)

@@ -46,6 +46,16 @@ def test_a_trace_s_rows_count(tmp_path: Path) -> None:
     assert key(trace=str(trace)) != before
 
 
+def test_a_recorded_rate_counts(tmp_path: Path) -> None:
+    curve = tmp_path / "rate.csv"
+    arrivals = (f"curve:{curve}", f"curve:{curve},from=10")
+    curve.write_text("window_start_s,rate_rps\n0,1\n60,2\n")
+    before = [key(arrivals=text) for text in arrivals]
+    curve.write_text("window_start_s,rate_rps\n0,1\n60,3\n")
+    after = [key(arrivals=text) for text in arrivals]
+    assert len({*before, *after}) == 4
+
+
 def test_the_source_of_the_policy_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A policy of the user's own, in a package of its own."""
     package = tmp_path / "mine"
