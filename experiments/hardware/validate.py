@@ -53,8 +53,7 @@ def run_validation(
     """
     simulated = read_run(simulated_dir)
     observed = _observed(observed_dir, simulated)
-    model, beyond = _models(simulated, profile)
-    own = _own_models(simulated) if profile is None else {}
+    model, beyond, own = _models(simulated, profile)
     found = validate(
         simulated, observed, thresholds=thresholds, model=model, beyond=beyond, own=own
     )
@@ -81,18 +80,19 @@ def _observed(path: Path, simulated: RunRecord) -> RunRecord:
 
 def _models(
     simulated: RunRecord, profile: str | None
-) -> tuple[IterationModel | None, IterationModel | None]:
-    """The profile's tables, strict and extrapolating; a run whose profile is gone goes without."""
+) -> tuple[IterationModel | None, IterationModel | None, OwnModels]:
+    """The profiles' tables, strict and extrapolating; a run of which one is gone goes without."""
     name = profile or simulated.settings.get("profile")
     if name is None:
-        return None, None
+        return None, None, {}
     try:
         loaded = cached_profile(str(name))
+        own = _own_models(simulated) if profile is None else {}
     except VoltanaError:
         if profile is not None:
             raise
-        return None, None
-    return _both(loaded, simulated.settings.get("mixed_overlap_frac"))
+        return None, None, {}
+    return *_both(loaded, simulated.settings.get("mixed_overlap_frac")), own
 
 
 def _both(profile: Profile, overlap_frac: float | None = None) -> tuple[ProfileModel, ProfileModel]:

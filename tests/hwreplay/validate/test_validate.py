@@ -16,6 +16,7 @@ import pytest
 
 from tests.conftest import ROOT
 from tests.profiles.synthetic import write_synthetic_profile
+from voltana.experiments.hardware.validate import run_validation
 from voltana.hwreplay.validate.validate import (
     Comparison,
     ProfileModel,
@@ -303,6 +304,16 @@ def test_cdf_counts_weights() -> None:
     values, fractions = cdf(np.array([3.0, 1.0]), np.array([1, 3]))
     assert values.tolist() == [1.0, 3.0]
     assert fractions.tolist() == [0.75, 1.0]
+
+
+def test_a_fleet_of_which_a_profile_is_gone_is_compared_without_iterations(tmp_path: Path) -> None:
+    base = run(ttft_s=0.1, gap_s=0.02, energy_j=400)
+    told = {"profile": "a100-80g-sxm/llama-3.1-8b", "num_decode": 1, "num_prefill": 1}
+    told["decode_profiles"] = str(tmp_path / "nowhere")
+    write_run(dataclasses.replace(base, settings=base.settings | told), tmp_path / "r")
+    found = run_validation(tmp_path / "r", tmp_path / "r", tmp_path / "v", thresholds=Thresholds())
+    assert found[0]
+    assert json.loads(found[2])["iterations"] == {}
 
 
 @pytest.mark.slow
