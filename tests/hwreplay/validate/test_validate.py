@@ -310,7 +310,7 @@ def test_a_fleet_of_which_a_profile_is_gone_is_compared_without_iterations(tmp_p
     base = run(ttft_s=0.1, gap_s=0.02, energy_j=400)
     told = {"profile": "a100-80g-sxm/llama-3.1-8b", "num_decode": 1, "num_prefill": 1}
     told["decode_profiles"] = str(tmp_path / "nowhere")
-    write_run(dataclasses.replace(base, settings=base.settings | told), tmp_path / "r")
+    write_run(dataclasses.replace(base, settings={**base.settings, **told}), tmp_path / "r")
     found = run_validation(tmp_path / "r", tmp_path / "r", tmp_path / "v", thresholds=Thresholds())
     assert found[0]
     assert json.loads(found[2])["iterations"] == {}
