@@ -224,6 +224,15 @@ def test_a_file_in_the_way_is_kept(tmp_path: Path, recorder: Recorder) -> None:
     assert (tmp_path / "s").read_text() == "mine"
 
 
+def test_a_socket_in_no_folder_says_which_to_make(tmp_path: Path, recorder: Recorder) -> None:
+    place = tmp_path / "run" / "s"
+    with (
+        pytest.raises(VoltanaError, match=f"make the folder {place.parent}$"),
+        serving(place, recorder),
+    ):
+        pass
+
+
 MESSAGE = st.builds(
     Request,
     operation=st.sampled_from(Operation),
