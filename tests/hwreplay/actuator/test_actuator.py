@@ -203,6 +203,8 @@ def test_a_refusal_makes_the_next_wish_a_message(tmp_path: Path, recorder: Recor
             client.set_clock(999)
             assert beating(client, lambda: not client.unanswered)
         assert client.refused == {Status.VALUE_NOT_ALLOWED: 2}
+        assert "999 MHz on GPU 0" in client.last_refusal
+        assert "--clocks" in client.last_refusal
         assert client.clock_mhz == 0
         client.close()
 
