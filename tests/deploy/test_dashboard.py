@@ -186,7 +186,7 @@ def test_every_query_finds_something_in_a_service_under_load(tmp_path: Path) -> 
                     fleet.decode[0].abort_after = 3  # some fail, for the panel that says why
                     await asyncio.sleep(SCRAPES_S)
                     found = {name: await ask(client, url, q) for name, q in queries().items()}
-                    clocks = await samples(client, url, "voltana_clock_mhz")
+                    clocks = await samples(client, url, "voltana_clock_mhz{job='voltana'}")
                     labels = {(x["metric"]["phase"], x["metric"]["instance"]) for x in clocks}
                     assert labels == {("prefill", "0"), ("decode", "0"), ("decode", "1")}
                     for task in loads:

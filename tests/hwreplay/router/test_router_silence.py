@@ -114,6 +114,8 @@ def test_a_timeout_is_not_computed_again_on_another_pair() -> None:
 class Broken:
     """A routing policy that does not do what it should."""
 
+    reads_prompts = False
+
     def __init__(self, answer: object) -> None:
         self._answer = answer
 
