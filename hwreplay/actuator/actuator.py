@@ -316,9 +316,13 @@ def _listen(config: ActuatorConfig) -> socket.socket:
         listener.listen(MAX_PEERS)
     except OSError as error:
         listener.close()
+        is_lost = isinstance(error, FileNotFoundError)
+        remedy = (
+            f"make the folder {path.parent}" if is_lost else "name another path, or run as root"
+        )
         raise VoltanaError(
             f"the socket must be one this process can make for user {config.owner_uid}, got {path} "
-            f"({error.strerror or error}): name another path, or run as root"
+            f"({error.strerror or error}): {remedy}"
         ) from None
     finally:
         os.umask(old_mask)

@@ -29,6 +29,13 @@ from voltana.profiles.common.errors import VoltanaError
 from voltana.sim.policies.base import UNLOCKED_MHZ
 
 CONNECT_S: Final = 5.0
+_REFUSALS: Final = {
+    Status.VALUE_NOT_ALLOWED: "the actuator may not set it: add it to its --clocks, or name only "
+    "those in the controller's frequencies",
+    Status.TAKEN: "another agent holds that GPU: end one of them",
+    Status.RATE_LIMITED: "more changes than the actuator's --max-rate",
+}
+"""What to do about those that an operator can mend."""
 
 
 class ActuatorLostError(VoltanaError):
@@ -240,7 +247,8 @@ class ActuatorClient:
     def _refuse(self, clock_mhz: int, gpu: int, status: Status, *, has_newer: bool = False) -> None:
         self.refused[status] += 1
         self.num_refused += 1
-        self.last_refusal = f"{clock_mhz} MHz on GPU {gpu}: {status.name}"
+        said = _REFUSALS.get(status, status.name)
+        self.last_refusal = f"{clock_mhz} MHz on GPU {gpu}: {said}"
         if not has_newer:
             self._wanted_mhz = None
 

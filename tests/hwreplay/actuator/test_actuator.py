@@ -203,6 +203,8 @@ def test_a_refusal_makes_the_next_wish_a_message(tmp_path: Path, recorder: Recor
             client.set_clock(999)
             assert beating(client, lambda: not client.unanswered)
         assert client.refused == {Status.VALUE_NOT_ALLOWED: 2}
+        assert "999 MHz on GPU 0" in client.last_refusal
+        assert "--clocks" in client.last_refusal
         assert client.clock_mhz == 0
         client.close()
 
@@ -222,6 +224,15 @@ def test_a_file_in_the_way_is_kept(tmp_path: Path, recorder: Recorder) -> None:
     with pytest.raises(VoltanaError, match="in use"), serving(tmp_path / "s", recorder):
         pass
     assert (tmp_path / "s").read_text() == "mine"
+
+
+def test_a_socket_in_no_folder_says_which_to_make(tmp_path: Path, recorder: Recorder) -> None:
+    place = tmp_path / "run" / "s"
+    with (
+        pytest.raises(VoltanaError, match=f"make the folder {place.parent}$"),
+        serving(place, recorder),
+    ):
+        pass
 
 
 MESSAGE = st.builds(
