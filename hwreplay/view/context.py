@@ -83,7 +83,8 @@ class PolicySource:
         if not self.config.mixed_profiles:
             return self
         own = own_config(self.config, phase, instance_id)
-        return replace(self, config=own, profile=load_profile(own.profile))
+        profile = self.cluster.share(f"profile {own.profile}", lambda: load_profile(own.profile))
+        return replace(self, config=own, profile=profile)
 
     @property
     def kv_capacity_tokens(self) -> int:
