@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from tests.independent.cache import Token, TokenCache
+from tests.independent.cache import TokenCache
 from tests.independent.colocated import Colocated
 from tests.independent.fleet import Fleet
 from tests.independent.job import Job
@@ -37,7 +35,7 @@ class Keeping(Colocated):
         fresh = self._length(job) - sum(t.locks > 0 for t in path)
         if here and self.used + fresh + reserve * (here + 1) > self.capacity:
             return False
-        self._lock(job, path)
+        job.lock(path)
         job.done_prompt = len(path)
         self.found += len(path)
         return True
@@ -55,7 +53,7 @@ class Keeping(Colocated):
 
     def _drop(self, job: Job) -> None:
         self.cache.computing -= job.context - len(job.path or ())
-        self._lock(job, [])
+        job.lock([])
         self.cache.free(int(self.fleet.settings["kv_retract_tokens"]) * len(self.running))
 
     def _end_both(self, steps: list[Job], now_s: float) -> None:
@@ -77,14 +75,6 @@ class Keeping(Colocated):
         """So much of it is in the tree, for whoever comes once its last token is out."""
         path = self.cache.keep(job.said[:known])
         self.cache.find(job.said[: min(known, job.prompt)])
-        self._lock(job, path)
+        job.lock(path)
         if known == len(job.said) - 1:
-            self._lock(job, [])
-
-    @staticmethod
-    def _lock(job: Job, path: Sequence[Token]) -> None:
-        for token in path:
-            token.locks += 1
-        for token in job.path or ():
-            token.locks -= 1
-        job.path = list(path)
+            job.lock([])

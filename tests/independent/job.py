@@ -48,3 +48,11 @@ class Job:
     def context(self) -> int:
         """Tokens in the KV cache of decode."""
         return self.prompt + self.lost + self.steps
+
+    def lock(self, path: list[Token]) -> None:
+        """Lock these tokens of a cache in place of those it has."""
+        for token in path:
+            token.locks += 1
+        for token in self.path or ():
+            token.locks -= 1
+        self.path = path

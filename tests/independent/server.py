@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from tests.independent.cache import Token, TokenCache
+from tests.independent.cache import TokenCache
 from tests.independent.card import Card
 from tests.independent.job import DECODE, HANDOVER, Job
 from tests.independent.policies import Controller
@@ -107,27 +107,19 @@ class Prefill(Server):
         fresh = sum(t.locks == 0 for t in path)
         if job.prompt - len(path) + 2 >= self.cache.room() - fresh - others:
             return False
-        self._lock(job, path)
+        job.lock(path)
         job.cached = job.done_prompt = len(path)
         return True
 
-    @staticmethod
-    def _lock(job: Job, path: list[Token]) -> None:
-        for token in path:
-            token.locks += 1
-        for token in job.path or ():
-            token.locks -= 1
-        job.path = path
-
     def _keep(self, job: Job) -> None:
         if self.cache is not None:
-            self._lock(job, self.cache.keep(job.tokens[: job.done_prompt]))
+            job.lock(self.cache.keep(job.tokens[: job.done_prompt]))
 
     def let_go(self, job: Job, now_s: float) -> None:
         """Its keys and values are with decode."""
         if self.cache is not None:
             self.cache.keep(job.tokens)
-            self._lock(job, [])
+            job.lock([])
             self._start(now_s)
 
     def next_iteration(self, now_s: float, *, is_first: bool) -> None:
